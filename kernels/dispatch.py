@@ -1,0 +1,59 @@
+"""Which backend runs the ops, chosen once at start, and the contract id that stamps what it produced.
+
+``METRONOME_BACKEND`` picks ``cpu`` (default) or ``reference``. An unknown name, a missing native library or a processor
+without the needed instructions raises; there is no silent fallback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from types import ModuleType
+
+import torch
+
+from kernels.layout import CONV_TAPS, SPLIT_TOKENS
+
+BACKENDS = {"cpu": "kernels.cpu.backend", "reference": "kernels.reference"}
+
+_active: ModuleType | None = None
+
+
+def backend() -> ModuleType:
+    """The active backend module; loads the default one on first use."""
+    global _active
+    if _active is None:
+        _active = _load(os.environ.get("METRONOME_BACKEND", "cpu"))
+    return _active
+
+
+def use_backend(name: str) -> None:
+    """Switches the backend. Weights packed before must be packed anew: packs of another backend raise."""
+    global _active
+    _active = _load(name)
+
+
+def _load(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"METRONOME_BACKEND={name!r} is not a backend; choose one of {sorted(BACKENDS)}")
+    return importlib.import_module(BACKENDS[name])
+
+
+def contract() -> dict[str, str | int]:
+    """Everything that decides bits, as plain values: backend, instruction set, split and tap sizes, versions."""
+    module = backend()
+    return {
+        "backend": module.NAME,
+        "isa": module.isa(),
+        "numerics": module.NUMERICS_VERSION,
+        "split_tokens": SPLIT_TOKENS,
+        "conv_taps": CONV_TAPS,
+        "torch": torch.__version__,
+    }
+
+
+def contract_id() -> str:
+    """16 hexadecimal digits: equal ids mean that equal weights and inputs give equal bits."""
+    return hashlib.sha256(json.dumps(contract(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""Containers that kernels read: which rows form a sequence, where keys lie, how weights are packed.
+
+Knows tensors and integers, nothing of models or sessions. Axes: T packed rows (tokens of several sequences, one
+after another), S segments, N output features, K input features, E experts, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SPLIT_TOKENS = 64
+"""Keys in one attention split, and tokens in one KV page: a page *is* a split, so page layout cannot change bits."""
+
+CONV_TAPS = 4
+"""Taps of a short convolution; a sequence carries the last CONV_TAPS - 1 inputs from call to call."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The packed rows of one call: segment s owns rows ``offset[s] : offset[s + 1]``, which continue the sequence in
+    slot ``slot[s]`` at absolute positions ``start[s], start[s] + 1, …``.
+
+    >>> Segments.build(slots=[3, 0], starts=[10, 0], lengths=[2, 1]).position.tolist()
+    [10, 11, 0]
+    """
+
+    slot: Tensor  # int32 [S]
+    start: Tensor  # int32 [S], absolute position of the segment's first row
+    offset: Tensor  # int32 [S + 1], offset[0] = 0, offset[S] = T
+    position: Tensor  # int32 [T], absolute position of every row
+
+    @staticmethod
+    def build(slots: list[int], starts: list[int], lengths: list[int]) -> Segments:
+        """Raises ValueError when the lists differ in length, a length is < 1, a start is < 0 or a slot comes twice."""
+        if not len(slots) == len(starts) == len(lengths):
+            raise ValueError(f"segments: {len(slots)} slots, {len(starts)} starts, {len(lengths)} lengths; need equal")
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"segments: a slot comes twice in one call: {slots}")
+        if any(n < 1 for n in lengths) or any(s < 0 for s in starts):
+            raise ValueError(f"segments: lengths must be >= 1 and starts >= 0, got {lengths} and {starts}")
+        offset = torch.zeros(len(slots) + 1, dtype=torch.int32)
+        length = torch.tensor(lengths, dtype=torch.int32)
+        offset[1:] = torch.cumsum(length, 0)
+        start = torch.tensor(starts, dtype=torch.int32)
+        position = torch.arange(int(offset[-1]), dtype=torch.int32)
+        position += torch.repeat_interleave(start - offset[:-1], length)
+        return Segments(torch.tensor(slots, dtype=torch.int32), start, offset, position)
+
+    @property
+    def rows(self) -> int:
+        return self.position.shape[0]
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of one layer for every slot, in pages of SPLIT_TOKENS positions.
+
+    ``table[slot, p]`` names the page holding positions ``[p * SPLIT_TOKENS, (p + 1) * SPLIT_TOKENS)`` of the sequence
+    in ``slot``, or -1 when that range is not held (not reached yet, or wholly outside a sliding window).
+    Keys lie transposed so that scores for neighbouring keys are one vector load.
+    """
+
+    key: Tensor  # [P, H_kv, D, SPLIT_TOKENS]
+    value: Tensor  # [P, H_kv, SPLIT_TOKENS, D]
+    table: Tensor  # int32 [slots, max_pages]
+
+
+@dataclass
+class PackedLinear:
+    """Weights of one linear op, ``parts`` stacked along the output axis, with the backend's packed copy.
+
+    The copy is made by ``kernels.ops.pack_linear`` and refreshed by ``kernels.ops.repack`` after every weight update.
+    """
+
+    parts: tuple[Tensor, ...]  # each [N_i, K], one dtype; parameters stay the caller's
+    rows: int  # N = sum of N_i
+    cols: int  # K
+    data: dict[str, Tensor] = field(default_factory=dict)  # backend buffers, by the backend's own names
+
+
+@dataclass
+class PackedExperts:
+    """Weights of one expert-linear op. ``groups`` are consecutive ranges of experts; inside a group, tensors
+    ``[E_g, N_i, K]`` are stacked along N. E.g. ``((gate_up,), (shared_gate, shared_up))``.
+    """
+
+    groups: tuple[tuple[Tensor, ...], ...]
+    experts: int  # E = sum of E_g
+    rows: int  # N, equal in every group
+    cols: int  # K
+    data: dict[str, Tensor] = field(default_factory=dict)

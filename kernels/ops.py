@@ -1,0 +1,144 @@
+"""The batch-invariant ops: what each computes, and the row contract that each backend must keep.
+
+**Row contract.** Row i of an output depends, bit for bit, only on row i of the inputs, on the weights and, for
+`short_conv` and `attention`, on the same sequence's rows at smaller positions; never on how many other rows there
+are, what they hold, their order, the thread count, chunk boundaries, whether earlier keys come from a cache or from
+this call, or where pages lie. One output element is reduced by one worker in one fixed order.
+
+Activations are fp32 or bf16 (accumulation is always fp32; one rounding at the end). Under autograd every op but
+`sample` is differentiable. Elementwise single-rounding arithmetic (add, multiply, divide) needs no op of ours: torch's
+is row-invariant by IEEE 754. Anything with exp, log or a sum does.
+
+Axes: see `kernels.layout`. Every op raises ValueError on a wrong shape, dtype, device or stride, naming the argument.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.layout import PackedExperts, PackedLinear, PagedKV, Segments
+
+
+def pack_linear(*parts: Tensor) -> PackedLinear:
+    """Packs weights [N_i, K] (stacked along N) for `linear`. Call `repack` after the weights change."""
+    return dispatch.backend().pack_linear(parts)
+
+
+def pack_experts(*groups: tuple[Tensor, ...]) -> PackedExperts:
+    """Packs expert weights for `expert_linear`; see `PackedExperts`. Call `repack` after the weights change."""
+    return dispatch.backend().pack_experts(groups)
+
+
+def repack(packed: PackedLinear | PackedExperts) -> None:
+    """Refreshes the packed copy from the current values of its parts, in place."""
+    dispatch.backend().repack(packed)
+
+
+def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
+    """y[t, n] = sum_k x[t, k] * w[n, k], one chain over k in ascending order. x [T, K] (rows may be strided, columns
+    may not) -> [T, N] of ``out_dtype`` (default x.dtype)."""
+    return dispatch.backend().linear(x, packed, out_dtype or x.dtype)
+
+
+def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int = 1) -> Tensor:
+    """Row r of the result is ``x[r // fan_out] @ w[expert[r]].T``. x [T, K], expert int32 [R], R = T * fan_out -> [R, N].
+
+    Few rows take gather + GEMV, many take grouped GEMM; both reduce every row in the same order, so the choice cannot
+    change a bit."""
+    return dispatch.backend().expert_linear(x, packed, expert, fan_out)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, 2I] -> [T, I]; gate is the first half, silu(g) = g / (1 + exp(-g)); fp32 inside."""
+    return dispatch.backend().swiglu(gate_up)
+
+
+def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
+    """out[t] = sum_j weight[t, j] * y[t * J + j] in ascending j. y [T * J, D], weight fp32 [T, J] -> [T, D]."""
+    return dispatch.backend().moe_combine(y, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + eps)), over the last axis; x [T, D] (rows may be strided), weight [D] -> [T, D].
+
+    Zhang & Sennrich 2019. As in Inkling the normed value is rounded to x.dtype before the weight is applied."""
+    return dispatch.backend().rms_norm(x, weight, eps)
+
+
+def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None = None) -> Tensor:
+    """Causal depthwise convolution with its residual: y[t, c] = x[t, c] + sum_i w[c, i] * x[t - 3 + i, c], oldest tap
+    first, positions before 0 counting as 0; fp32 inside.
+
+    x [T, C] (rows may be strided), weight [C, 4] fp32 -> [T, C] of x.dtype. ``state`` [slots, 3, C] of x.dtype holds
+    each slot's last three inputs (oldest first); it is read for segments with start > 0 and overwritten in place. Without
+    state every segment must start at 0. With state there is no autograd."""
+    return dispatch.backend().short_conv(x, weight, segments, state)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    rel_proj: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int | None = None,
+    tau: Tensor | None = None,
+    cache: PagedKV | None = None,
+) -> Tensor:
+    """Causal attention with Inkling's learned relative bias, keys reduced in left-aligned splits.
+
+    score(i, j) = tau_i * (scale * q_i . k_j + b_i(i - j)), b_i(d) = sum_c rel[i, c] * rel_proj[c, d] for
+    d < extent, else 0; keys with i - j >= window are out of sight. Keys are reduced in splits of SPLIT_TOKENS absolute
+    positions (max, sum of exp, weighted values, each in ascending key order), the splits combined left to right;
+    a split wholly out of sight is skipped.
+
+    q [T, H, D], k and v [T, H_kv, D] (rows may be strided), rel [T, H, C] (rows may be strided), rel_proj [C, extent],
+    tau fp32 [T] or None (1) -> [T, H, D]. With ``cache`` the call first writes its keys and values into the pages, then
+    attends over the pages (no autograd); without it every segment must start at 0 and pages are temporary."""
+    return dispatch.backend().attention(q, k, v, rel, rel_proj, segments, scale, window, tau, cache)
+
+
+def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:
+    """Inkling's router. logits fp32 [T, E + shared], bias fp32 [E] -> (expert int32 [T, J], weight fp32 [T, J]) with
+    J = top_k + shared.
+
+    Experts are the top_k of sigmoid(logit) + bias, ties to the lower index, listed in ascending index, then the shared
+    ones E … E + shared - 1. Weights are sigmoid(logit) normalised over the J, computed as softmax(logsigmoid(logit)).
+    Gradients flow to logits through the weights only."""
+    return dispatch.backend().route(logits, bias, top_k, shared)
+
+
+def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
+    """dMel embedding: out[t] = sum_c table[codes[t, c] + c * bins] in ascending channel c, fp32 inside.
+
+    codes uint8 or int16/32/64 [T, C], table [C * bins, D] -> [T, D]. Raises ValueError for a code outside [0, bins)."""
+    return dispatch.backend().embedding_sum(codes, table, bins)
+
+
+def logprob(
+    logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of ``token`` under softmax(logits / temperature) over the tokens its row's class allows.
+
+    logits fp32 [T, V], token int64 [T], allowed bool [classes, V], row_class int64 [T] ->
+    (logprob fp32 [T], entropy fp32 [T] in nats, digest int64 [T]). The digest is a 64-bit hash of the bits of the whole
+    log-prob row (-inf where not allowed): sum over v of splitmix64((v << 32) | bits(logp[v])) modulo 2^64, so equal digests mean equal
+    distributions. Gradients flow to logits from logprob and from entropy. Raises ValueError when a token is not allowed
+    in its row, or a row's allowed logits hold a NaN or +inf."""
+    return dispatch.backend().logprob(logits, token, temperature, allowed, row_class)
+
+
+def sample(
+    logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples by the Gumbel-max trick with counter-based noise: argmax_v logp[v] - log(-log(u(key, v))), ties to the
+    lower id; u(key, v) in (0, 1) from splitmix64(key + (v + 1) * 0x9E3779B97F4A7C15), upper 24 bits, (n + 0.5) / 2^24.
+
+    logits fp32 [T, V], key int64 [T] (bits of a uint64) -> (token int64 [T], logprob fp32 [T], digest int64 [T]), the last two bit for bit
+    what `logprob` gives for that token. temperature 0 is greedy: the argmax of the logits, ties to the lower id, scored at temperature 1."""
+    return dispatch.backend().sample(logits, temperature, key, allowed, row_class)
