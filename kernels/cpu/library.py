@@ -1,0 +1,125 @@
+"""The native library: found, checked against the processor, loaded once, its functions bound for plain ctypes calls.
+
+Not ``torch.library``: nothing here is traced or compiled, and its dispatcher costs more than a small kernel takes.
+A bound call is about 1 µs; integers are pointers (``tensor.data_ptr()``) or sizes.
+
+There is one library per instruction set (``_native_avx2.so``, ``_native_avx512.so``), all made from the same sources
+and giving the same bits; the best one the processor supports is loaded, ``METRONOME_ISA`` forces one. On a machine
+with AVX-512 its library is compared with the AVX2 one on small inputs before it is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_NEEDS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "bmi2"},
+    "avx2": {"avx2", "fma", "bmi2"},
+}  # best first; flags as the kernel spells them in /proc/cpuinfo
+
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set in use, ``avx2`` or ``avx512``."""
+    flags = _processor_flags()
+    supported = [name for name, needs in _NEEDS.items() if needs <= flags]
+    wanted = os.environ.get("METRONOME_ISA")
+    if wanted is not None and wanted not in _NEEDS:
+        raise ValueError(f"METRONOME_ISA={wanted!r} is not known; choose one of {sorted(_NEEDS)}")
+    if wanted is not None and wanted not in supported:
+        missing = sorted(_NEEDS[wanted] - flags)
+        raise RuntimeError(f"METRONOME_ISA={wanted}, but this processor lacks {missing}; unset it")
+    if not supported:
+        raise RuntimeError(
+            f"the cpu backend needs an x86-64 processor with {sorted(_NEEDS['avx2'])}; this one lacks "
+            f"{sorted(_NEEDS['avx2'] - flags)}. METRONOME_BACKEND=reference runs anywhere, slowly"
+        )
+    return wanted or supported[0]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded native library. Raises RuntimeError when it is missing or disagrees with the AVX2 one."""
+    chosen = _load(isa())
+    if isa() == "avx512":
+        _compare(chosen, _load("avx2"))
+    return chosen
+
+
+def bind(name: str, arguments: str) -> Callable[..., int]:
+    """The native function ``name``. ``arguments`` has a letter for each: p address, i 64-bit integer, f float.
+
+    Every function returns a 64-bit integer; those that can fail say what it means where they are defined."""
+    return _bind(library(), name, arguments)
+
+
+def _bind(lib: ctypes.CDLL, name: str, arguments: str) -> Callable[..., int]:
+    function = lib[name]
+    function.argtypes = [_TYPES[letter] for letter in arguments]
+    function.restype = ctypes.c_int64
+    return function
+
+
+def _processor_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError as error:
+        raise RuntimeError(f"the cpu backend runs on Linux only: cannot read /proc/cpuinfo ({error})") from error
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _load(name: str) -> ctypes.CDLL:
+    path = Path(__file__).parent / f"_native_{name}.so"
+    if not path.exists():
+        raise RuntimeError(
+            f"the native CPU kernels are not built: {path} is missing. Run `pip install -e .` in the repository's root "
+            "(it needs g++; on Debian and Ubuntu: apt-get install g++)"
+        )
+    _load_openmp()
+    return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def _load_openmp() -> None:
+    # Our library has no OpenMP runtime of its own and takes torch's, so that one pool serves both and
+    # torch.set_num_threads governs it.
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
+    """Raises unless both libraries give the same bits for exp, log and small matrix products."""
+    x = torch.linspace(-110, 95, 999)
+    results = []
+    for lib in (one, other):
+        exp, log = torch.empty_like(x), torch.empty_like(x)
+        _bind(lib, "vec_exp", "ppi")(x.data_ptr(), exp.data_ptr(), x.numel())
+        _bind(lib, "vec_log", "ppi")(exp.data_ptr(), log.data_ptr(), x.numel())
+        products = [_product(lib, x[: rows * 37].view(rows, 37), x[-41 * 37 :].view(-1, 37)) for rows in (1, 5, 19)]
+        results.append(torch.cat([exp, log, *products]).view(torch.int32))
+    if not torch.equal(*results):
+        raise RuntimeError(
+            "on this processor the avx512 kernels differ from the avx2 ones, which breaks the promise of equal bits; "
+            "set METRONOME_ISA=avx2"
+        )
+
+
+def _product(lib: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    (rows, cols), (columns, _) = x.shape, w.shape
+    panels = torch.zeros(-(-columns // 16) * 16 * cols)
+    out = torch.empty(rows, columns)
+    _bind(lib, "pack_rows_f32", "piipii")(w.data_ptr(), columns, cols, panels.data_ptr(), 0, columns)
+    arguments = (x.data_ptr(), cols, rows, panels.data_ptr(), columns, cols, out.data_ptr(), columns)
+    _bind(lib, "linear_f32_f32", "piipiipi")(*arguments)
+    return out.view(-1)
