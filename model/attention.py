@@ -1,0 +1,108 @@
+"""Inkling's attention: fused q/k/v/r projection, short convolutions on k and v, per-head norms, relative bias.
+
+Knows one layer and packed rows; where keys lie is the session state's affair. k and v share one convolution call over
+their adjoining columns (depthwise: no column knows another), so a layer has three windows in memory for Inkling's four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import InklingConfig
+
+from kernels import ops
+from kernels.layout import CONV_TAPS, PackedLinear, Segments
+from model import config as shapes
+from model.embed import Weight
+from model.state import LayerState
+
+
+class ShortConv(nn.Module):
+    """Weights [C, 1, 4] of a depthwise convolution; always fp32, as Inkling keeps them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1d = Weight(channels, 1, CONV_TAPS, dtype=torch.float32)
+
+    def taps(self) -> Tensor:
+        """[C, 4], differentiable."""
+        return self.conv1d.weight.view(-1, CONV_TAPS)
+
+
+@dataclass(slots=True)
+class _Packed:
+    """What the forward reads, looked up once: module attributes cost a microsecond each, which counts at one token."""
+
+    qkvr: PackedLinear
+    out: PackedLinear
+    q_norm: Tensor  # [head]
+    k_norm: Tensor  # [head]
+    rel_proj: Tensor  # [C, extent]
+    kv_taps: Tensor  # [2 * kv, 4] detached
+
+
+class Attention(nn.Module):
+    def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        text = config.text_config
+        width, self.eps = text.hidden_size, text.rms_norm_eps
+        self.heads, self.kv_heads, self.head_dim = shapes.heads(text, layer)
+        self.window = shapes.window(text, layer)
+        self.scale = 1.0 / self.head_dim  # q and k are normed per head, hence not the square root
+        q, kv, rel = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.heads * text.d_rel
+        self.columns = (q, 2 * kv, rel)
+        self.d_rel = text.d_rel
+        self.q_proj = Weight(q, width, dtype=dtype)
+        self.k_proj = Weight(kv, width, dtype=dtype)
+        self.v_proj = Weight(kv, width, dtype=dtype)
+        self.r_proj = Weight(rel, width, dtype=dtype)
+        self.o_proj = Weight(width, q, dtype=dtype)
+        self.k_sconv = ShortConv(kv)
+        self.v_sconv = ShortConv(kv)
+        self.q_norm = Weight(self.head_dim, dtype=dtype)
+        self.k_norm = Weight(self.head_dim, dtype=dtype)
+        self.rel_logits_proj = nn.Module()
+        extent = text.sliding_window_size if self.window else text.rel_extent
+        self.rel_logits_proj.proj = nn.Parameter(torch.empty(text.d_rel, extent, dtype=dtype))
+        self.packed: _Packed | None = None
+
+    def _kv_taps(self) -> Tensor:
+        return torch.cat((self.k_sconv.taps(), self.v_sconv.taps()))
+
+    def pack(self) -> None:
+        self.packed = _Packed(
+            qkvr=ops.pack_linear(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.r_proj.weight),
+            out=ops.pack_linear(self.o_proj.weight),
+            q_norm=self.q_norm.weight,
+            k_norm=self.k_norm.weight,
+            rel_proj=self.rel_logits_proj.proj,
+            kv_taps=self._kv_taps().detach(),
+        )
+
+    def repack(self) -> None:
+        ops.repack(self.packed.qkvr)
+        ops.repack(self.packed.out)
+        self.packed.kv_taps = self._kv_taps().detach()
+
+    def forward(self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None) -> Tensor:
+        """x [T, D] normed -> [T, D]. tau fp32 [T] scales the scores of global layers (None in sliding ones)."""
+        w, rows, head = self.packed, x.shape[0], self.head_dim
+        q, kv, rel = ops.linear(x, w.qkvr).split(self.columns, 1)
+        taps = self._kv_taps() if torch.is_grad_enabled() else w.kv_taps
+        kv = ops.short_conv(kv, taps, segments, state.kv_conv if state else None).view(rows, -1, head)
+        k, v = kv[:, : self.kv_heads], kv[:, self.kv_heads :]
+        out = ops.attention(
+            ops.rms_norm(q.reshape(-1, head), w.q_norm, self.eps).view(rows, -1, head),
+            ops.rms_norm(k.reshape(-1, head), w.k_norm, self.eps).view(rows, -1, head),
+            v,
+            rel.view(rows, -1, self.d_rel),
+            w.rel_proj,
+            segments,
+            scale=self.scale,
+            window=self.window,
+            tau=tau,
+            cache=state.kv if state else None,
+        )
+        return ops.linear(out.view(rows, -1), w.out)

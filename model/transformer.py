@@ -1,0 +1,193 @@
+"""The interaction model: Inkling on packed rows. One forward serves prefill, decode and the learner.
+
+Rows of many sequences come one after another, `Segments` says which row continues which sequence; there is no batch
+axis and no padding. With a `SessionState` rows continue what it holds; without one every segment is a whole sequence
+and autograd works. Parameter names are those of transformers' `InklingForConditionalGeneration`, so state dicts
+interchange. Left out: the vision tower and multi-token prediction; a checkpoint's weights for the first are carried
+along in `passthrough`.
+
+The forward reads packed copies of the weights: call `pack` once after loading and `repack` after each update.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import InklingConfig
+
+from kernels import ops
+from kernels.layout import PackedLinear, Segments
+from model import config as shapes
+from model.attention import Attention, ShortConv
+from model.embed import AudioTower, TextEmbedding, Weight
+from model.moe import DenseMLP, MixtureOfExperts
+from model.state import LayerState, SessionState
+
+Capture = list[tuple[str, Tensor]]
+
+
+class Layer(nn.Module):
+    def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        text = config.text_config
+        self.name, self.eps = f"layers.{layer}", text.rms_norm_eps
+        self.self_attn = Attention(config, layer, dtype)
+        sparse = text.mlp_layer_types[layer] == "sparse"
+        self.mlp = MixtureOfExperts(config, dtype) if sparse else DenseMLP(config, dtype)
+        self.input_layernorm = Weight(text.hidden_size, dtype=dtype)
+        self.post_attention_layernorm = Weight(text.hidden_size, dtype=dtype)
+        self.attn_sconv = ShortConv(text.hidden_size)
+        self.mlp_sconv = ShortConv(text.hidden_size)
+        self.taps: tuple[Tensor, Tensor] | None = None
+
+    def pack(self) -> None:
+        self.self_attn.pack()
+        self.mlp.pack()
+        self._keep_taps()
+
+    def repack(self) -> None:
+        self.self_attn.repack()
+        self.mlp.repack()
+        self._keep_taps()
+
+    def _keep_taps(self) -> None:
+        self.taps = self.attn_sconv.taps().detach(), self.mlp_sconv.taps().detach()
+
+    def forward(
+        self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None, capture: Capture | None
+    ) -> Tensor:
+        attn_taps, mlp_taps = self.taps
+        if torch.is_grad_enabled():
+            attn_taps, mlp_taps = self.attn_sconv.taps(), self.mlp_sconv.taps()
+        h = ops.rms_norm(x, self.input_layernorm.weight, self.eps)
+        h = self.self_attn(h, segments, state, tau)
+        if capture is not None:
+            capture.append((f"{self.name}.self_attn", h))
+        x = x + ops.short_conv(h, attn_taps, segments, state.attn_conv if state else None)
+        h = ops.rms_norm(x, self.post_attention_layernorm.weight, self.eps)
+        h = self.mlp(h)
+        if capture is not None:
+            capture.append((f"{self.name}.mlp", h))
+        x = x + ops.short_conv(h, mlp_taps, segments, state.mlp_conv if state else None)
+        if capture is not None:
+            capture.append((self.name, x))
+        return x
+
+
+class Backbone(nn.Module):
+    """Holder of transformers' names: ``language_model.*`` and ``audio_tower.*``."""
+
+    def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        text = config.text_config
+        self.language_model = nn.Module()
+        self.language_model.embed_tokens = TextEmbedding(config, dtype)
+        self.language_model.layers = nn.ModuleList(Layer(config, i, dtype) for i in range(text.num_hidden_layers))
+        self.language_model.norm = Weight(text.hidden_size, dtype=dtype)
+        self.audio_tower = AudioTower(config, dtype)
+
+
+class InteractionModel(nn.Module):
+    """See the module's text. Use: construct, `init_weights` or load, `pack`, then call."""
+
+    def __init__(self, config: InklingConfig, dtype: torch.dtype = torch.float32) -> None:
+        """Weights are allocated, not set. Convolution taps and the router's bias are fp32 whatever ``dtype`` is."""
+        super().__init__()
+        shapes.check(config)
+        self.config, self.dtype = config, dtype
+        text = config.text_config
+        self.model = Backbone(config, dtype)
+        self.lm_head = Weight(text.vocab_size, text.hidden_size, dtype=dtype)
+        self.passthrough: dict[str, Tensor] = {}  # weights of a loaded checkpoint that this model does not compute with
+        self.vocab = text.unpadded_vocab_size or text.vocab_size
+        self.multiplier = text.logits_mup_width_multiplier
+        self.audio_token_id = config.audio_token_id
+        self.head: PackedLinear | None = None
+        self.tau: Tensor | None = None  # fp32 [positions], when log scaling is on
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Sets every weight from ``seed`` alone, in name order: matrices N(0, 1/fan_in), embeddings N(0, 1), norms and
+        scales 1, convolution taps and the relative bias N(0, 0.02^2) (both start near "no effect")."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in sorted(self.named_parameters()):
+            if name.endswith(("norm.weight", "layernorm.weight", "global_scale")):
+                weight.fill_(1.0)
+                continue
+            if name.endswith("embed_tokens.weight"):
+                std = 1.0
+            elif name.endswith("embed_audio_tokens.weight"):
+                std = 1.0 / math.sqrt(self.config.audio_config.n_mel_bins)  # a sum over channels
+            elif name.endswith(("conv1d.weight", "rel_logits_proj.proj")):
+                std = 0.02
+            else:
+                std = 1.0 / math.sqrt(weight.shape[-1])
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        for name, buffer in self.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Builds the packed weights for the active backend; needed once before the first forward."""
+        for layer in self.model.language_model.layers:
+            layer.pack()
+        self.head = ops.pack_linear(self.lm_head.weight)
+        self.tau = shapes.log_scale_table(self.config.text_config)
+
+    @torch.no_grad()
+    def repack(self) -> None:
+        """Refreshes the packed weights from the parameters' current values, in place; needed after each update."""
+        if self.head is None:
+            raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
+        for layer in self.model.language_model.layers:
+            layer.repack()
+        ops.repack(self.head)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        codes: Tensor,
+        segments: Segments,
+        state: SessionState | None = None,
+        capture: Capture | None = None,
+    ) -> Tensor:
+        """tokens int64 [T], codes uint8 [A, channels] for the rows whose token is the audio token, in order -> hidden
+        [T, D] after the final norm and the division by the muP multiplier.
+
+        ``segments`` is what ``state.extend`` returned, or, without state, whole sequences. ``capture`` collects
+        (name, [T, D]) after each sub-block, to find the first layer where two runs differ."""
+        if self.head is None:
+            raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
+        if tokens.shape[0] != segments.rows:
+            raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
+        text = self.model.language_model
+        x = self._embed(tokens, codes)
+        if capture is not None:
+            capture.append(("embed", x))
+        tau = None if self.tau is None else self.tau[segments.position]
+        for i, layer in enumerate(text.layers):
+            layer_tau = tau if layer.self_attn.window is None else None
+            x = layer(x, segments, state.layers[i] if state else None, layer_tau, capture)
+        hidden = ops.rms_norm(x, text.norm.weight, self.config.text_config.rms_norm_eps)
+        return hidden if self.multiplier == 1.0 else hidden / self.multiplier
+
+    def _embed(self, tokens: Tensor, codes: Tensor) -> Tensor:
+        rows = (tokens == self.audio_token_id).nonzero()[:, 0]
+        if rows.shape[0] != codes.shape[0]:
+            raise ValueError(f"tokens holds {rows.shape[0]} audio tokens, but codes has {codes.shape[0]} rows")
+        if rows.shape[0] == 0:
+            return self.model.language_model.embed_tokens(tokens)
+        audio = self.model.audio_tower(codes)
+        if rows.shape[0] == tokens.shape[0]:
+            return audio
+        return self.model.language_model.embed_tokens(tokens).index_copy(0, rows, audio)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, D] -> fp32 [R, V]; V is the vocabulary without its padding."""
+        if self.head is None:
+            raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
+        logits = ops.linear(hidden, self.head, torch.promote_types(hidden.dtype, torch.float32))
+        return logits if self.vocab == logits.shape[1] else logits[:, : self.vocab].contiguous()
