@@ -1,0 +1,68 @@
+"""What a run ran on: written beside its results, so that a difference between two runs can be traced."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import dispatch
+from rl import ranks
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "safetensors", "soundfile", "triton")
+
+
+def environment() -> dict[str, Any]:
+    """Plain values for environment.json; nothing of it enters a result."""
+    return {
+        "contract_id": dispatch.contract_id(),
+        "contract": dispatch.contract(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "processes": ranks.world(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
+        "git_commit": _git_commit(Path(__file__).resolve().parent.parent),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git_commit(root: Path) -> str | None:
+    """The commit, with ``+changes`` when tracked files differ from it; None outside a repository or without git."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,160 @@
+"""A run's folder on disk: every file in it is written whole or not at all, at any moment of a crash.
+
+    runs/<name>/config.yaml, environment.json, metrics.jsonl, summary.json, checkpoints/step_000010/, episodes/, audit/
+
+Only the first process writes plain files; a checkpoint folder is filled by all of them. Knows names and bytes, not what
+they mean. `metrics.jsonl` is rewritten whole for each record: a run has hundreds of records of a few hundred bytes, and
+in return no reader and no crash ever meets half a line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import MetronomeError
+from model.files import write_whole
+from rl import ranks
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_STEP = re.compile(r"step_(\d{6,})")
+
+
+class RunFolder:
+    """Owns ``path`` and the metric records written so far. Use `create` or `reopen`."""
+
+    def __init__(self, path: Path, metrics: list[bytes]) -> None:
+        self.path = path
+        self._metrics = metrics  # encoded lines, each with its newline
+
+    @staticmethod
+    def create(runs: Path, name: str, config: str) -> RunFolder:
+        """A new folder holding config.yaml with the resolved recipe ``config``. An earlier one of that name stays as it
+        is unless it holds nothing but its config (a run that never began)."""
+        path = _locate(runs, name)
+        taken = [p for p in (path / "metrics.jsonl", path / "summary.json", path / "checkpoints") if p.exists()]
+        if taken and ranks.rank() == 0:
+            raise MetronomeError(
+                f"{path} already holds results of a run ({taken[0].name}); go on with it by --resume, or choose "
+                "another --name, or move the folder away"
+            )
+        folder = RunFolder(path, [])
+        ranks.gather(None)  # nobody may see files that rank 0 writes below before having looked
+        folder.write_text("config.yaml", config)
+        return folder
+
+    @staticmethod
+    def reopen(runs: Path, name: str, config: str) -> RunFolder:
+        """The folder of an interrupted run of the very same recipe."""
+        path = _locate(runs, name)
+        saved = path / "config.yaml"
+        if not saved.is_file():
+            raise MetronomeError(f"{path} holds no run to resume (no config.yaml); start without --resume")
+        before = saved.read_text()
+        if before != config:
+            changed = [
+                line for line in difflib.unified_diff(before.splitlines(), config.splitlines(), lineterm="", n=0)
+                if line[:1] in "+-" and line[:3] not in ("+++", "---")
+            ]  # fmt: skip
+            raise MetronomeError(
+                f"{saved} is the recipe of another run; resuming needs the same one. "
+                f"Changed: {'; '.join(changed[:6])}. Give the saved values, or start a new run under another --name"
+            )
+        return RunFolder(path, _read_lines(path / "metrics.jsonl"))
+
+    def write_bytes(self, name: str, data: bytes) -> Path:
+        path = self.path / name
+        if ranks.rank() == 0:
+            write_whole(path, data)
+        return path
+
+    def write_text(self, name: str, text: str) -> Path:
+        return self.write_bytes(name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """NaN and infinities, which JSON has no words for, raise ValueError."""
+        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def append_metrics(self, record: Mapping[str, float | int | str]) -> None:
+        """Adds one record; it must hold ``step``, larger than that of the record before."""
+        last = json.loads(self._metrics[-1])["step"] if self._metrics else -1
+        if int(record["step"]) <= last:
+            raise ValueError(f"metrics: step {record['step']} after step {last}")
+        self._metrics.append(json.dumps(dict(record), allow_nan=False).encode() + b"\n")
+        self.write_bytes("metrics.jsonl", b"".join(self._metrics))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._metrics]
+
+    def keep_metrics_before(self, step: int) -> None:
+        """Drops records of steps that a resumed run will take again."""
+        kept = [line for line in self._metrics if json.loads(line)["step"] < step]
+        if len(kept) < len(self._metrics):
+            self._metrics = kept
+            self.write_bytes("metrics.jsonl", b"".join(kept))
+
+    @contextmanager
+    def checkpoint(self, step: int) -> Iterator[Path]:
+        """A folder that all processes fill and that becomes checkpoints/step_NNNNNN when all have ended well. ``step``
+        counts finished steps: the step at which a resumed run goes on."""
+        final = self.path / "checkpoints" / f"step_{step:06d}"
+        partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
+        if ranks.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        ranks.gather(None)
+        yield partial
+        ranks.gather(None)
+        if ranks.rank() == 0:
+            _flush(partial)
+            if final.exists():
+                final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        ranks.gather(None)
+
+    def latest_checkpoint(self) -> tuple[int, Path]:
+        """(finished steps, folder) of the newest finished checkpoint; raises MetronomeError when there is none."""
+        parent = self.path / "checkpoints"
+        found = [(int(m[1]), p) for p in parent.glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+        if not found:
+            raise MetronomeError(f"{parent} holds no finished checkpoint to resume from; start under another --name")
+        return max(found)
+
+
+def _locate(runs: Path, name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise MetronomeError(
+            f"name {name!r} cannot name a run's folder; use letters, digits, '.', '_' and '-', beginning with one of "
+            "the first two"
+        )
+    if runs.exists() and not runs.is_dir():
+        raise MetronomeError(f"runs: {runs} is a file, but must be the folder that holds the runs' folders")
+    return runs / name
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            complete = "step" in json.loads(line)
+        except ValueError:
+            complete = False
+        if not complete:
+            raise MetronomeError(f"{path}, line {number}: not a metric record with a step; restore or remove the file")
+    return lines
+
+
+def _flush(folder: Path) -> None:
+    """Has the disk hold the files of a folder before its name says that they are complete."""
+    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

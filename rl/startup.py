@@ -1,0 +1,115 @@
+"""How every command starts and how it ends when something outside it is wrong.
+
+`run_command` checks what must hold before anything heavy is imported (Python, our `kernels`, the native library),
+prepares the process, runs the command and turns a `MetronomeError` into one line and exit status 2. It imports nothing
+of the project itself until the checks have passed: with a foreign `kernels` package first on the path no import of ours
+can be trusted. Other exceptions are defects of the program and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds our packages: the repository, or site-packages of a plain install."""
+
+OLDEST_PYTHON = (3, 11)
+EXIT_USER_ERROR = 2
+RANK_DELAY_S = 2.0
+
+
+class StartupError(Exception):
+    """The environment cannot run the program. The message says what, where, and what to do."""
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    if version < OLDEST_PYTHON:
+        found, need = (".".join(map(str, v[:2])) for v in (version, OLDEST_PYTHON))
+        raise StartupError(f"Python {found} at {sys.executable} is too old; Metronome needs {need} or newer")
+
+
+def check_kernels(root: Path = ROOT) -> None:
+    """Raises StartupError unless ``import kernels`` gives the package beside this one; Hugging Face has one so named."""
+    spec = importlib.util.find_spec("kernels")
+    found = None if spec is None or spec.origin is None else Path(spec.origin).resolve().parent
+    if found == root / "kernels" and (found / "ops.py").is_file():
+        return
+    if found is None:
+        raise StartupError(f"no package `kernels` is importable, though it should lie in {root}: `pip install -e .`")
+    raise StartupError(
+        f"the package `kernels` at {found} shadows Metronome's own in {root / 'kernels'}; start from {root} with "
+        "`python -m` or `accelerate launch -m`, or remove the other one (`pip uninstall kernels`)"
+    )
+
+
+def check_native() -> None:
+    """Raises MetronomeError or StartupError when the chosen backend cannot run here (library not built, processor)."""
+    dispatch = importlib.import_module("kernels.dispatch")
+    try:
+        dispatch.contract()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise StartupError(str(error)) from error
+
+
+def prepare_process() -> None:
+    """Settings that must stand before deepspeed and wandb are imported."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed takes a GPU where it sees one
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def import_deepspeed() -> ModuleType:
+    """deepspeed with its native ops off.
+
+    Otherwise its first act is to compile a shared-memory all-reduce with g++ (most of a minute, and a compiler at run
+    time) that would then also replace gloo's order of summation by its own."""
+    prepare_process()
+    ops = importlib.import_module("deepspeed.ops")
+    ops.__dict__["__compatible_ops__"] = {}
+    return importlib.import_module("deepspeed")
+
+
+def run_command(module: str) -> NoReturn:
+    """Runs ``main()`` of the named module after the checks; never returns. Exit status 2: an error that a user can mend."""
+    try:
+        check_python(sys.version_info)
+        check_kernels()
+    except StartupError as error:
+        fail(str(error))
+    prepare_process()
+    errors = importlib.import_module("kernels.errors")
+    try:
+        check_native()
+        importlib.import_module(module).main()
+    except (StartupError, errors.MetronomeError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; finished files are whole, and the run can go on with --resume", status=130)
+    sys.exit(0)
+
+
+def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
+    """Prints ``error: message`` once for all processes of a run and exits.
+
+    What is wrong is mostly seen by every rank. The launcher stops the others as soon as one exits, so the others wait
+    a moment before they speak: the user reads one line, and still reads it when only a later rank has failed. The
+    launcher ends with a report of its own, whose last lines show what it finds in TORCHELASTIC_ERROR_FILE: the same message."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(RANK_DELAY_S)
+    sys.stdout.flush()
+    print(f"error: {message}" if rank == 0 else f"error (process {rank}): {message}", file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    sys.exit(status)
