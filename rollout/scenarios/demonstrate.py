@@ -1,0 +1,149 @@
+"""Scripted experts that play a scenario with full knowledge of it, and the mistakes that they make on purpose.
+
+Demonstrations start a policy off; they are corrupted at stated rates so that the warm-started policy acts at all but leaves
+RL something to learn. With every rate 0 (`PERFECT`) the expert is faultless, which a test holds over many seeds.
+
+An expert sees the user's facts so far in each chunk, the future of what was already decided included; it does not score.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.chunk import CHUNKS_PER_SECOND, LISTEN, Action, speak
+from rollout.scenarios.base import Facts, Scenario, User
+from rollout.scenarios.timespeak import TimespeakFacts, TimespeakScenario
+from rollout.scenarios.turn_taking import TurnTakingFacts, TurnTakingScenario
+from rollout.speech import NUMBER_WORDS
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """How often a demonstration is wrong. All are probabilities but ``jitter``."""
+
+    wrong_number: float = 0.12  # timespeak: another number is said back, and its interval kept
+    jitter: float = 0.08  # timespeak: standard deviation of an interval, as a fraction of it
+    omission: float = 0.10  # timespeak: of each reminder
+    ignored_stop: float = 0.60  # timespeak
+    pause_reply: float = 0.35  # turn_taking: of each pause, a reply begins in it
+    wrong_delay: float = 0.45  # turn_taking: of each turn, the reply comes too early or too late
+    ignored_interruption: float = 0.50  # turn_taking: the reply goes on to its end
+
+
+PERFECT = Corruption(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def demonstrate(
+    scenario: Scenario, rng: np.random.Generator, corruption: Corruption
+) -> tuple[NDArray[np.float32], list[Action], Facts]:
+    """Plays one episode: the user's audio float32 [chunks, CHUNK_SAMPLES], the expert's actions [chunks], the user's facts."""
+    user = scenario.user()
+    expert = _expert(scenario, user, rng, corruption)
+    audio, actions = [], []
+    heard: Action | None = None
+    for k in range(scenario.chunks):
+        audio.append(user.next_chunk(heard))
+        heard = expert.act(k)
+        actions.append(heard)
+    return np.stack(audio), actions, user.facts()
+
+
+class _Expert(ABC):
+    @abstractmethod
+    def act(self, k: int) -> Action:
+        """The action of chunk k, after the user's audio of chunk k."""
+
+
+def _expert(scenario: Scenario, user: User, rng: np.random.Generator, corruption: Corruption) -> _Expert:
+    if isinstance(scenario, TimespeakScenario):
+        return _TimespeakExpert(user, rng, corruption, scenario.numbers)
+    if isinstance(scenario, TurnTakingScenario):
+        return _TurnTakingExpert(user, rng, corruption)
+    raise TypeError(f"no expert plays scenarios of {type(scenario).__name__}")
+
+
+class _TimespeakExpert(_Expert):
+    """Says the number back one chunk after the request, then reminds until the stop has been heard."""
+
+    def __init__(self, user: User, rng: np.random.Generator, corruption: Corruption, numbers: tuple[str, ...]) -> None:
+        self._user = user
+        self._rng = rng
+        self._corruption = corruption
+        facts = self._facts()
+        others = [number for number in numbers if number != facts.number]
+        wrong = rng.random() < corruption.wrong_number and others
+        self._number = others[int(rng.integers(len(others)))] if wrong else facts.number
+        self._interval = NUMBER_WORDS.index(self._number) * CHUNKS_PER_SECOND
+        self._ignores_stop = rng.random() < corruption.ignored_stop
+        self._omits = rng.random() < corruption.omission
+        self._due = facts.request_end + self._jittered()
+
+    def _facts(self) -> TimespeakFacts:
+        facts = self._user.facts()
+        assert isinstance(facts, TimespeakFacts)
+        return facts
+
+    def _jittered(self) -> int:
+        # At least 3, so that the first reminder never falls on the echo.
+        return max(3, round(self._interval * self._rng.normal(1.0, self._corruption.jitter)))
+
+    def act(self, k: int) -> Action:
+        facts = self._facts()
+        if facts.stop_end is not None and k >= facts.stop_end and not self._ignores_stop:
+            return LISTEN
+        if k == facts.request_end + 1:
+            return speak(self._number)
+        if k != self._due:
+            return LISTEN
+        omitted = self._omits
+        self._omits = self._rng.random() < self._corruption.omission
+        self._due = k + self._jittered()
+        return LISTEN if omitted else speak(facts.reminder)
+
+
+class _TurnTakingExpert(_Expert):
+    """Replies two chunks after each turn's end (the middle of the window), word by word, and stops when interrupted."""
+
+    DELAY = 2
+    WRONG_DELAYS = (-1, 0, 5, 6)
+    PAUSE_WORDS = 3  # how far a reply in a pause gets before the user's next sentence stops it
+
+    def __init__(self, user: User, rng: np.random.Generator, corruption: Corruption) -> None:
+        self._user = user
+        self._rng = rng
+        self._corruption = corruption
+        self._turns_planned = 0
+        self._onsets: dict[int, int] = {}  # chunk in which to begin to speak -> number of words
+        self._ignores_interruption = False
+        self._said = 0  # words of the running utterance
+        self._length = 0  # words that it is to have
+
+    def act(self, k: int) -> Action:
+        facts = self._user.facts()
+        assert isinstance(facts, TurnTakingFacts)
+        if len(facts.turns) > self._turns_planned:  # the user has just begun a turn
+            self._turns_planned = len(facts.turns)
+            self._plan(facts)
+            if facts.turns[-1].interrupts and not self._ignores_interruption:
+                self._length = self._said + 1  # one more word: the barge-in is heard while it is spoken
+            self._ignores_interruption = self._rng.random() < self._corruption.ignored_interruption
+        if self._said == self._length and k in self._onsets:
+            self._said, self._length = 0, self._onsets[k]
+        if self._said == self._length:
+            return LISTEN
+        self._said += 1
+        return speak(facts.reply[self._said - 1])
+
+    def _plan(self, facts: TurnTakingFacts) -> None:
+        """Decides when to speak in and after the turn that has just begun."""
+        turn = facts.turns[-1]
+        for first, last in turn.pauses:
+            if self._rng.random() < self._corruption.pause_reply:
+                self._onsets[int(self._rng.integers(first, last + 1))] = self.PAUSE_WORDS
+        wrong = self._rng.random() < self._corruption.wrong_delay
+        delay = self.WRONG_DELAYS[int(self._rng.integers(len(self.WRONG_DELAYS)))] if wrong else self.DELAY
+        self._onsets[turn.end + delay] = len(facts.reply)

@@ -1,0 +1,190 @@
+"""timespeak: the user asks to be reminded every so many seconds, and may say stop.
+
+The user says, in real recordings, ``[filler] <number> second(s)``; the model is to say the number back and then the reminder
+word every so many seconds, counted from the end of the request. In part of the scenarios the user, having heard some
+reminders, says "goodbye" (`STOP_WORD`; the recordings have no literal "stop"): from then on the model is to be silent.
+
+The user reacts: the stop comes after the n-th reminder *heard*, so a model that never reminds is never told to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.chunk import CHUNK_SAMPLES, CHUNKS_PER_SECOND, Action
+from rollout.scenarios.base import Scenario, User
+from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
+from rollout.speech import NUMBER_WORDS, Clip, SpeechBank, Split
+
+FAMILY = "timespeak"
+STOP_WORD = "goodbye"
+REMINDER = "breathe"
+
+
+@dataclass(frozen=True)
+class TimespeakConfig:
+    """Defaults are the quickstart's. Ranges are uniform and inclusive."""
+
+    chunks: int = 60  # 12 s
+    seconds: tuple[int, ...] = (1, 2, 3, 4)  # intervals to ask for, as number words up to ten
+    filler: float = 0.5  # fraction of scenarios with a filler before the request
+    filler_s: tuple[float, float] = (0.4, 1.1)
+    gap_s: tuple[float, float] = (0.2, 0.5)  # between filler and number
+    unit_gap_s: tuple[float, float] = (0.02, 0.1)  # between number and "seconds"
+    stop: float = 0.6  # fraction of scenarios in which the user means to say stop, if the episode is long enough
+    stop_after: tuple[int, int] = (1, 4)  # reminders heard before the stop
+    stop_delay_chunks: tuple[int, int] = (1, 3)  # from hearing the last of these to the stop's first sample
+    sound: SoundConfig = field(default_factory=SoundConfig)
+
+    def __post_init__(self) -> None:
+        if not self.seconds or not all(1 <= s < len(NUMBER_WORDS) for s in self.seconds):
+            raise ValueError(f"timespeak.seconds must name numbers from 1 to 10, not {self.seconds}")
+
+
+@dataclass(frozen=True)
+class TimespeakFacts:
+    """Example: "four seconds" spoken in chunks 2 to 8, stopped at chunk 45:
+    ``TimespeakFacts(60, "four", 20, 2, 5, 8, 41, 45)``."""
+
+    chunks: int
+    number: str  # the word to say back
+    interval: int  # chunks between reminders
+    request_start: int  # chunk with the first sample of the user's first word, filler included
+    number_end: int  # chunk with the number's last sample
+    request_end: int  # chunk with the request's last sample; the first reminder is due `interval` later
+    stop_start: int | None  # chunk with the stop's first sample, None if the user never said it
+    stop_end: int | None  # chunk with its last sample
+    reminder: str = REMINDER
+
+    def to_json(self) -> dict[str, Any]:
+        return {"family": FAMILY, **asdict(self)}
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> TimespeakFacts:
+        return TimespeakFacts(**{name: value for name, value in fields.items() if name != "family"})
+
+
+@dataclass(frozen=True, eq=False)
+class TimespeakScenario(Scenario):
+    """One request; everything the user will say is decided, only the moment of the stop depends on the model."""
+
+    noise: NDArray[np.float32]  # [chunks * CHUNK_SAMPLES]
+    request: tuple[tuple[int, Clip], ...]  # (first sample, clip): filler if any, number, unit
+    gain: float
+    number: str
+    numbers: tuple[str, ...]  # all that the family's settings allow
+    interval: int  # chunks
+    stop: Clip
+    stop_after: int | None  # reminders heard before the stop, None for never
+    stop_delay: int  # samples from the start of the chunk in which the last of them was heard
+
+    def user(self) -> TimespeakUser:
+        return TimespeakUser(self)
+
+
+class TimespeakUser(User):
+    """Asks, counts the reminders it hears, says stop when it has heard enough."""
+
+    def __init__(self, scenario: TimespeakScenario) -> None:
+        super().__init__(scenario.chunks)
+        self._scenario = scenario
+        self._track = Track(scenario.noise)
+        for first, clip in scenario.request:
+            self._track.lay(clip.samples, first, scenario.gain)
+        (_, number), (unit_first, unit) = scenario.request[-2:]
+        self._request_start = scenario.request[0][0] // CHUNK_SAMPLES
+        self._number_end = (scenario.request[-2][0] + len(number.samples) - 1) // CHUNK_SAMPLES
+        self._request_end = (unit_first + len(unit.samples) - 1) // CHUNK_SAMPLES
+        self._reminders_heard = 0
+        self._stop: tuple[int, int] | None = None  # first and last chunk
+
+    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
+        scenario = self._scenario
+        if heard is not None and heard.speaks and k - 1 > self._request_end and REMINDER in heard.words:
+            self._reminders_heard += 1
+            if self._stop is None and self._reminders_heard == scenario.stop_after:
+                self._say_stop(k * CHUNK_SAMPLES + scenario.stop_delay)
+        return self._track.chunk(k)
+
+    def _say_stop(self, first: int) -> None:
+        last = first + len(self._scenario.stop.samples) - 1
+        if last >= (self._chunks - 2) * CHUNK_SAMPLES:
+            return  # too late in the episode for silence after it to mean anything
+        self._track.lay(self._scenario.stop.samples, first, self._scenario.gain)
+        self._stop = (first // CHUNK_SAMPLES, last // CHUNK_SAMPLES)
+
+    def facts(self) -> TimespeakFacts:
+        start, end = self._stop or (None, None)
+        return TimespeakFacts(
+            chunks=self._chunks,
+            number=self._scenario.number,
+            interval=self._scenario.interval,
+            request_start=self._request_start,
+            number_end=self._number_end,
+            request_end=self._request_end,
+            stop_start=start,
+            stop_end=end,
+        )
+
+
+def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig) -> TimespeakScenario:
+    """The scenario of a seed. Raises `SpeechError` when the bank lacks a word that the family needs."""
+    rng = generator(FAMILY, split, seed)
+    sound = config.sound
+    held_out = split == "held_out"
+    seconds = int(rng.choice(config.seconds))
+    number = NUMBER_WORDS[seconds]
+    at = seconds_to_samples(rng.uniform(*sound.start_s))
+    request: list[tuple[int, Clip]] = []
+    if rng.random() < config.filler:
+        filler = _one(rng, bank.fillers(split, words=(1, 3), seconds=config.filler_s))
+        request.append((at, filler))
+        at += len(filler.samples) + seconds_to_samples(rng.uniform(*config.gap_s))
+    number_clip = _one(rng, bank.saying(number))
+    request.append((at, number_clip))
+    at += len(number_clip.samples) + seconds_to_samples(rng.uniform(*config.unit_gap_s))
+    unit = _one(rng, bank.saying("second" if seconds == 1 else "seconds"))
+    request.append((at, unit))
+    end = (at + len(unit.samples) - 1) // CHUNK_SAMPLES
+    if end >= config.chunks:
+        raise ValueError(
+            f"timespeak.chunks = {config.chunks} is too short: the request of seed {seed} ends in chunk {end}"
+        )
+
+    gain = amplitude(rng.uniform(*(sound.held_out_gain_db if held_out else sound.gain_db)))
+    snr = amplitude(rng.uniform(*(sound.held_out_snr_db if held_out else sound.snr_db)))
+    stop = _one(rng, bank.saying(STOP_WORD))
+    interval = seconds * CHUNKS_PER_SECOND
+    stop_delay = int(
+        rng.integers(config.stop_delay_chunks[0] * CHUNK_SAMPLES, config.stop_delay_chunks[1] * CHUNK_SAMPLES)
+    )
+    # The silence after the stop is a test only if another reminder would have been due before the episode ends.
+    after_stop = (stop_delay + len(stop.samples)) // CHUNK_SAMPLES + 2
+    last_heard = config.chunks - 1 - max(after_stop, interval + 1)
+    latest = min(config.stop_after[1], (last_heard - end) // interval)
+    wants_stop = rng.random() < config.stop
+    stop_after = int(rng.integers(config.stop_after[0], max(latest, config.stop_after[0]) + 1))
+    return TimespeakScenario(
+        family=FAMILY,
+        split=split,
+        seed=seed,
+        chunks=config.chunks,
+        noise=background(rng, split, 0.1 * gain / snr, config.chunks),
+        request=tuple(request),
+        gain=gain,
+        number=number,
+        numbers=tuple(NUMBER_WORDS[s] for s in config.seconds),
+        interval=interval,
+        stop=stop,
+        stop_after=stop_after if wants_stop and latest >= config.stop_after[0] else None,
+        stop_delay=stop_delay,
+    )
+
+
+def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
+    return clips[int(rng.integers(len(clips)))]

@@ -1,0 +1,236 @@
+"""turn_taking: the user talks with pauses, yields the floor with a closing phrase, and may interrupt the reply.
+
+A turn is one or more sentences with pauses between them, then "thank you" (`YIELD_PHRASE`). The model is to keep silent through
+speech and pauses, begin its reply (`REPLY`) shortly after the turn's end, and stop soon when the user barges in.
+
+The user reacts: it barges in some chunks after it *heard* the reply begin (in part of the scenarios); else it waits until
+the reply is over; if nothing comes it loses patience; if the reply will not end it cuts in. The next turn starts there.
+A turn begins only if it, and a whole reply to it, fit into what is left of the episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.chunk import CHUNK_SAMPLES, Action
+from rollout.scenarios.base import Scenario, User
+from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
+from rollout.speech import Clip, SpeechBank, Split
+
+FAMILY = "turn_taking"
+YIELD_PHRASE = "thank you"
+REPLY = ("yes", "sure", "here", "is", "the", "answer")  # one word a chunk
+LATEST_ONSET = 3  # chunks after a turn's end in which a reply may begin; a turn needs room for it
+MARGIN = 2  # chunks left free after the latest possible reply
+
+
+@dataclass(frozen=True)
+class TurnTakingConfig:
+    """Defaults are the quickstart's. Ranges are uniform and inclusive."""
+
+    chunks: int = 60  # 12 s
+    turns: int = 2  # at most; later ones start only where they fit
+    sentences: tuple[int, int] = (1, 2)  # of the first turn; later turns have one
+    sentence_words: tuple[int, int] = (3, 12)
+    sentence_s: tuple[float, float] = (0.9, 2.3)
+    pause_s: tuple[float, float] = (0.4, 1.2)  # inside a turn, between sentences and before the closing phrase
+    interrupts: float = 0.5  # probability that the user means to interrupt a reply, for every turn but the last
+    interrupt_after: tuple[int, int] = (2, 3)  # chunks from the reply's onset to the interruption's first sample
+    gap: tuple[int, int] = (3, 5)  # chunks of silence after a reply, before the next turn
+    patience: int = 7  # chunks after a turn's end without a reply, before the user goes on
+    tolerance: int = 9  # chunks of reply after which the user cuts in
+    sound: SoundConfig = field(default_factory=SoundConfig)
+
+    def __post_init__(self) -> None:
+        if self.turns < 1 or self.sentences[0] < 1:
+            raise ValueError(f"turn_taking needs at least one turn and sentence, not {self.turns} and {self.sentences}")
+        if self.patience <= LATEST_ONSET:
+            raise ValueError(
+                f"turn_taking.patience must exceed the onset window of {LATEST_ONSET}, not {self.patience}"
+            )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the user, in chunk indices."""
+
+    start: int  # chunk with its first sample
+    pauses: tuple[tuple[int, int], ...]  # first and last chunk that hold no speech at all, for every pause
+    end: int  # chunk with its last sample
+    interrupts: bool  # whether the model was speaking in the chunk before `start`
+
+
+@dataclass(frozen=True)
+class TurnTakingFacts:
+    """Example: ``TurnTakingFacts(60, (Turn(2, ((10, 13),), 24, False), Turn(29, (), 40, True)))``: the user interrupted the
+    reply to its first turn at chunk 29."""
+
+    chunks: int
+    turns: tuple[Turn, ...]
+    reply: tuple[str, ...] = REPLY
+
+    def to_json(self) -> dict[str, Any]:
+        return {"family": FAMILY, **asdict(self)}
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> TurnTakingFacts:
+        turns = tuple(
+            Turn(turn["start"], tuple((first, last) for first, last in turn["pauses"]), turn["end"], turn["interrupts"])
+            for turn in fields["turns"]
+        )
+        return TurnTakingFacts(fields["chunks"], turns, tuple(fields["reply"]))
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTurn:
+    """What the user will say in a turn and how it means to treat the reply."""
+
+    clips: tuple[tuple[int, Clip], ...]  # (samples from the turn's first, clip); the last one yields the floor
+    offset: int  # samples from the start of the turn's first chunk to its first sample
+    interrupt_after: int | None  # chunks from the onset of the reply to *this* turn; None: hear it out
+    gap: int  # chunks of silence after the reply before the next turn
+
+    @property
+    def samples(self) -> int:
+        """Length from the first chunk's start to the last sample, in samples."""
+        first, clip = self.clips[-1]
+        return self.offset + first + len(clip.samples)
+
+    def at(self, chunk: int, interrupts: bool) -> Turn:
+        """The facts of this turn when it starts in ``chunk``."""
+        base = chunk * CHUNK_SAMPLES + self.offset
+        pauses = []
+        for (first, clip), (following, _) in zip(self.clips, self.clips[1:], strict=False):
+            silent_from = (base + first + len(clip.samples) - 1) // CHUNK_SAMPLES + 1
+            silent_to = (base + following) // CHUNK_SAMPLES - 1
+            if silent_from <= silent_to:
+                pauses.append((silent_from, silent_to))
+        return Turn(chunk, tuple(pauses), (chunk * CHUNK_SAMPLES + self.samples - 1) // CHUNK_SAMPLES, interrupts)
+
+
+@dataclass(frozen=True, eq=False)
+class TurnTakingScenario(Scenario):
+    """A conversation of a few turns; their words are decided, their moments depend on the model."""
+
+    noise: NDArray[np.float32]  # [chunks * CHUNK_SAMPLES]
+    gain: float
+    first_chunk: int
+    plan: tuple[PlannedTurn, ...]
+    patience: int  # chunks
+    tolerance: int  # chunks
+
+    def user(self) -> TurnTakingUser:
+        return TurnTakingUser(self)
+
+
+class TurnTakingUser(User):
+    """Says its turns one after another, each at the moment that the model's behaviour gives."""
+
+    def __init__(self, scenario: TurnTakingScenario) -> None:
+        super().__init__(scenario.chunks)
+        self._scenario = scenario
+        self._track = Track(scenario.noise)
+        self._turns: list[Turn] = []
+        self._reply_onset: int | None = None  # first chunk of the model's reply to the latest turn
+        self._silent_since: int | None = None  # first chunk of silence after that reply
+        self._done = False
+        self._start_turn(scenario.first_chunk, interrupts=False)
+
+    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
+        if heard is not None and not self._done and k > self._turns[-1].end + 1:
+            self._consider(k, heard.speaks)
+        return self._track.chunk(k)
+
+    def _consider(self, k: int, speaking: bool) -> None:
+        """After the latest turn's end: does the next turn start in chunk k? ``speaking``: did the model, in chunk k - 1?"""
+        if speaking:
+            if self._reply_onset is None or self._silent_since is not None:
+                self._reply_onset = k - 1
+            self._silent_since = None
+        elif self._reply_onset is not None and self._silent_since is None:
+            self._silent_since = k - 1
+        planned = self._scenario.plan[len(self._turns) - 1]
+        if self._reply_onset is None:
+            if k - self._turns[-1].end > self._scenario.patience:
+                self._start_turn(k, interrupts=False)
+        elif self._silent_since is not None:
+            if k - self._silent_since >= planned.gap:
+                self._start_turn(k, interrupts=False)
+        else:
+            spoken = k - self._reply_onset
+            if spoken == planned.interrupt_after or spoken >= self._scenario.tolerance:
+                self._start_turn(k, interrupts=True)
+
+    def _start_turn(self, k: int, interrupts: bool) -> None:
+        if len(self._turns) == len(self._scenario.plan):
+            self._done = True
+            return
+        planned = self._scenario.plan[len(self._turns)]
+        turn = planned.at(k, interrupts)
+        if turn.end + LATEST_ONSET + len(REPLY) + MARGIN > self._chunks:
+            self._done = True
+            return
+        for first, clip in planned.clips:
+            self._track.lay(clip.samples, k * CHUNK_SAMPLES + planned.offset + first, self._scenario.gain)
+        self._turns.append(turn)
+        self._reply_onset = self._silent_since = None
+
+    def facts(self) -> TurnTakingFacts:
+        return TurnTakingFacts(self._chunks, tuple(self._turns))
+
+
+def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingConfig) -> TurnTakingScenario:
+    """The scenario of a seed. Raises `SpeechError` when the bank lacks sentences or the closing phrase."""
+    rng = generator(FAMILY, split, seed)
+    sound = config.sound
+    held_out = split == "held_out"
+    sentences = bank.fillers(split, words=config.sentence_words, seconds=config.sentence_s)
+    closings = bank.saying(YIELD_PHRASE)
+    start = seconds_to_samples(rng.uniform(*sound.start_s))
+    plan = []
+    for index in range(config.turns):
+        count = int(rng.integers(config.sentences[0], config.sentences[1] + 1)) if index == 0 else 1
+        clips: list[tuple[int, Clip]] = []
+        at = 0
+        for clip in (*(_one(rng, sentences) for _ in range(count)), _one(rng, closings)):
+            clips.append((at, clip))
+            at += len(clip.samples) + seconds_to_samples(rng.uniform(*config.pause_s))
+        interrupts = rng.random() < config.interrupts and index < config.turns - 1
+        interrupt_after = int(rng.integers(config.interrupt_after[0], config.interrupt_after[1] + 1))
+        plan.append(
+            PlannedTurn(
+                clips=tuple(clips),
+                # A turn that interrupts starts near its chunk's start, so that the chunk lets it be heard.
+                offset=start % CHUNK_SAMPLES if index == 0 else int(rng.integers(CHUNK_SAMPLES // 4)),
+                interrupt_after=interrupt_after if interrupts else None,
+                gap=int(rng.integers(config.gap[0], config.gap[1] + 1)),
+            )
+        )
+    gain = amplitude(rng.uniform(*(sound.held_out_gain_db if held_out else sound.gain_db)))
+    snr = amplitude(rng.uniform(*(sound.held_out_snr_db if held_out else sound.snr_db)))
+    first_chunk = start // CHUNK_SAMPLES
+    if plan[0].at(first_chunk, interrupts=False).end + LATEST_ONSET + len(REPLY) + MARGIN > config.chunks:
+        raise ValueError(
+            f"turn_taking.chunks = {config.chunks} is too short: the first turn of seed {seed} and a reply to it do not fit"
+        )
+    return TurnTakingScenario(
+        family=FAMILY,
+        split=split,
+        seed=seed,
+        chunks=config.chunks,
+        noise=background(rng, split, 0.1 * gain / snr, config.chunks),
+        gain=gain,
+        first_chunk=first_chunk,
+        plan=tuple(plan),
+        patience=config.patience,
+        tolerance=config.tolerance,
+    )
+
+
+def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
+    return clips[int(rng.integers(len(clips)))]
