@@ -31,14 +31,14 @@ class StartupError(Exception):
     """The environment cannot run the program. The message says what, where, and what to do."""
 
 
-def check_python(version: tuple[int, ...]) -> None:
-    if version < OLDEST_PYTHON:
+def check_python(version: tuple[int, int, int]) -> None:
+    if version[:2] < OLDEST_PYTHON:
         found, need = (".".join(map(str, v[:2])) for v in (version, OLDEST_PYTHON))
         raise StartupError(f"Python {found} at {sys.executable} is too old; Metronome needs {need} or newer")
 
 
 def check_kernels(root: Path = ROOT) -> None:
-    """Raises StartupError unless ``import kernels`` gives the package beside this one; Hugging Face has one so named."""
+    """Raises StartupError unless ``import kernels`` gives the package beside this one; Hugging Face has a namesake."""
     spec = importlib.util.find_spec("kernels")
     found = None if spec is None or spec.origin is None else Path(spec.origin).resolve().parent
     if found == root / "kernels" and (found / "ops.py").is_file():
@@ -79,9 +79,9 @@ def import_deepspeed() -> ModuleType:
 
 
 def run_command(module: str) -> NoReturn:
-    """Runs ``main()`` of the named module after the checks; never returns. Exit status 2: an error that a user can mend."""
+    """Runs ``main()`` of the named module after the checks; never returns. Exit status 2: a user can mend it."""
     try:
-        check_python(sys.version_info)
+        check_python(tuple(sys.version_info[:3]))
         check_kernels()
     except StartupError as error:
         fail(str(error))
@@ -102,7 +102,8 @@ def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
 
     What is wrong is mostly seen by every rank. The launcher stops the others as soon as one exits, so the others wait
     a moment before they speak: the user reads one line, and still reads it when only a later rank has failed. The
-    launcher ends with a report of its own, whose last lines show what it finds in TORCHELASTIC_ERROR_FILE: the same message."""
+    launcher ends with a report of its own, whose last lines show what it finds in TORCHELASTIC_ERROR_FILE: the same
+    message."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(RANK_DELAY_S)
