@@ -30,7 +30,14 @@ INSTRUCTION_SETS = {
 # -fopenmp only when compiling: at run time the symbols come from the OpenMP library that torch has loaded, since two
 # OpenMP runtimes in one process fight over the cores.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fvisibility=hidden", "-fno-exceptions", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes"]
+FLAGS += [
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Wno-ignored-attributes",
+]
 
 
 class NativeBuild(build_ext):
@@ -54,9 +61,14 @@ class NativeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: str) -> str:
-            out = str(objects / (Path(source).stem + ".o"))
-            _run([*compiler.split(), *FLAGS, *ext.extra_compile_args, "-c", source, "-o", out])
-            return out
+            out = objects / (Path(source).stem + ".o")
+            newest = max(Path(path).stat().st_mtime for path in (source, *ext.depends, __file__))
+            if self.force or not out.exists() or out.stat().st_mtime < newest:
+                # Written beside and renamed: an interrupted compiler leaves no half object that looks fresh.
+                fresh = out.with_suffix(f".{os.getpid()}.tmp")
+                _run([*compiler.split(), *FLAGS, *ext.extra_compile_args, "-c", source, "-o", str(fresh)])
+                os.replace(fresh, out)
+            return str(out)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             outputs = list(pool.map(compile_one, ext.sources))

@@ -1,0 +1,147 @@
+"""Linear layers on the CPU: packing, forward and gradient. The reduction order is stated in native/gemm.h.
+
+A pack holds the weights in column panels. The gradient of x needs the panels of the transpose; they are made when the
+first backward runs and then kept fresh by `repack`. Gradients are computed in fp32 also for bf16, and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import bind
+from kernels.layout import PackedExperts, PackedLinear
+
+PANEL = 16  # columns of a panel, as in native/gemm.h
+
+_SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_PACK = {dtype: bind(f"pack_rows_{name}", "piipi") for dtype, name in _SHORT.items()}
+_TRANSPOSE = {dtype: bind(f"pack_transposed_{name}", "piip") for dtype, name in _SHORT.items()}
+_LINEAR = {
+    (dtype, out): bind(f"linear_{name}_{out_name}", "piipiipi")
+    for dtype, name in _SHORT.items()
+    for out, out_name in _SHORT.items()
+}
+_WEIGHT_GRADIENT = bind("linear_weight_gradient", "pipiiiip")
+
+
+def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
+    if not parts:
+        raise ValueError("pack_linear: parts is empty; give at least one weight [N, K]")
+    dtype, cols = parts[0].dtype, parts[0].shape[-1]
+    for i, part in enumerate(parts):
+        if part.dim() != 2 or part.shape[1] != cols:
+            raise ValueError(f"pack_linear: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")
+        check_weight(f"pack_linear: parts[{i}]", part, dtype)
+    packed = PackedLinear(parts, sum(part.shape[0] for part in parts), cols)
+    packed.data["panels"] = torch.zeros(panel_count(packed.rows), cols, PANEL, dtype=dtype)
+    fill_linear(packed)
+    return packed
+
+
+def check_weight(name: str, part: Tensor, dtype: torch.dtype) -> None:
+    if part.dtype not in _SHORT or part.dtype != dtype:
+        raise ValueError(f"{name} is {part.dtype}; all parts must be one of float32 and bfloat16, the first is {dtype}")
+    if not part.is_cpu or not part.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous CPU tensor; it is on {part.device}, strides {part.stride()}")
+
+
+def panel_count(columns: int) -> int:
+    return -(-columns // PANEL)
+
+
+def fill_linear(packed: PackedLinear) -> None:
+    """Writes the panels, and those of the transpose if there are any, from the parts' current values."""
+    panels = panels_of(packed, "repack")
+    fill_panels(panels, packed.parts)
+    if "transposed" in packed.data:
+        fill_transposed(panels, packed.rows, packed.cols, packed.data["transposed"])
+
+
+def fill_panels(panels: Tensor, parts: tuple[Tensor, ...]) -> None:
+    first = 0
+    for part in parts:
+        rows, cols = part.shape
+        _PACK[part.dtype](part.data_ptr(), rows, cols, panels.data_ptr(), first)
+        first += rows
+
+
+def fill_transposed(panels: Tensor, rows: int, cols: int, out: Tensor) -> None:
+    _TRANSPOSE[panels.dtype](panels.data_ptr(), rows, cols, out.data_ptr())
+
+
+def panels_of(packed: PackedLinear | PackedExperts, op: str) -> Tensor:
+    panels = packed.data.get("panels")
+    if panels is None:
+        raise ValueError(f"{op}: packed was made by another backend; pack the weights anew after use_backend('cpu')")
+    return panels
+
+
+def check_rows(op: str, x: Tensor, cols: int, dtype: torch.dtype) -> None:
+    """Raises unless x is [T, cols] on the CPU, of ``dtype``, columns adjacent."""
+    if x.dim() != 2 or x.shape[1] != cols:
+        raise ValueError(f"{op}: x is {tuple(x.shape)}, not [T, {cols}]")
+    if x.dtype != dtype:
+        raise ValueError(f"{op}: x is {x.dtype}, the weights {dtype}")
+    if not x.is_cpu or (x.stride(1) != 1 and cols > 1):
+        raise ValueError(f"{op}: x must be a CPU tensor with adjacent columns; on {x.device}, strides {x.stride()}")
+
+
+def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in packed.parts)):
+        out: Tensor = _Linear.apply(x, packed, out_dtype, *packed.parts)
+        return out
+    return _forward(x, packed, out_dtype)
+
+
+def _forward(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
+    panels = panels_of(packed, "linear")
+    check_rows("linear", x, packed.cols, panels.dtype)
+    call = _LINEAR.get((x.dtype, out_dtype))
+    if call is None:
+        raise ValueError(f"linear: out_dtype is {out_dtype}; choose float32 or bfloat16")
+    rows, n = x.shape[0], packed.rows
+    out = torch.empty(rows, n, dtype=out_dtype)
+    call(x.data_ptr(), x.stride(0), rows, panels.data_ptr(), n, packed.cols, out.data_ptr(), n)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, out_dtype, *parts):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.packed = packed
+        return _forward(x, packed, out_dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (x,), packed = ctx.saved_tensors, ctx.packed
+        grad = grad.float().contiguous()
+        need_x, need_parts = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        dx = _input_gradient(grad, packed).to(x.dtype) if need_x else None
+        if not any(need_parts):
+            return dx, None, None, *[None] * len(need_parts)
+        whole = weight_gradient(grad, x.float()).to(x.dtype)
+        pieces = whole.split([part.shape[0] for part in packed.parts])
+        return dx, None, None, *(piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
+
+
+def _input_gradient(grad: Tensor, packed: PackedLinear) -> Tensor:
+    """grad [T, N] fp32 -> [T, K]: one chain over n."""
+    if "transposed" not in packed.data:
+        out = torch.zeros(panel_count(packed.cols), packed.rows, PANEL)
+        fill_transposed(packed.data["panels"], packed.rows, packed.cols, out)
+        packed.data["transposed"] = out
+    rows, k = grad.shape[0], packed.cols
+    dx = torch.empty(rows, k)
+    panels = packed.data["transposed"].data_ptr()
+    _LINEAR[torch.float32, torch.float32](grad.data_ptr(), packed.rows, rows, panels, k, packed.rows, dx.data_ptr(), k)
+    return dx
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [T, N], x [T, K], fp32 -> [N, K]: one chain over t."""
+    dw = torch.empty(grad.shape[1], x.shape[1])
+    arguments = (grad.data_ptr(), grad.shape[1], x.data_ptr(), x.stride(0), grad.shape[0], *dw.shape, dw.data_ptr())
+    _WEIGHT_GRADIENT(*arguments)
+    return dw
