@@ -81,7 +81,7 @@ def import_deepspeed() -> ModuleType:
 def run_command(module: str) -> NoReturn:
     """Runs ``main()`` of the named module after the checks; never returns. Exit status 2: a user can mend it."""
     try:
-        check_python(tuple(sys.version_info[:3]))
+        check_python(sys.version_info[:3])
         check_kernels()
     except StartupError as error:
         fail(str(error))

@@ -1,0 +1,16 @@
+"""Settings of every test process: no network, no GPU guessed, the same examples from hypothesis each time."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings
+
+# derandomize: a failure seen once is seen again; no deadline: the first call of an op may load libraries.
+settings.register_profile("metronome", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("metronome")
