@@ -97,9 +97,10 @@ class SessionState:
     def __init__(
         self, config: InklingConfig, slots: int, max_tokens: int, dtype: torch.dtype, max_rows: int = 1024
     ) -> None:
-        """``max_tokens``: rows a session can hold. ``max_rows``: rows in one call, over all sessions; it bounds the pages
-        that sliding layers need beyond their window while a call runs. Longer prefills go in several calls, to the same
-        bits."""
+        """``max_tokens``: rows a session can hold. ``max_rows``: rows in one call, over all sessions.
+
+        The latter bounds the pages that sliding layers need beyond their window while a call runs. Longer prefills go in
+        several calls, to the same bits."""
         if slots < 1 or max_tokens < 1 or max_rows < 1:
             raise ValueError(f"SessionState: slots {slots}, max_tokens {max_tokens}, max_rows {max_rows} must be >= 1")
         text = config.text_config
@@ -127,6 +128,14 @@ class SessionState:
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
         self._decode: tuple[list[int], Tensor, Tensor] = ([], torch.empty(0), torch.empty(0))
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def open_slots(self) -> int:
+        return self.slots - len(self._free)
 
     def open(self) -> int:
         """A slot at length 0."""

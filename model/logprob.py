@@ -1,0 +1,62 @@
+"""The one log-probability function, used by sampler and learner alike.
+
+logp(token) = log softmax(logits / temperature), over the tokens that the row's class allows. Temperature is part of the
+policy; there is no top-k and no top-p, whose cut would make the sampled policy another one than the learned one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kernels import ops
+
+MODE, FIRST_TEXT, NEXT_TEXT = 0, 1, 2
+"""Classes of a sampled token: the mode at a chunk's end, the first word after ``<|speak|>``, a further word or end."""
+
+
+@dataclass(frozen=True)
+class TokenClasses:
+    """Which tokens each class allows.
+
+    >>> from model.tokenizer import load_tokenizer
+    >>> [int(n) for n in TokenClasses.build(load_tokenizer(), 256).allowed.sum(1)]
+    [2, 248, 249]
+    """
+
+    allowed: Tensor  # bool [3, V], rows MODE, FIRST_TEXT, NEXT_TEXT
+
+    @staticmethod
+    def build(tokenizer: PreTrainedTokenizerBase, vocab: int, delegate: bool = False) -> TokenClasses:
+        """``vocab`` is the model's V, at least the tokenizer's; ids beyond the tokenizer's are never allowed."""
+        words = len(tokenizer)
+        if vocab < words:
+            raise ValueError(f"TokenClasses: the tokenizer has {words} tokens, the model's vocabulary only {vocab}")
+        needed = ("<|listen|>", "<|speak|>", "<|delegate|>", "<|end|>")
+        known = tokenizer.get_vocab()
+        if missing := [token for token in needed if token not in known]:
+            raise ValueError(f"TokenClasses: the tokenizer lacks {', '.join(missing)}; add them as special tokens")
+        listen, speak, delegates, end = (known[token] for token in needed)
+        allowed = torch.zeros(3, vocab, dtype=torch.bool)
+        allowed[MODE, [listen, speak] + [delegates] * delegate] = True
+        allowed[[FIRST_TEXT, NEXT_TEXT], :words] = True
+        allowed[FIRST_TEXT : NEXT_TEXT + 1, [*tokenizer.all_special_ids, listen, speak, delegates]] = False
+        allowed[NEXT_TEXT, end] = True
+        return TokenClasses(allowed)
+
+    def score(
+        self, logits: Tensor, token: Tensor, row_class: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logits fp32 [T, V], token and row_class int64 [T] -> (logprob fp32 [T], entropy fp32 [T] in nats, digest of
+        the whole log-prob row int64 [T]). Differentiable. Temperature 0 (greedy) is scored at 1, as `sample` does."""
+        return ops.logprob(logits, token, temperature or 1.0, self.allowed, row_class)
+
+    def sample(
+        self, logits: Tensor, key: Tensor, row_class: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logits fp32 [T, V], key int64 [T] (bits of the row's uint64 random key) -> (token int64 [T], logprob fp32
+        [T], digest int64 [T]), the last two equal to what `score` gives for that token."""
+        return ops.sample(logits, temperature, key, self.allowed, row_class)

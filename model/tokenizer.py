@@ -1,0 +1,38 @@
+"""The small word tokenizer of the CPU presets: 256 lower-case words from ``words.txt``, one id a line, specials first.
+
+A `PreTrainedTokenizerFast`, so the large presets take any other fast tokenizer in its place, if it knows the specials.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, AUDIO, LISTEN, SPEAK, DELEGATE, END, UNK = range(8)
+SPECIALS = ("<|pad|>", "<|bos|>", "<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>", "<|end|>", "<|unk|>")
+"""In the order of their ids."""
+
+WORDS_FILE = Path(__file__).with_name("words.txt")
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """Text is lower-cased, anything but letters and apostrophes separates words, unknown words become ``<|unk|>``."""
+    words = WORDS_FILE.read_text(encoding="utf-8").split()
+    if tuple(words[: len(SPECIALS)]) != SPECIALS or len(set(words)) != len(words):
+        raise ValueError(f"{WORDS_FILE}: must start with {' '.join(SPECIALS)} and name each word once")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z']+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|bos|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=["<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>"],
+    )
+    return fast
