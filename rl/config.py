@@ -1,0 +1,96 @@
+"""The recipe of a run: typed, frozen, read from YAML with dotted overrides; unknown keys are errors.
+
+Each field's default is the quickstart's. Lengths are in steps, never in seconds: a run's result may not depend on how
+fast the machine is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from reward.score import RewardConfig
+from rl.tracking import TrackingConfig
+from rollout.scenarios.demonstrate import Corruption
+from rollout.scenarios.registry import ScenarioConfig
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The model to train: a preset with fresh weights, or a checkpoint in transformers' format."""
+
+    preset: str = "tiny"
+    checkpoint: str | None = None  # folder to start from; its config.json replaces the preset
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW as DeepSpeed drives it."""
+
+    lr: float = 6e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.02
+    warmup_steps: int = 20  # linear, from 0
+    final_lr: float = 0.2  # fraction of lr reached, linearly, at the last step
+    clip_norm: float = 0.5  # of the whole gradient; 0 turns clipping off
+    zero_stage: Literal[0, 1, 2] = 1
+
+
+@dataclass(frozen=True)
+class WarmstartConfig:
+    """Supervised warm start on scripted, partly wrong demonstrations."""
+
+    steps: int = 400
+    episodes: int = 16  # demonstrations a step, over all ranks
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, clip_norm=1.0))
+    corruption: Corruption = field(default_factory=Corruption)
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Strictly on-policy reinforcement learning: one rollout batch, one optimizer step."""
+
+    steps: int = 100
+    groups: int = 6  # scenarios a step, over all ranks; families take turns
+    rollouts: int = 8  # rollouts of each scenario
+    gamma: float = 0.6  # discount a chunk of the reward-to-go
+    timing_weight: float = 1.0
+    content_weight: float = 1.0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    micro_batch: int = 8  # episodes in one learner forward; does not enter the result beyond summation order
+    checkpoint_every: int = 50
+    evaluate_every: int = 25
+    save_episodes_every: int = 25  # episode records to disk every so many steps; 0 never
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    temperature: float = 1.0
+    words_per_chunk: int = 1
+    max_tokens: int = 512  # context of a session
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out scenarios, sampled at the training temperature."""
+
+    scenarios: int = 96  # of each family, before and after
+    during: int = 24  # of each family, every rl.evaluate_every steps
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    name: str = "quickstart"
+    runs: str = "runs"  # folder that holds run folders
+    seed: int = 0
+    speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,122 @@
+"""The RL loop: sample, score, learn, audit, publish. Everything it calls is a room of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from kernels import dispatch
+from reward.combine import score
+from reward.score import Score
+from rl import ranks
+from rl.config import TrainConfig
+from rl.credit import token_weights
+from rl.identity import Mismatch, check_comparable, compare, failure
+from rl.learner import Gradient, Learner, policy_gradient
+from rollout.episode import Episode, concatenate
+from rollout.play import Play, play
+from rollout.scenarios.registry import FAMILIES, scenario
+from rollout.session import SessionEngine
+from rollout.speech import SpeechBank
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found: metrics (equal on every rank) and this rank's episodes."""
+
+    metrics: dict[str, float | int | str]
+    mismatch: Mismatch
+    episodes: list[Episode]
+
+
+def steps(
+    config: TrainConfig,
+    bank: SpeechBank,
+    engine: SessionEngine,
+    learner: Learner,
+    first: int,
+) -> Iterator[StepResult]:
+    """Steps ``first`` … of the recipe, each strictly on-policy: one rollout batch, one optimizer step.
+
+    Raises NotComparableError or NotEqualError before a step that would not be on-policy, MetronomeError for a reward or
+    log-prob that is not finite; the model is then as the last finished step left it."""
+    for step in range(first, config.rl.steps):
+        clock = time.perf_counter()
+        episodes = play(engine, plays(config, bank, step), config.seed)
+        rollout_s = time.perf_counter() - clock
+        scores = [score(e.family, e.facts, e.actions, config.reward) for e in episodes]
+        weights = token_weights(episodes, scores, config.rl)
+        check_comparable(episodes, dispatch.contract_id(), engine.weights_digest)
+        gradient = policy_gradient(
+            engine.model,
+            episodes,
+            weights,
+            engine.vocabulary.classes,
+            config.rollout.temperature,
+            config.rl.micro_batch,
+        )
+        mismatch = audit(engine, episodes, gradient, step)
+        norm = learner.step(gradient)
+        engine.publish()
+        total_s = time.perf_counter() - clock
+        yield StepResult(
+            {
+                "step": step,
+                "weights_digest": engine.weights_digest,
+                **rewards(scores),
+                **mismatch.metrics(),
+                "policy/entropy": _mean(gradient.entropy),
+                "policy/grad_norm": norm,
+                "time/rollout_s": max(ranks.gather(rollout_s)),
+                "time/learner_s": total_s - rollout_s,
+                "time/step_s": total_s,
+            },
+            mismatch,
+            episodes,
+        )
+
+
+def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
+    """This rank's rollouts of a step: its share of the groups, every group a fresh train scenario, families in turn."""
+    out = []
+    for g in ranks.share(config.rl.groups):
+        index = step * config.rl.groups + g
+        item = scenario(FAMILIES[index % len(FAMILIES)], "train", index, bank, config.scenarios)
+        out += [Play(item, r) for r in range(config.rl.rollouts)]
+    return out
+
+
+def audit(engine: SessionEngine, episodes: list[Episode], gradient: Gradient, step: int) -> Mismatch:
+    """Compares every sampled token of all ranks; raises NotEqualError on every rank when any bit differs."""
+    mine = compare(concatenate(episodes, "logprob"), gradient.logprob, concatenate(episodes, "digest"), gradient.digest)
+    error = None
+    if mine.num_unequal or mine.rows_unequal:
+        error = failure(engine.model, episodes, gradient.logprob, gradient.digest, gradient.owner, step)
+    found = ranks.gather((mine, error))
+    for _, problem in found:
+        if problem is not None:
+            raise problem
+    return Mismatch.total([part for part, _ in found])
+
+
+def rewards(scores: list[Score]) -> dict[str, float]:
+    """Episode sums of the shaped rewards, and the rule score, averaged over all ranks' episodes."""
+    mine = [(float(torch.as_tensor(s.timing).sum()), float(torch.as_tensor(s.content).sum()), s.value) for s in scores]
+    every = [row for part in ranks.gather(mine) for row in part]
+    timing, content, value = (fmean(column) for column in zip(*every, strict=True))
+    return {
+        "reward/mean": timing + content,
+        "reward/timing": timing,
+        "reward/content": content,
+        "reward/score": value,
+    }
+
+
+def _mean(values: torch.Tensor) -> float:
+    """Mean over all ranks' entries."""
+    parts = ranks.gather((float(values.double().sum()), values.numel()))
+    return sum(total for total, _ in parts) / sum(count for _, count in parts)

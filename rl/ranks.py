@@ -1,0 +1,51 @@
+"""The processes of a run: who am I, what is my share, what did the others find. A thin layer over torch.distributed;
+one process without a launcher works too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(count: int) -> range:
+    """The contiguous indices of ``count`` items that this rank works on; together the ranks cover all, in order."""
+    return range(rank() * count // world(), (rank() + 1) * count // world())
+
+
+def gather(value: Any) -> list[Any]:
+    """Everyone's value, in rank order, on every rank (pickled: for small records)."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(what: str, value: str) -> None:
+    """Raises RuntimeError on every rank when ranks hold different values of what must be equal."""
+    values = gather(value)
+    if len(set(values)) > 1:
+        raise RuntimeError(f"{what} differs between ranks: {values}; the run cannot go on")
+
+
+def sum_in_order(mine: Tensor) -> Tensor:
+    """The ranks' tensors added in rank order, so that every rank holds the same bits; [n] -> [n]."""
+    if world() == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(parts, mine)
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total

@@ -1,0 +1,58 @@
+"""Supervised warm start: maximum likelihood on scripted demonstrations, so that RL begins from a policy that acts.
+
+The demonstrations are wrong on purpose at stated rates (`rollout.scenarios.demonstrate.Corruption`): the warm-started
+policy has seen what may be said and when, and is left to RL to find out what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from model.audio import DMel
+from model.transformer import InteractionModel
+from rl import ranks
+from rl.config import TrainConfig
+from rl.learner import Learner, policy_gradient
+from rollout.scenarios.demonstrate import demonstrate
+from rollout.scenarios.registry import FAMILIES, scenario
+from rollout.speech import SpeechBank
+from rollout.transcript import Transcript, write_transcript
+from rollout.vocabulary import Vocabulary
+
+FIRST_SEED = 1_000_000_000
+"""Demonstrations use train scenarios from this seed on; RL's count from 0. They never meet."""
+
+
+def demonstrations(
+    config: TrainConfig, bank: SpeechBank, dmel: DMel, vocabulary: Vocabulary, step: int
+) -> list[Transcript]:
+    """This rank's share of a step's demonstrations; a pure function of config and step."""
+    out = []
+    for i in ranks.share(config.warmstart.episodes):
+        index = step * config.warmstart.episodes + i
+        family = FAMILIES[index % len(FAMILIES)]
+        item = scenario(family, "train", FIRST_SEED + config.seed * 10_000_000 + index, bank, config.scenarios)
+        rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
+        waveform, actions, _ = demonstrate(item, rng, config.warmstart.corruption)
+        codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
+        out.append(write_transcript(codes, actions, vocabulary, config.rollout.words_per_chunk))
+    return out
+
+
+def warm_start(
+    config: TrainConfig, bank: SpeechBank, model: InteractionModel, vocabulary: Vocabulary
+) -> Iterator[dict[str, float]]:
+    """Trains the model in place; yields one record a step: step, loss (nats a chosen token), grad_norm."""
+    dmel = DMel.build()
+    learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
+    for step in range(config.warmstart.steps):
+        transcripts = demonstrations(config, bank, dmel, vocabulary, step)
+        tokens = sum(ranks.gather(sum(len(t.chunk) for t in transcripts)))
+        weights = [torch.full((len(t.chunk),), 1.0 / tokens) for t in transcripts]
+        gradient = policy_gradient(model, transcripts, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
+        norm = learner.step(gradient)
+        loss = -sum(ranks.gather(float(gradient.logprob.double().sum()))) / tokens
+        yield {"step": step, "warmstart/loss": loss, "warmstart/grad_norm": norm}

@@ -1,0 +1,102 @@
+"""The record of one episode: what was heard, what was sampled, and the proof of which policy sampled it.
+
+An episode holds everything the learner needs to recompute each sampled token's distribution (tokens, dMel codes, where
+the sampled tokens are and which tokens were allowed there) and everything a comparison needs (log-prob and row digest
+of each sampled token, contract id, weights digest). It knows nothing of rewards; scores come from `facts` and `actions`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+from model.files import write_whole
+from rollout.chunk import Action, Mode
+
+TENSORS = ("tokens", "codes", "sampled_at", "row_class", "chunk", "logprob", "digest")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One rollout of one scenario. T tokens in all, A of them audio, N sampled.
+
+    Worked example: a session that hears one chunk, says nothing and ends has tokens
+    ``[bos, audio, audio, audio, audio, listen]``, sampled_at ``[5]``, row_class ``[MODE]``, chunk ``[0]``.
+    """
+
+    scenario: str  # scenario id, "family/split/seed"
+    rollout: int  # index within the scenario's group
+    seed: int  # run seed that keyed the sampling
+    temperature: float
+    contract_id: str
+    weights_digest: str
+    facts: dict[str, Any]  # what the simulated user did, as its family's facts say it (JSON)
+    actions: tuple[Action, ...]  # [chunks]
+    tokens: Tensor  # int64 [T]
+    codes: Tensor  # uint8 [A, 80], dMel bins of the rows that hold the audio token, in order
+    sampled_at: Tensor  # int64 [N], position of each sampled token; its distribution is the row before
+    row_class: Tensor  # int64 [N], which tokens were allowed (model.logprob)
+    chunk: Tensor  # int64 [N], chunk in which each token was sampled
+    logprob: Tensor  # fp32 [N], log-probability under the sampler, nats
+    digest: Tensor  # int64 [N], digest of the whole log-prob row
+
+    @property
+    def family(self) -> str:
+        return self.scenario.split("/", 1)[0]
+
+    @property
+    def name(self) -> str:
+        """How messages name an episode: scenario id and rollout index."""
+        return f"{self.scenario}#{self.rollout}"
+
+
+def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
+    """Writes episodes as one safetensors file, whole or not at all; `load_episodes` reads it back."""
+    tensors = {f"{i}.{name}": getattr(e, name).contiguous() for i, e in enumerate(episodes) for name in TENSORS}
+    header = [
+        {
+            "scenario": e.scenario,
+            "rollout": e.rollout,
+            "seed": e.seed,
+            "temperature": e.temperature,
+            "contract_id": e.contract_id,
+            "weights_digest": e.weights_digest,
+            "facts": e.facts,
+            "actions": [[a.mode.value, *a.words] for a in e.actions],
+        }
+        for e in episodes
+    ]
+    write_whole(path, safetensors.torch.save(tensors, metadata={"episodes": json.dumps(header)}))
+
+
+def load_episodes(path: Path) -> list[Episode]:
+    """Raises MetronomeError when the file is missing, cut short or not a file of episodes."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["episodes"])
+            return [
+                Episode(
+                    **{k: v for k, v in fields.items() if k != "actions"},
+                    actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in fields["actions"]),
+                    **{name: file.get_tensor(f"{i}.{name}") for name in TENSORS},
+                )
+                for i, fields in enumerate(header)
+            ]
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise MetronomeError(
+            f"{path}: cannot be read as a file of episodes ({error}). Roll the episodes out again, or delete the file."
+        ) from error
+
+
+def concatenate(episodes: Sequence[Episode], name: str) -> Tensor:
+    """One field of all episodes, one after another: the learner's packed order."""
+    return torch.cat([getattr(e, name) for e in episodes])

@@ -1,0 +1,64 @@
+"""Plays scenarios against a session engine, as many at once as it has slots, and returns the episodes in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rollout.chunk import Action
+from rollout.episode import Episode
+from rollout.sampler import session_key
+from rollout.scenarios.base import Scenario, User
+from rollout.session import Session, SessionEngine
+
+
+@dataclass(frozen=True)
+class Play:
+    """One rollout to make: scenario and index within its group."""
+
+    scenario: Scenario
+    rollout: int
+
+
+@dataclass
+class _Live:
+    place: int  # index into the plays, so that results keep their order
+    user: User
+    session: Session
+    heard: Action | None = None
+
+
+def play(engine: SessionEngine, plays: Sequence[Play], seed: int) -> list[Episode]:
+    """Rolls every play out to its scenario's last chunk. A session that ends makes room for the next play at once.
+
+    By the row contract the result does not depend on how many run together."""
+    waiting = list(enumerate(plays))[::-1]
+    live: list[_Live] = []
+    done: dict[int, Episode] = {}
+    while waiting or live:
+        while waiting and engine.state.free_slots:
+            place, item = waiting.pop()
+            key = session_key(seed, item.scenario.id, item.rollout)
+            live.append(_Live(place, item.scenario.user(), engine.open(key)))
+        audio = torch.from_numpy(np.stack([one.user.next_chunk(one.heard) for one in live]))
+        for one, action in zip(live, engine.append([one.session for one in live], audio), strict=True):
+            one.heard = action
+        going = []
+        for one in live:
+            item = plays[one.place]
+            if one.session.chunks < item.scenario.chunks:
+                going.append(one)
+                continue
+            engine.close(one.session)
+            done[one.place] = engine.episode(
+                one.session,
+                scenario=item.scenario.id,
+                rollout=item.rollout,
+                seed=seed,
+                facts=one.user.facts().to_json(),
+            )
+        live = going
+    return [done[place] for place in range(len(plays))]

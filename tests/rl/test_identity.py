@@ -1,0 +1,73 @@
+"""The comparison itself: it must see a single ulp, a single digest, and other weights."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rl.identity import Mismatch, NotComparableError, check_comparable, compare, unequal_bits
+from rollout.chunk import Action, Mode
+from rollout.episode import Episode
+
+
+def episode() -> Episode:
+    return Episode(
+        scenario="timespeak/train/0",
+        rollout=0,
+        seed=0,
+        temperature=1.0,
+        contract_id="c0",
+        weights_digest="w0",
+        facts={},
+        actions=(Action(Mode.LISTEN, ()),),
+        tokens=torch.tensor([1, 2, 2, 2, 2, 3]),
+        codes=torch.zeros(4, 80, dtype=torch.uint8),
+        sampled_at=torch.tensor([5]),
+        row_class=torch.tensor([0]),
+        chunk=torch.tensor([0]),
+        logprob=torch.tensor([-0.5]),
+        digest=torch.tensor([7]),
+    )
+
+
+def test_compare_counts_one_ulp() -> None:
+    a = torch.tensor([-0.5, -1.0, -2.0])
+    b = a.clone()
+    b[1] = torch.nextafter(b[1], torch.tensor(0.0))
+    same = compare(a, a.clone(), torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3]))
+    other = compare(a, b, torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4]))
+    assert (same.num_unequal, same.rows_unequal, same.max_abs) == (0, 0, 0.0)
+    assert (other.num_tokens, other.num_unequal, other.rows_unequal) == (3, 1, 1)
+    assert other.max_abs == pytest.approx(2.0**-24)
+
+
+def test_opposite_errors_do_not_cancel() -> None:
+    a = torch.tensor([-1.0, -1.0])
+    b = torch.tensor([-1.25, -0.75])
+    found = compare(a, b, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    assert found.metrics()["mismatch/k1"] == 0.0
+    assert found.num_unequal == 2
+    assert found.metrics()["mismatch/k3"] > 0.0
+
+
+def test_k1_and_k3_by_hand() -> None:
+    found = compare(torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([0]), torch.tensor([1]))
+    assert found.metrics()["mismatch/k1"] == pytest.approx(0.5)
+    assert found.metrics()["mismatch/k3"] == pytest.approx(2.718281828**-0.5 - 1 + 0.5, rel=1e-6)
+
+
+def test_unequal_bits_sees_signed_zero() -> None:
+    assert unequal_bits(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0])).tolist() == [True, False]
+
+
+def test_total_adds_counts_and_keeps_the_largest_gap() -> None:
+    parts = [Mismatch(2, 1, 0, 0.5, 0.1, 0.3), Mismatch(3, 0, 2, -0.5, 0.0, 0.1)]
+    assert Mismatch.total(parts) == Mismatch(5, 1, 2, 0.0, 0.1, 0.3)
+
+
+def test_other_contract_or_weights_are_not_comparable() -> None:
+    check_comparable([episode()], "c0", "w0")
+    with pytest.raises(NotComparableError, match="contract c0"):
+        check_comparable([episode()], "c1", "w0")
+    with pytest.raises(NotComparableError, match="weights w0"):
+        check_comparable([dataclasses.replace(episode(), contract_id="c1")], "c1", "w1")
