@@ -1,7 +1,7 @@
 """Rules for what was said. They compare words exactly: nothing here listens to meaning.
 
-Whether the words came at the right time is not decided here, but no scorer asks these rules about words that came at the
-wrong time: right words earn nothing there.
+Whether the words came at the right time is not decided here, but no scorer asks these rules about words that came
+at the wrong time: right words earn nothing there.
 """
 
 from __future__ import annotations

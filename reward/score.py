@@ -1,8 +1,9 @@
 """What a score is, and the constants that shape it.
 
 Two things are kept apart. The *verdict* of an episode is the share of what was due that was done right,
-``value = correct / (due + spurious)``: what is reported. The *rewards* are per chunk and graded, one number for when the
-model acted and one for what it said: what RL learns from. Both come from one list of `Event`s, which a person can read.
+``value = correct / (due + spurious)``: what is reported. The *rewards* are per chunk and graded, one number for
+when the model acted and one for what it said: what RL learns from. Both come from one list of `Event`s, which a
+person can read.
 """
 
 from __future__ import annotations

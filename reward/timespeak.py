@@ -6,8 +6,8 @@ What is due:
 - a *reminder* an interval after the request's end, then an interval after each hit; after a miss, or a wrong word, an
   interval after the moment it was due. One that could still have been said when the stop ended, or when the episode
   ended, is not due, but counts if it was said;
-- the *stop*, if the user said it: no speech later than a short grace after it. The user says it only after reminders that
-  it heard, so silence throughout earns nothing here.
+- the *stop*, if the user said it: no speech later than a short grace after it. The user says it only after
+  reminders that it heard, so silence throughout earns nothing here.
 
 Every other chunk of speech is spurious. In the tight score every window is one chunk wide on each side.
 """
@@ -37,7 +37,8 @@ def score_timespeak(facts: TimespeakFacts, actions: Sequence[Action], config: Re
 def _events(
     facts: TimespeakFacts, actions: Sequence[Action], config: RewardConfig, width: int, echo: tuple[int, int]
 ) -> list[Event]:
-    """Walks through the episode once. ``width``: half the reminder's window; ``echo``: first and last chunk of the echo's."""
+    """Walks through the episode once. ``width``: half the reminder's window; ``echo``: first and last chunk of the
+    echo's."""
     events: list[Event] = []
     best_echo = facts.request_end + config.timespeak.echo_delay
     echo_width = max(best_echo - echo[0], echo[1] - best_echo)
@@ -81,8 +82,8 @@ def _attempt(k: int, kind: str, word: str, due: int, width: int, action: Action,
 def _after_stop(stop_end: int, actions: Sequence[Action], config: RewardConfig) -> list[Event]:
     """The first speech after the grace breaks the stop, further chunks are spurious; silence to the end respects it.
 
-    Respecting it earns no reward of its own: the advantage over rollouts that broke it is enough, and a reward in the last
-    chunk would be discounted away."""
+    Respecting it earns no reward of its own: the advantage over rollouts that broke it is enough, and a reward in
+    the last chunk would be discounted away."""
     late = [k for k in range(stop_end + config.timespeak.stop_grace + 1, len(actions)) if actions[k].speaks]
     if not late:
         return [Event(len(actions) - 1, "stop", Outcome.HIT, stop_end)]

@@ -39,11 +39,11 @@ def runs(actions: Sequence[Action]) -> list[Run]:
 
 
 def graded(error: int, half_width: int, edge: float) -> float:
-    """Credit for acting ``error`` chunks from the best moment, in a window of ``half_width`` chunks on each side: 1 at the
-    centre, falling linearly to ``edge`` at the window's edge.
+    """Credit for acting ``error`` chunks from the best moment, in a window of ``half_width`` chunks on each side: 1
+    at the centre, falling linearly to ``edge`` at the window's edge.
 
-    A window of one chunk falls only half as far, as if it were two wide: a fifth of a second is no grave error. All-or-nothing
-    credit would be exploited: a policy settles at the window's early edge."""
+    A window of one chunk falls only half as far, as if it were two wide: a fifth of a second is no grave error.
+    All-or-nothing credit would be exploited: a policy settles at the window's early edge."""
     return 1.0 - (1.0 - edge) * abs(error) / max(half_width, 2)
 
 
@@ -53,7 +53,8 @@ def half_width(interval: int, fraction: float) -> int:
 
 
 def take_over(span_s: float, words: int) -> bool:
-    """Full-Duplex-Bench v1: speech takes the floor unless it is shorter than 1 s and has at most 3 words; silence does not."""
+    """Full-Duplex-Bench v1: speech takes the floor unless it is shorter than 1 s and has at most 3 words; silence
+    does not."""
     return words > 0 and not (span_s < 1.0 and words <= 3)
 
 
@@ -65,10 +66,12 @@ def take_over_rate(takes: Sequence[bool]) -> float:
 
 
 def response_latency_s(turn_end: int, onset: int) -> float:
-    """Full-Duplex-Bench: first word minus user end, floored at 0. Speech in the chunk after the user's last has latency 0."""
+    """Full-Duplex-Bench: first word minus user end, floored at 0. Speech in the chunk after the user's last has
+    latency 0."""
     return max(0, onset - turn_end - 1) * CHUNK_MS / 1000
 
 
 def stop_latency_s(interruption: int, run: Run) -> float:
-    """Full-Duplex-Bench v1.5: how long the model went on speaking over an interruption that began in chunk ``interruption``."""
+    """Full-Duplex-Bench v1.5: how long the model went on speaking over an interruption that began in chunk
+    ``interruption``."""
     return max(0, run.end - interruption) * CHUNK_MS / 1000

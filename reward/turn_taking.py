@@ -5,8 +5,9 @@ What is due, for each turn of the user:
 - then, if the user interrupts, the *stop*: silence within a few chunks of the interruption's first;
 - or else the *reply*: an utterance of the right length, nearly all of its words right.
 
-A reply is due only where it began in the window. Each utterance that began elsewhere (in a pause, over the user, too late,
-a second time) is spurious once; its length is punished in the rewards. What the end of the episode cuts off is not due.
+A reply is due only where it began in the window. Each utterance that began elsewhere (in a pause, over the user,
+too late, a second time) is spurious once; its length is punished in the rewards. What the end of the episode cuts
+off is not due.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def score_turn_taking(facts: TurnTakingFacts, actions: Sequence[Action], config:
 def _events(
     facts: TurnTakingFacts, actions: Sequence[Action], config: RewardConfig, last_onset: int, last_stop: int
 ) -> list[Event]:
-    """``last_onset``: last chunk of the onset's window after the turn's end; ``last_stop``: of the stop's, after its start."""
+    """``last_onset``: last chunk of the onset's window after the turn's end; ``last_stop``: of the stop's, after its
+    start."""
     events: list[Event] = []
     spoken = runs(actions)
     replies: set[Run] = set()
@@ -113,7 +115,8 @@ def _stop(run: Run, interruption: int, last_stop: int, config: RewardConfig) -> 
 
 
 def _reply(reply: Run, facts: TurnTakingFacts, actions: Sequence[Action], config: RewardConfig) -> list[Event]:
-    """An uninterrupted reply: long enough, not too long, and the right words. Judged at the first silent chunk after it."""
+    """An uninterrupted reply: long enough, not too long, and the right words. Judged at the first silent chunk after
+    it."""
     rule = config.turn_taking
     shortest, longest = rule.reply_chunks
     judged = min(reply.end, facts.chunks - 1)

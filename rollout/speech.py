@@ -1,12 +1,12 @@
 """Recordings of human speech, found by what is said in them.
 
 A folder of speech holds audio files (FLAC or WAV, 16 kHz, mono) and ``manifest.jsonl`` with one object a line:
-``{"file": "four.flac", "text": "four", "seconds": 0.802}``. The folder that ships with the package (`DEFAULT_FOLDER`) is a
-small set of real prompts under CC-BY-SA-3.0; its LICENSE.txt names the speaker.
+``{"file": "four.flac", "text": "four", "seconds": 0.802}``. The folder that ships with the package
+(`DEFAULT_FOLDER`) is a small set of real prompts under CC-BY-SA-3.0; its LICENSE.txt names the speaker.
 
-A bank knows nothing of scenarios. It does no resampling: a file at another rate is an error, because a silent conversion
-would change what the model hears. Everything is read when the bank is loaded, so that a damaged file stops a run at its
-start and not in its middle.
+A bank knows nothing of scenarios. It does no resampling: a file at another rate is an error, because a silent
+conversion would change what the model hears. Everything is read when the bank is loaded, so that a damaged file
+stops a run at its start and not in its middle.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MANIFEST = "manifest.jsonl"
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # Words that mean something in a scenario, and what sounds like them: a recording with one of them is no filler.
-RESERVED_WORDS = frozenset(NUMBER_WORDS) | frozenset(
-    "second seconds minute minutes hour hours thank goodbye stop for oh hundred thousand million billion "
-    "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety "
-    "first third fourth fifth sixth seventh eighth ninth tenth".split()
-)
-_ORDINAL_OR_TEEN = re.compile(r".*(teen|teenth|tieth|lfth|ndth|nth)")
+RESERVED_WORDS = frozenset(NUMBER_WORDS) | {
+    *("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"),
+    *("eleven", "twelve", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
+    *("hundred", "thousand", "million", "billion", "oh", "for"),
+    *("seconds", "minute", "minutes", "hour", "hours", "thank", "goodbye", "stop"),
+}
+_TEEN_OR_ORDINAL = re.compile(r".*(teen|teenth|tieth|lfth|redth|nth)")
 
 _LENGTH_TOLERANCE_S = 0.02  # manifests round; a truncated file misses far more
 _TRIM_FRAME = SAMPLE_RATE_HZ // 100  # 10 ms
@@ -147,7 +147,7 @@ def _is_filler(words: tuple[str, ...]) -> bool:
     """No reserved word, no digit, and more than spelled-out letters."""
     return (
         not RESERVED_WORDS.intersection(words)
-        and not any(_ORDINAL_OR_TEEN.fullmatch(word) or any(c.isdigit() for c in word) for word in words)
+        and not any(_TEEN_OR_ORDINAL.fullmatch(word) or any(c.isdigit() for c in word) for word in words)
         and any(len(word) > 2 for word in words)
     )
 

@@ -1,8 +1,9 @@
 """What a scenario is, whatever its family: a reproducible situation with a simulated user who reacts to the model.
 
 A scenario is immutable and may be shared by many rollouts; each rollout asks it for a fresh `User`. A user hears the
-model's action of chunk k - 1 before it makes the audio of chunk k. After the episode the user's `Facts` say what a scorer
-has to know; they are plain data and are stored with the episode. Neither users nor facts know anything of rewards.
+model's action of chunk k - 1 before it makes the audio of chunk k. After the episode the user's `Facts` say what a
+scorer has to know; they are plain data and are stored with the episode. Neither users nor facts know anything of
+rewards.
 
 Families live in modules of their own and are found through `rollout.scenarios.registry`.
 """
@@ -35,8 +36,8 @@ class User(ABC):
         self._next = 0
 
     def next_chunk(self, heard: Action | None) -> NDArray[np.float32]:
-        """The user's audio of the next chunk, float32 [CHUNK_SAMPLES], after hearing the model's last action (None before
-        the first chunk)."""
+        """The user's audio of the next chunk, float32 [CHUNK_SAMPLES], after hearing the model's last action (None
+        before the first chunk)."""
         k = self._next
         if k >= self._chunks:
             raise ValueError(f"the episode has {self._chunks} chunks: chunk {k} does not exist")

@@ -1,9 +1,11 @@
 """Scripted experts that play a scenario with full knowledge of it, and the mistakes that they make on purpose.
 
-Demonstrations start a policy off; they are corrupted at stated rates so that the warm-started policy acts at all but leaves
-RL something to learn. With every rate 0 (`PERFECT`) the expert is faultless, which a test holds over many seeds.
+Demonstrations start a policy off; they are corrupted at stated rates so that the warm-started policy acts at all
+but leaves RL something to learn. With every rate 0 (`PERFECT`) the expert is faultless, which a test holds over
+many seeds.
 
-An expert sees the user's facts so far in each chunk, the future of what was already decided included; it does not score.
+An expert sees the user's facts so far in each chunk, the future of what was already decided included; it does not
+score.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ PERFECT = Corruption(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 def demonstrate(
     scenario: Scenario, rng: np.random.Generator, corruption: Corruption
 ) -> tuple[NDArray[np.float32], list[Action], Facts]:
-    """Plays one episode: the user's audio float32 [chunks, CHUNK_SAMPLES], the expert's actions [chunks], the user's facts."""
+    """Plays one episode: the user's audio float32 [chunks, CHUNK_SAMPLES], the expert's actions [chunks], the user's
+    facts."""
     user = scenario.user()
     expert = _expert(scenario, user, rng, corruption)
     audio, actions = [], []

@@ -1,8 +1,8 @@
 """What the simulated user's microphone hears: clips laid on a noise track, cut into chunks.
 
-Randomness comes from `generator` alone: Philox keyed by a digest of names, never a global generator. Noise is made once a
-process for each kind and split, long enough that scenarios cut different stretches out of it; so a scenario costs
-microseconds and the held-out noise is never heard in training.
+Randomness comes from `generator` alone: Philox keyed by a digest of names, never a global generator. Noise is made
+once a process for each kind and split, long enough that scenarios cut different stretches out of it; so a scenario
+costs microseconds and the held-out noise is never heard in training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _NOISE_SECONDS = 60
 
 @dataclass(frozen=True)
 class SoundConfig:
-    """Loudness of speech and of background noise; each scenario draws from these ranges. Speech at gain 0 is -20 dBFS."""
+    """Loudness of speech and of background noise; each scenario draws from these ranges. Speech at gain 0 is -20
+    dBFS."""
 
     gain_db: tuple[float, float] = (-6.0, 4.0)  # train
     snr_db: tuple[float, float] = (20.0, 45.0)  # train, speech over noise

@@ -1,8 +1,9 @@
 """timespeak: the user asks to be reminded every so many seconds, and may say stop.
 
-The user says, in real recordings, ``[filler] <number> second(s)``; the model is to say the number back and then the reminder
-word every so many seconds, counted from the end of the request. In part of the scenarios the user, having heard some
-reminders, says "goodbye" (`STOP_WORD`; the recordings have no literal "stop"): from then on the model is to be silent.
+The user says, in real recordings, ``[filler] <number> second(s)``; the model is to say the number back and then the
+reminder word every so many seconds, counted from the end of the request. In part of the scenarios the user, having
+heard some reminders, says "goodbye" (`STOP_WORD`; the recordings have no literal "stop"): from then on the model is
+to be silent.
 
 The user reacts: the stop comes after the n-th reminder *heard*, so a model that never reminds is never told to stop.
 """

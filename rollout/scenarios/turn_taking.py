@@ -1,11 +1,12 @@
 """turn_taking: the user talks with pauses, yields the floor with a closing phrase, and may interrupt the reply.
 
-A turn is one or more sentences with pauses between them, then "thank you" (`YIELD_PHRASE`). The model is to keep silent through
-speech and pauses, begin its reply (`REPLY`) shortly after the turn's end, and stop soon when the user barges in.
+A turn is one or more sentences with pauses between them, then "thank you" (`YIELD_PHRASE`). The model is to keep
+silent through speech and pauses, begin its reply (`REPLY`) shortly after the turn's end, and stop soon when the
+user barges in.
 
-The user reacts: it barges in some chunks after it *heard* the reply begin (in part of the scenarios); else it waits until
-the reply is over; if nothing comes it loses patience; if the reply will not end it cuts in. The next turn starts there.
-A turn begins only if it, and a whole reply to it, fit into what is left of the episode.
+The user reacts: it barges in some chunks after it *heard* the reply begin (in part of the scenarios); else it waits
+until the reply is over; if nothing comes it loses patience; if the reply will not end it cuts in. The next turn
+starts there. A turn begins only if it, and a whole reply to it, fit into what is left of the episode.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ class TurnTakingConfig:
     chunks: int = 60  # 12 s
     turns: int = 2  # at most; later ones start only where they fit
     sentences: tuple[int, int] = (1, 2)  # of the first turn; later turns have one
-    sentence_words: tuple[int, int] = (3, 12)
-    sentence_s: tuple[float, float] = (0.9, 2.3)
+    sentence_words: tuple[int, int] = (2, 12)
+    sentence_s: tuple[float, float] = (0.7, 2.0)
     pause_s: tuple[float, float] = (0.4, 1.2)  # inside a turn, between sentences and before the closing phrase
-    interrupts: float = 0.5  # probability that the user means to interrupt a reply, for every turn but the last
+    interrupts: float = 0.6  # probability that the user means to interrupt a reply, for every turn but the last
     interrupt_after: tuple[int, int] = (2, 3)  # chunks from the reply's onset to the interruption's first sample
     gap: tuple[int, int] = (3, 5)  # chunks of silence after a reply, before the next turn
     patience: int = 7  # chunks after a turn's end without a reply, before the user goes on
@@ -67,8 +68,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class TurnTakingFacts:
-    """Example: ``TurnTakingFacts(60, (Turn(2, ((10, 13),), 24, False), Turn(29, (), 40, True)))``: the user interrupted the
-    reply to its first turn at chunk 29."""
+    """Example: ``TurnTakingFacts(60, (Turn(2, ((10, 13),), 24, False), Turn(29, (), 40, True)))``: the user
+    interrupted the reply to its first turn at chunk 29."""
 
     chunks: int
     turns: tuple[Turn, ...]
@@ -147,7 +148,7 @@ class TurnTakingUser(User):
         return self._track.chunk(k)
 
     def _consider(self, k: int, speaking: bool) -> None:
-        """After the latest turn's end: does the next turn start in chunk k? ``speaking``: did the model, in chunk k - 1?"""
+        """After the latest turn's end: does the next one start in chunk k? ``speaking``: whether chunk k - 1 had speech."""
         if speaking:
             if self._reply_onset is None or self._silent_since is not None:
                 self._reply_onset = k - 1
@@ -216,7 +217,8 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
     first_chunk = start // CHUNK_SAMPLES
     if plan[0].at(first_chunk, interrupts=False).end + LATEST_ONSET + len(REPLY) + MARGIN > config.chunks:
         raise ValueError(
-            f"turn_taking.chunks = {config.chunks} is too short: the first turn of seed {seed} and a reply to it do not fit"
+            f"turn_taking.chunks = {config.chunks} is too short: "
+            f"the first turn of seed {seed} and a reply to it do not fit"
         )
     return TurnTakingScenario(
         family=FAMILY,
