@@ -48,9 +48,8 @@ def _event_line(event: Event, actions: Sequence[Action]) -> str:
     words = " ".join(actions[event.chunk].words)
     said = f' "{words}"' if words else ""
     due = "" if event.due is None else f", due {event.due}"
-    return (
-        f"  {event.chunk:3d}  {event.kind:9s}{event.outcome.value:9s}{event.timing:+.2f} timing {event.content:+.2f}
-        content" f"{due}{said}" )
+    rewards = f"{event.timing:+.2f} timing {event.content:+.2f} content"
+    return f"  {event.chunk:3d}  {event.kind:9s}{event.outcome.value:9s}{rewards}{due}{said}"
 
 
 def _timespeak_user(facts: TimespeakFacts) -> str:

@@ -148,7 +148,7 @@ class TurnTakingUser(User):
         return self._track.chunk(k)
 
     def _consider(self, k: int, speaking: bool) -> None:
-        """After the latest turn's end: does the next one start in chunk k? ``speaking``: whether chunk k - 1 had speech."""
+        """After the latest turn's end: does the next start in chunk k? ``speaking``: did the model speak in k - 1?"""
         if speaking:
             if self._reply_onset is None or self._silent_since is not None:
                 self._reply_onset = k - 1
