@@ -109,8 +109,8 @@ def quantise(log_mel: Tensor) -> Tensor:
 def bin_edges() -> Tensor:
     """Per bin b >= 1 the smallest fp32 mel value that `quantise(log10(value))` puts into it, [15].
 
-    By bisection over the fp32 numbers (as integers they are ordered like their values). Comparing with these edges gives
-    Inkling's codes without a logarithm."""
+    By bisection over the fp32 numbers (as integers they are ordered like their values). Comparing with these edges
+    gives Inkling's codes without a logarithm."""
     wanted = torch.arange(1, MEL_BINS)
     low = torch.full((MEL_BINS - 1,), 1e-10).view(torch.int32).long()
     high = torch.full((MEL_BINS - 1,), 1e3).view(torch.int32).long()

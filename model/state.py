@@ -99,8 +99,8 @@ class SessionState:
     ) -> None:
         """``max_tokens``: rows a session can hold. ``max_rows``: rows in one call, over all sessions.
 
-        The latter bounds the pages that sliding layers need beyond their window while a call runs. Longer prefills go in
-        several calls, to the same bits."""
+        The latter bounds the pages that sliding layers need beyond their window while a call runs. Longer prefills go
+        in several calls, to the same bits."""
         if slots < 1 or max_tokens < 1 or max_rows < 1:
             raise ValueError(f"SessionState: slots {slots}, max_tokens {max_tokens}, max_rows {max_rows} must be >= 1")
         text = config.text_config

@@ -1,0 +1,58 @@
+"""``python -m model.info --preset tiny``: layers, parameters and the size of a session. Allocates no weights."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import InklingConfig
+
+from model import config as shapes
+from model.state import session_bytes
+from model.transformer import InteractionModel
+
+
+def parameter_counts(config: InklingConfig) -> tuple[int, int]:
+    """(total, active): active leaves out the routed experts that a token does not visit, and counts of each embedding
+    table only the rows one token reads. Counted on the meta device, without the vision tower."""
+    with torch.device("meta"):
+        model = InteractionModel(config)
+    text = config.text_config
+    total = active = 0
+    for name, weight in model.named_parameters():
+        total += weight.numel()
+        if ".mlp.experts." in name:
+            active += weight.numel() // text.n_routed_experts * text.num_experts_per_tok
+        elif name.endswith("embed_tokens.weight"):
+            active += text.hidden_size
+        elif name.endswith("embed_audio_tokens.weight"):
+            active += text.hidden_size * config.audio_config.n_mel_bins
+        else:
+            active += weight.numel()
+    return total, active
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model.info", description=__doc__)
+    parser.add_argument("--preset", choices=shapes.PRESETS, required=True)
+    parser.add_argument("--max-tokens", type=int, default=4096, help="rows a session can hold (20 or more a second)")
+    arguments = parser.parse_args()
+    config = shapes.preset(arguments.preset)
+    text = config.text_config
+    total, active = parameter_counts(config)
+    sliding = sum(shapes.is_sliding(text, i) for i in range(text.num_hidden_layers))
+    sparse = text.mlp_layer_types.count("sparse")
+    print(f"preset          {arguments.preset}")
+    print(f"layers          {text.num_hidden_layers} ({sliding} sliding over {text.sliding_window_size}, "
+          f"{text.num_hidden_layers - sliding} global; {sparse} sparse)")  # fmt: skip
+    print(f"width           {text.hidden_size}, vocabulary {text.vocab_size}")
+    print(f"experts         {text.num_experts_per_tok} of {text.n_routed_experts} routed, {text.n_shared_experts} shared, "
+          f"{text.moe_intermediate_size} wide")  # fmt: skip
+    print(f"parameters      {total:,} total, {active:,} active")
+    for dtype in (torch.float32, torch.bfloat16):
+        size = session_bytes(config, arguments.max_tokens, dtype)
+        print(f"session         {size:,} bytes for {arguments.max_tokens} rows in {str(dtype).removeprefix('torch.')}")
+
+
+if __name__ == "__main__":
+    main()
