@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import bind
-from kernels.cpu.linear import PANEL, check_rows, check_weight, fill_panels, fill_transposed, panel_count, panels_of
+from kernels.cpu.linear import PANEL, check_weight, fill_panels, fill_transposed, panel_count, panels_of, refuse_rows
 from kernels.layout import PackedExperts
 
 _EXPERT_LINEAR = {
@@ -72,8 +72,10 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
 
 def _expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
     panels = panels_of(packed, "expert_linear")
-    check_rows("expert_linear", x, packed.cols, panels.dtype)
-    rows = x.shape[0] * fan_out
+    shape, k = x.shape, packed.cols
+    if len(shape) != 2 or shape[1] != k or x.dtype != panels.dtype or not x.is_cpu or (x.stride(1) != 1 and k > 1):
+        refuse_rows("expert_linear", x, k, panels.dtype)
+    rows = shape[0] * fan_out
     if fan_out < 1 or expert.dtype != torch.int32 or expert.shape != (rows,) or not expert.is_contiguous():
         raise ValueError(
             f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)}, not contiguous int32 [{rows}] "
