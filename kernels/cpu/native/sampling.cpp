@@ -1,0 +1,351 @@
+// The router, and log-probabilities with their digest, entropy and Gumbel sampling. fp32 rows throughout.
+//
+// One function, log_softmax_row(), makes the row of log-probabilities for learner and sampler alike, so what `sample`
+// stores is bit for bit what `logprob` recomputes. Sums run on 16 virtual lanes by token id and one fixed tree.
+#include <vector>
+
+#include "vec.h"
+
+namespace {
+
+const float INF = __builtin_inff();
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+
+// Vigna's splitmix64: the output after state x.
+INLINE uint64_t splitmix64(uint64_t x) {
+  x += GOLDEN;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+INLINE uint64_t token_hash(int64_t v, float logp) { return splitmix64(uint64_t(v) << 32 | float_bits(logp)); }
+
+// What a class of rows allows: blocks of 16 tokens with none allowed are skipped, and their share of the digest (the
+// hash of -inf at each id) is the same for every row of the class.
+struct Class {
+  bool known = false;
+  std::vector<int32_t> blocks;  // first token of each block that allows something
+  uint64_t digest = 0;
+};
+
+void learn_class(Class& c, const uint8_t* allowed, int64_t vocab) {
+  c.known = true, c.digest = 0;
+  c.blocks.clear();
+  for (int64_t v = 0; v < vocab; v += LANES) {
+    const int64_t end = v + LANES < vocab ? v + LANES : vocab;
+    bool some = false;
+    for (int64_t n = v; n < end; n++) some |= allowed[n] != 0;
+    if (some) c.blocks.push_back(int32_t(v));
+    else
+      for (int64_t n = v; n < end; n++) c.digest += token_hash(n, -INF);
+  }
+}
+
+// 16 booleans as masks; lanes from `count` on are off.
+struct Mask16 {
+  vi part[PARTS];
+};
+INLINE Mask16 allowed_lanes(const uint8_t* allowed, int count) {
+  alignas(16) uint8_t bytes[LANES] = {};
+  memcpy(bytes, allowed, size_t(count));
+  Mask16 mask;
+#ifdef __AVX512F__
+  mask.part[0] = (vi)_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)bytes)) != splat_int(0);
+#else
+  for (int i = 0; i < PARTS; i++)
+    mask.part[i] = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(bytes + i * W))) != splat_int(0);
+#endif
+  return mask;
+}
+
+struct RowSum {
+  float peak;     // max of logit / temperature over the allowed tokens
+  float log_sum;  // ln sum e^(logit / temperature - peak)
+  float entropy;  // nats
+  uint64_t digest;
+};
+
+// Why a row fails; a call returns 8 * row + reason for the lowest failing row, or 0.
+enum { FINE = 0, BAD_LOGIT = 1, NO_TOKEN = 2, NOT_ALLOWED = 3, BAD_CLASS = 4, BAD_TOKEN = 5 };
+
+// logp[v] = (logit / temperature - peak) - log_sum for the tokens of the class's blocks, -inf where not allowed there;
+// other blocks of logp are left as they are. logp has room for vocab rounded up to 16.
+int log_softmax_row(const float* logits, float temperature, const Class& c, const uint8_t* allowed, int64_t vocab,
+                    float* logp, RowSum& row) {
+  F16 top = splat16(-INF);
+  vi bad = splat_int(0);
+  for (int32_t v : c.blocks) {
+    const int lanes = vocab - v < LANES ? int(vocab - v) : LANES;
+    const Mask16 mine = allowed_lanes(allowed + v, lanes);
+    F16 x = load16(logits + v, lanes);
+    for (int i = 0; i < PARTS; i++) {
+      bad |= mine.part[i] & ~(x.part[i] < splat(INF));  // NaN or +inf
+      x.part[i] = mine.part[i] ? x.part[i] / splat(temperature) : splat(-INF);
+    }
+    store16(logp + v, x);
+    top = max(top, x);
+  }
+  if (any(bad)) return BAD_LOGIT;
+  row.peak = max(top);
+  if (row.peak == -INF) return NO_TOKEN;
+  if (row.peak == INF) return BAD_LOGIT;  // overflowed in the division by the temperature
+
+  F16 total = splat16(0.f), weighted = splat16(0.f);
+  for (int32_t v : c.blocks) {
+    F16 x = load16(logp + v);
+    for (int i = 0; i < PARTS; i++) {
+      x.part[i] = x.part[i] - splat(row.peak);
+      vf e = exp(x.part[i]);
+      total.part[i] = total.part[i] + e;
+      weighted.part[i] = fma(e, x.part[i] > splat(-INF) ? x.part[i] : zero(), weighted.part[i]);
+    }
+    store16(logp + v, x);
+  }
+  const float all = sum(total);
+  row.log_sum = log1(all);
+  row.entropy = row.log_sum - sum(weighted) / all;
+  row.digest = c.digest;
+  for (int32_t v : c.blocks) {
+    const int lanes = vocab - v < LANES ? int(vocab - v) : LANES;
+    F16 x = load16(logp + v);
+    for (int i = 0; i < PARTS; i++) x.part[i] = x.part[i] - splat(row.log_sum);
+    store16(logp + v, x);
+    for (int n = 0; n < lanes; n++) row.digest += token_hash(v + n, logp[v + n]);
+  }
+  return FINE;
+}
+
+// -ln(-ln u) for 16 neighbouring tokens, u = (n + 0.5) / 2^24 with n the upper 24 bits of splitmix64(key + (v + 1) G).
+// n + 0.5 has no fp32 form for n >= 2^23 (and rounding it up to u = 1 would make infinite noise), so
+// ln u = ln(rounded u) + rest / rounded, whose next term is below 2^-50.
+INLINE F16 gumbel(uint64_t key, int64_t v) {
+  alignas(64) int32_t upper[LANES];
+  for (int n = 0; n < LANES; n++) upper[n] = int32_t(splitmix64(key + uint64_t(v + n + 1) * GOLDEN) >> 40);
+  F16 noise;
+  for (int i = 0; i < PARTS; i++) {
+    vi n;
+    memcpy(&n, upper + i * W, sizeof n);
+    vf whole = to_vf(n), rounded = whole + splat(0.5f), rest = (whole - rounded) + splat(0.5f);
+    vf ln = log(rounded * splat(0x1p-24f)) + rest / rounded;
+    noise.part[i] = -log(-ln);
+  }
+  return noise;
+}
+
+// The lowest token id with the greatest score, and that score, over the class's blocks.
+struct Best {
+  float score = -INF;
+  int64_t token = -1;
+};
+INLINE void best_of(Best& best, F16 score, int64_t v, Mask16 allowed) {
+  for (int i = 0; i < PARTS; i++) score.part[i] = allowed.part[i] ? score.part[i] : splat(-INF);
+  if (best.token >= 0 && max(score) <= best.score) return;
+  alignas(64) float s[LANES];
+  alignas(64) int32_t on[LANES];
+  store16(s, score);
+  memcpy(on, allowed.part, sizeof on);
+  for (int n = 0; n < LANES; n++)
+    if (on[n] && (best.token < 0 || s[n] > best.score)) best.score = s[n], best.token = v + n;
+}
+
+// The classes that a call's rows use. `error` is that of the lowest row whose class is out of range.
+struct Table {
+  std::vector<Class> known;
+  int64_t error = 0;
+
+  Table(const uint8_t* allowed, int64_t classes, int64_t vocab, const int64_t* row_class, int64_t rows)
+      : known(size_t(classes)) {
+    for (int64_t r = 0; r < rows && !error; r++) {
+      if (row_class[r] < 0 || row_class[r] >= classes) {
+        error = 8 * r + BAD_CLASS;
+        break;
+      }
+      Class& c = known[size_t(row_class[r])];
+      if (!c.known) learn_class(c, allowed + row_class[r] * vocab, vocab);
+    }
+  }
+};
+
+// The error of the lowest row, of those that the threads met.
+struct FirstError {
+  int64_t found = INT64_MAX;
+  void add(int64_t row, int what) {
+    const int64_t mine = row * 8 + what;
+#pragma omp critical(metronome_first_error)
+    if (mine < found) found = mine;
+  }
+  int64_t result() const { return found == INT64_MAX ? 0 : found; }
+};
+
+thread_local std::vector<float> row_scratch;
+
+// logistic function and its log, without overflow for large |x|
+INLINE vf sigmoid(vf x) { return splat(1.f) / (splat(1.f) + exp(-x)); }
+INLINE vf log_sigmoid(vf x) {
+  vf down = x < zero() ? x : -x;  // -|x|
+  return (x < zero() ? x : zero()) - log(splat(1.f) + exp(down));
+}
+
+}  // namespace
+
+// logits [rows, vocab] with row stride ld, allowed [classes, vocab]. peak_out and log_sum_out [rows], for the backward,
+// may be null (both). Returns 0 or an error, see above.
+EXPORT int64_t logprob_rows(const float* logits, int64_t ld, const int64_t* token, float temperature,
+                            const uint8_t* allowed, const int64_t* row_class, int64_t rows, int64_t vocab,
+                            int64_t classes, float* logp_out, float* entropy_out, int64_t* digest_out,
+                            float* peak_out, float* log_sum_out) {
+  const Table table(allowed, classes, vocab, row_class, rows);
+  if (table.error) return table.error;
+  FirstError error;
+  parallel(rows, double(rows * vocab) * 3.0, [&](int64_t begin, int64_t end) {
+    row_scratch.resize(size_t(vocab + LANES));
+    float* logp = row_scratch.data();
+    for (int64_t r = begin; r < end; r++) {
+      const uint8_t* mine = allowed + row_class[r] * vocab;
+      RowSum row;
+      int what = log_softmax_row(logits + r * ld, temperature, table.known[size_t(row_class[r])], mine, vocab, logp, row);
+      if (what == FINE && (token[r] < 0 || token[r] >= vocab)) what = BAD_TOKEN;
+      if (what == FINE && !mine[token[r]]) what = NOT_ALLOWED;
+      if (what != FINE) {
+        error.add(r, what);
+        return;
+      }
+      logp_out[r] = logp[token[r]], entropy_out[r] = row.entropy, digest_out[r] = int64_t(row.digest);
+      if (peak_out) peak_out[r] = row.peak, log_sum_out[r] = row.log_sum;
+    }
+  });
+  return error.result();
+}
+
+// dlogits[v] = (dlogp (1[v = token] - p_v) - dentropy p_v (ln p_v + entropy)) / temperature; 0 where not allowed
+EXPORT int64_t logprob_backward(const float* logits, int64_t ld, const int64_t* token, float temperature,
+                                const uint8_t* allowed, const int64_t* row_class, int64_t rows, int64_t vocab,
+                                const float* peak, const float* log_sum, const float* entropy, const float* dlogp,
+                                const float* dentropy, float* dlogits) {
+  parallel(rows, double(rows * vocab) * 1.5, [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const uint8_t* mine = allowed + row_class[r] * vocab;
+      const vf grad = splat(dlogp[r]), spread = splat(dentropy[r]), mean = splat(entropy[r]);
+      for (int64_t v = 0; v < vocab; v += LANES) {
+        const int lanes = vocab - v < LANES ? int(vocab - v) : LANES;
+        const Mask16 on = allowed_lanes(mine + v, lanes);
+        F16 x = load16(logits + r * ld + v, lanes);
+        for (int i = 0; i < PARTS; i++) {
+          vf logp = (x.part[i] / splat(temperature) - splat(peak[r])) - splat(log_sum[r]);
+          vf p = exp(logp);
+          vf far = logp > splat(-INF) ? logp : zero();  // p = 0 there
+          vf d = -p * fma(spread, far + mean, grad) / splat(temperature);
+          x.part[i] = on.part[i] ? d : zero();
+        }
+        store16(dlogits + r * vocab + v, x, lanes);
+      }
+      dlogits[r * vocab + token[r]] += dlogp[r] / temperature;
+    }
+  });
+  return 0;
+}
+
+// As logprob_rows; temperature 0 is greedy.
+EXPORT int64_t sample_rows(const float* logits, int64_t ld, float temperature, const int64_t* key,
+                           const uint8_t* allowed, const int64_t* row_class, int64_t rows, int64_t vocab,
+                           int64_t classes, int64_t* token_out, float* logp_out, int64_t* digest_out) {
+  const Table table(allowed, classes, vocab, row_class, rows);
+  if (table.error) return table.error;
+  const bool greedy = temperature == 0.f;
+  FirstError error;
+  parallel(rows, double(rows * vocab) * 6.0, [&](int64_t begin, int64_t end) {
+    row_scratch.resize(size_t(vocab + LANES));
+    float* logp = row_scratch.data();
+    for (int64_t r = begin; r < end; r++) {
+      const uint8_t* mine = allowed + row_class[r] * vocab;
+      const Class& c = table.known[size_t(row_class[r])];
+      RowSum row;
+      if (int what = log_softmax_row(logits + r * ld, greedy ? 1.f : temperature, c, mine, vocab, logp, row)) {
+        error.add(r, what);
+        return;
+      }
+      Best best;
+      for (int32_t v : c.blocks) {
+        const int lanes = vocab - v < LANES ? int(vocab - v) : LANES;
+        F16 score = load16(greedy ? logits + r * ld + v : logp + v, lanes);
+        if (!greedy) score = add(score, gumbel(uint64_t(key[r]), v));
+        best_of(best, score, v, allowed_lanes(mine + v, lanes));
+      }
+      token_out[r] = best.token, logp_out[r] = logp[best.token], digest_out[r] = int64_t(row.digest);
+    }
+  });
+  return error.result();
+}
+
+// logits [rows, experts + shared], row stride ld, bias [experts] -> expert, weight [rows, top_k + shared]
+EXPORT int64_t route_rows(const float* logits, int64_t ld, const float* bias, int64_t rows, int64_t experts,
+                          int64_t top_k, int64_t shared, int32_t* expert, float* weight) {
+  const int64_t choices = top_k + shared;
+  parallel(rows, double(rows * (experts + choices)) * 8.0, [=](int64_t begin, int64_t end) {
+    row_scratch.resize(size_t(experts + choices + LANES));
+    float *score = row_scratch.data(), *picked = score + experts;
+    for (int64_t r = begin; r < end; r++) {
+      const float* x = logits + r * ld;
+      int32_t* chosen = expert + r * choices;
+      float* w = weight + r * choices;
+      for (int64_t e = 0; e < experts; e += W) {
+        const int lanes = experts - e < W ? int(experts - e) : W;
+        store(score + e, sigmoid(load(x + e, lanes)) + load(bias + e, lanes), lanes);
+      }
+      // top_k passes of argmax, kept in ascending order; an expert taken already is one of chosen[0 : n].
+      for (int64_t n = 0; n < top_k; n++) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < experts; e++) {
+          if (!(best < 0 || score[e] > score[best])) continue;
+          bool taken = false;
+          for (int64_t m = 0; m < n; m++) taken |= chosen[m] == e;
+          if (!taken) best = e;
+        }
+        int64_t at = n;
+        for (; at > 0 && chosen[at - 1] > best; at--) chosen[at] = chosen[at - 1];
+        chosen[at] = int32_t(best);
+      }
+      for (int64_t n = 0; n < shared; n++) chosen[top_k + n] = int32_t(experts + n);
+      float top = -INF;
+      for (int64_t n = 0; n < choices; n += W) {
+        const int lanes = choices - n < W ? int(choices - n) : W;
+        vf v = zero();
+        for (int i = 0; i < lanes; i++) v[i] = x[chosen[n + i]];
+        v = log_sigmoid(v);
+        store(picked + n, v, lanes);
+        for (int i = 0; i < lanes; i++) top = v[i] > top ? v[i] : top;
+      }
+      float total = 0.f;
+      for (int64_t n = 0; n < choices; n += W) {
+        const int lanes = choices - n < W ? int(choices - n) : W;
+        vf e = exp(load(picked + n, lanes) - splat(top));
+        for (int i = 0; i < lanes; i++) w[n + i] = e[i], total += e[i];
+      }
+      for (int64_t n = 0; n < choices; n++) w[n] = w[n] / total;
+    }
+  });
+  return 0;
+}
+
+// dlogits[chosen_j] = w_j (dw_j - sum_i dw_i w_i) sigmoid(-logit), 0 elsewhere
+EXPORT int64_t route_backward(const float* logits, int64_t ld, const int32_t* expert, const float* weight,
+                              const float* dweight, int64_t rows, int64_t width, int64_t choices, float* dlogits) {
+  parallel(rows, double(rows * width) * 4.0, [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const int32_t* chosen = expert + r * choices;
+      const float *w = weight + r * choices, *dw = dweight + r * choices;
+      float* d = dlogits + r * width;
+      memset(d, 0, size_t(width) * 4);
+      float mean = 0.f;
+      for (int64_t n = 0; n < choices; n++) mean = fma1(dw[n], w[n], mean);
+      for (int64_t n = 0; n < choices; n += W) {
+        const int lanes = choices - n < W ? int(choices - n) : W;
+        vf x = zero();
+        for (int i = 0; i < lanes; i++) x[i] = logits[r * ld + chosen[n + i]];
+        vf off = sigmoid(-x);
+        for (int i = 0; i < lanes; i++) d[chosen[n + i]] = w[n + i] * (dw[n + i] - mean) * off[i];
+      }
+    }
+  });
+  return 0;
+}
