@@ -321,7 +321,7 @@ def _log_softmax(logits: Tensor, temperature: float, allowed: Tensor, row_class:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64 of int64 bits: Vigna's next() from state x. int64 products wrap modulo 2^64; >> needs its sign cleared."""
+    """splitmix64 of int64 bits (Vigna's next() from state x); int64 wraps modulo 2^64, >> needs its sign cleared."""
     x = x + (GOLDEN - 2**64)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)

@@ -43,7 +43,17 @@ class _Packed:
     kv_taps: Tensor  # [2 * kv, 4] detached
 
 
+class RelativeBias(nn.Module):
+    """``proj`` [d_rel, extent]: profiles of bias over distance, mixed by each row's relative states."""
+
+    def __init__(self, d_rel: int, extent: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.empty(d_rel, extent, dtype=dtype))
+
+
 class Attention(nn.Module):
+    packed: _Packed  # set by `pack`
+
     def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
@@ -63,10 +73,8 @@ class Attention(nn.Module):
         self.v_sconv = ShortConv(kv)
         self.q_norm = Weight(self.head_dim, dtype=dtype)
         self.k_norm = Weight(self.head_dim, dtype=dtype)
-        self.rel_logits_proj = nn.Module()
         extent = text.sliding_window_size if self.window else text.rel_extent
-        self.rel_logits_proj.proj = nn.Parameter(torch.empty(text.d_rel, extent, dtype=dtype))
-        self.packed: _Packed | None = None
+        self.rel_logits_proj = RelativeBias(text.d_rel, extent, dtype)
 
     def _kv_taps(self) -> Tensor:
         return torch.cat((self.k_sconv.taps(), self.v_sconv.taps()))

@@ -90,11 +90,11 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionMod
 
 
 def load_into(model: InteractionModel, folder: Path | str) -> None:
-    """Fills ``model`` with the weights in ``folder`` and packs them; a differing config is an error naming the fields."""
+    """Fills ``model`` with the weights in ``folder`` and packs them; raises naming the fields whose config differs."""
     folder = Path(folder)
     if fields := config_differences(model.config, InklingConfig(**_stored_config(folder))):
         raise CheckpointError(
-            f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or name another checkpoint"
+            f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or the checkpoint"
         )
     _fill(model, folder)
     model.pack()

@@ -37,6 +37,14 @@ class TextEmbedding(Weight):
         return ops.rms_norm(F.embedding(tokens, self.weight), self.embed_norm.weight, self.eps)
 
 
+class AudioTable(nn.Module):
+    """[channels * bins, D], one level deeper than `Weight`, as transformers names it."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_audio_tokens = Weight(rows, width, dtype=dtype)
+
+
 class AudioTower(nn.Module):
     """dMel codes to rows: one table indexed ``code + channel * bins``, summed over channels, then RMS norm."""
 
@@ -44,8 +52,7 @@ class AudioTower(nn.Module):
         super().__init__()
         audio, width = config.audio_config, config.text_config.hidden_size
         self.bins = audio.mel_vocab_size
-        self.embed_audio_tokens = nn.Module()
-        self.embed_audio_tokens.embed_audio_tokens = Weight(audio.n_mel_bins * self.bins, width, dtype=dtype)
+        self.embed_audio_tokens = AudioTable(audio.n_mel_bins * self.bins, width, dtype)
         self.norm = Weight(width, dtype=dtype)
 
     def forward(self, codes: Tensor) -> Tensor:

@@ -43,11 +43,13 @@ def main() -> None:
     sliding = sum(shapes.is_sliding(text, i) for i in range(text.num_hidden_layers))
     sparse = text.mlp_layer_types.count("sparse")
     print(f"preset          {arguments.preset}")
-    print(f"layers          {text.num_hidden_layers} ({sliding} sliding over {text.sliding_window_size}, "
-          f"{text.num_hidden_layers - sliding} global; {sparse} sparse)")  # fmt: skip
+    kinds = (
+        f"{sliding} sliding over {text.sliding_window_size}, {text.num_hidden_layers - sliding} global; {sparse} sparse"
+    )
+    print(f"layers          {text.num_hidden_layers} ({kinds})")
     print(f"width           {text.hidden_size}, vocabulary {text.vocab_size}")
-    print(f"experts         {text.num_experts_per_tok} of {text.n_routed_experts} routed, {text.n_shared_experts} shared, "
-          f"{text.moe_intermediate_size} wide")  # fmt: skip
+    experts = f"{text.num_experts_per_tok} of {text.n_routed_experts} routed, {text.n_shared_experts} shared"
+    print(f"experts         {experts}, {text.moe_intermediate_size} wide")
     print(f"parameters      {total:,} total, {active:,} active")
     for dtype in (torch.float32, torch.bfloat16):
         size = session_bytes(config, arguments.max_tokens, dtype)

@@ -54,6 +54,8 @@ class _Packed:
 
 
 class MixtureOfExperts(nn.Module):
+    packed: _Packed  # set by `pack`
+
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
@@ -61,7 +63,6 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config, dtype)
         self.experts = Experts(text.n_routed_experts, text.hidden_size, text.moe_intermediate_size, dtype)
         self.shared_experts = SharedExperts(self.shared, text.hidden_size, text.moe_intermediate_size, dtype)
-        self.packed: _Packed | None = None
 
     def _scale(self) -> Tensor:
         return self.gate.global_scale.float() * self.route_scale
@@ -95,6 +96,8 @@ class MixtureOfExperts(nn.Module):
 
 
 class DenseMLP(nn.Module):
+    packed: tuple[PackedLinear, PackedLinear]  # set by `pack`
+
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()
         width, inner = config.text_config.hidden_size, config.text_config.intermediate_size
@@ -102,7 +105,6 @@ class DenseMLP(nn.Module):
         self.up_proj = Weight(inner, width, dtype=dtype)
         self.down_proj = Weight(width, inner, dtype=dtype)
         self.global_scale = nn.Parameter(torch.empty(1, dtype=dtype))
-        self.packed: tuple[PackedLinear, PackedLinear] | None = None
 
     def pack(self) -> None:
         self.packed = (

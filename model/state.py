@@ -106,7 +106,7 @@ class SessionState:
         text = config.text_config
         self.slots, self.max_tokens, self.max_rows = slots, max_tokens, max_rows
         max_pages = -(-max_tokens // SPLIT_TOKENS)
-        counts = {None: slots * max_pages}
+        counts: dict[int | None, int] = {None: slots * max_pages}
         counts[text.sliding_window_size] = pages_per_slot(text.sliding_window_size, max_pages) * slots + min(
             slots * max_pages, -(-max_rows // SPLIT_TOKENS)
         )

@@ -29,6 +29,8 @@ Capture = list[tuple[str, Tensor]]
 
 
 class Layer(nn.Module):
+    taps: tuple[Tensor, Tensor]  # set by `pack`: of attn_sconv and mlp_sconv, detached
+
     def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
@@ -40,7 +42,6 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Weight(text.hidden_size, dtype=dtype)
         self.attn_sconv = ShortConv(text.hidden_size)
         self.mlp_sconv = ShortConv(text.hidden_size)
-        self.taps: tuple[Tensor, Tensor] | None = None
 
     def pack(self) -> None:
         self.self_attn.pack()
@@ -76,16 +77,21 @@ class Layer(nn.Module):
         return x
 
 
-class Backbone(nn.Module):
-    """Holder of transformers' names: ``language_model.*`` and ``audio_tower.*``."""
-
+class LanguageModel(nn.Module):
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
-        self.language_model = nn.Module()
-        self.language_model.embed_tokens = TextEmbedding(config, dtype)
-        self.language_model.layers = nn.ModuleList(Layer(config, i, dtype) for i in range(text.num_hidden_layers))
-        self.language_model.norm = Weight(text.hidden_size, dtype=dtype)
+        self.embed_tokens = TextEmbedding(config, dtype)
+        self.layers = nn.ModuleList()  # filled by `InteractionModel`
+        self.norm = Weight(text.hidden_size, dtype=dtype)
+
+
+class Backbone(nn.Module):
+    """The two towers under transformers' names."""
+
+    def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.language_model = LanguageModel(config, dtype)
         self.audio_tower = AudioTower(config, dtype)
 
 
@@ -99,6 +105,9 @@ class InteractionModel(nn.Module):
         self.config, self.dtype = config, dtype
         text = config.text_config
         self.model = Backbone(config, dtype)
+        layers = (Layer(config, i, dtype) for i in range(text.num_hidden_layers))
+        self.layers = list(layers)  # typed, and without ModuleList's cost; registered below under transformers' name
+        self.model.language_model.layers.extend(self.layers)
         self.lm_head = Weight(text.vocab_size, text.hidden_size, dtype=dtype)
         self.passthrough: dict[str, Tensor] = {}  # weights of a loaded checkpoint that this model does not compute with
         self.vocab = text.unpadded_vocab_size or text.vocab_size
@@ -132,7 +141,7 @@ class InteractionModel(nn.Module):
     @torch.no_grad()
     def pack(self) -> None:
         """Builds the packed weights for the active backend; needed once before the first forward."""
-        for layer in self.model.language_model.layers:
+        for layer in self.layers:
             layer.pack()
         self.head = ops.pack_linear(self.lm_head.weight)
         self.tau = shapes.log_scale_table(self.config.text_config)
@@ -142,7 +151,7 @@ class InteractionModel(nn.Module):
         """Refreshes the packed weights from the parameters' current values, in place; needed after each update."""
         if self.head is None:
             raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
-        for layer in self.model.language_model.layers:
+        for layer in self.layers:
             layer.repack()
         ops.repack(self.head)
 
@@ -168,7 +177,7 @@ class InteractionModel(nn.Module):
         if capture is not None:
             capture.append(("embed", x))
         tau = None if self.tau is None else self.tau[segments.position]
-        for i, layer in enumerate(text.layers):
+        for i, layer in enumerate(self.layers):
             layer_tau = tau if layer.self_attn.window is None else None
             x = layer(x, segments, state.layers[i] if state else None, layer_tau, capture)
         hidden = ops.rms_norm(x, text.norm.weight, self.config.text_config.rms_norm_eps)
