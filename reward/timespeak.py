@@ -3,9 +3,9 @@
 What is due:
 - the *echo*: the number, once, from the chunk in which the number ended until a few chunks after the request; the first
   word said in that window decides;
-- a *reminder* an interval after the request's end, then an interval after each hit; after a miss, or a wrong word, an
-  interval after the moment it was due. One that could still have been said when the stop ended, or when the episode
-  ended, is not due, but counts if it was said;
+- a *reminder* an interval after each hit, the echo included; after a miss, or a wrong word, an interval after the
+  moment it was due. One that could still have been said when the stop ended, or when the episode ended, is not due,
+  but counts if it was said;
 - the *stop*, if the user said it: no speech later than a short grace after it. The user says it only after
   reminders that it heard, so silence throughout earns nothing here.
 
@@ -43,12 +43,14 @@ def _events(
     best_echo = facts.request_end + config.timespeak.echo_delay
     echo_width = max(best_echo - echo[0], echo[1] - best_echo)
     echo_pending = True
-    due = facts.request_end + facts.interval
+    due = best_echo + facts.interval
     for k in range(facts.chunks if facts.stop_end is None else facts.stop_end):
         if actions[k].speaks:
             if echo_pending and echo[0] <= k <= echo[1]:
-                events.append(_attempt(k, "echo", facts.number, best_echo, echo_width, actions[k], config))
+                event = _attempt(k, "echo", facts.number, best_echo, echo_width, actions[k], config)
+                events.append(event)
                 echo_pending = False
+                due = (k if event.outcome is Outcome.HIT else best_echo) + facts.interval
             elif abs(k - due) <= width:
                 event = _attempt(k, "reminder", facts.reminder, due, width, actions[k], config)
                 events.append(event)

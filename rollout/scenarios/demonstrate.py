@@ -83,7 +83,8 @@ class _TimespeakExpert(_Expert):
         self._interval = NUMBER_WORDS.index(self._number) * CHUNKS_PER_SECOND
         self._ignores_stop = rng.random() < corruption.ignored_stop
         self._omits = rng.random() < corruption.omission
-        self._due = facts.request_end + self._jittered()
+        self._echo = facts.request_end + 1
+        self._due = self._echo + self._jittered()
 
     def _facts(self) -> TimespeakFacts:
         facts = self._user.facts()
@@ -91,14 +92,13 @@ class _TimespeakExpert(_Expert):
         return facts
 
     def _jittered(self) -> int:
-        # At least 3, so that the first reminder never falls on the echo.
-        return max(3, round(self._interval * self._rng.normal(1.0, self._corruption.jitter)))
+        return max(1, round(self._interval * self._rng.normal(1.0, self._corruption.jitter)))
 
     def act(self, k: int) -> Action:
         facts = self._facts()
         if facts.stop_end is not None and k >= facts.stop_end and not self._ignores_stop:
             return LISTEN
-        if k == facts.request_end + 1:
+        if k == self._echo:
             return speak(self._number)
         if k != self._due:
             return LISTEN

@@ -1,9 +1,8 @@
 """timespeak: the user asks to be reminded every so many seconds, and may say stop.
 
 The user says, in real recordings, ``[filler] <number> second(s)``; the model is to say the number back and then the
-reminder word every so many seconds, counted from the end of the request. In part of the scenarios the user, having
-heard some reminders, says "goodbye" (`STOP_WORD`; the recordings have no literal "stop"): from then on the model is
-to be silent.
+reminder word every so many seconds, counted from there. In part of the scenarios the user, having heard some reminders,
+says "goodbye" (`STOP_WORD`; the recordings have no literal "stop"): from then on the model is to be silent.
 
 The user reacts: the stop comes after the n-th reminder *heard*, so a model that never reminds is never told to stop.
 """
@@ -57,7 +56,7 @@ class TimespeakFacts:
     interval: int  # chunks between reminders
     request_start: int  # chunk with the first sample of the user's first word, filler included
     number_end: int  # chunk with the number's last sample
-    request_end: int  # chunk with the request's last sample; the first reminder is due `interval` later
+    request_end: int  # chunk with the request's last sample
     stop_start: int | None  # chunk with the stop's first sample, None if the user never said it
     stop_end: int | None  # chunk with its last sample
     reminder: str = REMINDER
@@ -167,7 +166,7 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
     # The silence after the stop is a test only if another reminder would have been due before the episode ends.
     after_stop = (stop_delay + len(stop.samples)) // CHUNK_SAMPLES + 2
     last_heard = config.chunks - 1 - max(after_stop, interval + 1)
-    latest = min(config.stop_after[1], (last_heard - end) // interval)
+    latest = min(config.stop_after[1], (last_heard - end - 1) // interval)
     wants_stop = rng.random() < config.stop
     stop_after = int(rng.integers(config.stop_after[0], max(latest, config.stop_after[0]) + 1))
     return TimespeakScenario(

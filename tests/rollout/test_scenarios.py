@@ -1,0 +1,221 @@
+"""Scenarios: reproducible, distinct, reactive, and facts that agree with the audio."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
+from rollout.scenarios.base import Scenario, User
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, facts_from_json, scenario
+from rollout.scenarios.sound import NOISE_KINDS, SoundConfig, _noise
+from rollout.scenarios.timespeak import REMINDER, TimespeakConfig, TimespeakFacts
+from rollout.scenarios.turn_taking import Turn, TurnTakingConfig, TurnTakingFacts
+from rollout.speech import SpeechBank
+
+CONFIG = ScenarioConfig()
+QUIET = SoundConfig(snr_db=(80.0, 80.0))  # noise too faint to blur where speech is
+
+
+@pytest.fixture(scope="module")
+def bank() -> SpeechBank:
+    return SpeechBank.load()
+
+
+def play(user: User, actions: list[Action]) -> np.ndarray:
+    heard = [None, *actions[:-1]]
+    return np.stack([user.next_chunk(action) for action in heard])
+
+
+def seed_with(bank: SpeechBank, family: str, config: ScenarioConfig, wanted) -> Scenario:
+    return next(s for s in (scenario(family, "train", i, bank, config) for i in range(200)) if wanted(s))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_same_id_same_bits(bank: SpeechBank, family: str, split: str) -> None:
+    actions = [LISTEN] * 20 + [speak(REMINDER)] * 5 + [LISTEN] * 35
+    first = scenario(family, split, 7, bank, CONFIG)
+    again = scenario(family, split, 7, SpeechBank.load(), CONFIG)
+    assert first.id == f"{family}/{split}/7" and first.chunks == 60
+    np.random.seed(0)  # a global generator has no influence
+    one, two = first.user(), first.user()
+    audio = play(one, actions)
+    assert audio.shape == (60, CHUNK_SAMPLES) and audio.dtype == np.float32 and np.abs(audio).max() <= 1.0
+    assert np.array_equal(audio, play(two, actions))
+    assert np.array_equal(audio, play(again.user(), actions))
+    assert one.facts() == two.facts()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_seed_or_split_other_bits(bank: SpeechBank, family: str) -> None:
+    silent = [LISTEN] * 60
+    here = play(scenario(family, "train", 7, bank, CONFIG).user(), silent)
+    for split, seed in (("train", 8), ("held_out", 7)):
+        assert not np.array_equal(here, play(scenario(family, split, seed, bank, CONFIG).user(), silent))
+
+
+def test_rollouts_that_share_a_scenario_do_not_disturb_each_other(bank: SpeechBank) -> None:
+    shared = seed_with(bank, "timespeak", CONFIG, lambda s: s.stop_after is not None)
+    alone = play(shared.user(), [LISTEN] * 60)
+    spoken, silent = shared.user(), shared.user()
+    heard = None
+    for k in range(60):
+        spoken.next_chunk(heard)
+        assert np.array_equal(silent.next_chunk(None if k == 0 else LISTEN), alone[k])
+        heard = speak(REMINDER)
+    assert spoken.facts() != silent.facts()  # the first one was made to say stop
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_facts_survive_json(bank: SpeechBank, family: str) -> None:
+    user = scenario(family, "held_out", 3, bank, CONFIG).user()
+    play(user, [LISTEN] * 60)
+    stored = json.loads(json.dumps(user.facts().to_json()))
+    assert facts_from_json(stored) == user.facts()
+    with pytest.raises(ValueError, match="unknown family 'chess'"):
+        facts_from_json({**stored, "family": "chess"})
+
+
+def test_user_refuses_a_wrong_order_of_calls(bank: SpeechBank) -> None:
+    user = scenario("timespeak", "train", 0, bank, CONFIG).user()
+    with pytest.raises(ValueError, match="chunk 0"):
+        user.next_chunk(LISTEN)
+    user.next_chunk(None)
+    with pytest.raises(ValueError, match="chunk 1"):
+        user.next_chunk(None)
+    for _ in range(59):
+        user.next_chunk(LISTEN)
+    with pytest.raises(ValueError, match="chunk 60 does not exist"):
+        user.next_chunk(LISTEN)
+    with pytest.raises(ValueError, match="no scenario family is called 'chess'"):
+        scenario("chess", "train", 0, bank, CONFIG)
+
+
+def test_action_says_words_exactly_when_it_speaks() -> None:
+    with pytest.raises(ValueError, match="mode 'speak'"):
+        Action(Mode.SPEAK)
+    with pytest.raises(ValueError, match="mode 'listen'"):
+        Action(Mode.LISTEN, ("no",))
+
+
+def test_noises_of_the_splits_differ() -> None:
+    assert not set(NOISE_KINDS["train"]) & set(NOISE_KINDS["held_out"])
+    for split, kinds in NOISE_KINDS.items():
+        for kind in kinds:
+            noise = _noise(kind, split)
+            np.testing.assert_allclose(np.mean(noise.astype("f8") ** 2), 1.0, rtol=1e-5)
+
+
+def speech_chunks(audio: np.ndarray) -> np.ndarray:
+    """Which chunks hold speech, where the noise is 80 dB below it."""
+    return np.abs(audio).max(axis=1) > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_timespeak_facts_agree_with_the_audio(bank: SpeechBank, seed: int) -> None:
+    item = scenario(
+        "timespeak", "train", seed, bank, ScenarioConfig(timespeak=TimespeakConfig(sound=QUIET, filler=0.0))
+    )
+    user = item.user()
+    loud = speech_chunks(play(user, [LISTEN] * 60))
+    facts = user.facts()
+    assert isinstance(facts, TimespeakFacts)
+    assert facts.interval == 5 * ["zero", "one", "two", "three", "four"].index(facts.number)
+    assert facts.request_start <= facts.number_end <= facts.request_end
+    assert np.flatnonzero(loud).tolist() == list(range(facts.request_start, facts.request_end + 1))
+    assert facts.stop_end is None  # nothing was said, so there was nothing to stop
+
+
+def test_timespeak_user_stops_after_the_reminders_it_heard(bank: SpeechBank) -> None:
+    config = ScenarioConfig(timespeak=TimespeakConfig(sound=QUIET, stop=1.0, stop_after=(2, 2), seconds=(1,)))
+    item = scenario("timespeak", "train", 1, bank, config)
+    user = item.user()
+    audio, heard = [], None
+    for k in range(60):
+        audio.append(user.next_chunk(heard))
+        heard = speak(REMINDER) if k in (20, 30) else speak("four") if k == 25 else LISTEN
+    facts = user.facts()
+    # The second reminder sounds in chunk 30 and is heard before chunk 31; the stop begins 1 to 3 chunks later.
+    assert 32 <= facts.stop_start <= 34 and facts.stop_start < facts.stop_end <= facts.stop_start + 5
+    loud = np.flatnonzero(speech_chunks(np.stack(audio)))
+    assert loud[loud > facts.request_end].tolist() == list(range(facts.stop_start, facts.stop_end + 1))
+
+
+def test_timespeak_covers_all_numbers_and_stops(bank: SpeechBank) -> None:
+    items = [scenario("timespeak", "train", i, bank, CONFIG) for i in range(200)]
+    assert {item.number for item in items} == {"one", "two", "three", "four"}
+    assert 0.3 < np.mean([item.stop_after is not None for item in items]) < 0.7
+    assert 0.3 < np.mean([len(item.request) == 3 for item in items]) < 0.7
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_turn_taking_facts_agree_with_the_audio(bank: SpeechBank, seed: int) -> None:
+    config = ScenarioConfig(turn_taking=TurnTakingConfig(sound=QUIET))
+    user = scenario("turn_taking", "train", seed, bank, config).user()
+    audio = play(user, [LISTEN] * 60)
+    facts = user.facts()
+    assert isinstance(facts, TurnTakingFacts)
+    loud = speech_chunks(audio)
+    for turn in facts.turns:
+        assert not turn.interrupts  # nobody was speaking
+        assert loud[turn.start] and loud[turn.end]
+        for first, last in turn.pauses:
+            assert turn.start < first <= last < turn.end and not loud[first : last + 1].any()
+    inside = [k for turn in facts.turns for k in range(turn.start, turn.end + 1)]
+    assert set(np.flatnonzero(loud)) <= set(inside)
+    # Without a reply the user loses patience and goes on.
+    for turn, following in zip(facts.turns, facts.turns[1:], strict=False):
+        assert following.start == turn.end + config.turn_taking.patience + 1
+
+
+def replies(bank: SpeechBank, item: Scenario, chunks: int) -> TurnTakingFacts:
+    """The facts when the model replies 2 chunks after every turn, for at most ``chunks`` chunks."""
+    user = item.user()
+    heard = None
+    for k in range(item.chunks):
+        user.next_chunk(heard)
+        end = user.facts().turns[-1].end
+        heard = speak("yes") if end + 2 <= k < end + 2 + chunks else LISTEN
+    return user.facts()
+
+
+def test_turn_taking_user_interrupts_reactively(bank: SpeechBank) -> None:
+    config = ScenarioConfig(turn_taking=TurnTakingConfig(interrupts=1.0, interrupt_after=(3, 3), sentences=(1, 1)))
+    item = scenario("turn_taking", "train", 5, bank, config)
+    facts = replies(bank, item, chunks=6)
+    assert facts.turns[1].start == facts.turns[0].end + 2 + 3 and facts.turns[1].interrupts
+    # A reply that is over before the interruption is not interrupted: the user waits, then goes on.
+    facts = replies(bank, item, chunks=2)
+    assert facts.turns[1].start == facts.turns[0].end + 4 + item.plan[0].gap and not facts.turns[1].interrupts
+
+
+def test_turn_taking_user_cuts_in_on_an_endless_reply(bank: SpeechBank) -> None:
+    config = ScenarioConfig(turn_taking=TurnTakingConfig(interrupts=0.0, sentences=(1, 1), sentence_s=(0.7, 1.3)))
+    item = scenario("turn_taking", "train", 5, bank, config)
+    facts = replies(bank, item, chunks=30)
+    assert facts.turns[1] == Turn(facts.turns[0].end + 2 + 9, facts.turns[1].pauses, facts.turns[1].end, True)
+
+
+def test_held_out_uses_other_fillers(bank: SpeechBank) -> None:
+    heard = {
+        split: {
+            clip.file
+            for i in range(100)
+            for turn in scenario("turn_taking", split, i, bank, CONFIG).plan
+            for _, clip in turn.clips[:-1]
+        }
+        for split in ("train", "held_out")
+    }
+    assert len(heard["train"]) > 20 and not heard["train"] & heard["held_out"]
+
+
+def test_too_short_episodes_are_refused(bank: SpeechBank) -> None:
+    with pytest.raises(ValueError, match=r"timespeak\.chunks = 5 is too short"):
+        scenario("timespeak", "train", 0, bank, replace(CONFIG, timespeak=TimespeakConfig(chunks=5)))
+    with pytest.raises(ValueError, match=r"turn_taking\.chunks = 20 is too short"):
+        for seed in range(20):
+            scenario("turn_taking", "train", seed, bank, replace(CONFIG, turn_taking=TurnTakingConfig(chunks=20)))
+    with pytest.raises(ValueError, match="numbers from 1 to 10"):
+        TimespeakConfig(seconds=(0,))

@@ -1,0 +1,139 @@
+"""The bank of recordings: what it finds, how it trims, and one clear error for each thing that can be wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from rollout.chunk import SAMPLE_RATE_HZ
+from rollout.speech import DEFAULT_FOLDER, NUMBER_WORDS, RESERVED_WORDS, SpeechBank, SpeechError
+
+
+@pytest.fixture(scope="module")
+def bank() -> SpeechBank:
+    return SpeechBank.load()
+
+
+def tone(seconds: float) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ)).astype("f4")
+
+
+def write(folder: Path, *entries: dict | str, samples: np.ndarray | None = None, rate_hz: int = SAMPLE_RATE_HZ) -> Path:
+    """A folder with one second of tone in a.flac and a manifest of ``entries`` (the tone's own by default)."""
+    folder.mkdir(exist_ok=True)
+    soundfile.write(folder / "a.flac", tone(1.0) if samples is None else samples, rate_hz)
+    lines = entries or ({"file": "a.flac", "text": "four", "seconds": 1.0},)
+    (folder / "manifest.jsonl").write_text("\n".join(e if isinstance(e, str) else json.dumps(e) for e in lines))
+    return folder
+
+
+def test_shipped_folder_has_what_the_families_need(bank: SpeechBank) -> None:
+    for text in (*NUMBER_WORDS[1:], "second", "seconds", "thank you", "goodbye"):
+        assert bank.saying(text), text
+    files = list(DEFAULT_FOLDER.iterdir())
+    assert sum(file.stat().st_size for file in files) <= 4e6
+    assert {file.name for file in files} == {c.file for c in bank.clips} | {"manifest.jsonl", "LICENSE.txt"}
+    licence = (DEFAULT_FOLDER / "LICENSE.txt").read_text()
+    assert "Allison Smith" in licence and "CC-BY-SA-3.0" in licence
+
+
+def test_clips_are_trimmed_and_levelled(bank: SpeechBank) -> None:
+    for clip in bank.clips:
+        assert clip.samples.dtype == np.float32 and not clip.samples.flags.writeable
+        np.testing.assert_allclose(np.sqrt(np.mean(clip.samples.astype("f8") ** 2)), 0.1, rtol=1e-5)
+        # Audible speech in the first and the last 20 ms, so that "where the word ends" means something.
+        for end in (clip.samples[:320], clip.samples[-320:]):
+            assert np.abs(end).max() > 0.002, clip.file
+
+
+def test_trim_removes_exactly_the_silence(tmp_path: Path) -> None:
+    silence = np.zeros(SAMPLE_RATE_HZ // 2, "f4")
+    folder = write(tmp_path, samples=np.concatenate([silence, tone(0.5), silence]))
+    (clip,) = SpeechBank.load(folder).clips
+    assert len(clip.samples) == SAMPLE_RATE_HZ // 2
+
+
+def test_splits_of_fillers_are_disjoint_by_recording_and_by_words(bank: SpeechBank) -> None:
+    for words, seconds in (((1, 3), (0.4, 1.1)), ((2, 12), (0.7, 2.0))):
+        train = bank.fillers("train", words, seconds)
+        held_out = bank.fillers("held_out", words, seconds)
+        assert len(train) >= 20 and len(held_out) >= 10
+        assert not {c.file for c in train} & {c.file for c in held_out}
+        assert not {c.words for c in train} & {c.words for c in held_out}
+        for clip in (*train, *held_out):
+            assert not RESERVED_WORDS & set(clip.words)
+            assert words[0] <= len(clip.words) <= words[1] and seconds[0] <= clip.seconds <= seconds[1]
+
+
+def test_wav_is_read_as_well(tmp_path: Path) -> None:
+    write(tmp_path, {"file": "b.wav", "text": "Four!", "seconds": 1})
+    soundfile.write(tmp_path / "b.wav", tone(1.0), SAMPLE_RATE_HZ)
+    assert [c.file for c in SpeechBank.load(tmp_path).saying("four")] == ["b.wav"]
+
+
+def test_a_whole_folder_loads(tmp_path: Path) -> None:
+    """The control of every error below."""
+    assert len(SpeechBank.load(write(tmp_path)).clips) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 2: no JSON object"),
+        ('["a.flac"]', "line 2: needs the keys"),
+        ({"file": "a.flac", "text": "four"}, "line 2: needs the keys"),
+        ({"file": "a.flac", "text": "...", "seconds": 1.0}, "line 2: file and text"),
+        ({"file": 3, "text": "four", "seconds": 1.0}, "line 2: file and text"),
+        ({"file": "a.flac", "text": "four", "seconds": "1.0"}, "line 2: seconds must be"),
+        ({"file": "a.flac", "text": "four", "seconds": -1}, "line 2: seconds must be"),
+        ({"file": "../a.flac", "text": "four", "seconds": 1.0}, "line 2: .* outside the speech folder"),
+        ({"file": "gone.flac", "text": "four", "seconds": 1.0}, "gone.flac is missing"),
+        ({"file": "a.flac", "text": "four", "seconds": 1.5}, r"holds 1.000 s where manifest.jsonl says 1.500 s"),
+    ],
+)
+def test_bad_manifest_line_is_named(tmp_path: Path, line: dict | str, message: str) -> None:
+    folder = write(tmp_path, {"file": "a.flac", "text": "four", "seconds": 1.0}, line)
+    with pytest.raises(SpeechError, match=message):
+        SpeechBank.load(folder)
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(SpeechError, match="does not exist"):
+        SpeechBank.load(tmp_path / "nowhere")
+    with pytest.raises(SpeechError, match=r"has no manifest\.jsonl"):
+        SpeechBank.load(tmp_path)
+    (tmp_path / "manifest.jsonl").write_text("\n\n")
+    with pytest.raises(SpeechError, match="lists no recordings"):
+        SpeechBank.load(tmp_path)
+
+
+def test_bad_audio_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpeechError, match="sample rate of 8000 Hz: convert"):
+        SpeechBank.load(write(tmp_path / "rate", rate_hz=8000))
+    with pytest.raises(SpeechError, match="2 channels"):
+        SpeechBank.load(write(tmp_path / "stereo", samples=np.stack([tone(1.0)] * 2, axis=1)))
+    with pytest.raises(SpeechError, match="is silent"):
+        SpeechBank.load(write(tmp_path / "silent", samples=np.zeros(SAMPLE_RATE_HZ, "f4")))
+    folder = write(tmp_path / "noise")
+    (folder / "a.flac").write_bytes(b"this is no audio")
+    with pytest.raises(SpeechError, match=r"a\.flac cannot be decoded"):
+        SpeechBank.load(folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_truncated_audio_is_an_error(tmp_path: Path, share: float) -> None:
+    folder = write(tmp_path)
+    whole = (folder / "a.flac").read_bytes()
+    (folder / "a.flac").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(SpeechError, match=r"a\.flac (cannot be decoded|holds)"):
+        SpeechBank.load(folder)
+
+
+def test_words_that_a_folder_lacks_are_named(tmp_path: Path) -> None:
+    bank = SpeechBank.load(write(tmp_path))
+    with pytest.raises(SpeechError, match="no recording that says 'thank you'"):
+        bank.saying("thank you")
+    with pytest.raises(SpeechError, match="no train recording of 2 to 9 words"):
+        bank.fillers("train", (2, 9), (0.1, 2.0))
