@@ -1,0 +1,205 @@
+"""Sessions: the same bits whatever runs beside them, forked or separate, and the learner's own forward agrees."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model.config import preset
+from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
+from model.state import ContextFull
+from model.transformer import InteractionModel
+from rl.batch import collate, score_choices
+from rl.identity import compare, locate
+from rollout.chunk import CHUNK_SAMPLES, Mode
+from rollout.episode import Episode
+from rollout.sampler import session_key
+from rollout.session import Session, SessionEngine
+from rollout.transcript import write_transcript
+from rollout.vocabulary import Vocabulary
+
+CHUNKS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> InteractionModel:
+    model = InteractionModel(preset("tiny"))
+    model.init_weights(0)
+    model.pack()
+    return model
+
+
+def make_engine(model: InteractionModel, words_per_chunk: int = 2, slots: int = 8, max_tokens: int = 256) -> SessionEngine:
+    vocabulary = Vocabulary.build(model.vocab)
+    return SessionEngine(
+        model, vocabulary, slots=slots, max_tokens=max_tokens, words_per_chunk=words_per_chunk
+    )
+
+
+def sound(session: int, chunk: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * session + chunk)
+    return 0.1 * torch.randn(CHUNK_SAMPLES, generator=generator)
+
+
+def talk(engine: SessionEngine, sessions: dict[int, Session], chunks: range) -> None:
+    for k in chunks:
+        engine.append(list(sessions.values()), torch.stack([sound(i, k) for i in sessions]))
+
+
+def record(engine: SessionEngine, session: Session) -> Episode:
+    return engine.episode(session, scenario="x/train/0", rollout=0, seed=0, facts={})
+
+
+def same(a: Episode, b: Episode) -> bool:
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("tokens", "codes", "sampled_at", "row_class", "chunk", "logprob", "digest")
+    )
+
+
+def test_a_session_alone_equals_itself_among_others(model: InteractionModel) -> None:
+    engine = make_engine(model)
+    crowd = {i: engine.open(session_key(0, "x", i)) for i in range(6)}
+    talk(engine, crowd, range(CHUNKS))
+    other = make_engine(model)
+    for i in (5, 0):
+        alone = {i: other.open(session_key(0, "x", i))}
+        talk(other, alone, range(CHUNKS))
+        assert same(record(engine, crowd[i]), record(other, alone[i]))
+    stranger = {0: other.open(session_key(0, "x", 99))}
+    talk(other, stranger, range(CHUNKS))
+    assert not same(record(engine, crowd[0]), record(other, stranger[0]))  # another key, another episode
+
+
+def test_a_session_that_joins_late_is_not_changed(model: InteractionModel) -> None:
+    engine, other = make_engine(model), make_engine(model)
+    early = {0: engine.open(1)}
+    talk(engine, early, range(3))
+    late = engine.open(2)
+    for k in range(CHUNKS):
+        engine.append([early[0], late], torch.stack([sound(0, 3 + k), sound(7, k)]))
+    alone = {7: other.open(2)}
+    talk(other, alone, range(CHUNKS))
+    assert same(record(engine, late), record(other, alone[7]))
+
+
+def test_fork_equals_separate(model: InteractionModel) -> None:
+    engine = make_engine(model)
+    origin = engine.open(11)
+    talk(engine, {3: origin}, range(7))
+    twin = engine.fork(origin, 11)
+    branch = engine.fork(origin, 12)
+    for k in range(7, CHUNKS):
+        engine.append([branch, twin, origin], sound(3, k).expand(3, -1).contiguous())
+    assert same(record(engine, origin), record(engine, twin))
+    assert not torch.equal(record(engine, origin).tokens, record(engine, branch).tokens)
+
+
+def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None:
+    engine = make_engine(model)
+    sessions = {i: engine.open(session_key(5, "x", i)) for i in range(4)}
+    talk(engine, sessions, range(CHUNKS))
+    episodes = [record(engine, s) for s in sessions.values()]
+    classes = engine.vocabulary.classes
+
+    def mismatch() -> tuple[int, int, int]:
+        logprob, _, digest = score_choices(model, collate(episodes), classes, engine.temperature)
+        found = compare(
+            torch.cat([e.logprob for e in episodes]), logprob.detach(), torch.cat([e.digest for e in episodes]), digest
+        )
+        return found.num_tokens, found.num_unequal, found.rows_unequal
+
+    tokens, unequal, rows = mismatch()
+    assert tokens > 4 * CHUNKS
+    assert (unequal, rows) == (0, 0)
+    assert "all activations agree" in locate(model, episodes[0])
+
+    weight = model.model.language_model.layers[2].self_attn.o_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():  # the negative control: one weight, one ulp
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+    try:
+        model.repack()
+        _, unequal, rows = mismatch()
+        assert unequal > 0 and rows > 0
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+        model.repack()
+
+
+def test_transcript_of_the_actions_is_what_the_session_wrote(model: InteractionModel) -> None:
+    for words in (1, 2, 3):
+        engine = make_engine(model, words)
+        session = engine.open(words)
+        talk(engine, {0: session}, range(CHUNKS))
+        episode = record(engine, session)
+        assert Mode.SPEAK in {a.mode for a in episode.actions}
+        codes = episode.codes.unflatten(0, (CHUNKS, -1))
+        written = write_transcript(codes, episode.actions, engine.vocabulary, words)
+        for name in ("tokens", "codes", "sampled_at", "row_class", "chunk"):
+            assert torch.equal(getattr(written, name), getattr(episode, name)), name
+
+
+def test_classes_follow_the_grammar(model: InteractionModel) -> None:
+    engine = make_engine(model, 3)
+    session = engine.open(4)
+    talk(engine, {0: session}, range(CHUNKS))
+    episode = record(engine, session)
+    allowed = engine.vocabulary.classes.allowed
+    tokens = episode.tokens[episode.sampled_at]
+    assert bool(allowed[episode.row_class, tokens].all())
+    assert set(episode.row_class.tolist()) == {MODE, FIRST_TEXT, NEXT_TEXT}
+    assert (episode.row_class == MODE).sum() == CHUNKS
+
+
+def test_greedy_is_deterministic_and_ignores_the_key(model: InteractionModel) -> None:
+    episodes = []
+    for key in (1, 2):
+        engine = make_engine(model)
+        engine.temperature = 0.0
+        session = engine.open(key)
+        talk(engine, {0: session}, range(4))
+        episodes.append(record(engine, session))
+    assert torch.equal(episodes[0].tokens, episodes[1].tokens)
+
+
+def test_context_limit_is_an_error_and_moves_nothing(model: InteractionModel) -> None:
+    engine = make_engine(model, max_tokens=20)
+    session = engine.open(0)
+    with pytest.raises(ContextFull, match="of at most 20 tokens"):
+        talk(engine, {0: session}, range(CHUNKS))
+    tokens = list(session.tokens)
+    with pytest.raises(ContextFull):
+        engine.append([session], sound(0, 0)[None])
+    assert session.tokens == tokens
+
+
+def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: InteractionModel) -> None:
+    engine = make_engine(model, slots=1)
+    session = engine.open(0)
+    with pytest.raises(ValueError, match="float32"):
+        engine.append([session], sound(0, 0)[None].double())
+    with pytest.raises(ValueError, match="3200"):
+        engine.append([session], torch.zeros(1, 1600))
+    with pytest.raises(RuntimeError, match="1 slots are open"):
+        engine.open(1)
+    with pytest.raises(MetronomeError, match="1 open sessions"):
+        engine.publish()
+    engine.close(session)
+    with pytest.raises(ValueError, match="closed"):
+        engine.append([session], sound(0, 0)[None])
+    with pytest.raises(ValueError, match="closed"):
+        engine.close(session)
+
+
+def test_episode_says_which_policy_sampled_it(model: InteractionModel) -> None:
+    engine = make_engine(model)
+    session = engine.open(0)
+    talk(engine, {0: session}, range(2))
+    episode = record(engine, session)
+    assert episode.contract_id == dispatch.contract_id()
+    assert episode.weights_digest == engine.weights_digest
+    assert dataclasses.is_dataclass(episode)
