@@ -1,0 +1,128 @@
+"""Scripted play: the expert is faultless on every seed, its mistakes have their rates, and bad policies score low."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from reward.combine import score
+from reward.score import Outcome, RewardConfig, Score
+from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, speak
+from rollout.scenarios.base import Scenario
+from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.timespeak import REMINDER
+from rollout.speech import SpeechBank
+
+CONFIG = ScenarioConfig()
+SEEDS = 200
+
+
+@pytest.fixture(scope="module")
+def bank() -> SpeechBank:
+    return SpeechBank.load()
+
+
+def demonstrated(item: Scenario, corruption: Corruption, seed: int) -> Score:
+    _, actions, facts = demonstrate(item, np.random.default_rng(seed), corruption)
+    return score(item.family, facts.to_json(), actions, RewardConfig())
+
+
+def played(item: Scenario, policy: Callable[[int], Action]) -> Score:
+    user = item.user()
+    actions: list[Action] = []
+    for k in range(item.chunks):
+        user.next_chunk(actions[-1] if actions else None)
+        actions.append(policy(k))
+    return score(item.family, user.facts().to_json(), actions, RewardConfig())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_perfect_expert_scores_one_on_every_seed(bank: SpeechBank, family: str, split: str) -> None:
+    for seed in range(SEEDS):
+        item = scenario(family, split, seed, bank, CONFIG)
+        got = demonstrated(item, PERFECT, seed)
+        assert (got.value, got.tight, got.spurious) == (1.0, 1.0, 0), item.id
+        assert got.due >= 2, item.id
+        # Every hit is at the best moment, so no reward is lost either.
+        assert all(event.timing in (0.0, 1.0) for event in got.events), item.id
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_demonstration_is_a_function_of_its_arguments(bank: SpeechBank, family: str) -> None:
+    item = scenario(family, "train", 3, bank, CONFIG)
+    first = demonstrate(item, np.random.default_rng(1), Corruption())
+    again = demonstrate(item, np.random.default_rng(1), Corruption())
+    assert first[0].shape == (60, CHUNK_SAMPLES) and first[0].dtype == np.float32
+    assert np.array_equal(first[0], again[0]) and first[1:] == again[1:]
+    others = [demonstrate(item, np.random.default_rng(seed), Corruption()) for seed in range(2, 6)]
+    assert any(other[1] != first[1] for other in others)
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "low", "high"),
+    [
+        ("timespeak", "wrong_number", 0.0, 0.6),
+        ("timespeak", "jitter", 0.3, 0.97),
+        ("timespeak", "omission", 0.0, 0.4),
+        ("timespeak", "ignored_stop", 0.5, 0.9),
+        ("turn_taking", "pause_reply", 0.3, 0.8),
+        ("turn_taking", "wrong_delay", 0.0, 0.2),
+        ("turn_taking", "ignored_interruption", 0.6, 0.95),
+    ],
+)
+def test_each_mistake_alone_costs_score(bank: SpeechBank, family: str, field: str, low: float, high: float) -> None:
+    """At rate 1 (a jitter of 30 %) each mistake lowers the mean score into a range that its meaning gives."""
+    corruption = replace(PERFECT, **{field: 0.3 if field == "jitter" else 1.0})
+    items = [scenario(family, "train", seed, bank, CONFIG) for seed in range(60)]
+    mean = np.mean([demonstrated(item, corruption, item.seed).value for item in items])
+    assert low <= mean <= high
+
+
+def test_rates_are_kept(bank: SpeechBank) -> None:
+    """Over 300 episodes: a rate of 0.12 is off by 0.07, or one of 0.6 by 0.15, with a probability below 1e-3."""
+    wrong, ignored = [], []
+    for seed in range(300):
+        item = scenario("timespeak", "train", seed, bank, CONFIG)
+        rate = Corruption(0.12, 0.0, 0.0, 0.6, 0.0, 0.0, 0.0)
+        events = demonstrated(item, rate, seed).events
+        echo = next(event for event in events if event.kind == "echo")
+        wrong.append(echo.outcome is Outcome.WRONG)
+        # An ignored stop shows only where a reminder would follow it, which the family sees to.
+        ignored += [event.outcome is Outcome.MISSED for event in events if event.kind == "stop" and not wrong[-1]]
+    assert abs(np.mean(wrong) - 0.12) < 0.07
+    assert abs(np.mean(ignored) - 0.6) < 0.15
+
+
+def test_default_corruption_leaves_much_to_learn(bank: SpeechBank) -> None:
+    means = [
+        np.mean(
+            [demonstrated(scenario(f, "train", seed, bank, CONFIG), Corruption(), seed).value for seed in range(100)]
+        )
+        for f in FAMILIES
+    ]
+    assert 0.3 < np.mean(means) < 0.7
+
+
+BAD_POLICIES: dict[str, Callable[[int], Action]] = {
+    "silent": lambda k: LISTEN,
+    "always the reminder": lambda k: speak(REMINDER),
+    "always a word of the reply": lambda k: speak("yes"),
+    "every second chunk": lambda k: speak(REMINDER) if k % 2 else LISTEN,
+    "every 10 chunks": lambda k: speak(REMINDER) if k % 10 == 9 else LISTEN,
+    "a reply every 12 chunks": lambda k: (
+        speak(("yes", "sure", "here", "is", "the", "answer")[k % 12]) if k % 12 < 6 else LISTEN
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", BAD_POLICIES)
+def test_bad_policies_score_low(bank: SpeechBank, family: str, policy: str) -> None:
+    scores = [played(scenario(family, "train", seed, bank, CONFIG), BAD_POLICIES[policy]) for seed in range(60)]
+    assert np.mean([s.value for s in scores]) < 0.2
+    assert np.mean([s.tight for s in scores]) < 0.2
+    if policy == "silent":
+        assert all(s.value == 0.0 for s in scores)
