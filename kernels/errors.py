@@ -1,0 +1,5 @@
+"""The base of every error that a user can cause and mend; entry points print it as one line, without a traceback."""
+
+
+class MetronomeError(Exception):
+    """Something outside the program is wrong. The message says what, where, and what to do."""
