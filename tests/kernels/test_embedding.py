@@ -1,0 +1,80 @@
+"""embedding_sum on the CPU: row contract, oracle, gradient, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import ops, reference
+from tests.kernels.contract import (
+    DTYPES,
+    ROWS,
+    SEEDS,
+    assert_gradients,
+    assert_row_contract,
+    generator,
+    normal,
+    uneven_sum,
+)
+
+BINS = 16
+
+
+def some_codes(seed: int, rows: int, channels: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.randint(0, BINS, (rows, channels), generator=generator(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=ROWS, channels=st.sampled_from([1, 5, 80]), width=st.sampled_from([1, 7, 61, 128]), seed=SEEDS)
+@settings(max_examples=20)
+def test_row_contract(rows: int, channels: int, width: int, seed: int, dtype: torch.dtype) -> None:
+    table = normal(seed, channels * BINS, width, dtype=dtype)
+    assert_row_contract(lambda codes: ops.embedding_sum(codes, table, BINS), (some_codes(seed, rows, channels),), seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_equals_reference(code_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Only additions, in a stated order: the reference's bits exactly."""
+    codes, table = some_codes(1, 40, 80, code_dtype), normal(2, 80 * BINS, 130, dtype=dtype)
+    assert torch.equal(ops.embedding_sum(codes, table, BINS), reference.embedding_sum(codes, table, BINS))
+
+
+def test_control_order_of_channels() -> None:
+    codes, table = some_codes(1, 40, 80), normal(2, 80 * BINS, 64)
+    backwards = table.view(80, BINS, 64).flip(0).reshape(-1, 64)
+    assert not torch.equal(ops.embedding_sum(codes, table, BINS), ops.embedding_sum(codes.flip(1), backwards, BINS))
+    rows = table.view(80, BINS, 64)
+    with pytest.raises(AssertionError, match="differ"):
+        assert_row_contract(
+            lambda codes: uneven_sum(rows[torch.arange(80), codes.long()].transpose(1, 2), len(codes)), (codes,), 0
+        )
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gradient(dtype: torch.dtype, bound: float) -> None:
+    codes = some_codes(1, 300, 8)
+    assert_gradients(
+        lambda table: ops.embedding_sum(codes, table, BINS),
+        lambda table: reference.embedding_sum(codes, table, BINS),
+        (normal(2, 8 * BINS, 61, dtype=dtype),),
+        3,
+        bound,
+    )
+
+
+def test_errors() -> None:
+    codes, table = some_codes(1, 4, 5), normal(2, 5 * BINS, 8)
+    assert ops.embedding_sum(codes[:0], table, BINS).shape == (0, 8)
+    for dtype, wrong in ((torch.uint8, 16), (torch.int16, -1), (torch.int64, 2**40)):
+        bad = codes.to(dtype)
+        bad[2, 3] = wrong
+        with pytest.raises(ValueError, match=rf"codes\[2, 3\] is {wrong}, outside 0\.\.15"):
+            ops.embedding_sum(bad, table, BINS)
+    with pytest.raises(ValueError, match=r"codes is \(4, 4\)"):
+        ops.embedding_sum(codes[:, 1:], table, BINS)
+    with pytest.raises(ValueError, match=r"codes is torch\.float32"):
+        ops.embedding_sum(codes.float(), table, BINS)
