@@ -88,6 +88,7 @@ def _load(name: str) -> ctypes.CDLL:
             "(it needs g++; on Debian and Ubuntu: apt-get install g++)"
         )
     _load_openmp()
+    _keep_freed_memory()
     return ctypes.CDLL(str(path))
 
 
@@ -97,6 +98,16 @@ def _load_openmp() -> None:
     # torch.set_num_threads governs it.
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    # By default glibc gives large freed blocks back to the kernel and every new activation is faulted in page by page,
+    # which can take ten times as long as computing it (far more in a virtual machine). Keep them for the next call.
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold, never = -1, -3, 2**31 - 1
+    libc.mallopt(trim_threshold, never)
+    libc.mallopt(mmap_threshold, never)
 
 
 def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
