@@ -102,8 +102,8 @@ class Attention(nn.Module):
         kv = ops.short_conv(kv, taps, segments, state.kv_conv if state else None).view(rows, -1, head)
         k, v = kv[:, : self.kv_heads], kv[:, self.kv_heads :]
         out = ops.attention(
-            ops.rms_norm(q.reshape(-1, head), w.q_norm, self.eps).view(rows, -1, head),
-            ops.rms_norm(k.reshape(-1, head), w.k_norm, self.eps).view(rows, -1, head),
+            ops.rms_norm(q.view(rows, -1, head), w.q_norm, self.eps),
+            ops.rms_norm(k, w.k_norm, self.eps),
             v,
             rel.view(rows, -1, self.d_rel),
             w.rel_proj,

@@ -1,0 +1,101 @@
+"""Random small models, their transformers twins, and mixed text and audio rows, all from one seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import InklingConfig, InklingForConditionalGeneration
+
+from kernels.layout import Segments
+from model.state import SessionState
+from model.transformer import Capture, InteractionModel
+
+AUDIO = 2
+ROWS = 150  # longer than every window below
+
+
+@dataclass(frozen=True)
+class Rows:
+    tokens: Tensor  # int64 [T]
+    codes: Tensor  # uint8 [A, 80]
+
+    def cut(self, first: int, end: int) -> Rows:
+        heard = int((self.tokens[:first] == AUDIO).sum())
+        return Rows(self.tokens[first:end], self.codes[heard : heard + int((self.tokens[first:end] == AUDIO).sum())])
+
+
+def random_config(seed: int) -> InklingConfig:
+    """Both kinds of layer and of MLP, one or two shared experts, log scaling on or off, padded vocabulary or not."""
+    pick = random.Random(seed).choice
+    layers = pick([2, 3])
+    text = {
+        "vocab_size": pick([64, 97]), "unpadded_vocab_size": pick([None, 60]), "hidden_size": pick([32, 48, 64]),
+        "num_hidden_layers": layers, "layer_types": ["hybrid_sliding", "hybrid"] + [pick(["hybrid_sliding", "hybrid"])] * (layers - 2),
+        "mlp_layer_types": [pick(["dense", "sparse"]) for _ in range(layers - 1)] + ["sparse"],
+        "num_attention_heads": 4, "num_key_value_heads": pick([1, 2, 4]), "head_dim": pick([8, 16, 32]),
+        "swa_num_attention_heads": 2, "swa_num_key_value_heads": pick([1, 2]), "swa_head_dim": pick([8, 16]),
+        "sliding_window_size": pick([16, 40, 70]), "d_rel": pick([4, 16]), "rel_extent": pick([32, 100]),
+        "log_scaling_n_floor": pick([None, 20]), "max_position_embeddings": 4096,
+        "intermediate_size": 48, "moe_intermediate_size": pick([16, 24]), "n_routed_experts": pick([4, 8]),
+        "num_experts_per_tok": pick([1, 2, 3]), "n_shared_experts": pick([1, 2]), "route_scale": pick([1.0, 8.0]),
+        "logits_mup_width_multiplier": pick([1.0, 24.0]),
+    }  # fmt: skip
+    config = InklingConfig(
+        text_config=text,
+        audio_config={"mel_vocab_size": 16},
+        vision_config={"num_hidden_layers": 1, "hidden_size": 8, "patch_size": 4, "temporal_patch_size": 2},
+        image_token_id=5,
+        audio_token_id=AUDIO,
+    )
+    config._attn_implementation = "eager"
+    return config
+
+
+def twins(seed: int, dtype: torch.dtype = torch.float32) -> tuple[InteractionModel, InklingForConditionalGeneration]:
+    """(ours, packed; transformers') with the same random weights, scaled so that every part matters to the logits."""
+    config = random_config(seed)
+    generator = torch.Generator().manual_seed(seed)
+    theirs = InklingForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in [*theirs.named_parameters(), *theirs.named_buffers()]:
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name or "global_scale" in name:
+                weight.copy_(1 + 0.2 * noise)
+            elif "sconv" in name or "rel_logits" in name:
+                weight.copy_(0.3 * noise)
+            elif "correction_bias" in name:
+                weight.copy_(0.1 * noise)
+            elif weight.is_floating_point():
+                weight.copy_(noise / weight.shape[-1] ** 0.5)
+    ours = InteractionModel(config, dtype)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "vision_tower" not in k})
+    ours.pack()
+    return ours, theirs
+
+
+def random_rows(seed: int, count: int = ROWS) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(6, 60, (count,), generator=generator)
+    tokens[torch.rand(count, generator=generator) < 0.4] = AUDIO
+    codes = torch.randint(0, 16, (int((tokens == AUDIO).sum()), 80), generator=generator, dtype=torch.uint8)
+    return Rows(tokens, codes)
+
+
+def whole(model: InteractionModel, rows: Rows, capture: Capture | None = None) -> Tensor:
+    """The learner's forward: one sequence, no state."""
+    return model(rows.tokens, rows.codes, Segments.build([0], [0], [len(rows.tokens)]), None, capture)
+
+
+@torch.no_grad()
+def in_pieces(model: InteractionModel, rows: Rows, lengths: list[int], state: SessionState, slot: int) -> Tensor:
+    """The session's forward, ``lengths[i]`` rows a call."""
+    outputs, at = [], 0
+    for length in lengths:
+        piece = rows.cut(at, at + length)
+        outputs.append(model(piece.tokens, piece.codes, state.extend([slot], [length]), state))
+        at += length
+    assert at == len(rows.tokens)
+    return torch.cat(outputs)
