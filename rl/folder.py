@@ -40,13 +40,13 @@ class RunFolder:
         is unless it holds nothing but its config (a run that never began)."""
         path = _locate(runs, name)
         taken = [p for p in (path / "metrics.jsonl", path / "summary.json", path / "checkpoints") if p.exists()]
-        if taken and ranks.rank() == 0:
+        if taken:
             raise MetronomeError(
                 f"{path} already holds results of a run ({taken[0].name}); go on with it by --resume, or choose "
                 "another --name, or move the folder away"
             )
         folder = RunFolder(path, [])
-        ranks.gather(None)  # nobody may see files that rank 0 writes below before having looked
+        ranks.gather(None)  # all look before the first one writes
         folder.write_text("config.yaml", config)
         return folder
 

@@ -92,9 +92,21 @@ def run_command(module: str) -> NoReturn:
         importlib.import_module(module).main()
     except (StartupError, errors.MetronomeError) as error:
         fail(str(error))
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        # The one that ended has said why, or is about to; this message is only read when it could not.
+        time.sleep(2 * RANK_DELAY_S)
+        fail(f"another process of this run ended unexpectedly ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         fail("interrupted; finished files are whole, and the run can go on with --resume", status=130)
     sys.exit(0)
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Whether gloo raised ``error`` because the other end of a connection is gone."""
+    text = str(error)
+    return "gloo" in text and ("Connection closed by peer" in text or "Connection reset by peer" in text)
 
 
 def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:

@@ -69,7 +69,7 @@ def test_recipes_exist() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipe_parses(path: Path) -> None:
-    from rl.config import parse
+    from rl.train import parse
 
     parse(["--config", str(path)])
 

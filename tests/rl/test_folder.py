@@ -74,7 +74,7 @@ def test_results_are_not_overwritten(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "seed: 0\n")
     RunFolder.create(tmp_path, "a", "seed: 1\n")  # nothing but a recipe there: a run that never began
     run.append_metrics(record(0))
-    with pytest.raises(MetronomeError, match="already holds results of a run .*--resume"):
+    with pytest.raises(MetronomeError, match=r"already holds results of a run .*--resume"):
         RunFolder.create(tmp_path, "a", "seed: 2\n")
     assert (run.path / "config.yaml").read_text() == "seed: 1\n"
     assert json.loads((run.path / "metrics.jsonl").read_text()) == record(0)
