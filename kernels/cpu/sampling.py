@@ -139,15 +139,21 @@ def sample(
 
 def _check_rows(op: str, logits: Tensor) -> None:
     if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.is_cpu:
-        raise ValueError(f"{op}: logits is {logits.dtype} {tuple(logits.shape)} on {logits.device}; need CPU float32 [T, V]")
+        raise ValueError(
+            f"{op}: logits is {logits.dtype} {tuple(logits.shape)} on {logits.device}; need CPU float32 [T, V]"
+        )
     if logits.shape[1] == 0 or logits.stride(1) != 1:
-        raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}, strides {logits.stride()}; columns must be adjacent")
+        raise ValueError(
+            f"{op}: logits has shape {tuple(logits.shape)}, strides {logits.stride()}; columns must be adjacent"
+        )
 
 
 def _check_classes(op: str, logits: Tensor, allowed: Tensor, row_class: Tensor) -> None:
     vocab = logits.shape[1]
     if allowed.dim() != 2 or allowed.shape[1] != vocab or allowed.dtype != torch.bool or not allowed.is_contiguous():
-        raise ValueError(f"{op}: allowed is {allowed.dtype} {tuple(allowed.shape)}; need contiguous bool [classes, {vocab}]")
+        raise ValueError(
+            f"{op}: allowed is {allowed.dtype} {tuple(allowed.shape)}; need contiguous bool [classes, {vocab}]"
+        )
     _check_integers(op, "row_class", row_class, logits.shape[0])
 
 
