@@ -71,8 +71,8 @@ class _ShortConv(torch.autograd.Function):
         (x, weight), segments = ctx.saved_tensors, ctx.segments
         wide, grad = x.float().contiguous(), grad.float().contiguous()
         need_x, need_weight, _ = ctx.needs_input_grad
-        dx = torch.empty(wide.shape) if need_x else None
-        dweight = torch.empty(weight.shape) if need_weight else None
+        dx = torch.empty_like(wide) if need_x else None
+        dweight = torch.empty_like(weight) if need_weight else None
         _BACKWARD(
             wide.data_ptr(), weight.data_ptr(), segments.offset.data_ptr(), segments.slot.shape[0], grad.data_ptr(),
             None if dx is None else dx.data_ptr(), None if dweight is None else dweight.data_ptr(), x.shape[1],

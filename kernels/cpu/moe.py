@@ -172,7 +172,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (gate_up,) = ctx.saved_tensors
         wide, grad = gate_up.float(), grad.float().contiguous()
-        out = torch.empty(wide.shape)
+        out = torch.empty_like(wide)
         _SWIGLU_BACKWARD(wide.data_ptr(), wide.stride(0), grad.data_ptr(), out.data_ptr(), *grad.shape)
         return out.to(gate_up.dtype)
 
@@ -215,7 +215,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         y, weight = ctx.saved_tensors
         wide, grad = y.float(), grad.float().contiguous()
-        dy, dweight = torch.empty(wide.shape), torch.empty(weight.shape)
+        dy, dweight = torch.empty_like(wide), torch.empty_like(weight)
         _COMBINE_BACKWARD(
             wide.data_ptr(), weight.data_ptr(), grad.data_ptr(), dy.data_ptr(), dweight.data_ptr(), *weight.shape,
             grad.shape[1],

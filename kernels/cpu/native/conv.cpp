@@ -16,12 +16,10 @@ template <class T> INLINE void conv_row(const T* const* in, const float* taps, T
     int m = width - c < W ? int(width - c) : W;
     vf acc = zero(), last = zero();
     for (int i = 0; i < TAPS; i++) {
-      vf w = m == W ? load(taps + i * width + c) : load(taps + i * width + c, m);
-      last = m == W ? load(in[i] + c) : load(in[i] + c, m);
-      acc = fma(w, last, acc);
+      last = load(in[i] + c, m);
+      acc = fma(load(taps + i * width + c, m), last, acc);
     }
-    if (m == W) store(out + c, last + acc);
-    else store(out + c, last + acc, m);
+    store(out + c, last + acc, m);
   }
 }
 

@@ -26,9 +26,10 @@ template <class T> INLINE void swiglu(const T* x, int64_t ldx, T* y, int64_t row
       const T* gate = x + r * ldx;
       const T* up = gate + half;
       T* out = y + r * half;
-      int64_t i = 0;
-      for (; i + W <= half; i += W) store(out + i, silu(load(gate + i)) * load(up + i));
-      if (int m = int(half - i)) store(out + i, silu(load(gate + i, m)) * load(up + i, m), m);
+      for (int64_t i = 0; i < half; i += W) {
+        int m = half - i < W ? int(half - i) : W;
+        store(out + i, silu(load(gate + i, m)) * load(up + i, m), m);
+      }
     }
   });
 }
@@ -70,13 +71,8 @@ INLINE void moe_combine(const T* y, const float* weight, T* out, int64_t rows, i
         const T* p = y + r * j * width + i;
         int m = width - i < W ? int(width - i) : W;
         vf acc = zero();
-        if (m == W) {
-          for (int64_t e = 0; e < j; e++) acc = fma(splat(w[e]), load(p + e * width), acc);
-          store(out + r * width + i, acc);
-        } else {
-          for (int64_t e = 0; e < j; e++) acc = fma(splat(w[e]), load(p + e * width, m), acc);
-          store(out + r * width + i, acc, m);
-        }
+        for (int64_t e = 0; e < j; e++) acc = fma(splat(w[e]), load(p + e * width, m), acc);
+        store(out + r * width + i, acc, m);
       }
     }
   });

@@ -9,7 +9,7 @@ template <class C> INLINE int64_t check_codes(const C* codes, int64_t n, int64_t
   return 0;
 }
 
-// COLUMNS of one output row, their chains in registers over all channels.
+// VECTORS of one output row, their chains in registers over all channels.
 template <int VECTORS, class C, class T>
 INLINE void gather_columns(const C* codes, int64_t channels, int64_t bins, const T* table, int64_t width, T* out) {
   vf acc[VECTORS];
@@ -26,18 +26,21 @@ INLINE int64_t embedding_sum(const C* codes, const T* table, T* out, int64_t row
                              int64_t width) {
   if (int64_t bad = check_codes(codes, rows * channels, bins)) return bad;
   parallel(rows, double(rows * channels) * double(width) * 0.04, [=](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      const C* mine = codes + r * channels;
-      T* y = out + r * width;
-      int64_t i = 0;
-      for (; i + 8 * W <= width; i += 8 * W) gather_columns<8>(mine, channels, bins, table + i, width, y + i);
-      for (; i + W <= width; i += W) gather_columns<1>(mine, channels, bins, table + i, width, y + i);
-      if (int m = int(width - i)) {
+    // Columns outermost: a strip of the table stays in the second-level cache while all rows pass over it.
+    int64_t i = 0;
+    for (; i + 8 * W <= width; i += 8 * W) {
+      for (int64_t r = begin; r < end; r++) {
+        gather_columns<8>(codes + r * channels, channels, bins, table + i, width, out + r * width + i);
+      }
+    }
+    for (; i < width; i += W) {
+      int m = width - i < W ? int(width - i) : W;
+      for (int64_t r = begin; r < end; r++) {
         vf acc = zero();
         for (int64_t c = 0; c < channels; c++) {
-          acc = acc + load(table + (int64_t(mine[c]) + c * bins) * width + i, m);
+          acc = acc + load(table + (int64_t(codes[r * channels + c]) + c * bins) * width + i, m);
         }
-        store(y + i, acc, m);
+        store(out + r * width + i, acc, m);
       }
     }
   });

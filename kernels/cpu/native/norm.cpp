@@ -30,9 +30,10 @@ INLINE void rms_norm(const T* x, int64_t outer_stride, int64_t inner, int64_t in
       const T* row = x + r / inner * outer_stride + r % inner * inner_stride;
       T* out = y + r * n;
       vf scale = splat(root_mean_square(dot(row, row, n), n, eps));
-      int64_t i = 0;
-      for (; i + W <= n; i += W) store(out + i, rounded(load(row + i) / scale, row) * load(weight + i));
-      if (int m = int(n - i)) store(out + i, rounded(load(row + i, m) / scale, row) * load(weight + i, m), m);
+      for (int64_t i = 0; i < n; i += W) {
+        int m = n - i < W ? int(n - i) : W;
+        store(out + i, rounded(load(row + i, m) / scale, row) * load(weight + i, m), m);
+      }
     }
   });
 }

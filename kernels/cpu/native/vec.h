@@ -5,7 +5,8 @@
 // tree `sum(F16)`. Every file is compiled with -ffp-contract=off: the only fused operation is an explicit fma().
 //
 // exp() and log() are ours because libm's may change with the machine. A tail of n < W elements goes through
-// load(p, n) / store(p, v, n): masked lanes are 0 and never touch memory.
+// load(p, n) / store(p, v, n): masked lanes are 0 and never touch memory. With n >= W they are plain (on AVX2 behind a
+// branch, since a masked store costs some processors 20 cycles and more).
 //
 // Each instruction set is a library of its own (see setup.py), so plain names cannot clash between them.
 #pragma once
@@ -67,16 +68,17 @@ INLINE vf zero() { return vf{}; }
 
 #ifdef __AVX512F__
 
+INLINE __mmask16 below(int n) { return (__mmask16)(n >= W ? 0xffff : (1u << n) - 1); }
 INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE vf load(const float* p) { return (vf)_mm512_loadu_ps(p); }
 INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, (__m512)v); }
-INLINE vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
-INLINE void store(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+INLINE vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(below(n), p); }
+INLINE void store(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, below(n), (__m512)v); }
 INLINE vf load(const bf16* p) {
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 INLINE vf load(const bf16* p, int n) {
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), 16);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(below(n), p)), 16);
 }
 INLINE __m256i narrow(vf v) {  // lanes to bf16, as bf16_bits()
   __m512i u = (__m512i)v;
@@ -87,7 +89,7 @@ INLINE __m256i narrow(vf v) {  // lanes to bf16, as bf16_bits()
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(even, 16));
 }
 INLINE void store(bf16* p, vf v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
-INLINE void store(bf16* p, vf v, int n) { _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), narrow(v)); }
+INLINE void store(bf16* p, vf v, int n) { _mm256_mask_storeu_epi16(p, below(n), narrow(v)); }
 INLINE vf sqrt(vf v) { return (vf)_mm512_sqrt_ps((__m512)v); }
 INLINE vf round_even(vf v) { return (vf)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // b where a is NaN or both are zero: max(lower_bound, x) keeps a NaN x.
@@ -103,12 +105,16 @@ INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, (__m256)v); }
 INLINE __m256i lanes_below(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-INLINE vf load(const float* p, int n) { return (vf)_mm256_maskload_ps(p, lanes_below(n)); }
-INLINE void store(float* p, vf v, int n) { _mm256_maskstore_ps(p, lanes_below(n), (__m256)v); }
+INLINE vf load(const float* p, int n) { return n >= W ? load(p) : (vf)_mm256_maskload_ps(p, lanes_below(n)); }
+INLINE void store(float* p, vf v, int n) {
+  if (n >= W) return store(p, v);
+  _mm256_maskstore_ps(p, lanes_below(n), (__m256)v);
+}
 INLINE vf load(const bf16* p) {
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 INLINE vf load(const bf16* p, int n) {
+  if (n >= W) return load(p);
   bf16 tail[W] = {};
   memcpy(tail, p, size_t(n) * sizeof(bf16));
   return load(tail);
@@ -124,6 +130,7 @@ INLINE __m128i narrow(vf v) {  // lanes to bf16, as bf16_bits()
 }
 INLINE void store(bf16* p, vf v) { _mm_storeu_si128((__m128i*)p, narrow(v)); }
 INLINE void store(bf16* p, vf v, int n) {
+  if (n >= W) return store(p, v);
   bf16 tail[W];
   store(tail, v);
   memcpy(p, tail, size_t(n) * sizeof(bf16));
