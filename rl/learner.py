@@ -118,7 +118,7 @@ class Learner:
         model.repack()
 
     def step(self, gradient: Gradient) -> float:
-        """Applies one step of the sum of all ranks' gradients and refreshes the packed weights; returns the gradient's norm
+        """Applies one step of the sum of all ranks' gradients and refreshes the packed weights; returns the sum's norm
         before clipping.
 
         Every rank adds the ranks' gradients in rank order, so all hold the same bits and DeepSpeed's mean over ranks
@@ -145,8 +145,6 @@ class Learner:
         """Restores what `save` wrote, the weights included. Raises MetronomeError when the folder holds no learner."""
         path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
-            raise MetronomeError(
-                f"{folder}: holds no learner state. Resume from another checkpoint, or start anew."
-            )
+            raise MetronomeError(f"{folder}: holds no learner state. Resume from another checkpoint, or start anew.")
         self.taken = state["taken"]
         self.model.repack()

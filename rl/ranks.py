@@ -3,11 +3,31 @@ one process without a launcher works too."""
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rl.startup import import_deepspeed
+
+
+def join() -> None:
+    """Joins the launcher's processes over gloo; without a launcher this process is a world of its own."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("rl.train")
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 
 import jsonargparse
 import torch
-import torch.distributed as dist
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
@@ -36,7 +36,6 @@ from rl.evaluate import evaluate, named
 from rl.folder import RunFolder
 from rl.identity import Mismatch
 from rl.learner import Learner
-from rl.startup import import_deepspeed
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
 from rollout.episode import save_episodes
@@ -51,12 +50,11 @@ PROGRESS = "progress.json"
 
 def main(arguments: list[str] | None = None) -> None:
     config, resume, recipe = parse(arguments)
-    import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+    ranks.join()
     try:
         run(config, resume, recipe)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        ranks.leave()
 
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, bool, str]:
@@ -69,14 +67,23 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, bool, str]:
     parser.add_argument("--config", action="config", help="recipe, YAML")
     parser.add_argument("--resume", type=bool, default=False, help="go on from the run's newest finished checkpoint")
     parser.add_class_arguments(TrainConfig)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args([with_underscores(argument) for argument in given])
     except jsonargparse.ArgumentError as error:
         raise MetronomeError(f"recipe: {error}. `python -m rl.train --help` lists every field and its type") from error
     resume = bool(parsed.pop("resume"))
     parsed.pop("config")
     recipe = parser.dump(parsed, skip_unset=False)
     return TrainConfig(**vars(parser.instantiate(parsed))), resume, recipe
+
+
+def with_underscores(argument: str) -> str:
+    """``--speech-dir=a-b`` -> ``--speech_dir=a-b``: fields have underscores, people type dashes."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,34 @@ from numpy.typing import NDArray
 from rollout.chunk import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 from rollout.speech import Split
 
-NOISE_KINDS: dict[Split, tuple[str, ...]] = {
-    "train": ("white", "pink", "hum_50hz"),
-    "held_out": ("brown", "hum_60hz", "gusts"),
+
+@dataclass(frozen=True)
+class Noise:
+    """A kind of background noise: coloured noise, or mains hum on a little of it, steady or swelling."""
+
+    tilt: float = 0.0  # the spectrum's amplitude falls as frequency^-tilt: 0 white, 0.5 pink, 1 brown
+    hum_hz: float | None = None  # fundamental of a hum
+    swell_hz: tuple[float, float] | None = None  # two rates at which the loudness swells and falls
+
+
+NOISES: dict[Split, dict[str, Noise]] = {
+    "train": {
+        "white": Noise(),
+        "bright": Noise(tilt=-0.25),
+        "soft": Noise(tilt=0.25),
+        "pink": Noise(tilt=0.5),
+        "dark": Noise(tilt=0.75),
+        "hum_50hz": Noise(hum_hz=50.0),
+        "hum_110hz": Noise(tilt=0.5, hum_hz=110.0),
+        "waves": Noise(tilt=0.25, swell_hz=(0.17, 0.43)),
+        "traffic": Noise(tilt=0.75, swell_hz=(0.23, 1.1)),
+        "rumble": Noise(tilt=1.25),
+    },
+    "held_out": {
+        "brown": Noise(tilt=1.0),
+        "hum_60hz": Noise(hum_hz=60.0),
+        "gusts": Noise(tilt=0.5, swell_hz=(0.31, 0.73)),
+    },
 }
 _NOISE_SECONDS = 60
 
@@ -29,8 +54,8 @@ class SoundConfig:
     """Loudness of speech and of background noise; each scenario draws from these ranges. Speech at gain 0 is -20
     dBFS."""
 
-    gain_db: tuple[float, float] = (-6.0, 4.0)  # train
-    snr_db: tuple[float, float] = (20.0, 45.0)  # train, speech over noise
+    gain_db: tuple[float, float] = (-8.0, 6.0)  # train
+    snr_db: tuple[float, float] = (15.0, 45.0)  # train, speech over noise
     held_out_gain_db: tuple[float, float] = (-7.0, 5.0)
     held_out_snr_db: tuple[float, float] = (18.0, 40.0)
     start_s: tuple[float, float] = (0.1, 0.8)  # silence before the user's first word
@@ -54,8 +79,8 @@ def amplitude(decibels: float) -> float:
 
 def background(rng: np.random.Generator, split: Split, rms: float, chunks: int) -> NDArray[np.float32]:
     """A stretch of one of the split's noises at level ``rms``: float32 [chunks * CHUNK_SAMPLES]."""
-    kind = NOISE_KINDS[split][rng.integers(len(NOISE_KINDS[split]))]
-    noise = _noise(kind, split)
+    kinds = NOISES[split]
+    noise = _noise(list(kinds)[rng.integers(len(kinds))], split)
     samples = chunks * CHUNK_SAMPLES
     if samples > len(noise):
         noise = np.tile(noise, -(-samples // len(noise)) + 1)
@@ -64,28 +89,18 @@ def background(rng: np.random.Generator, split: Split, rms: float, chunks: int) 
 
 
 @cache
-def _noise(kind: str, split: Split) -> NDArray[np.float32]:
+def _noise(name: str, split: Split) -> NDArray[np.float32]:
     """One minute of noise at RMS 1. Coloured noise is white noise whose spectrum is divided by a power of frequency."""
-    rng = generator("noise", split, kind)
+    kind = NOISES[split][name]
+    rng = generator("noise", split, name)
     samples = _NOISE_SECONDS * SAMPLE_RATE_HZ
     time_s = np.arange(samples) / SAMPLE_RATE_HZ
-    white = rng.standard_normal(samples)
-    match kind:
-        case "white":
-            noise = white
-        case "pink":
-            noise = _coloured(white, 0.5)
-        case "brown":
-            noise = _coloured(white, 1.0)
-        case "hum_50hz":
-            noise = _hum(rng, time_s, 50.0) + 0.1 * white
-        case "hum_60hz":
-            noise = _hum(rng, time_s, 60.0) + 0.1 * white
-        case "gusts":  # pink noise whose loudness swells and falls at about 0.3 and 0.7 Hz
-            swell = 1.0 + 0.5 * np.sin(2 * np.pi * 0.31 * time_s) + 0.3 * np.sin(2 * np.pi * 0.73 * time_s + 1.0)
-            noise = _coloured(white, 0.5) * swell
-        case _:
-            raise ValueError(f"no noise is called {kind!r}")
+    noise = _coloured(rng.standard_normal(samples), kind.tilt)
+    if kind.hum_hz is not None:
+        noise = _hum(rng, time_s, kind.hum_hz) + 0.1 * noise
+    if kind.swell_hz is not None:
+        slow, fast = kind.swell_hz
+        noise *= 1.0 + 0.5 * np.sin(2 * np.pi * slow * time_s) + 0.3 * np.sin(2 * np.pi * fast * time_s + 1.0)
     noise = (noise / np.sqrt(np.square(noise).mean())).astype(np.float32)
     noise.setflags(write=False)
     return noise

@@ -9,7 +9,7 @@ import pytest
 from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
 from rollout.scenarios.base import Scenario, User
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, facts_from_json, scenario
-from rollout.scenarios.sound import NOISE_KINDS, SoundConfig, _noise
+from rollout.scenarios.sound import NOISES, SoundConfig, _noise
 from rollout.scenarios.timespeak import REMINDER, TimespeakConfig, TimespeakFacts
 from rollout.scenarios.turn_taking import Turn, TurnTakingConfig, TurnTakingFacts
 from rollout.speech import SpeechBank
@@ -101,8 +101,8 @@ def test_action_says_words_exactly_when_it_speaks() -> None:
 
 
 def test_noises_of_the_splits_differ() -> None:
-    assert not set(NOISE_KINDS["train"]) & set(NOISE_KINDS["held_out"])
-    for split, kinds in NOISE_KINDS.items():
+    assert not set(NOISES["train"]) & set(NOISES["held_out"])
+    for split, kinds in NOISES.items():
         for kind in kinds:
             noise = _noise(kind, split)
             np.testing.assert_allclose(np.mean(noise.astype("f8") ** 2), 1.0, rtol=1e-5)

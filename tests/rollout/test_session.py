@@ -31,11 +31,11 @@ def model() -> InteractionModel:
     return model
 
 
-def make_engine(model: InteractionModel, words_per_chunk: int = 2, slots: int = 8, max_tokens: int = 256) -> SessionEngine:
+def make_engine(
+    model: InteractionModel, words_per_chunk: int = 2, slots: int = 8, max_tokens: int = 256
+) -> SessionEngine:
     vocabulary = Vocabulary.build(model.vocab)
-    return SessionEngine(
-        model, vocabulary, slots=slots, max_tokens=max_tokens, words_per_chunk=words_per_chunk
-    )
+    return SessionEngine(model, vocabulary, slots=slots, max_tokens=max_tokens, words_per_chunk=words_per_chunk)
 
 
 def sound(session: int, chunk: int) -> torch.Tensor:

@@ -1,0 +1,104 @@
+"""One whole step in this process: the audit passes on the real thing and stops a step that is not on-policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rl import loop
+from rl.config import RLConfig, TrainConfig
+from rl.identity import Mismatch, NotComparableError, NotEqualError
+from rl.learner import policy_gradient
+from rl.train import build_engine, build_model
+from rollout.episode import Episode
+from rollout.play import play
+from rollout.session import SessionEngine
+from rollout.speech import SpeechBank
+from rollout.vocabulary import Vocabulary
+
+CONFIG = TrainConfig(rl=RLConfig(groups=2, rollouts=2, micro_batch=2))
+
+
+@pytest.fixture(scope="module")
+def bank() -> SpeechBank:
+    return SpeechBank.load()
+
+
+@pytest.fixture
+def engine() -> SessionEngine:
+    model = build_model(CONFIG)
+    return build_engine(CONFIG, model, Vocabulary.build(model.vocab))
+
+
+@pytest.fixture
+def episodes(engine: SessionEngine, bank: SpeechBank) -> list[Episode]:
+    return play(engine, loop.plays(CONFIG, bank, 0), CONFIG.seed)
+
+
+def audit(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
+    weights = [torch.ones(len(e.chunk)) for e in episodes]
+    gradient = policy_gradient(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
+    return loop.audit(engine, episodes, gradient, step=7)
+
+
+def test_every_sampled_token_is_equal(engine: SessionEngine, episodes: list[Episode]) -> None:
+    found = audit(engine, episodes)
+    assert found.num_tokens == sum(len(e.chunk) for e in episodes) >= 4 * 60
+    assert (found.num_unequal, found.rows_unequal, found.max_abs) == (0, 0, 0.0)
+
+
+def test_rollouts_of_a_group_differ_and_replay_exactly(
+    engine: SessionEngine, bank: SpeechBank, episodes: list[Episode]
+) -> None:
+    again = play(engine, loop.plays(CONFIG, bank, 0)[1:2], CONFIG.seed)
+    assert torch.equal(again[0].tokens, episodes[1].tokens)
+    assert torch.equal(again[0].logprob, episodes[1].logprob)
+    assert torch.equal(again[0].digest, episodes[1].digest)
+    assert not torch.equal(episodes[0].tokens, episodes[1].tokens)
+
+
+def test_changed_weights_stop_the_step(engine: SessionEngine, episodes: list[Episode]) -> None:
+    weight = engine.model.model.language_model.layers[2].self_attn.o_proj.weight
+    with torch.no_grad():
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+    engine.model.repack()
+    with pytest.raises(NotEqualError, match=r"step 7, episode \w+/train/\d#\d, token \d+ .*weights\s+that changed"):
+        audit(engine, episodes)
+
+
+def test_batch_variant_op_is_caught_and_located(
+    engine: SessionEngine, bank: SpeechBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An MLP whose last bit depends on the number of rows, as a library's matmul may: the sampler sees few rows, the
+    learner many."""
+    mlp = engine.model.model.language_model.layers[1].mlp
+    honest = mlp.forward
+
+    def variant(x: Tensor) -> Tensor:
+        out = honest(x)
+        return out * (1 + 2.0**-23) if x.shape[0] > 100 else out
+
+    monkeypatch.setattr(mlp, "forward", variant)
+    episodes = play(engine, loop.plays(CONFIG, bank, 0), CONFIG.seed)
+    with pytest.raises(NotEqualError, match=r"first activation that differs is layers\.1\.mlp at row 0"):
+        audit(engine, episodes)
+
+
+def test_one_wrong_row_digest_stops_the_step(engine: SessionEngine, episodes: list[Episode]) -> None:
+    digest = episodes[2].digest.clone()
+    digest[5] ^= 1
+    forged = [*episodes[:2], replace(episodes[2], digest=digest), episodes[3]]
+    with pytest.raises(NotEqualError, match=f"episode {episodes[2].name}"):
+        audit(engine, forged)
+
+
+def test_loop_refuses_episodes_of_other_weights(
+    engine: SessionEngine, bank: SpeechBank, monkeypatch: pytest.MonkeyPatch, episodes: list[Episode]
+) -> None:
+    stale = [replace(e, weights_digest="0" * 32) for e in episodes]
+    monkeypatch.setattr(loop, "play", lambda *_: stale)
+    with pytest.raises(NotComparableError, match="Publish the learner's weights"):
+        next(loop.steps(CONFIG, bank, engine, learner=None, first=0))

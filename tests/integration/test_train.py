@@ -1,0 +1,86 @@
+"""The main command, launched as a user launches it: two processes, warm start, RL, summary; again; interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = """
+warmstart: {steps: 3, episodes: 4}
+rl: {steps: 4, groups: 2, rollouts: 2, checkpoint_every: 2, evaluate_every: 2, save_episodes_every: 2}
+eval: {scenarios: 2, during: 1}
+"""
+KEYS = {
+    f"eval/{when}{family}"
+    for when in ("before", "after")
+    for family in ("", "/timespeak", "/timespeak_tight", "/turn_taking", "/turn_taking_tight")
+} | {"mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal", "weights_digest", "wall_s"}
+
+
+def launch(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    command += ["-m", "rl.train", "--config", str(recipe), "--runs", str(tmp_path / "runs"), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def summary(tmp_path: Path, name: str) -> dict[str, float | str]:
+    return json.loads((tmp_path / "runs" / name / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_run_again_and_resume_end_with_the_same_weights(tmp_path: Path) -> None:
+    first = launch(tmp_path, "--name", "first")
+    assert first.returncode == 0, first.stderr[-3000:]
+    folder = tmp_path / "runs" / "first"
+    assert "Run folder:" in first.stdout and str(folder) in first.stdout
+    found = summary(tmp_path, "first")
+    assert found.keys() >= KEYS
+    assert found["mismatch/num_tokens"] > 4 * 4 * 60
+    assert found["mismatch/num_unequal"] == found["mismatch/rows_unequal"] == 0
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
+    assert len({m["weights_digest"] for m in metrics}) == 4
+    assert metrics[-1]["weights_digest"] == found["weights_digest"]
+    assert {"reward/mean", "reward/timing", "reward/content", "mismatch/k1", "time/rollout_s"} <= metrics[0].keys()
+    assert "eval/held_out" in metrics[1]
+    assert sorted(p.name for p in (folder / "episodes").iterdir()) == [
+        f"step_{step:06d}.rank_{rank}.safetensors" for step in (0, 2) for rank in (0, 1)
+    ]
+
+    second = launch(tmp_path, "--name", "second")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert summary(tmp_path, "second")["weights_digest"] == found["weights_digest"]
+
+    cut = tmp_path / "runs" / "second"
+    shutil.rmtree(cut / "checkpoints" / "step_000004")  # as if the run had been killed in its fourth step
+    (cut / "summary.json").unlink()
+    resumed = launch(tmp_path, "--name", "second", "--resume", "true")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    after = summary(tmp_path, "second")
+    assert {k: v for k, v in after.items() if k != "wall_s"} == {k: v for k, v in found.items() if k != "wall_s"}
+    assert [json.loads(line)["weights_digest"] for line in (cut / "metrics.jsonl").read_text().splitlines()] == [
+        m["weights_digest"] for m in metrics
+    ]
+
+    other = launch(tmp_path, "--name", "other", "--seed", "1")  # the control: another seed, other weights
+    assert other.returncode == 0, other.stderr[-3000:]
+    assert summary(tmp_path, "other")["weights_digest"] != found["weights_digest"]
+
+
+@pytest.mark.slow
+def test_bad_recipe_ends_with_one_line_and_a_status(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--rl.stpes", "3")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "stpes" in lines[0]
+    assert not (tmp_path / "runs").exists()
