@@ -33,7 +33,8 @@ def random_config(seed: int) -> InklingConfig:
     layers = pick([2, 3])
     text = {
         "vocab_size": pick([64, 97]), "unpadded_vocab_size": pick([None, 60]), "hidden_size": pick([32, 48, 64]),
-        "num_hidden_layers": layers, "layer_types": ["hybrid_sliding", "hybrid"] + [pick(["hybrid_sliding", "hybrid"])] * (layers - 2),
+        "num_hidden_layers": layers,
+        "layer_types": ["hybrid_sliding", "hybrid", pick(["hybrid_sliding", "hybrid"])][:layers],
         "mlp_layer_types": [pick(["dense", "sparse"]) for _ in range(layers - 1)] + ["sparse"],
         "num_attention_heads": 4, "num_key_value_heads": pick([1, 2, 4]), "head_dim": pick([8, 16, 32]),
         "swa_num_attention_heads": 2, "swa_num_key_value_heads": pick([1, 2]), "swa_head_dim": pick([8, 16]),

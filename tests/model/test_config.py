@@ -1,0 +1,92 @@
+"""Presets, their counts on the meta device, what is refused, and `model.info`."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from transformers import InklingForConditionalGeneration
+
+from kernels.layout import Segments
+from model import info
+from model.config import PRESETS, check, log_scale_table, preset
+from model.transformer import InteractionModel
+from tests.model.cases import random_config
+
+
+def test_inkling_small_has_its_published_size() -> None:
+    total, active = info.parameter_counts(preset("inkling_small"))
+    assert 275.5e9 <= total < 277.5e9
+    assert 11e9 <= active < 12.5e9
+
+
+def test_tiny_suits_a_cpu() -> None:
+    total, active = info.parameter_counts(preset("tiny"))
+    assert (total, active) == (2_254_980, 889_092)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
+    with torch.device("meta"):
+        ours = InteractionModel(preset(name)).state_dict()
+        theirs = InklingForConditionalGeneration(preset(name)).state_dict()
+    shapes = {key: tuple(t.shape) for key, t in theirs.items() if not key.startswith("model.vision_tower.")}
+    assert {key: tuple(t.shape) for key, t in ours.items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("conv_kernel_size", 3, "conv_kernel_size is 3"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("n_shared_experts", 0, "n_shared_experts is 0"),
+        ("attention_dropout", 0.1, "attention_dropout is 0.1"),
+        ("layer_types", ["hybrid"], "layer_types has 1 entries for 4 layers"),
+    ],
+)
+def test_what_is_not_computed_is_refused(field: str, value: object, message: str) -> None:
+    config = preset("tiny")
+    setattr(config.text_config, field, value)
+    with pytest.raises(ValueError, match=message):
+        InteractionModel(config)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match="'huge' does not exist; choose one of tiny, base, inkling_small"):
+        preset("huge")
+
+
+def test_log_scaling_by_hand() -> None:
+    text = random_config(0).text_config
+    text.log_scaling_n_floor, text.log_scaling_alpha = 20, 0.1
+    tau = log_scale_table(text)
+    assert tau[19] == 1
+    assert tau[39].item() == pytest.approx(1 + 0.1 * 0.6931471805599453)
+    text.log_scaling_n_floor = None
+    assert log_scale_table(text) is None
+    check(preset("tiny"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_info_prints(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["model.info", "--preset", name])
+    info.main()
+    out = capsys.readouterr().out
+    assert "active" in out and "bytes for 4096 rows" in out
+
+
+def test_forward_before_pack_and_wrong_counts() -> None:
+    model = InteractionModel(preset("tiny"))
+
+    segments, none = Segments.build([0], [0], [2]), torch.empty(0, 80, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"call pack\(\)"):
+        model(torch.tensor([1, 8]), none, segments)
+    with pytest.raises(RuntimeError, match=r"call pack\(\)"):
+        model.repack()
+    model.init_weights(0)
+    model.pack()
+    with pytest.raises(ValueError, match="tokens has 3 rows, segments 2"):
+        model(torch.tensor([1, 8, 8]), none, segments)
+    with pytest.raises(ValueError, match="1 audio tokens, but codes has 0 rows"):
+        model(torch.tensor([1, 2]), none, segments)

@@ -1,0 +1,137 @@
+"""Slots, pages and limits of `SessionState`; that memory is taken once; errors that name slot, length and limit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.layout import SPLIT_TOKENS
+from model.config import preset
+from model.state import ContextFull, SessionState, pages_per_slot, session_bytes
+from tests.model.cases import ROWS, in_pieces, random_rows, twins
+
+TINY = preset("tiny")
+WINDOW = TINY.text_config.sliding_window_size
+
+
+def state_of(slots: int = 2, max_tokens: int = 1024, max_rows: int = 256) -> SessionState:
+    return SessionState(TINY, slots, max_tokens, torch.float32, max_rows)
+
+
+def held(state: SessionState, layer: int, slot: int) -> list[int]:
+    return [page for page in state.layers[layer].kv.table[slot].tolist() if page >= 0]
+
+
+def test_sliding_layers_recycle_their_pages() -> None:
+    state = state_of(slots=3)
+    slot = state.open()
+    most = 0
+    for _ in range(1024):
+        state.extend([slot], [1])
+        most = max(most, len(held(state, 0, slot)))
+    assert most <= pages_per_slot(WINDOW, 10**9) < 1024 // SPLIT_TOKENS
+    assert len(held(state, 3, slot)) == 1024 // SPLIT_TOKENS
+
+
+def test_every_slot_can_be_full_at_once_and_in_any_cut() -> None:
+    """The pools suffice in the worst case: all slots at every offset, with calls of max_rows."""
+    state = state_of(slots=4, max_tokens=2048, max_rows=256)
+    slots = [state.open() for _ in range(4)]
+    for i, slot in enumerate(slots):
+        state.extend([slot], [1 + 21 * i])
+    while all(state.rows_left(slot) >= 64 for slot in slots):
+        state.extend(slots, [64] * 4)
+    for slot in slots:
+        state.close(slot)
+    assert not any(held(state, layer, slot) for layer in range(4) for slot in range(4))
+    slot = state.open()
+    for _ in range(8):
+        state.extend([slot], [256])
+    assert state.rows_left(slot) == 0
+
+
+def test_appending_allocates_no_memory() -> None:
+    state = state_of()
+    tensors = [t for layer in state.layers for t in (layer.kv.key, layer.kv.value, layer.kv.table, layer.kv_conv)]
+    before = [t.data_ptr() for t in tensors]
+    slot = state.open()
+    for length in (5, 200, 1, 1, 64):
+        state.extend([slot], [length])
+    assert [t.data_ptr() for t in tensors] == before
+
+
+def test_fork_shares_full_pages_and_copies_the_last() -> None:
+    state = state_of()
+    origin = state.open()
+    state.extend([origin], [150])
+    twin = state.fork(origin)
+    assert held(state, 3, twin)[:2] == held(state, 3, origin)[:2]
+    assert held(state, 3, twin)[2] != held(state, 3, origin)[2]
+    state.close(origin)
+    third = state.open()
+    state.extend([third], [150])
+    assert not set(held(state, 3, third)) & set(held(state, 3, twin)), "a page still in use was given away"
+
+
+def test_segments_name_slot_and_positions() -> None:
+    state = state_of()
+    a, b = state.open(), state.open()
+    state.extend([b], [7])
+    segments = state.extend([b, a], [1, 3])
+    assert segments.slot.tolist() == [b, a]
+    assert segments.position.tolist() == [7, 0, 1, 2]
+    segments = state.extend([a, b], [1, 1])
+    assert (segments.position.tolist(), segments.offset.tolist()) == ([3, 8], [0, 1, 2])
+    segments = state.extend([b, a], [1, 1])
+    assert (segments.slot.tolist(), segments.position.tolist()) == ([b, a], [9, 4])
+
+
+def test_a_reused_slot_remembers_nothing() -> None:
+    model, _ = twins(1)
+    state = SessionState(model.config, 1, 256, torch.float32)
+    first = state.open()
+    alone = in_pieces(model, random_rows(1), [ROWS], state, first)
+    state.close(first)
+    second = state.open()
+    in_pieces(model, random_rows(2), [3] * (ROWS // 3), state, second)
+    state.close(second)
+    assert torch.equal(in_pieces(model, random_rows(1), [ROWS], state, state.open()), alone)
+
+
+def test_the_context_limit_names_slot_length_and_limit_and_changes_nothing() -> None:
+    state = state_of(max_tokens=100)
+    a, b = state.open(), state.open()
+    state.extend([a, b], [98, 10])
+    with pytest.raises(ContextFull, match=f"slot {a} holds 98 rows; 5 more would pass its limit of 100"):
+        state.extend([b, a], [5, 5])
+    assert (state.length(a), state.length(b)) == (98, 10)
+    state.extend([b, a], [5, 2])
+    assert state.rows_left(a) == 0
+
+
+def test_misuse_is_named() -> None:
+    state = state_of(slots=1)
+    slot = state.open()
+    with pytest.raises(RuntimeError, match="all 1 slots are open"):
+        state.open()
+    with pytest.raises(RuntimeError, match="all 1 slots are open"):
+        state.fork(slot)
+    with pytest.raises(ValueError, match="257 rows in one call, limit 256"):
+        state.extend([slot], [257])
+    with pytest.raises(ValueError, match="come twice"):
+        state.extend([slot, slot], [1, 1])
+    with pytest.raises(ValueError, match="at least 1"):
+        state.extend([slot], [0])
+    state.close(slot)
+    for call in (lambda: state.close(slot), lambda: state.extend([slot], [1]), lambda: state.length(7)):
+        with pytest.raises(ValueError, match="is not open"):
+            call()
+
+
+def test_session_bytes_is_what_a_slot_adds() -> None:
+    def size(slots: int) -> int:
+        state = SessionState(TINY, slots, 1024, torch.float32, max_rows=64)
+        parts = [(x.kv.key, x.kv.value, x.kv_conv, x.attn_conv, x.mlp_conv) for x in state.layers]
+        return sum(t.numel() * t.element_size() for layer in parts for t in layer)
+
+    assert size(9) - size(8) == session_bytes(TINY, 1024, torch.float32)
