@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from rl.learner import Learner
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
 from rollout.episode import save_episodes
+from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
@@ -126,7 +128,7 @@ def run(config: TrainConfig, resume: bool, recipe: str) -> None:
             for record in warm_start(config, bank, model, vocabulary):
                 phase.advance(record)
                 tracker.log(int(record["step"]), record)
-        before = evaluate(build_engine(config, model, vocabulary), held_out, config.reward, config.seed)
+        before = examine(config, model, vocabulary, held_out)
         progress = Progress(0, before, Mismatch.total([]), time.perf_counter() - clock)
     display.say(f"held-out score after warm start: {describe(progress.before)}")
     learner = Learner(model, config.rl.optim, config.rl.steps)
@@ -134,7 +136,7 @@ def run(config: TrainConfig, resume: bool, recipe: str) -> None:
         learner.load(checkpoint_folder)
     else:
         save(folder, learner, progress)
-    engine = build_engine(config, model, vocabulary)
+    engine = build_engine(config, model, vocabulary, config.rollout.temperature)
     seconds_before = progress.wall_s - (0.0 if resume else time.perf_counter() - clock)
     with display.phase("RL", config.rl.steps, progress.step) as phase:
         for result in loop.steps(config, bank, engine, learner, progress.step):
@@ -157,7 +159,7 @@ def run(config: TrainConfig, resume: bool, recipe: str) -> None:
                 save_episodes(folder.path / name, result.episodes)
             if done % config.rl.checkpoint_every == 0 or done == config.rl.steps:
                 save(folder, learner, progress)
-    after = evaluate(engine, held_out, config.reward, config.seed)
+    after = examine(config, model, vocabulary, held_out)
     summary: dict[str, float | int | str] = {
         **named("eval/before", progress.before),
         **named("eval/after", after),
@@ -182,16 +184,29 @@ def build_model(config: TrainConfig) -> InteractionModel:
     return model
 
 
-def build_engine(config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary) -> SessionEngine:
+def build_engine(
+    config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary, temperature: float
+) -> SessionEngine:
     """An engine with room for all of this rank's rollouts of a step."""
     return SessionEngine(
         model,
         vocabulary,
         slots=max(1, len(ranks.share(config.rl.groups))) * config.rl.rollouts,
         max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
+        temperature=temperature,
         words_per_chunk=config.rollout.words_per_chunk,
     )
+
+
+def examine(
+    config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary, scenarios: Sequence[Scenario]
+) -> dict[str, float]:
+    """The held-out result, sampled at the training temperature, and the greedy one beside it under ``greedy``: a policy
+    that is right less than half of the time is silent when greedy, so that neither tells the whole."""
+    sampled = build_engine(config, model, vocabulary, config.rollout.temperature)
+    greedy = build_engine(config, model, vocabulary, 0.0)
+    result = evaluate(sampled, scenarios, config.reward, config.seed)
+    return result | {"greedy": evaluate(greedy, scenarios, config.reward, config.seed)[""]}
 
 
 def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:

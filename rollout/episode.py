@@ -2,7 +2,8 @@
 
 An episode holds everything the learner needs to recompute each sampled token's distribution (tokens, dMel codes, where
 the sampled tokens are and which tokens were allowed there) and everything a comparison needs (log-prob and row digest
-of each sampled token, contract id, weights digest). It knows nothing of rewards; scores come from `facts` and `actions`.
+of each sampled token, contract id, weights digest). It knows nothing of rewards; scores are made
+from `facts` and `actions`.
 """
 
 from __future__ import annotations

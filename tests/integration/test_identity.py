@@ -30,7 +30,7 @@ def bank() -> SpeechBank:
 @pytest.fixture
 def engine() -> SessionEngine:
     model = build_model(CONFIG)
-    return build_engine(CONFIG, model, Vocabulary.build(model.vocab))
+    return build_engine(CONFIG, model, Vocabulary.build(model.vocab), temperature=1.0)
 
 
 @pytest.fixture

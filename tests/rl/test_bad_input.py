@@ -1,4 +1,4 @@
-"""What a user can get wrong: each gives one error that says what, where and what to do, and no finished file is lost."""
+"""What a user can get wrong: one error that says what, where and what to do; no finished file is lost."""
 
 from __future__ import annotations
 
@@ -154,5 +154,5 @@ def test_logprob_that_is_not_finite_names_the_token() -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     model.repack()
-    with pytest.raises((MetronomeError, ValueError), match="NaN|not finite|diverged"):
+    with pytest.raises((MetronomeError, ValueError), match=r"NaN|not finite|diverged"):
         policy_gradient(model, [one], [torch.ones(1)], classes, 1.0, 1)
