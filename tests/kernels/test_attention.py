@@ -310,7 +310,7 @@ def test_bad_window_and_start() -> None:
 
 
 def test_missing_page() -> None:
-    """A page that is not there names slot and positions, and nothing has been written; out of sight it may be missing."""
+    """A page that is not there: slot and positions named, nothing written; out of sight it may be missing."""
     shape, x = SHAPES[0], sequence(1, 10, SHAPES[0])
     cache = empty_pages(3, shape, torch.float32, torch.tensor([[0, 1, 2], [-1, 2, -1]], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"slot 1 \(segment 1\) sees positions 128 to 191"):
