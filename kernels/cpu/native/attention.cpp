@@ -68,7 +68,7 @@ INLINE void softmax_split(float* s, Range r, float& split_max, float& split_sum)
   vf peak = splat(split_max);
   for (int64_t j = first; j < r.hi; j += LANES) {
     F16 x = load16(s + j);
-    for (int i = 0; i < PARTS; i++) x.part[i] = exp(x.part[i] - peak);
+    for (int i = 0; i < PARTS; i++) x.part[i] = exp_down(x.part[i] - peak);
     store16(s + j, x);
     total = add(total, x);
   }

@@ -61,7 +61,7 @@ INLINE void finish_row(float* p, float* ds, Range r, float lse, float delta) {
       store(p + j, zero()), store(ds + j, zero());
       continue;
     }
-    vf weight = exp(load(p + j) - splat(lse)), grad = weight * (load(ds + j) - splat(delta));
+    vf weight = exp_down(load(p + j) - splat(lse)), grad = weight * (load(ds + j) - splat(delta));
     vi key = splat_int(int(j)) + lane_index();
     vi seen = (key >= splat_int(int(r.lo))) & (key < splat_int(int(r.hi)));
     store(p + j, seen ? weight : zero());
