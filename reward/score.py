@@ -48,7 +48,7 @@ class RewardConfig:
     miss: float = -1.0
     spurious: float = -0.8
     trailing: float = -0.4  # each further chunk of an utterance that should not have begun
-    right_words: float = 1.0
+    right_words: float = 1.0  # in timespeak times the timing's grade
     wrong_words: float = -1.0
     reply_word: float = 0.3  # each word of a reply after its first: plus if right, minus if wrong
     timespeak: TimespeakReward = field(default_factory=TimespeakReward)

@@ -69,15 +69,19 @@ def _events(
 
 
 def _attempt(k: int, kind: str, word: str, due: int, width: int, action: Action, config: RewardConfig) -> Event:
-    """Speech inside a window: its timing is graded whatever was said, its words are judged beside it."""
+    """Speech inside a window: its timing is graded whatever was said, its words are judged beside it.
+
+    Right words are worth as much as their timing: full credit anywhere in the window would pay for haste, since a
+    discounted reward-to-go prefers the same reward sooner."""
     right = says(action, [word])
+    grade = graded(k - due, width, config.edge)
     return Event(
         chunk=k,
         kind=kind,
         outcome=Outcome.HIT if right else Outcome.WRONG,
         due=due,
-        timing=config.hit * graded(k - due, width, config.edge),
-        content=word_credit(right, config.right_words, config.wrong_words),
+        timing=config.hit * grade,
+        content=word_credit(right, config.right_words * grade, config.wrong_words),
     )
 
 

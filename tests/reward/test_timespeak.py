@@ -24,7 +24,11 @@ def judge(said: dict[int, str], facts: TimespeakFacts = FACTS) -> Score:
 
 
 def found(got: Score, kind: str) -> list[tuple[int, str, float, float]]:
-    return [(e.chunk, e.outcome.value, pytest.approx(e.timing), e.content) for e in got.events if e.kind == kind]
+    return [
+        (e.chunk, e.outcome.value, pytest.approx(e.timing), pytest.approx(e.content))
+        for e in got.events
+        if e.kind == kind
+    ]
 
 
 ECHO = {10: "two"}
@@ -55,7 +59,7 @@ def test_silence() -> None:
 )
 def test_echo_is_graded_and_starts_the_count(chunk: int, timing: float) -> None:
     got = judge({chunk: "two", chunk + 10: "breathe"})
-    assert found(got, "echo") == [(chunk, "hit", timing, 1.0)]
+    assert found(got, "echo") == [(chunk, "hit", timing, timing)]
     assert found(got, "reminder")[0] == (chunk + 10, "hit", 1.0, 1.0)
     (tight,) = [e for e in judge({chunk: "two"}).events if e.kind == "echo"]
     assert tight.due == 10
@@ -85,7 +89,7 @@ def test_number_said_twice_is_spurious_once() -> None:
 @pytest.mark.parametrize(("chunk", "timing"), [(18, 0.2), (19, 0.6), (20, 1.0), (21, 0.6), (22, 0.2)])
 def test_reminder_is_graded_and_the_next_counts_from_the_hit(chunk: int, timing: float) -> None:
     got = judge({**ECHO, chunk: "breathe", chunk + 10: "breathe"})
-    assert found(got, "reminder")[:2] == [(chunk, "hit", timing, 1.0), (chunk + 10, "hit", 1.0, 1.0)]
+    assert found(got, "reminder")[:2] == [(chunk, "hit", timing, timing), (chunk + 10, "hit", 1.0, 1.0)]
 
 
 def test_reminder_outside_its_window_is_spurious_and_missed() -> None:
