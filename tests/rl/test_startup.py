@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     plain = {k: v for k, v in os.environ.items() if k not in ("RANK", "TORCHELASTIC_ERROR_FILE", "METRONOME_BACKEND")}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=plain | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=cwd, env=plain | environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -101,7 +101,7 @@ def test_no_compiler_says_which_package_to_install(tmp_path: Path) -> None:
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace", "--force"],
-        cwd=tmp_path, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "no C++ compiler: 'no-such-compiler'" in done.stderr and "apt-get install g++" in done.stderr
