@@ -99,7 +99,7 @@ class Attention(nn.Module):
         w, rows, head = self.packed, x.shape[0], self.head_dim
         q, kv, rel = ops.linear(x, w.qkvr).split(self.columns, 1)
         taps = self._kv_taps() if torch.is_grad_enabled() else w.kv_taps
-        kv = ops.short_conv(kv, taps, segments, state.kv_conv if state else None).view(rows, -1, head)
+        kv = ops.short_conv(kv, taps, segments, None if state is None else state.kv_conv).view(rows, -1, head)
         k, v = kv[:, : self.kv_heads], kv[:, self.kv_heads :]
         out = ops.attention(
             ops.rms_norm(q.view(rows, -1, head), w.q_norm, self.eps),
@@ -111,6 +111,6 @@ class Attention(nn.Module):
             scale=self.scale,
             window=self.window,
             tau=tau,
-            cache=state.kv if state else None,
+            cache=None if state is None else state.kv,
         )
         return ops.linear(out.view(rows, -1), w.out)

@@ -61,7 +61,8 @@ class DMel:
         return self.continued(F.pad(waveform, (WINDOW - HOP, 0)))
 
     def continued(self, samples: Tensor) -> Tensor:
-        """samples fp32 [S, 800 + n * 800], the first 800 lying before the first frame's own -> uint8 [S, n, 80]."""
+        """Streaming: samples fp32 [S, 800 + n * 800], the first 800 being the last of the chunk before (zeros at the
+        start) -> uint8 [S, n, 80]; a micro-turn has n = 4. Who owns a session keeps its last 800 samples."""
         sessions, count = samples.shape
         if samples.dtype != torch.float32 or count % HOP or count <= WINDOW - HOP:
             raise ValueError(
@@ -81,23 +82,6 @@ class DMel:
             .to(torch.uint8)
             .view(sessions, -1, MEL_CHANNELS)
         )
-
-
-class DMelStream:
-    """dMel of a batch of sessions in lock-step, chunk by chunk; owns the 800 samples each chunk needs of the last."""
-
-    def __init__(self, dmel: DMel, sessions: int) -> None:
-        self.dmel = dmel
-        self.past = torch.zeros(sessions, WINDOW - HOP)
-
-    def push(self, chunk: Tensor) -> Tensor:
-        """chunk fp32 [S, n * 800]; a micro-turn's is [S, 3200] -> uint8 [S, n, 80], so [S, 4, 80]."""
-        if chunk.shape[0] != self.past.shape[0]:
-            raise ValueError(f"DMelStream: chunk holds {chunk.shape[0]} sessions, the stream {self.past.shape[0]}")
-        samples = torch.cat((self.past, chunk), 1)
-        codes = self.dmel.continued(samples)
-        self.past = samples[:, -(WINDOW - HOP) :]
-        return codes
 
 
 def quantise(log_mel: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ The forward reads packed copies of the weights: call `pack` once after loading a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +30,26 @@ from model.state import LayerState, SessionState
 Capture = list[tuple[str, Tensor]]
 
 
+@dataclass(slots=True)
+class _Packed:
+    """What a layer's forward reads, looked up once: module attributes cost about a microsecond each, and decoding one
+    token is a matter of some hundred."""
+
+    attention: Callable[..., Tensor]
+    mlp: Callable[[Tensor], Tensor]
+    attn_norm: Tensor  # [D]
+    mlp_norm: Tensor  # [D]
+    attn_taps: Tensor  # [D, 4] detached
+    mlp_taps: Tensor  # [D, 4] detached
+
+
 class Layer(nn.Module):
-    taps: tuple[Tensor, Tensor]  # set by `pack`: of attn_sconv and mlp_sconv, detached
+    packed: _Packed  # set by `pack`
 
     def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
-        self.name, self.eps = f"layers.{layer}", text.rms_norm_eps
+        self.name, self.eps, self.window = f"layers.{layer}", text.rms_norm_eps, shapes.window(text, layer)
         self.self_attn = Attention(config, layer, dtype)
         sparse = text.mlp_layer_types[layer] == "sparse"
         self.mlp = MixtureOfExperts(config, dtype) if sparse else DenseMLP(config, dtype)
@@ -46,32 +61,39 @@ class Layer(nn.Module):
     def pack(self) -> None:
         self.self_attn.pack()
         self.mlp.pack()
-        self._keep_taps()
+        self._look_up()
 
     def repack(self) -> None:
         self.self_attn.repack()
         self.mlp.repack()
-        self._keep_taps()
+        self._look_up()
 
-    def _keep_taps(self) -> None:
-        self.taps = self.attn_sconv.taps().detach(), self.mlp_sconv.taps().detach()
+    def _look_up(self) -> None:
+        self.packed = _Packed(
+            attention=self.self_attn.forward,
+            mlp=self.mlp.forward,
+            attn_norm=self.input_layernorm.weight,
+            mlp_norm=self.post_attention_layernorm.weight,
+            attn_taps=self.attn_sconv.taps().detach(),
+            mlp_taps=self.mlp_sconv.taps().detach(),
+        )
 
-    def forward(
+    def run(
         self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None, capture: Capture | None
     ) -> Tensor:
-        attn_taps, mlp_taps = self.taps
+        w = self.packed
+        attn_taps, mlp_taps = w.attn_taps, w.mlp_taps
         if torch.is_grad_enabled():
             attn_taps, mlp_taps = self.attn_sconv.taps(), self.mlp_sconv.taps()
-        h = ops.rms_norm(x, self.input_layernorm.weight, self.eps)
-        h = self.self_attn(h, segments, state, tau)
+        attn_past, mlp_past = (None, None) if state is None else (state.attn_conv, state.mlp_conv)
+        h = w.attention(ops.rms_norm(x, w.attn_norm, self.eps), segments, state, tau)
         if capture is not None:
             capture.append((f"{self.name}.self_attn", h))
-        x = x + ops.short_conv(h, attn_taps, segments, state.attn_conv if state else None)
-        h = ops.rms_norm(x, self.post_attention_layernorm.weight, self.eps)
-        h = self.mlp(h)
+        x = x + ops.short_conv(h, attn_taps, segments, attn_past)
+        h = w.mlp(ops.rms_norm(x, w.mlp_norm, self.eps))
         if capture is not None:
             capture.append((f"{self.name}.mlp", h))
-        x = x + ops.short_conv(h, mlp_taps, segments, state.mlp_conv if state else None)
+        x = x + ops.short_conv(h, mlp_taps, segments, mlp_past)
         if capture is not None:
             capture.append((self.name, x))
         return x
@@ -111,6 +133,7 @@ class InteractionModel(nn.Module):
         self.lm_head = Weight(text.vocab_size, text.hidden_size, dtype=dtype)
         self.passthrough: dict[str, Tensor] = {}  # weights of a loaded checkpoint that this model does not compute with
         self.vocab = text.unpadded_vocab_size or text.vocab_size
+        self.eps = text.rms_norm_eps
         self.multiplier = text.logits_mup_width_multiplier
         self.audio_token_id = config.audio_token_id
         self.head: PackedLinear | None = None
@@ -172,15 +195,14 @@ class InteractionModel(nn.Module):
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
         if tokens.shape[0] != segments.rows:
             raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
-        text = self.model.language_model
         x = self._embed(tokens, codes)
         if capture is not None:
             capture.append(("embed", x))
         tau = None if self.tau is None else self.tau[segments.position]
         for i, layer in enumerate(self.layers):
-            layer_tau = tau if layer.self_attn.window is None else None
-            x = layer(x, segments, state.layers[i] if state else None, layer_tau, capture)
-        hidden = ops.rms_norm(x, text.norm.weight, self.config.text_config.rms_norm_eps)
+            layer_tau = tau if layer.window is None else None
+            x = layer.run(x, segments, None if state is None else state.layers[i], layer_tau, capture)
+        hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier
 
     def _embed(self, tokens: Tensor, codes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from transformers import InklingFeatureExtractor
 from transformers.models.inkling.processing_inkling import InklingProcessor
 
-from model.audio import CHUNK_SAMPLES, HOP, DMel, DMelStream, bin_edges, quantise
+from model.audio import CHUNK_SAMPLES, HOP, WINDOW, DMel, bin_edges, quantise
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT.parent / "shared/data/speech", ROOT / "rollout/data/speech"]
@@ -58,12 +58,15 @@ def test_chunking_and_company_change_nothing(backend: str) -> None:
     for session in range(5):
         assert torch.equal(dmel.codes(waveform[session : session + 1])[0], together[session])
     for step in (HOP, CHUNK_SAMPLES, 3 * HOP, count):
-        stream = DMelStream(dmel, 5)
-        pieces = [stream.push(waveform[:, i : i + step]) for i in range(0, count, step)]
+        past, pieces = torch.zeros(5, WINDOW - HOP), []
+        for at in range(0, count, step):
+            samples = torch.cat((past, waveform[:, at : at + step]), 1)
+            pieces.append(dmel.continued(samples))
+            past = samples[:, -(WINDOW - HOP) :]
         assert torch.equal(torch.cat(pieces, 1), together)
     assert together.dtype == torch.uint8 and together.shape == (5, 32, 80)
-    late = DMelStream(dmel, 5)  # negative control: without its past a frame is another frame
-    assert not torch.equal(late.push(waveform[:, CHUNK_SAMPLES : 2 * CHUNK_SAMPLES]), together[:, 4:8])
+    late = dmel.codes(waveform[:, CHUNK_SAMPLES:])  # negative control: without its past a frame is another frame
+    assert not torch.equal(late, together[:, 4:])
 
 
 def test_edges_are_where_the_nearest_centre_changes() -> None:
@@ -81,18 +84,16 @@ def test_bad_samples() -> None:
         dmel.codes(torch.zeros(1, 800, dtype=torch.float64))
     with pytest.raises(ValueError, match="NaN"):
         dmel.codes(torch.full((1, 800), torch.nan))
-    with pytest.raises(ValueError, match="2 sessions, the stream 3"):
-        DMelStream(dmel, 3).push(torch.zeros(2, 800))
 
 
 @pytest.mark.slow
 def test_a_micro_turn_of_24_sessions_is_quick() -> None:
     """About 1 ms on one free thread; the bound leaves room for busy machines."""
-    stream, chunk = DMelStream(DMel.build(), 24), torch.randn(24, CHUNK_SAMPLES) * 0.1
-    stream.push(chunk)
+    dmel, samples = DMel.build(), torch.randn(24, WINDOW - HOP + CHUNK_SAMPLES) * 0.1
+    dmel.continued(samples)
     best = float("inf")
     for _ in range(30):
         begin = time.perf_counter()
-        stream.push(chunk)
+        dmel.continued(samples)
         best = min(best, time.perf_counter() - begin)
     assert best < 0.01
