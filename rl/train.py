@@ -2,7 +2,7 @@
 
     accelerate launch --config_file configs/accelerate/cpu.yaml -m rl.train --config configs/quickstart.yaml
 
-Any field of the recipe can be given on the command line (``--rl.steps 20``); ``--resume true`` goes on from the newest
+Any field of the recipe can be given on the command line (``--rl.steps 20``); ``--resume`` goes on from the newest
 finished checkpoint of the run of that name. Every process runs this same program; the first one writes and prints.
 """
 
@@ -67,7 +67,8 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, bool, str]:
         prog="rl.train", description="Train an interaction model by exactly on-policy RL.", exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="recipe, YAML")
-    parser.add_argument("--resume", type=bool, default=False, help="go on from the run's newest finished checkpoint")
+    resume_help = "go on from the run's newest finished checkpoint"
+    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
     parser.add_class_arguments(TrainConfig)
     given = sys.argv[1:] if arguments is None else arguments
     try:
@@ -139,6 +140,7 @@ def run(config: TrainConfig, resume: bool, recipe: str) -> None:
     engine = build_engine(config, model, vocabulary, config.rollout.temperature)
     seconds_before = progress.wall_s - (0.0 if resume else time.perf_counter() - clock)
     with display.phase("RL", config.rl.steps, progress.step) as phase:
+        phase.held_out(progress.before[""])
         for result in loop.steps(config, bank, engine, learner, progress.step):
             done = int(result.metrics["step"]) + 1
             progress = replace(
