@@ -61,8 +61,8 @@ def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * (x / sqrt(mean(x^2) + eps)), over the last axis; x [T, D] or [T, H, D] (only columns must adjoin), weight
-    [D] -> x's shape.
+    """weight * (x / sqrt(mean(x^2) + eps)), over the last axis; x [T, D] or [T, H, D] (columns must adjoin), weight [D]
+    -> x's shape.
 
     Zhang & Sennrich 2019. As in Inkling the normed value is rounded to x.dtype before the weight is applied."""
     return dispatch.backend().rms_norm(x, weight, eps)
