@@ -16,7 +16,7 @@ constexpr int PANEL = 16;  // columns
 constexpr int MR_MAX = 6;  // rows of a tile
 constexpr int BLOCK_ROWS = 96;
 constexpr int NP_BY_ROWS_AVX2[] = {0, 4, 3, 2, 1, 1, 1};
-constexpr int NP_BY_ROWS_AVX512[] = {0, 8, 8, 6, 4, 4, 4};
+constexpr int NP_BY_ROWS_AVX512[] = {0, 8, 4, 4, 4, 4, 4};
 constexpr const int* NP_BY_ROWS = W == 8 ? NP_BY_ROWS_AVX2 : NP_BY_ROWS_AVX512;
 
 INLINE int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
@@ -76,7 +76,7 @@ INLINE void row_tile(int64_t k_size, const float* const* a, const B* b, C* const
     tile<MR, NP, A_STEP, RESUME>(k_size, a, b + p * stride, stride, c, p * PANEL, columns);
   }
   if constexpr (NP > 1) {
-    if (p < p1) row_tile<MR, NP - 1, A_STEP, RESUME>(k_size, a, b, c, p, p1, columns);
+    if (p < p1) row_tile<MR, NP == 3 ? 2 : NP / 2, A_STEP, RESUME>(k_size, a, b, c, p, p1, columns);
   }
 }
 
