@@ -43,7 +43,8 @@ def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None
 
 
 def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int = 1) -> Tensor:
-    """Row r of the result is ``x[r // fan_out] @ w[expert[r]].T``. x [T, K], expert int32 [R], R = T * fan_out -> [R, N].
+    """Row r of the result is ``x[r // fan_out] @ w[expert[r]].T``. x [T, K], expert int32 [R], R = T * fan_out, gives
+    [R, N].
 
     Few rows take gather + GEMV, many take grouped GEMM; both reduce every row in the same order, so the choice cannot
     change a bit."""
@@ -73,8 +74,8 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
     first, positions before 0 counting as 0; fp32 inside.
 
     x [T, C] (rows may be strided), weight [C, 4] fp32 -> [T, C] of x.dtype. ``state`` [slots, 3, C] of x.dtype holds
-    each slot's last three inputs (oldest first); it is read for segments with start > 0 and overwritten in place. Without
-    state every segment must start at 0. With state there is no autograd."""
+    each slot's last three inputs (oldest first); it is read for segments with start > 0 and overwritten in place.
+    Without state every segment must start at 0. With state there is no autograd."""
     return dispatch.backend().short_conv(x, weight, segments, state)
 
 
@@ -128,8 +129,8 @@ def logprob(
 
     logits fp32 [T, V], token int64 [T], allowed bool [classes, V], row_class int64 [T] ->
     (logprob fp32 [T], entropy fp32 [T] in nats, digest int64 [T]). The digest is a 64-bit hash of the bits of the whole
-    log-prob row (-inf where not allowed): sum over v of splitmix64((v << 32) | bits(logp[v])) modulo 2^64, so equal digests mean equal
-    distributions. Gradients flow to logits from logprob and from entropy. Raises ValueError when a token is not allowed
+    log-prob row (-inf where not allowed): sum over v of splitmix64((v << 32) | bits(logp[v])) modulo 2^64, so equal
+    digests mean equal distributions. Gradients flow to logits from logprob and from entropy. Raises ValueError when a token is not allowed
     in its row, or a row's allowed logits hold a NaN or +inf."""
     return dispatch.backend().logprob(logits, token, temperature, allowed, row_class)
 
@@ -140,6 +141,7 @@ def sample(
     """Samples by the Gumbel-max trick with counter-based noise: argmax_v logp[v] - log(-log(u(key, v))), ties to the
     lower id; u(key, v) in (0, 1) from splitmix64(key + (v + 1) * 0x9E3779B97F4A7C15), upper 24 bits, (n + 0.5) / 2^24.
 
-    logits fp32 [T, V], key int64 [T] (bits of a uint64) -> (token int64 [T], logprob fp32 [T], digest int64 [T]), the last two bit for bit
-    what `logprob` gives for that token. temperature 0 is greedy: the argmax of the logits, ties to the lower id, scored at temperature 1."""
+    logits fp32 [T, V], key int64 [T] (bits of a uint64) -> (token int64 [T], logprob fp32 [T], digest int64 [T]), the
+    last two bit for bit what `logprob` gives for that token. temperature 0 is greedy: the argmax of the logits, ties to
+    the lower id, scored at temperature 1."""
     return dispatch.backend().sample(logits, temperature, key, allowed, row_class)
