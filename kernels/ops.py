@@ -130,8 +130,8 @@ def logprob(
     logits fp32 [T, V], token int64 [T], allowed bool [classes, V], row_class int64 [T] ->
     (logprob fp32 [T], entropy fp32 [T] in nats, digest int64 [T]). The digest is a 64-bit hash of the bits of the whole
     log-prob row (-inf where not allowed): sum over v of splitmix64((v << 32) | bits(logp[v])) modulo 2^64, so equal
-    digests mean equal distributions. Gradients flow to logits from logprob and from entropy. Raises ValueError when a token is not allowed
-    in its row, or a row's allowed logits hold a NaN or +inf."""
+    digests mean equal distributions. Gradients flow to logits from logprob and from entropy. Raises ValueError when a
+    token is not allowed in its row, or a row's allowed logits hold a NaN or +inf."""
     return dispatch.backend().logprob(logits, token, temperature, allowed, row_class)
 
 
