@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path`` by way of a temporary file beside it, so that a reader sees the old or the new file."""
+    """Writes ``data`` to ``path`` by way of a temporary file beside it: a reader sees the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)

@@ -82,6 +82,7 @@ def test_batch_variant_op_is_caught_and_located(
         return out * (1 + 2.0**-23) if x.shape[0] > 100 else out
 
     monkeypatch.setattr(mlp, "forward", variant)
+    engine.model.repack()  # which looks the forwards up
     episodes = play(engine, loop.plays(CONFIG, bank, 0), CONFIG.seed)
     with pytest.raises(NotEqualError, match=r"first activation that differs is layers\.1\.mlp at row 0"):
         audit(engine, episodes)
