@@ -143,8 +143,8 @@ class Learner:
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, the weights included. Raises MetronomeError when the folder holds no learner."""
-        path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
+        if not (folder / TAG).is_dir():
             raise MetronomeError(f"{folder}: holds no learner state. Resume from another checkpoint, or start anew.")
+        _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         self.taken = state["taken"]
         self.model.repack()

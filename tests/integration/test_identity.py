@@ -12,7 +12,7 @@ from rl import loop
 from rl.config import RLConfig, TrainConfig
 from rl.identity import Mismatch, NotComparableError, NotEqualError
 from rl.learner import policy_gradient
-from rl.train import build_engine, build_model
+from rl.run import build_engine, build_model
 from rollout.episode import Episode
 from rollout.play import play
 from rollout.session import SessionEngine

@@ -19,7 +19,8 @@ from reward.score import Score
 from rl.config import RLConfig
 from rl.credit import token_weights
 from rl.learner import policy_gradient
-from rl.train import load_progress, parse, run
+from rl.run import Run, load_progress
+from rl.train import parse
 from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.speech import DEFAULT_FOLDER
 from rollout.vocabulary import Vocabulary
@@ -55,7 +56,8 @@ def test_dashes_do_for_underscores() -> None:
 
 
 def start(tmp_path: Path, *arguments: str) -> None:
-    run(*parse(["--runs", str(tmp_path / "runs"), *arguments]))
+    config, resume, recipe = parse(["--runs", str(tmp_path / "runs"), *arguments])
+    Run(config, recipe, resume).execute()
 
 
 def test_missing_and_empty_speech_folder(tmp_path: Path) -> None:
@@ -110,6 +112,16 @@ def test_a_second_run_of_that_name_leaves_the_first_alone(tmp_path: Path) -> Non
         start(tmp_path)
     assert (folder / "summary.json").read_text() == "{}"
     assert [p.name for p in folder.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--rl.groups", "0"], "rl.groups is 0"), (["--rl.rollouts", "1"], "rl.rollouts is 1")],
+)
+def test_shares_that_leave_nothing_to_do(tmp_path: Path, arguments: list[str], says: str) -> None:
+    with pytest.raises(MetronomeError, match=says):
+        start(tmp_path, *arguments)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_resume_without_a_run(tmp_path: Path) -> None:

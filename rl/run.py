@@ -1,0 +1,217 @@
+"""One run of a recipe, phase by phase: warm start, reinforcement learning, the held-out verdict.
+
+Owns everything that lasts as long as the run: its folder, what the user sees, the model. The algorithm itself is in
+`rl.warmstart` and `rl.loop`; here is when to evaluate, what to keep on disk, and how an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.config import preset
+from model.transformer import InteractionModel
+from rl import loop, ranks
+from rl.config import TrainConfig
+from rl.display import Display
+from rl.environment import environment
+from rl.evaluate import evaluate, named
+from rl.folder import RunFolder
+from rl.identity import Mismatch
+from rl.learner import Learner
+from rl.tracking import Tracker
+from rl.warmstart import warm_start
+from rollout.episode import save_episodes
+from rollout.scenarios.registry import FAMILIES, scenario
+from rollout.session import SessionEngine
+from rollout.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.vocabulary import Vocabulary
+
+PROGRESS = "progress.json"
+"""In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint remembers of the run so far; every number is a total since the run's start."""
+
+    step: int  # finished RL steps
+    before: dict[str, float]  # held-out result after warm start
+    mismatch: Mismatch
+    wall_s: float
+
+
+class Run:
+    """See the module's text. Use: ``Run(config, recipe, resume).execute()`` in every process."""
+
+    def __init__(self, config: TrainConfig, recipe: str, resume: bool) -> None:
+        """``recipe``: the resolved config as YAML, kept with the run. Raises MetronomeError for a folder, recording or
+        number that will not do, before anything is written over."""
+        self._start = time.perf_counter()
+        self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
+        check_shares(config)
+        self.config = config
+        self.resumes = resume
+        self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+        self.folder = (RunFolder.reopen if resume else RunFolder.create)(Path(config.runs), config.name, recipe)
+        self.folder.write_json("environment.json", environment())
+        self.display = Display(ranks.rank() == 0)
+        tracking = replace(config.tracking, wandb=config.tracking.wandb and ranks.rank() == 0)
+        self.tracker = Tracker(tracking, config.name, self.folder.path, asdict(config))
+        self.model = build_model(config)
+        self.vocabulary = Vocabulary.build(self.model.vocab)
+        self.held_out = [
+            scenario(family, "held_out", i, self.bank, config.scenarios)
+            for i in range(config.eval.scenarios)
+            for family in FAMILIES
+        ]
+
+    def execute(self) -> None:
+        contract = dispatch.contract()
+        self.display.say(
+            f"Run {self.config.name}: {sum(p.numel() for p in self.model.parameters()):,} parameters, {ranks.world()} "
+            f"processes, backend {contract['backend']} ({contract['isa']}), contract {dispatch.contract_id()}"
+        )
+        learner, progress = self.resume() if self.resumes else self.begin()
+        self.display.say(f"held-out score after warm start: {describe(progress.before)}")
+        self.finish(self.learn(learner, progress))
+
+    def begin(self) -> tuple[Learner, Progress]:
+        """Warm start, its held-out result, and the first checkpoint."""
+        with self.display.phase("warm start", self.config.warmstart.steps) as phase:
+            for record in warm_start(self.config, self.bank, self.model, self.vocabulary):
+                phase.advance(record)
+                self.tracker.log(int(record["step"]), record)
+        progress = Progress(0, self.examine(), Mismatch.total([]), self.wall_s())
+        learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
+        save(self.folder, learner, progress)
+        return learner, progress
+
+    def resume(self) -> tuple[Learner, Progress]:
+        """Model, optimizer and progress as the newest finished checkpoint holds them; later metrics are dropped."""
+        step, path = self.folder.latest_checkpoint()
+        progress = load_progress(path)
+        checkpoint.load_into(self.model, path / "model")
+        learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
+        learner.load(path)
+        self.folder.keep_metrics_before(step)
+        self._earlier_s = progress.wall_s
+        return learner, progress
+
+    def learn(self, learner: Learner, progress: Progress) -> Progress:
+        """RL from where ``progress`` stands to the recipe's last step, with evaluations, records and checkpoints."""
+        rl = self.config.rl
+        engine = self.engine(self.config.rollout.temperature)
+        during = self.held_out[: self.config.eval.during * len(FAMILIES)]
+        with self.display.phase("RL", rl.steps, progress.step) as phase:
+            phase.held_out(progress.before[""])
+            for result in loop.steps(self.config, self.bank, engine, learner, progress.step):
+                done = progress.step + 1
+                mismatch = Mismatch.total([progress.mismatch, result.mismatch])
+                progress = replace(progress, step=done, mismatch=mismatch, wall_s=self.wall_s())
+                metrics = dict(result.metrics)
+                if done % rl.evaluate_every == 0 and done < rl.steps:
+                    found = evaluate(engine, during, self.config.reward, self.config.seed)
+                    metrics |= named("eval/held_out", found)
+                    phase.held_out(found[""])
+                self.folder.append_metrics(metrics)
+                self.tracker.log(self.config.warmstart.steps + done, metrics)
+                phase.advance(metrics)
+                if rl.save_episodes_every and (done - 1) % rl.save_episodes_every == 0:
+                    name = f"episodes/step_{done - 1:06d}.rank_{ranks.rank()}.safetensors"
+                    save_episodes(self.folder.path / name, result.episodes)
+                if done % rl.checkpoint_every == 0 or done == rl.steps:
+                    save(self.folder, learner, progress)
+        return progress
+
+    def finish(self, progress: Progress) -> None:
+        """The held-out result of the final weights, summary.json and the closing table."""
+        summary: dict[str, float | int | str] = {
+            **named("eval/before", progress.before),
+            **named("eval/after", self.examine()),
+            **progress.mismatch.metrics(),
+            "weights_digest": checkpoint.weights_digest(self.model),
+            "wall_s": self.wall_s(),
+        }
+        self.folder.write_json("summary.json", summary)
+        self.tracker.close()
+        self.display.summary(summary, self.folder.path)
+
+    def examine(self) -> dict[str, float]:
+        """The held-out result, sampled at the training temperature, and the greedy one beside it under ``greedy``: a
+        policy that is right less than half of the time is silent when greedy, so that neither tells the whole."""
+        reward, seed = self.config.reward, self.config.seed
+        result = evaluate(self.engine(self.config.rollout.temperature), self.held_out, reward, seed)
+        return result | {"greedy": evaluate(self.engine(0.0), self.held_out, reward, seed)[""]}
+
+    def engine(self, temperature: float) -> SessionEngine:
+        return build_engine(self.config, self.model, self.vocabulary, temperature)
+
+    def wall_s(self) -> float:
+        return self._earlier_s + time.perf_counter() - self._start
+
+
+def check_shares(config: TrainConfig) -> None:
+    """Raises MetronomeError when a process would have nothing to do, or a group nothing to be compared with."""
+    for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
+        if count < ranks.world():
+            raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
+    if config.rl.rollouts < 2:
+        raise MetronomeError(f"rl.rollouts is {config.rl.rollouts}: advantages compare the rollouts of a group, give 2")
+
+
+def build_model(config: TrainConfig) -> InteractionModel:
+    """The recipe's model, its weights packed."""
+    dtype = getattr(torch, config.model.dtype)
+    if config.model.checkpoint is None:
+        model = InteractionModel(preset(config.model.preset), dtype)
+        model.init_weights(config.seed)
+    else:
+        model = checkpoint.load(Path(config.model.checkpoint), dtype)
+    model.pack()
+    return model
+
+
+def build_engine(
+    config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary, temperature: float
+) -> SessionEngine:
+    """An engine with room for all of this rank's rollouts of a step."""
+    return SessionEngine(
+        model,
+        vocabulary,
+        slots=max(1, len(ranks.share(config.rl.groups))) * config.rl.rollouts,
+        max_tokens=config.rollout.max_tokens,
+        temperature=temperature,
+        words_per_chunk=config.rollout.words_per_chunk,
+    )
+
+
+def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
+    """A checkpoint: model in transformers' format, optimizer state, progress."""
+    with folder.checkpoint(progress.step) as path:
+        learner.save(path)
+        if ranks.rank() == 0:
+            checkpoint.save(learner.model, path / "model")
+            (path / PROGRESS).write_text(json.dumps(asdict(progress)))
+
+
+def load_progress(path: Path) -> Progress:
+    try:
+        fields: dict[str, Any] = json.loads((path / PROGRESS).read_text())
+        return Progress(**{**fields, "mismatch": Mismatch(**fields["mismatch"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MetronomeError(
+            f"{path / PROGRESS}: cannot be read ({error}). Delete this checkpoint to resume from the one before."
+        ) from error
+
+
+def describe(result: dict[str, float]) -> str:
+    return ", ".join(f"{name or 'mean'} {value:.1%}" for name, value in result.items())
