@@ -1,7 +1,7 @@
 """Which backend runs the ops, chosen once at start, and the contract id that stamps what it produced.
 
-``METRONOME_BACKEND`` picks ``cpu`` (default) or ``reference``. An unknown name, a missing native library or a processor
-without the needed instructions raises; there is no silent fallback.
+``METRONOME_BACKEND`` picks ``cpu`` (default), ``triton`` (GPUs) or ``reference``. An unknown name, a missing native
+library, or a machine without the needed instructions or GPU raises; there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS
 
-BACKENDS = {"cpu": "kernels.cpu.backend", "reference": "kernels.reference"}
+BACKENDS = {"cpu": "kernels.cpu.backend", "triton": "kernels.triton.backend", "reference": "kernels.reference"}
 
 _active: ModuleType | None = None
 

@@ -1,0 +1,72 @@
+"""The Triton backend: every op of `kernels.ops`, gathered here under the names that `kernels.dispatch` calls.
+
+It runs on a GPU or, with TRITON_INTERPRET=1 set before triton is first imported, slowly, in Triton's interpreter on CPU
+tensors: that is how it is tested where there is no GPU. NUMERICS_VERSION goes up (its first number) whenever a change
+may change a bit of any result; it also names what else decides them here.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from kernels.layout import PackedExperts, PackedLinear
+from kernels.triton.attention import attention
+from kernels.triton.conv import short_conv
+from kernels.triton.elementwise import moe_combine, swiglu
+from kernels.triton.embedding import embedding_sum
+from kernels.triton.experts import expert_linear, fill_experts, pack_experts
+from kernels.triton.launch import INTERPRET, settings
+from kernels.triton.linear import fill_linear, linear, pack_linear
+from kernels.triton.norm import rms_norm
+from kernels.triton.router import route
+from kernels.triton.sampling import logprob, sample
+
+__all__ = [
+    "NAME",
+    "NUMERICS_VERSION",
+    "attention",
+    "embedding_sum",
+    "expert_linear",
+    "isa",
+    "linear",
+    "logprob",
+    "moe_combine",
+    "pack_experts",
+    "pack_linear",
+    "repack",
+    "rms_norm",
+    "route",
+    "sample",
+    "short_conv",
+    "swiglu",
+]
+
+NAME = "triton"
+NUMERICS_VERSION = f"1, {settings()}"
+
+
+@functools.cache
+def isa() -> str:
+    """The GPU's architecture, ``sm_90`` or ``gfx942``; or ``interpreter``."""
+    if INTERPRET:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(0).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def repack(packed: PackedLinear | PackedExperts) -> None:
+    if isinstance(packed, PackedLinear):
+        fill_linear(packed)
+    else:
+        fill_experts(packed)
+
+
+if not INTERPRET and not torch.cuda.is_available():
+    raise RuntimeError(
+        "the triton backend needs a GPU, and torch finds none. METRONOME_BACKEND=cpu is the backend for this machine; "
+        "TRITON_INTERPRET=1, set before the start, runs the triton kernels in an interpreter, for tests only"
+    )

@@ -1,0 +1,239 @@
+"""The short causal convolution in Triton, with its per-slot state. Four taps and the residual, one add at a time."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.layout import CONV_TAPS, Segments
+from kernels.triton.launch import (
+    MAP_TILE,
+    SHORT,
+    CompileSpec,
+    Tile,
+    aligned,
+    check,
+    check_columns,
+    placed,
+    row_stride,
+    run,
+)
+
+WEIGHT_TILE = Tile(m=32, n=64, k=32, warps=4, stages=1)
+"""The weights' gradient: rows in chunks of m, ascending; n channels a program."""
+
+
+@triton.jit(do_not_specialize=["rows"])
+def conv_kernel(
+    x, weight, state, segment, slot, start, offset, y, rows, width, x_row,
+    STATE: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Row r of segment s is its row j = r - offset[s]; tap i reads its row j - TAPS + 1 + i, which lies in x, or in the
+    state when negative, or is 0 when the sequence begins here."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
+    live = row < rows
+    s = tl.load(segment + row, live, other=0)
+    j = row - tl.load(offset + s)
+    held = tl.load(slot + s).to(tl.int64) * (TAPS - 1)
+    begun = tl.load(start + s) > 0
+    inside = live[:, None] & (column < width)
+    total = tl.zeros((M, N), tl.float32)
+    for i in tl.static_range(TAPS):
+        back = TAPS - 1 - i
+        here = inside & (j >= back)[:, None]
+        v = tl.load(x + (row - back).to(tl.int64)[:, None] * x_row + column, here, other=0.0).to(tl.float32)
+        if STATE:
+            before = inside & ((j < back) & begun)[:, None]
+            place = (held + j + i)[:, None] * width + column
+            v = tl.where(before, tl.load(state + place, before, other=0.0).to(tl.float32), v)
+        total += tl.load(weight + column * TAPS + i, column < width, other=0.0) * v
+    v = tl.load(x + row.to(tl.int64)[:, None] * x_row + column, inside, other=0.0).to(tl.float32)
+    tl.store(y + row.to(tl.int64)[:, None] * width + column, (v + total).to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def state_kernel(x, state, slot, start, offset, width, x_row, TAPS: tl.constexpr, N: tl.constexpr):
+    """The last TAPS - 1 inputs of every segment's sequence, from x or moved up within the state. Runs after the
+    convolution. A program owns its columns of a slot, and reads an element before it overwrites it: the row read lies
+    below the row written, and rows are written upwards."""
+    s = tl.program_id(0)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column < width
+    first, end = tl.load(offset + s), tl.load(offset + s + 1)
+    held = state + tl.load(slot + s).to(tl.int64) * (TAPS - 1) * width + column
+    begun = tl.load(start + s) > 0
+    for i in tl.static_range(TAPS - 1):
+        j = end - first - (TAPS - 1) + i  # row of the segment; below 0 it was held before
+        v = tl.load(x + (first + j).to(tl.int64) * x_row + column, inside & (j >= 0), other=0.0)
+        old = tl.load(held + (j + TAPS - 1) * width, inside & (j < 0) & begun, other=0.0)
+        tl.store(held + i * width, tl.where(j >= 0, v, old), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def conv_backward_kernel(
+    grad, weight, segment, offset, dx, rows, width, g_row, TAPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """dx[r] = grad[r] + sum_i weight[i] grad[r + TAPS - 1 - i], over rows of the same segment."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
+    live = row < rows
+    end = tl.load(offset + tl.load(segment + row, live, other=0) + 1)
+    inside = live[:, None] & (column < width)
+    total = tl.load(grad + row.to(tl.int64)[:, None] * g_row + column, inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(TAPS):
+        after = row + (TAPS - 1 - i)
+        there = inside & (after < end)[:, None]
+        g = tl.load(grad + after.to(tl.int64)[:, None] * g_row + column, there, other=0.0).to(tl.float32)
+        total += tl.load(weight + column * TAPS + i, column < width, other=0.0) * g
+    tl.store(dx + row.to(tl.int64)[:, None] * width + column, total.to(dx.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def conv_weight_gradient_kernel(
+    x, grad, segment, offset, dweight, rows, width, x_row, g_row,
+    TAPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dweight[c, i] = sum over rows r of grad[r, c] x[r - TAPS + 1 + i, c]; a program for a tap and N channels."""
+    back = TAPS - 1 - tl.program_id(1)
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    total = tl.zeros((M, N), tl.float32)
+    for first in range(0, rows, M):
+        row = first + tl.arange(0, M)
+        live = row < rows
+        j = row - tl.load(offset + tl.load(segment + row, live, other=0))
+        inside = (live & (j >= back))[:, None] & (column < width)[None, :]
+        v = tl.load(x + (row - back).to(tl.int64)[:, None] * x_row + column[None, :], inside, other=0.0)
+        g = tl.load(grad + row.to(tl.int64)[:, None] * g_row + column[None, :], inside, other=0.0)
+        total += v.to(tl.float32) * g.to(tl.float32)
+    tl.store(dweight + column * TAPS + tl.program_id(1), tl.sum(total, axis=0), column < width)
+
+
+def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if state is not None:
+            raise ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
+        out: Tensor = _ShortConv.apply(x, weight, segments)
+        return out
+    return _forward(x, weight, segments, state)
+
+
+def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
+    if x.dim() != 2 or x.shape[0] != segments.rows:
+        raise ValueError(f"short_conv: x is {tuple(x.shape)}, not [{segments.rows}, C]")
+    rows, width = x.shape
+    check("short_conv", "x", x)
+    check_columns("short_conv", "x", x)
+    check("short_conv", "weight", weight, (torch.float32,))
+    if weight.shape != (width, CONV_TAPS) or not weight.is_contiguous():
+        raise ValueError(
+            f"short_conv: weight is {weight.dtype} {tuple(weight.shape)}, not contiguous float32 [{width}, {CONV_TAPS}]"
+        )
+    if state is not None:
+        check("short_conv", "state", state)
+        if state.shape[1:] != (CONV_TAPS - 1, width) or state.dtype != x.dtype or not state.is_contiguous():
+            raise ValueError(
+                f"short_conv: state is {state.dtype} {tuple(state.shape)}, not contiguous {x.dtype} "
+                f"[slots, {CONV_TAPS - 1}, {width}]"
+            )
+    _check_segments(segments, None if state is None else state.shape[0])
+    at, x, y = placed(segments, x.device), aligned(x), x.new_empty(rows, width)
+    held = y if state is None else state  # the pointer is not read without state
+    run(
+        conv_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), x.device, MAP_TILE,
+        x, weight, held, _segment_of_row(at), at.slot, at.start, at.offset, y, rows, width, row_stride(x),
+        STATE=state is not None, TAPS=CONV_TAPS, M=MAP_TILE.m, N=MAP_TILE.n,
+    )  # fmt: skip
+    if state is not None:
+        run(
+            state_kernel, (at.slot.shape[0], triton.cdiv(width, MAP_TILE.n)), x.device, MAP_TILE,
+            x, state, at.slot, at.start, at.offset, width, row_stride(x), TAPS=CONV_TAPS, N=MAP_TILE.n,
+        )  # fmt: skip
+    return y
+
+
+def _check_segments(segments: Segments, slots: int | None) -> None:
+    """Cheap for segments as `Segments.build` makes them, on the CPU; on a GPU it waits for the device."""
+    bad = segments.start > 0 if slots is None else (segments.slot < 0) | (segments.slot >= slots)
+    if bool(bad.any()):
+        s = int(bad.int().argmax())
+        why = f"starts at {int(segments.start[s])}, but there is no state"
+        raise ValueError(
+            f"short_conv: segment {s} {why if slots is None else f'has slot {int(segments.slot[s])} of {slots}'}"
+        )
+
+
+def _segment_of_row(segments: Segments) -> Tensor:
+    rows = torch.arange(segments.rows, dtype=torch.int32, device=segments.offset.device)
+    return torch.searchsorted(segments.offset, rows, right=True, out_int32=True) - 1
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, segments):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.segments = segments
+        return _forward(x, weight, segments, None)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        at, grad = placed(ctx.segments, x.device), aligned(grad)
+        segment, (rows, width) = _segment_of_row(at), x.shape
+        dx, dweight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+        run(
+            conv_backward_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), x.device, MAP_TILE,
+            grad, weight, segment, at.offset, dx, rows, width, row_stride(grad),
+            TAPS=CONV_TAPS, M=MAP_TILE.m, N=MAP_TILE.n,
+        )  # fmt: skip
+        x = aligned(x)
+        run(
+            conv_weight_gradient_kernel, (triton.cdiv(width, WEIGHT_TILE.n), CONV_TAPS), x.device, WEIGHT_TILE,
+            x, grad, segment, at.offset, dweight, rows, width, row_stride(x), row_stride(grad),
+            TAPS=CONV_TAPS, M=WEIGHT_TILE.m, N=WEIGHT_TILE.n,
+        )  # fmt: skip
+        return dx, dweight, None
+
+
+def specs() -> list[CompileSpec]:
+    out = []
+    for t in SHORT.values():
+        p = f"*{t}"
+        rows, tables = {"rows": "i32", "width": "i32"}, dict.fromkeys(("segment", "slot", "start", "offset"), "*i32")
+        own = {"segment": "*i32", "offset": "*i32"}
+        sizes: dict[str, int | bool] = {"TAPS": CONV_TAPS, "M": MAP_TILE.m, "N": MAP_TILE.n}
+        forward = {"x": p, "weight": "*fp32", "state": p} | tables | {"y": p} | rows | {"x_row": "i32"}
+        kernels = [
+            (f"short_conv, state {held}", conv_kernel, forward, sizes | {"STATE": held}, MAP_TILE)
+            for held in (False, True)
+        ]
+        kernels += [
+            (
+                "short_conv state",
+                state_kernel,
+                {"x": p, "state": p, "slot": "*i32", "start": "*i32", "offset": "*i32", "width": "i32", "x_row": "i32"},
+                {"TAPS": CONV_TAPS, "N": MAP_TILE.n},
+                MAP_TILE,
+            ),
+            (
+                "short_conv input gradient",
+                conv_backward_kernel,
+                {"grad": p, "weight": "*fp32"} | own | {"dx": p} | rows | {"g_row": "i32"},
+                sizes,
+                MAP_TILE,
+            ),
+            (
+                "short_conv weight gradient",
+                conv_weight_gradient_kernel,
+                {"x": p, "grad": p} | own | {"dweight": "*fp32"} | rows | {"x_row": "i32", "g_row": "i32"},
+                {"TAPS": CONV_TAPS, "M": WEIGHT_TILE.m, "N": WEIGHT_TILE.n},
+                WEIGHT_TILE,
+            ),
+        ]
+        for name, kernel, signature, constants, tile in kernels:
+            even = tuple(a for a in signature if a != "rows")
+            spec = CompileSpec(f"{name}: {t}", kernel, signature, constants, even, tile.warps, tile.stages)
+            out.append(spec)
+    return out

@@ -1,0 +1,126 @@
+"""The summed dMel embedding in Triton: channels in ascending order, and its gradient as one-hot products."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.launch import MAP_TILE, SHORT, CompileSpec, Tile, aligned, check, row_stride, run
+
+CODES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+GRADIENT_TILE = Tile(m=16, n=64, k=32, warps=4, stages=2)
+"""The table's gradient: m bins and n columns a program, k rows at a time."""
+
+
+@triton.jit(do_not_specialize=["rows"])
+def embedding_kernel(codes, table, out, rows, channels, bins, width, M: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
+    live = row < rows
+    inside = live[:, None] & (column < width)
+    total = tl.zeros((M, N), tl.float32)
+    for c in range(channels):
+        code = tl.load(codes + row.to(tl.int64) * channels + c, live, other=0).to(tl.int64)
+        total += tl.load(table + (code + c * bins)[:, None] * width + column, inside, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64)[:, None] * width + column, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def embedding_backward_kernel(
+    codes, grad, dtable, rows, channels, bins, width, g_row, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
+    """dtable[c * bins + b] = sum over rows t with codes[t, c] = b of grad[t], ascending t: 0/1 matrix times grad."""
+    tiles = tl.cdiv(bins, M)
+    c = tl.program_id(0) // tiles
+    b = tl.program_id(0) % tiles * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    total = tl.zeros((M, N), tl.float32)
+    for first in range(0, rows, K):
+        row = first + tl.arange(0, K)
+        code = tl.load(codes + row.to(tl.int64) * channels + c, row < rows, other=0).to(tl.int32)
+        g = tl.load(
+            grad + row.to(tl.int64)[:, None] * g_row + column[None, :],
+            (row < rows)[:, None] & (column < width)[None, :],
+            other=0.0,
+        )
+        hit = (b[:, None] == code[None, :]).to(tl.float32)
+        total = tl.dot(hit, g.to(tl.float32), total, input_precision="ieee")
+    out = dtable + (c * bins + b).to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(out, total.to(dtable.dtype.element_ty), (b < bins)[:, None] & (column < width)[None, :])
+
+
+def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
+    """Checking the codes against ``bins`` waits for the device."""
+    if torch.is_grad_enabled() and table.requires_grad:
+        out: Tensor = _EmbeddingSum.apply(codes, table, bins)
+        return out
+    return _forward(codes, table, bins)
+
+
+def _forward(codes: Tensor, table: Tensor, bins: int) -> Tensor:
+    if table.dim() != 2 or bins < 1 or table.shape[0] % bins or not table.is_contiguous():
+        raise ValueError(f"embedding_sum: table is {tuple(table.shape)}, not contiguous [C * {bins}, D]")
+    channels, width = table.shape[0] // bins, table.shape[1]
+    check("embedding_sum", "table", table)
+    if codes.dim() != 2 or codes.shape[1] != channels:
+        raise ValueError(f"embedding_sum: codes is {tuple(codes.shape)}, not [T, {channels}]")
+    check("embedding_sum", "codes", codes, CODES)
+    codes = codes.contiguous()
+    outside = (codes < 0) | (codes >= bins)
+    if bool(outside.any()):
+        row, channel = divmod(int(outside.int().argmax()), channels)
+        code = int(codes[row, channel])
+        raise ValueError(f"embedding_sum: codes[{row}, {channel}] is {code}, outside 0..{bins - 1}")
+    rows = codes.shape[0]
+    out = table.new_empty(rows, width)
+    run(
+        embedding_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), out.device, MAP_TILE,
+        codes, table, out, rows, channels, bins, width, M=MAP_TILE.m, N=MAP_TILE.n,
+    )  # fmt: skip
+    return out
+
+
+class _EmbeddingSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, codes, table, bins):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(codes, table)
+        ctx.bins = bins
+        return _forward(codes, table, bins)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        codes, table = ctx.saved_tensors
+        codes, grad, bins, tile = codes.contiguous(), aligned(grad), ctx.bins, GRADIENT_TILE
+        out, (rows, channels), width = torch.empty_like(table), codes.shape, table.shape[1]
+        grid = (channels * triton.cdiv(bins, tile.m), triton.cdiv(width, tile.n))
+        sizes = (rows, channels, bins, width, row_stride(grad))
+        run(embedding_backward_kernel, grid, out.device, tile, codes, grad, out, *sizes, M=tile.m, N=tile.n, K=tile.k)
+        return None, out, None
+
+
+def specs() -> list[CompileSpec]:
+    out = []
+    sizes = dict.fromkeys(("rows", "channels", "bins", "width"), "i32")
+    for t in SHORT.values():
+        for code in ("u8", "i64"):
+            p, pointer = f"*{t}", f"*{code}"
+            forward = {"codes": pointer, "table": p, "out": p} | sizes
+            backward = {"codes": pointer, "grad": p, "dtable": p} | sizes | {"g_row": "i32"}
+            one, other = MAP_TILE, GRADIENT_TILE
+            for name, kernel, signature, constants, tile in (
+                ("embedding_sum", embedding_kernel, forward, {"M": one.m, "N": one.n}, one),
+                (
+                    "embedding_sum gradient",
+                    embedding_backward_kernel,
+                    backward,
+                    {"M": other.m, "N": other.n, "K": other.k},
+                    other,
+                ),
+            ):
+                even = tuple(a for a in signature if a != "rows")
+                name = f"{name}, {code} codes: {t}"
+                out.append(CompileSpec(name, kernel, signature, constants, even, tile.warps, tile.stages))
+    return out

@@ -1,0 +1,268 @@
+"""Experts' linear op in Triton: gather + GEMV for few rows, grouped GEMM for many, equal bit for bit.
+
+Both forms hand their tile to `linear.chain`, so an output element meets the same instructions in the same order. They
+differ in which rows share a tile: none (a row a program, its expert read in place), or rows of one expert, found by
+a table of tiles that is made on the device (no synchronisation). In the gather form all but one row of the tile are
+masked: the matrix unit idles, but with few rows the time goes into reading weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.layout import PackedExperts
+from kernels.triton.elementwise import combine
+from kernels.triton.launch import (
+    INTERPRET,
+    CompileSpec,
+    Tile,
+    aligned,
+    check,
+    expert_form,
+    product_tile,
+    row_stride,
+    run,
+)
+from kernels.triton.linear import chain, check_rows, check_weight, padded, weight_of
+
+
+@triton.jit(do_not_specialize=["fan_out"])
+def gather_kernel(
+    a, b, c, expert, columns, depth, fan_out, a_row, b_expert, b_red, b_col,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """c[r] = a[r // fan_out] @ b[expert[r]], a program for every r and column tile."""
+    r = tl.program_id(1).to(tl.int64)
+    live = tl.arange(0, M) == 0
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    a_rows = a + (r // fan_out + tl.zeros((M,), tl.int64)) * a_row
+    b_columns = b + tl.load(expert + r).to(tl.int64) * b_expert + column.to(tl.int64) * b_col
+    total = chain(a_rows, b_columns, live, column < columns, depth, 1, b_red, M, N, K, WIDEN)
+    out = c + r * columns + column[None, :] + tl.zeros((M, N), tl.int64)
+    tl.store(out, total.to(c.dtype.element_ty), live[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["fan_out", "experts"])
+def grouped_kernel(
+    a, b, c, order, bound, tile_end, tile_expert, experts, columns, depth, fan_out, a_row, b_expert, b_red, b_col,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The same for tiles of rows of one expert: rows ``order[bound[e] : bound[e + 1]]`` are expert e's, whose
+    last tile is the one before ``tile_end[e]``. A tile past the last names no expert."""
+    tile = tl.program_id(1)
+    e = tl.load(tile_expert + tile)
+    if e < experts:
+        end = tl.load(bound + e + 1)
+        tiles = tl.cdiv(end - tl.load(bound + e), M)
+        at = tl.load(bound + e) + (tile - tl.load(tile_end + e) + tiles) * M + tl.arange(0, M)
+        row = tl.load(order + at, at < end, other=0).to(tl.int64)
+        column = tl.program_id(0) * N + tl.arange(0, N)
+        a_rows = a + (row // fan_out) * a_row
+        b_columns = b + e.to(tl.int64) * b_expert + column.to(tl.int64) * b_col
+        total = chain(a_rows, b_columns, at < end, column < columns, depth, 1, b_red, M, N, K, WIDEN)
+        out = c + row[:, None] * columns + column[None, :]
+        tl.store(out, total.to(c.dtype.element_ty), (at < end)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["fan_out"])
+def expert_weight_gradient_kernel(
+    grad, x, dw, order, bound, rows, columns, fan_out, grad_row, x_row,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """dw[e] [rows, columns] = sum over e's rows r, ascending, of grad[r] x[r // fan_out]^T; one program a tile."""
+    e = tl.program_id(2)
+    row = tl.program_id(1) * M + tl.arange(0, M)
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    first, end = tl.load(bound + e), tl.load(bound + e + 1)
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(first, end, K):
+        at = start + tl.arange(0, K)
+        term = tl.load(order + at, at < end, other=0).to(tl.int64)
+        g = tl.load(
+            grad + row[:, None] + term[None, :] * grad_row, (row < rows)[:, None] & (at < end)[None, :], other=0.0
+        )
+        v = tl.load(
+            x + (term // fan_out)[:, None] * x_row + column[None, :],
+            (at < end)[:, None] & (column < columns)[None, :],
+            other=0.0,
+        )
+        if WIDEN:
+            g = g.to(tl.float32)
+            v = v.to(tl.float32)
+        total = tl.dot(g, v, total, input_precision="ieee")
+    out = dw + e.to(tl.int64) * rows * columns + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(out, total.to(dw.dtype.element_ty), (row < rows)[:, None] & (column < columns)[None, :])
+
+
+def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
+    if not groups or not groups[0]:
+        raise ValueError("pack_experts: groups is empty; give at least one weight [E, N, K]")
+    first = groups[0][0]
+    for g, group in enumerate(groups):
+        for i, part in enumerate(group):
+            if part.dim() != 3 or part.shape[0] != group[0].shape[0] or part.shape[2] != first.shape[-1]:
+                raise ValueError(
+                    f"pack_experts: groups[{g}][{i}] is {tuple(part.shape)}, not [{group[0].shape[0]}, N, "
+                    f"{first.shape[-1]}]"
+                )
+            check_weight(f"groups[{g}][{i}]", part, first, "pack_experts")
+    rows, cols = sum(part.shape[1] for part in groups[0]), first.shape[2]
+    for g, group in enumerate(groups):
+        if sum(part.shape[1] for part in group) != rows:
+            raise ValueError(f"pack_experts: groups[{g}] has other rows than groups[0], which has {rows}")
+    packed = PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
+    packed.data["rows"] = first.new_zeros(packed.experts, rows, padded(cols))
+    fill_experts(packed)
+    return packed
+
+
+def fill_experts(packed: PackedExperts) -> None:
+    """Copies the parts' current values."""
+    weight = weight_of(packed, "repack")
+    expert = 0
+    with torch.no_grad():
+        for group in packed.groups:
+            whole = weight[expert : expert + group[0].shape[0], :, : packed.cols]
+            for part, rows in zip(group, whole.split([part.shape[1] for part in group], dim=1), strict=True):
+                rows.copy_(part)
+            expert += group[0].shape[0]
+
+
+def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
+    """Checking ``expert`` against its range waits for the device."""
+    parts = [part for group in packed.groups for part in group]
+    if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)):
+        out: Tensor = _ExpertLinear.apply(x, packed, expert, fan_out, *parts)
+        return out
+    return _forward(x, packed, expert, fan_out)
+
+
+def _forward(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
+    weight = weight_of(packed, "expert_linear")
+    check_rows("expert_linear", x, packed.cols, weight)
+    rows = x.shape[0] * fan_out
+    if fan_out < 1 or expert.dtype != torch.int32 or expert.shape != (rows,) or not expert.is_contiguous():
+        raise ValueError(
+            f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)}, not contiguous int32 [{rows}] "
+            f"(= {x.shape[0]} rows * fan_out {fan_out})"
+        )
+    check("expert_linear", "expert", expert, (torch.int32,))
+    outside = (expert < 0) | (expert >= packed.experts)
+    if bool(outside.any()):
+        r = int(outside.int().argmax())
+        raise ValueError(f"expert_linear: expert[{r}] is {int(expert[r])}, outside 0..{packed.experts - 1}")
+    out = x.new_empty(rows, packed.rows)
+    x = aligned(x)
+    expert_product(x, weight, expert, fan_out, out, weight.shape[2], (1, weight.stride(1)), expert_form(rows))
+    return out
+
+
+def expert_product(
+    a: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    fan_out: int,
+    out: Tensor,
+    depth: int,
+    strides: tuple[int, int],
+    form: str,
+) -> None:
+    """``strides`` (reduced, column) within an expert's weights; ``form`` "gather" or "grouped"."""
+    rows, columns = out.shape
+    tile, widen = _tile(a, weight), INTERPRET or a.dtype != weight.dtype
+    sizes = (columns, depth, fan_out, row_stride(a), weight.stride(0), *strides)
+    constants = {"M": tile.m, "N": tile.n, "K": tile.k, "WIDEN": widen}
+    across = triton.cdiv(columns, tile.n)
+    if form == "gather":
+        run(gather_kernel, (across, rows), out.device, tile, a, weight, out, expert, *sizes, **constants)
+        return
+    experts = weight.shape[0]
+    order, bound = sort_by_expert(expert, experts)
+    tile_end = ((bound[1:] - bound[:-1] + tile.m - 1) // tile.m).cumsum(0, dtype=torch.int32)
+    tiles = triton.cdiv(rows, tile.m) + min(experts, rows)  # enough, however the rows are distributed
+    tile_expert = torch.searchsorted(
+        tile_end, torch.arange(tiles, dtype=torch.int32, device=out.device), right=True, out_int32=True
+    )
+    tables = (order, bound, tile_end, tile_expert, experts)
+    run(grouped_kernel, (across, tiles), out.device, tile, a, weight, out, *tables, *sizes, **constants)
+
+
+def _tile(a: Tensor, b: Tensor) -> Tile:
+    return product_tile(a.dtype if a.dtype == b.dtype else torch.float32)
+
+
+def sort_by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """(rows by expert, then ascending, int32 [R]; where each expert's begin and the last's end, int32 [E + 1])."""
+    by_expert, order = torch.sort(expert, stable=True)
+    edges = torch.arange(experts + 1, dtype=torch.int32, device=expert.device)
+    return order.to(torch.int32), torch.searchsorted(by_expert, edges, out_int32=True)
+
+
+class _ExpertLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, expert, fan_out, *parts):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, expert)
+        ctx.packed, ctx.fan_out = packed, fan_out
+        return _forward(x, packed, expert, fan_out)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (x, expert), packed, fan_out = ctx.saved_tensors, ctx.packed, ctx.fan_out
+        weight, grad = weight_of(packed, "expert_linear"), aligned(grad)
+        need_parts = ctx.needs_input_grad[4:]
+        dx = _input_gradient(grad, weight, packed, expert, fan_out).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not any(need_parts):
+            return dx, None, None, None, *[None] * len(need_parts)
+        dw = x.new_empty(packed.experts, packed.rows, packed.cols)
+        order, bound = sort_by_expert(expert, packed.experts)
+        x, tile = aligned(x), _tile(grad, x)
+        run(
+            expert_weight_gradient_kernel,
+            (triton.cdiv(packed.cols, tile.n), triton.cdiv(packed.rows, tile.m), packed.experts),
+            x.device, tile, grad, x, dw, order, bound, packed.rows, packed.cols, fan_out, row_stride(grad),
+            row_stride(x), M=tile.m, N=tile.n, K=tile.k, WIDEN=INTERPRET or grad.dtype != x.dtype,
+        )  # fmt: skip
+        pieces = []
+        for group, whole in zip(packed.groups, dw.split([group[0].shape[0] for group in packed.groups]), strict=True):
+            pieces += whole.split([part.shape[1] for part in group], dim=1)
+        parts = (piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
+        return dx, None, None, None, *parts
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
+    """grad [R, N] -> fp32 [T, K]: over n in ascending order, then over the fan-out in ascending row."""
+    rows = grad.new_empty(expert.shape[0], packed.cols, dtype=torch.float32)
+    form = expert_form(expert.shape[0])
+    expert_product(grad, weight, expert, 1, rows, packed.rows, (weight.stride(1), 1), form)
+    return rows if fan_out == 1 else combine(rows, rows.new_ones(expert.shape[0] // fan_out, fan_out))
+
+
+def specs() -> list[CompileSpec]:
+    out = []
+    for t in ("fp32", "bf16"):
+        tile = product_tile(torch.bfloat16 if t == "bf16" else torch.float32)
+        sizes = {"M": tile.m, "N": tile.n, "K": tile.k, "WIDEN": False}
+        pointers = {"a": f"*{t}", "b": f"*{t}"}
+        tables = {"order": "*i32", "bound": "*i32", "tile_end": "*i32", "tile_expert": "*i32", "experts": "i32"}
+        integers = {"columns": "i32", "depth": "i32", "fan_out": "i32", "a_row": "i32", "b_expert": "i32"}
+        for use, one, stride, to in (("forward", "b_red", "b_col", t), ("input gradient", "b_col", "b_red", "fp32")):
+            even = ("a", "b", "c", "columns", "depth", "a_row", "b_expert", stride)
+            for form, kernel, extra in (
+                ("gather", gather_kernel, {"expert": "*i32"}),
+                ("grouped", grouped_kernel, tables),
+            ):
+                signature = pointers | {"c": f"*{to}"} | extra | integers | {stride: "i32"}
+                name = f"expert_linear {form} {use}: {t}"
+                found = tuple(a for a, kind in extra.items() if kind == "*i32")
+                out.append(
+                    CompileSpec(name, kernel, signature, {one: 1} | sizes, even + found, tile.warps, tile.stages)
+                )
+        signature = {"grad": f"*{t}", "x": f"*{t}", "dw": f"*{t}", "order": "*i32", "bound": "*i32"}
+        signature |= dict.fromkeys(("rows", "columns", "fan_out", "grad_row", "x_row"), "i32")
+        even = tuple(name for name in signature if name != "fan_out")
+        name, kernel = f"expert_linear weight gradient: {t}", expert_weight_gradient_kernel
+        out.append(CompileSpec(name, kernel, signature, sizes, even, tile.warps, tile.stages))
+    return out
