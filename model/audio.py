@@ -28,9 +28,6 @@ SAMPLE_RATE_HZ = 16000
 HOP = 800
 """Samples in a frame's stride: 50 ms."""
 WINDOW = 1600
-CHUNK_FRAMES = 4
-CHUNK_SAMPLES = CHUNK_FRAMES * HOP
-"""Samples of one micro-turn: 200 ms."""
 LOG10_MIN, LOG10_MAX = -7.0, 2.0
 
 

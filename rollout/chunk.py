@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from model.audio import HOP, SAMPLE_RATE_HZ
+
 CHUNK_MS = 200
-SAMPLE_RATE_HZ = 16_000
-CHUNK_SAMPLES = SAMPLE_RATE_HZ * CHUNK_MS // 1000
 CHUNKS_PER_SECOND = 1000 // CHUNK_MS
-FRAME_MS = 50  # hop of the dMel front end
-CHUNK_FRAMES = CHUNK_MS // FRAME_MS
+CHUNK_SAMPLES = SAMPLE_RATE_HZ * CHUNK_MS // 1000
+CHUNK_FRAMES = CHUNK_SAMPLES // HOP  # dMel frames, and so audio tokens, of a chunk
 
 
 class Mode(StrEnum):

@@ -23,7 +23,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from kernels.errors import MetronomeError
-from rollout.chunk import SAMPLE_RATE_HZ
+from model.audio import SAMPLE_RATE_HZ
 
 Split = Literal["train", "held_out"]
 

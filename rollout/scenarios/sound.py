@@ -14,7 +14,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from rollout.chunk import CHUNK_SAMPLES, SAMPLE_RATE_HZ
+from model.audio import SAMPLE_RATE_HZ
+from rollout.chunk import CHUNK_SAMPLES
 from rollout.speech import Split
 
 

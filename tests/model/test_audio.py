@@ -14,10 +14,11 @@ import torch
 from transformers import InklingFeatureExtractor
 from transformers.models.inkling.processing_inkling import InklingProcessor
 
-from model.audio import CHUNK_SAMPLES, HOP, WINDOW, DMel, bin_edges, quantise
+from model.audio import HOP, WINDOW, DMel, bin_edges, quantise
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT.parent / "shared/data/speech", ROOT / "rollout/data/speech"]
+CHUNK_SAMPLES = 4 * HOP
 CENTRES = torch.linspace(-7.0, 2.0, 16, dtype=torch.float64).float()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from rollout.chunk import SAMPLE_RATE_HZ
+from model.audio import SAMPLE_RATE_HZ
 from rollout.speech import DEFAULT_FOLDER, NUMBER_WORDS, RESERVED_WORDS, SpeechBank, SpeechError
 
 
