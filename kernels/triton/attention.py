@@ -115,11 +115,11 @@ def attention_kernel(
     first_seen = tl.maximum(tl.maximum(base, start) - (WINDOW - 1), 0)
     for split in range(first_seen // SPLIT, last // SPLIT + 1):
         page = tl.load(table + slot.to(tl.int64) * table_width + split).to(tl.int64) * KEY_HEADS + key_head
-        keys = tl.load(
-            key + (page * WIDTH + d[:, None]) * SPLIT + j[None, :], mask=(d < WIDTH)[:, None] & (j >= 0)[None, :],
-            other=0.0,
-        )  # fmt: skip
         place = split * SPLIT + j
+        keys = tl.load(
+            key + (page * WIDTH + d[:, None]) * SPLIT + j[None, :],
+            mask=(d < WIDTH)[:, None] & (place <= last)[None, :], other=0.0,
+        )  # fmt: skip
         values = tl.load(
             value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :],
             mask=(place <= last)[:, None] & (d < WIDTH)[None, :], other=0.0,
@@ -155,7 +155,7 @@ def attention_kernel(
         result = tl.where(seen[:, None], result * old[:, None] + split_out * new[:, None], result)
         greatest = higher
     tl.store(lse + row, greatest + tl.log(total), mask=valid)
-    result = tl.div_rn(result, tl.broadcast_to(total[:, None], (ROWS, WIDTH_PAD)))
+    result = tl.div_rn(result, total[:, None])
     tl.store(out + row[:, None] * WIDTH + d[None, :], narrow(result, out.dtype.element_ty), mask=inside)
 
 

@@ -258,14 +258,14 @@ def backward(
         grid = len(mine), key_heads
         run(
             queries_kernel, grid, q.device, TILE,
-            q, k, v, rel, rel_proj, factor, mine, out, lse, dout, dq, delta, by_distance, scale, **shape,
+            q, k, v, rel, rel_proj, factor, mine, out, lse, dout, dq, delta, by_distance, float(scale), **shape,
         )  # fmt: skip
         run(rel_kernel, grid, q.device, TILE, rel_proj, mine, by_distance, drel, **flat)
         steps = triton.cdiv(extent, DISTANCES), key_heads
         run(proj_kernel, steps, q.device, TILE, rel, mine, by_distance, partial, n, len(mine), **flat)
     run(
         keys_kernel, (len(splits), key_heads), q.device, TILE,
-        q, k, v, rel, rel_proj, factor, splits, lse, dout, dk, dv, delta, scale, **shape,
+        q, k, v, rel, rel_proj, factor, splits, lse, dout, dk, dv, delta, float(scale), **shape,
     )  # fmt: skip
     drel_proj, elements = torch.empty_like(rel_proj), channels * extent
     blocks = (triton.cdiv(elements, ADDENDS),)

@@ -1,0 +1,291 @@
+"""Log-probabilities with their digest, entropy and Gumbel sampling in Triton. fp32 rows throughout, a program a row.
+
+Learner and sampler share kernels and not just code: `stats_kernel` gives a row's maximum, ln of its sum, entropy and
+digest to both, `score_kernel` the log-prob of the token that was given or drawn. So what `sample` returns is bit for
+bit what `logprob` recomputes. A row is taken BLOCK tokens at a time in ascending order.
+
+exp is the device's fp32 one; ln is taken in float64, once a row and twice a token drawn: the fast fp32 ln of GPUs is
+off by 2^-22 near 1, which would blur just those noises that win.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.attention import plain
+from kernels.triton.launch import CompileSpec, Tile, check, run
+
+TILE = Tile(m=1, n=1024, k=1024, warps=4, stages=1)
+"""n, k: tokens of a row taken at a time."""
+
+FINE, BAD_LOGIT, NO_TOKEN, NOT_ALLOWED, BAD_CLASS, BAD_TOKEN = range(6)
+"""What `stats_kernel` and `score_kernel` say of a row."""
+
+_BAD_LOGIT, _NO_TOKEN, _NOT_ALLOWED = tl.constexpr(BAD_LOGIT), tl.constexpr(NO_TOKEN), tl.constexpr(NOT_ALLOWED)
+_BAD_CLASS, _BAD_TOKEN = tl.constexpr(BAD_CLASS), tl.constexpr(BAD_TOKEN)
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+
+
+@triton.jit
+def splitmix64(x):
+    """Vigna's next() from state x, uint64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def scaled_logits(logits, allowed, v, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """(logit / temperature of tokens v, -inf where not allowed or beyond the row; which are allowed)."""
+    mine = tl.load(allowed + v, mask=v < VOCAB, other=0) != 0
+    x = tl.load(logits + v, mask=mine, other=float("-inf"))
+    return tl.where(mine, tl.div_rn(x, temperature), float("-inf")), mine
+
+
+@triton.jit(do_not_specialize=["classes"])
+def stats_kernel(
+    logits, allowed, row_class, peak_out, log_sum_out, entropy_out, digest_out, status_out, temperature, classes,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """logp[v] = (logit / temperature - peak) - log_sum. Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    kind = tl.load(row_class + row)
+    known = (kind >= 0) & (kind < classes)
+    allowed += tl.where(known, kind, 0) * VOCAB
+    logits += row * VOCAB
+    offset = tl.arange(0, BLOCK)
+    peak = tl.full((), float("-inf"), tl.float32)
+    bad = tl.full((), 0, tl.int32)
+    for first in range(0, VOCAB, BLOCK):
+        x, mine = scaled_logits(logits, allowed, first + offset, temperature, VOCAB, BLOCK)
+        bad = tl.maximum(bad, tl.max((mine & ~(x < float("inf"))).to(tl.int32), 0))  # NaN or +inf
+        peak = tl.maximum(peak, tl.max(tl.where(x < float("inf"), x, float("-inf")), 0))
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.full((), 0.0, tl.float32)
+    weighted = tl.full((), 0.0, tl.float32)
+    for first in range(0, VOCAB, BLOCK):
+        x, mine = scaled_logits(logits, allowed, first + offset, temperature, VOCAB, BLOCK)
+        shifted = x - safe
+        weight = tl.exp(shifted)
+        total += tl.sum(weight, 0)
+        weighted += tl.sum(weight * tl.where(shifted > float("-inf"), shifted, 0.0), 0)
+    log_sum = tl.log(total.to(tl.float64)).to(tl.float32)
+    digest = tl.full((), 0, tl.uint64)
+    for first in range(0, VOCAB, BLOCK):
+        v = first + offset
+        x, mine = scaled_logits(logits, allowed, v, temperature, VOCAB, BLOCK)
+        bits = ((x - safe) - log_sum).to(tl.uint32, bitcast=True)
+        mixed = splitmix64((v.to(tl.uint64) << 32) | bits.to(tl.uint64))
+        digest += tl.sum(tl.where(v < VOCAB, mixed, tl.full((BLOCK,), 0, tl.uint64)), 0)
+    tl.store(peak_out + row, peak)
+    tl.store(log_sum_out + row, log_sum)
+    tl.store(entropy_out + row, log_sum - tl.div_rn(weighted, total))
+    tl.store(digest_out + row, digest.to(tl.int64, bitcast=True))
+    status = tl.where(bad != 0, _BAD_LOGIT, tl.where(peak == float("-inf"), _NO_TOKEN, 0))
+    tl.store(status_out + row, tl.where(known, status, _BAD_CLASS))
+
+
+@triton.jit
+def score_kernel(
+    logits, allowed, row_class, token, peak, log_sum, status, logp_out, temperature, VOCAB: tl.constexpr
+):  # fmt: skip
+    """The log-prob of a row's token, if the row is fine and the token allowed. Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    found = tl.load(status + row)
+    chosen = tl.load(token + row)
+    inside = (chosen >= 0) & (chosen < VOCAB)
+    kind = tl.load(row_class + row)
+    mine = tl.load(allowed + kind * VOCAB + chosen, mask=inside & (found == 0), other=0) != 0
+    x = tl.load(logits + row * VOCAB + chosen, mask=mine, other=0.0)
+    tl.store(logp_out + row, (tl.div_rn(x, temperature) - tl.load(peak + row)) - tl.load(log_sum + row))
+    wrong = tl.where(inside, tl.where(mine, 0, _NOT_ALLOWED), _BAD_TOKEN)
+    tl.store(status + row, tl.where(found == 0, wrong, found))
+
+
+@triton.jit
+def draw_kernel(
+    logits, allowed, row_class, key, peak, log_sum, status, token_out, temperature,
+    GREEDY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The lowest token of the greatest logp - ln(-ln u), or logit. u = (n + 0.5) / 2^24 in float64: fp32 has no such
+    number for n >= 2^23, and rounding up to u = 1 would make infinite noise. Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    kind = tl.where(tl.load(status + row) == 0, tl.load(row_class + row), 0)
+    allowed += kind * VOCAB
+    logits += row * VOCAB
+    state = tl.load(key + row).to(tl.uint64, bitcast=True)
+    top, shift = tl.load(peak + row), tl.load(log_sum + row)
+    offset = tl.arange(0, BLOCK)
+    best = tl.full((), float("-inf"), tl.float32)
+    token = tl.full((), 0, tl.int32)
+    seen = tl.full((), 0, tl.int32)
+    for first in range(0, VOCAB, BLOCK):
+        v = first + offset
+        x, mine = scaled_logits(logits, allowed, v, temperature, VOCAB, BLOCK)
+        if GREEDY:
+            score = x
+        else:
+            upper = splitmix64(state + (v + 1).to(tl.uint64) * _GOLDEN) >> 40
+            u = (upper.to(tl.int32).to(tl.float64) + 0.5) * (1.0 / 16777216.0)
+            score = ((x - top) - shift) - tl.log(-tl.log(u)).to(tl.float32)
+        score = tl.where(mine, score, float("-inf"))
+        greatest = tl.max(score, 0)
+        lowest = tl.min(tl.where(mine & (score == greatest), v, VOCAB), 0)
+        some = tl.max(mine.to(tl.int32), 0)
+        better = (some != 0) & ((seen == 0) | (greatest > best))
+        best, token = tl.where(better, greatest, best), tl.where(better, lowest, token)
+        seen = tl.maximum(seen, some)
+    tl.store(token_out + row, token.to(tl.int64))
+
+
+@triton.jit
+def logprob_backward_kernel(
+    logits, allowed, row_class, token, peak, log_sum, entropy, dlogp, dentropy, dlogits, temperature,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dlogits[v] = (dlogp (1[v = token] - p_v) - dentropy p_v (logp_v + entropy)) / temperature; 0 where not allowed.
+    Grid (rows, blocks of tokens)."""
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    allowed += tl.load(row_class + row) * VOCAB
+    x, mine = scaled_logits(logits + row * VOCAB, allowed, v, temperature, VOCAB, BLOCK)
+    logp = (x - tl.load(peak + row)) - tl.load(log_sum + row)
+    p = tl.exp(logp)
+    far = tl.where(logp > float("-inf"), logp, 0.0)  # p = 0 there
+    own = tl.where(v == tl.load(token + row), 1.0, 0.0)
+    grad = tl.load(dlogp + row) * (own - p) - tl.load(dentropy + row) * p * (far + tl.load(entropy + row))
+    grad = tl.div_rn(grad, temperature)
+    tl.store(dlogits + row * VOCAB + v, tl.where(mine, grad, 0.0), mask=v < VOCAB)
+
+
+def logprob(
+    logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("logprob", logits, allowed, row_class)
+    _check_integers("logprob", "token", token, logits.shape[0])
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"logprob: temperature is {temperature}; need a number > 0 (score greedy tokens at 1)")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        result: tuple[Tensor, Tensor, Tensor] = _Logprob.apply(logits, token, temperature, allowed, row_class)
+        return result
+    logits, token, row_class = plain(logits), plain(token), plain(row_class)
+    stats = _stats(logits, temperature, allowed, row_class)
+    return _score("logprob", logits, token, temperature, allowed, row_class, stats), stats.entropy, stats.digest
+
+
+class _Stats:
+    """What `stats_kernel` finds: fp32 peak, log_sum and entropy, int64 digest, int32 status, all [T]."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.peak, self.log_sum, self.entropy = (like.new_empty(rows, dtype=torch.float32) for _ in range(3))
+        self.digest = like.new_empty(rows, dtype=torch.int64)
+        self.status = like.new_empty(rows, dtype=torch.int32)
+
+
+def _stats(logits: Tensor, temperature: float, allowed: Tensor, row_class: Tensor) -> _Stats:
+    rows, vocab = logits.shape
+    stats = _Stats(rows, logits)
+    run(
+        stats_kernel, (rows,), logits.device, TILE, logits, allowed.view(torch.uint8), row_class,
+        stats.peak, stats.log_sum, stats.entropy, stats.digest, stats.status, float(temperature), allowed.shape[0],
+        VOCAB=vocab, BLOCK=TILE.n,
+    )  # fmt: skip
+    return stats
+
+
+def _score(
+    op: str, logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor, stats: _Stats
+) -> Tensor:
+    """The tokens' log-probs. Raises for the first row that is not fine; to know, it waits for the device."""
+    chosen = torch.empty_like(stats.peak)
+    run(
+        score_kernel, (len(chosen),), logits.device, TILE, logits, allowed.view(torch.uint8), row_class, token,
+        stats.peak, stats.log_sum, stats.status, chosen, float(temperature), VOCAB=logits.shape[1],
+    )  # fmt: skip
+    bad = stats.status.nonzero()
+    if len(bad):
+        raise _error(op, int(bad[0]), int(stats.status[bad[0]]), logits, allowed, row_class, token)
+    return chosen
+
+
+class _Logprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, token, temperature, allowed, row_class):  # type: ignore[no-untyped-def]
+        logits, token, row_class = plain(logits), plain(token), plain(row_class)
+        stats = _stats(logits, temperature, allowed, row_class)
+        chosen = _score("logprob", logits, token, temperature, allowed, row_class, stats)
+        ctx.save_for_backward(logits, token, allowed, row_class, stats.peak, stats.log_sum, stats.entropy)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(stats.digest)
+        return chosen, stats.entropy, stats.digest
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy, _):  # type: ignore[no-untyped-def]
+        logits, token, allowed, row_class, peak, log_sum, entropy = ctx.saved_tensors
+        (rows, vocab), dlogits = logits.shape, torch.empty_like(logits)
+        run(
+            logprob_backward_kernel, (rows, triton.cdiv(vocab, TILE.n)), logits.device, TILE,
+            logits, allowed.view(torch.uint8), row_class, token, peak, log_sum, entropy, plain(grad),
+            plain(grad_entropy), dlogits, float(ctx.temperature), VOCAB=vocab, BLOCK=TILE.n,
+        )  # fmt: skip
+        return dlogits, None, None, None, None
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("sample", logits, allowed, row_class)
+    _check_integers("sample", "key", key, logits.shape[0])
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"sample: temperature is {temperature}; need a number >= 0 (0 is greedy)")
+    logits, key, row_class = plain(logits), plain(key), plain(row_class)
+    scored = temperature or 1.0
+    stats = _stats(logits, scored, allowed, row_class)
+    token = torch.empty_like(stats.digest)
+    run(
+        draw_kernel, (len(token),), logits.device, TILE, logits, allowed.view(torch.uint8), row_class, key,
+        stats.peak, stats.log_sum, stats.status, token, float(scored),
+        GREEDY=temperature == 0, VOCAB=logits.shape[1], BLOCK=TILE.n,
+    )  # fmt: skip
+    return token, _score("sample", logits, token, scored, allowed, row_class, stats), stats.digest
+
+
+def _check(op: str, logits: Tensor, allowed: Tensor, row_class: Tensor) -> None:
+    check(op, "logits", logits, (torch.float32,))
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{op}: logits is {tuple(logits.shape)}; need [T, V]")
+    if logits.stride(1) != 1:
+        raise ValueError(f"{op}: logits has strides {logits.stride()}; columns must be adjacent")
+    check(op, "allowed", allowed, (torch.bool,))
+    vocab = logits.shape[1]
+    if allowed.dim() != 2 or allowed.shape[0] == 0 or allowed.shape[1] != vocab or not allowed.is_contiguous():
+        raise ValueError(f"{op}: allowed is {tuple(allowed.shape)}; need contiguous bool [classes, {vocab}]")
+    _check_integers(op, "row_class", row_class, logits.shape[0])
+
+
+def _check_integers(op: str, name: str, x: Tensor, rows: int) -> None:
+    check(op, name, x, (torch.int64,))
+    if x.shape != (rows,):
+        raise ValueError(f"{op}: {name} is {tuple(x.shape)}; need [{rows}]")
+
+
+def _error(
+    op: str, row: int, reason: int, logits: Tensor, allowed: Tensor, row_class: Tensor, token: Tensor
+) -> ValueError:
+    kind = int(row_class[row])
+    if reason == BAD_CLASS:
+        return ValueError(f"{op}: row {row} has class {kind}; allowed has classes 0 to {allowed.shape[0] - 1}")
+    if reason == BAD_LOGIT:
+        bad = allowed[kind] & ~(logits[row] < torch.inf)
+        where = f"token {int(bad.int().argmax())}" if bool(bad.any()) else "a logit that overflows at this temperature"
+        return ValueError(f"{op}: row {row} (class {kind}) holds a NaN or +inf among its allowed logits: {where}")
+    if reason == NO_TOKEN:
+        return ValueError(f"{op}: row {row} (class {kind}) has no finite logit among the tokens that its class allows")
+    if reason == BAD_TOKEN:
+        return ValueError(f"{op}: row {row} has token {int(token[row])}, outside 0 to {logits.shape[1] - 1}")
+    return ValueError(f"{op}: row {row} has token {int(token[row])}, which its class {kind} does not allow")
