@@ -10,9 +10,10 @@ from kernels.cpu.linear import PANEL, check_weight, fill_panels, fill_transposed
 from kernels.layout import PackedExperts
 
 _EXPERT_LINEAR = {
-    torch.float32: bind("expert_linear_f32", "piipipiiip"),
-    torch.bfloat16: bind("expert_linear_bf16", "piipipiiip"),
+    torch.float32: bind("expert_linear_f32", "piipipiiipi"),
+    torch.bfloat16: bind("expert_linear_bf16", "piipipiiipi"),
 }
+AUTO, GATHER, GROUPED = 0, 1, 2  # paths of expert_linear, as in native/gemm.cpp; equal bits
 _EXPERT_WEIGHT_GRADIENT = bind("expert_weight_gradient", "ppiipiiiip")
 _SWIGLU = {torch.float32: bind("swiglu_f32", "pipii"), torch.bfloat16: bind("swiglu_bf16", "pipii")}
 _SWIGLU_BACKWARD = bind("swiglu_backward", "pippii")
@@ -70,7 +71,12 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
     return _expert_linear(x, packed, expert, fan_out)
 
 
-def _expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
+def expert_linear_by(path: int, x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
+    """`expert_linear` on a path of one's choice, to measure and to compare; without autograd."""
+    return _expert_linear(x, packed, expert, fan_out, path)
+
+
+def _expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int, path: int = AUTO) -> Tensor:
     panels = panels_of(packed, "expert_linear")
     shape, k = x.shape, packed.cols
     if len(shape) != 2 or shape[1] != k or x.dtype != panels.dtype or not x.is_cpu or (x.stride(1) != 1 and k > 1):
@@ -82,15 +88,18 @@ def _expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: in
             f"(= {x.shape[0]} rows * fan_out {fan_out})"
         )
     out = torch.empty(rows, packed.rows, dtype=x.dtype)
-    _run(x, fan_out, expert, panels, packed.experts, packed.rows, packed.cols, out)
+    _run(x, fan_out, expert, panels, packed.experts, packed.rows, packed.cols, out, path)
     return out
 
 
-def _run(x: Tensor, fan_out: int, expert: Tensor, panels: Tensor, experts: int, n: int, k: int, out: Tensor) -> None:
+def _run(
+    x: Tensor, fan_out: int, expert: Tensor, panels: Tensor, experts: int, n: int, k: int, out: Tensor, path: int
+) -> None:
     rows = expert.shape[0]
     bad = _EXPERT_LINEAR[x.dtype](
-        x.data_ptr(), x.stride(0), fan_out, expert.data_ptr(), rows, panels.data_ptr(), experts, n, k, out.data_ptr()
-    )
+        x.data_ptr(), x.stride(0), fan_out, expert.data_ptr(), rows, panels.data_ptr(), experts, n, k, out.data_ptr(),
+        path,
+    )  # fmt: skip
     if bad:
         raise ValueError(f"expert_linear: expert[{bad - 1}] is {int(expert[bad - 1])}, outside 0..{experts - 1}")
 
@@ -131,7 +140,7 @@ def _expert_input_gradient(grad: Tensor, packed: PackedExperts, expert: Tensor, 
         packed.data["transposed"] = torch.zeros(packed.experts, panel_count(packed.cols), packed.rows, PANEL)
         _fill_transposed(packed)
     rows = torch.empty(grad.shape[0], packed.cols)
-    _run(grad, 1, expert, packed.data["transposed"], packed.experts, packed.cols, packed.rows, rows)
+    _run(grad, 1, expert, packed.data["transposed"], packed.experts, packed.cols, packed.rows, rows, AUTO)
     if fan_out == 1:
         return rows
     return _moe_combine(rows, torch.ones(grad.shape[0] // fan_out, fan_out))

@@ -150,10 +150,30 @@ INLINE int64_t sort_by_expert(const int32_t* expert, int64_t rows, int64_t exper
   return 0;
 }
 
-// An expert with one row is a GEMV over its panels, one with many a GEMM: the tile follows the row count, bits do not.
+// Gather + GEMV: every row alone against its expert's panels, in the order given.
 template <class T>
-INLINE int64_t expert_linear(const T* x, int64_t ldx, int64_t fan_out, const int32_t* expert, int64_t rows,
-                             const T* panels, int64_t experts, int64_t n, int64_t k_size, T* y) {
+INLINE int64_t gather_gemv(const T* x, int64_t ldx, int64_t fan_out, const int32_t* expert, int64_t rows,
+                           const T* panels, int64_t experts, int64_t n, int64_t k_size, T* y) {
+  for (int64_t r = 0; r < rows; r++)
+    if (uint32_t(expert[r]) >= uint32_t(experts)) return 1 + r;
+  const int64_t count = panels_of(n), size = count * k_size * PANEL;
+  const double work = product_ns(double(rows), double(k_size), double(n), sizeof(T));
+  parallel(rows * count, work, [=](int64_t begin, int64_t end) {
+    Scratch scratch(scratch_bytes<T>(1, k_size));
+    for (int64_t r = begin / count; r * count < end; r++) {
+      const int64_t p0 = begin > r * count ? begin - r * count : 0, p1 = end < (r + 1) * count ? end - r * count : count;
+      const T* a = x + r / fan_out * ldx;
+      T* c = y + r * n;
+      typed_block<T, T>(1, k_size, &a, scratch.as<float>(), panels + expert[r] * size, nullptr, &c, p0, p1, n);
+    }
+  });
+  return 0;
+}
+
+// Grouped GEMM: rows sorted by expert; each expert's panels pass once over all its rows.
+template <class T>
+INLINE int64_t grouped_gemm(const T* x, int64_t ldx, int64_t fan_out, const int32_t* expert, int64_t rows,
+                            const T* panels, int64_t experts, int64_t n, int64_t k_size, T* y) {
   Scratch ints(4 * (experts + 1 + rows));
   int32_t *first = ints.as<int32_t>(), *order = first + experts + 1;
   if (int64_t bad = sort_by_expert(expert, rows, experts, first, order)) return bad;
@@ -185,13 +205,24 @@ INLINE int64_t expert_linear(const T* x, int64_t ldx, int64_t fan_out, const int
   }
   return 0;
 }
+// path: GATHER, GROUPED, or AUTO, which takes the one expected to be faster. Tiles follow the path, bits do not: gemm.h.
+enum { AUTO = 0, GATHER = 1, GROUPED = 2 };
+template <class T>
+INLINE int64_t expert_linear(const T* x, int64_t ldx, int64_t fan_out, const int32_t* expert, int64_t rows,
+                             const T* panels, int64_t experts, int64_t n, int64_t k_size, T* y, int64_t path) {
+  if (path == GATHER || (path == AUTO && rows < experts))
+    return gather_gemv(x, ldx, fan_out, expert, rows, panels, experts, n, k_size, y);
+  return grouped_gemm(x, ldx, fan_out, expert, rows, panels, experts, n, k_size, y);
+}
 EXPORT int64_t expert_linear_f32(const float* x, int64_t ldx, int64_t fan_out, const int32_t* expert, int64_t rows,
-                                 const float* panels, int64_t experts, int64_t n, int64_t k_size, float* y) {
-  return expert_linear(x, ldx, fan_out, expert, rows, panels, experts, n, k_size, y);
+                                 const float* panels, int64_t experts, int64_t n, int64_t k_size, float* y,
+                                 int64_t path) {
+  return expert_linear(x, ldx, fan_out, expert, rows, panels, experts, n, k_size, y, path);
 }
 EXPORT int64_t expert_linear_bf16(const bf16* x, int64_t ldx, int64_t fan_out, const int32_t* expert, int64_t rows,
-                                  const bf16* panels, int64_t experts, int64_t n, int64_t k_size, bf16* y) {
-  return expert_linear(x, ldx, fan_out, expert, rows, panels, experts, n, k_size, y);
+                                  const bf16* panels, int64_t experts, int64_t n, int64_t k_size, bf16* y,
+                                  int64_t path) {
+  return expert_linear(x, ldx, fan_out, expert, rows, panels, experts, n, k_size, y, path);
 }
 
 // ---- gradient of the weights ----

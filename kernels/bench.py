@@ -1,0 +1,237 @@
+"""``python -m kernels.bench [--json FILE]``: the cpu kernels beside torch's, which promise nothing about bits.
+
+One process, ours and torch's alternating, so that a busy moment of the machine hits both; the median over the rounds
+counts. Compared with: ``torch.nn.functional``'s `linear`, `rms_norm`, `scaled_dot_product_attention` (without a
+relative bias, which ours has on top), `log_softmax` with the pick of one token (ours adds entropy and a digest of the
+row), and for a mixture of experts the fastest of transformers' implementations of Inkling's experts. Backward is the
+backward alone. `expert_linear` is timed on both of its paths, gather + GEMV and grouped GEMM, and their results must be
+equal in every bit.
+
+Beside the times stand the reached GB/s (each input, weight and output counted once) and GFLOP/s, and what the machine
+can do at most: a loop that only reads, and one that only multiplies and adds. torch.set_num_threads and OMP_NUM_THREADS
+govern both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kernels import bench_cases as cases
+from kernels import dispatch, ops
+from kernels.bench_cases import Call, Case
+from kernels.cpu.library import bind
+from kernels.cpu.moe import GATHER, GROUPED, expert_linear_by
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table. ``ratio`` is time over time: below 1 ours is faster."""
+
+    op: str
+    dtype: str
+    shape: str
+    rows: int
+    direction: str
+    ours_us: float
+    torch_us: float
+    ratio: float
+    gbs: float
+    gflops: float
+    ceiling_gbs: float
+    ceiling_gflops: float
+    threads: int
+    gather_us: float | None = None  # expert_linear only: its two paths
+    grouped_us: float | None = None
+    paths_equal: bool | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds stop after ``seconds`` a case, but never before ``rounds``."""
+
+    rounds: int
+    seconds: float
+    sample_s: float  # a sample repeats its call until it takes about this long
+
+
+def medians(calls: tuple[Call, ...], effort: Effort) -> list[float]:
+    """Seconds a call, one figure each. The calls alternate, each round begun by another; a call too short to time alone
+    is repeated, and run once before the clock starts, so that it is not charged for the caches that another emptied."""
+    repeats = []
+    for call in calls:
+        call()  # caches, lazy packing, memory
+        taken = _seconds(call, 1)
+        repeats.append(max(1, min(1000, int(effort.sample_s / max(taken, 1e-7)))))
+    samples: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + effort.seconds
+    while len(samples[0]) < effort.rounds or (time.perf_counter() < end and len(samples[0]) < 99):
+        first = len(samples[0]) % len(calls)
+        for i in (*range(first, len(calls)), *range(first)):
+            if repeats[i] > 1:
+                calls[i]()
+            samples[i].append(_seconds(calls[i], repeats[i]))
+    return [statistics.median(taken) for taken in samples]
+
+
+def _seconds(call: Call, times: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - begin) / times
+
+
+def fastest(effort: Effort, calls: list[Call]) -> int:
+    """Index of the fastest call, by a short measurement."""
+    taken = medians(tuple(calls), replace(effort, rounds=2, seconds=0))
+    return min(range(len(calls)), key=taken.__getitem__)
+
+
+def ceilings(megabytes: int) -> tuple[float, float]:
+    """(GB/s of a loop that reads memory far beyond the caches, GFLOP/s of one that only multiplies and adds)."""
+    read, multiply_add = bind("ceiling_read", "pi"), bind("ceiling_fma", "i")
+    lanes, steps = bind("ceiling_lanes", "")(), 1_000_000
+    buffer = torch.zeros(megabytes * 250_000)
+    read(buffer.data_ptr(), buffer.numel())
+    read_s = min(_seconds(partial(read, buffer.data_ptr(), buffer.numel()), 1) for _ in range(7))
+    fma_s = min(_seconds(partial(multiply_add, steps), 1) for _ in range(5))
+    return buffer.numel() * 4 / read_s / 1e9, 24 * lanes * steps * torch.get_num_threads() / fma_s / 1e9
+
+
+@torch.no_grad()
+def measure_paths(rows: tuple[int, ...], effort: Effort, ceiling: tuple[float, float]) -> list[Result]:
+    """`expert_linear` on either path and on the one it takes itself, beside one `F.linear` for each expert in use."""
+    results = []
+    for dtype, (experts, top_k, d, inner) in product(cases.DTYPES, cases.EXPERTS):
+        n = 2 * inner
+        w = cases.random(experts, n, d, dtype=dtype) / d**0.5
+        packed = ops.pack_experts((w,))
+        for t in rows:
+            routed = cases.Routed.random(t, experts, top_k, d, dtype)
+            x, expert = routed.x.detach(), routed.expert
+            paths = [partial(expert_linear_by, path, x, packed, expert, top_k) for path in (GATHER, GROUPED)]
+            calls = (
+                partial(ops.expert_linear, x, packed, expert, top_k),
+                *paths,
+                partial(cases.torch_experts, x, w, expert),
+            )
+            ours_s, gather_s, grouped_s, torch_s = medians(calls, effort)
+            traffic = dtype.itemsize * (min(t * top_k, experts) * n * d + t * d + t * top_k * n)
+            results.append(
+                Result(
+                    "expert_linear", _name(dtype), f"{experts}e{top_k}k{d}x{n}", t, "forward", ours_s * 1e6,
+                    torch_s * 1e6, ours_s / torch_s, traffic / ours_s / 1e9, 2.0 * t * top_k * d * n / ours_s / 1e9,
+                    *ceiling, torch.get_num_threads(), gather_s * 1e6, grouped_s * 1e6,
+                    torch.equal(paths[0](), paths[1]()),
+                )
+            )  # fmt: skip
+    return results
+
+
+# ---- running and printing ----
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def measure(case: Case, effort: Effort, ceiling: tuple[float, float]) -> Result:
+    ours_s, torch_s = medians((case.ours, case.torch), effort)
+    return Result(
+        case.op, _name(case.dtype), case.shape, case.rows, case.direction, ours_s * 1e6, torch_s * 1e6,
+        ours_s / torch_s, case.bytes / ours_s / 1e9, case.flops / ours_s / 1e9, *ceiling, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def run(quick: bool) -> list[Result]:
+    effort = Effort(2, 0.0, 1e-4) if quick else Effort(3, 0.12, 2e-4)
+    rows = (1, 8) if quick else cases.ROWS
+    ceiling = ceilings(64 if quick else 512)
+    groups = {
+        "linear": cases.linear_cases(rows),
+        "rms_norm": cases.norm_cases(rows),
+        "logprob": cases.logprob_cases(rows),
+        "attention_decode": cases.decode_cases((1,) if quick else (1, 8)),
+        "attention_prefill": cases.prefill_cases((64,) if quick else (64, 256, 1024)),
+        "moe": cases.moe_cases(rows, partial(fastest, effort)),
+    }
+    console, results = Console(), []
+    console.print(
+        f"{dispatch.contract()}\n{torch.get_num_threads()} of {os.cpu_count()} processors; ceilings: reading "
+        f"{ceiling[0]:.1f} GB/s, fp32 multiply-add {ceiling[1]:.1f} GFLOP/s"
+    )
+    for name, group in groups.items():
+        found = [measure(case, effort, ceiling) for case in group]
+        console.print(table(name, found))
+        results += found
+    found = measure_paths(rows, effort, ceiling)
+    console.print(paths_table(found))
+    for line in crossings(found):
+        console.print(line)
+    return results + found
+
+
+def table(name: str, results: list[Result]) -> Table:
+    made = Table(title=f"{name}: µs, ours / torch")
+    for column in ("dtype", "shape", "rows", "direction", "ours µs", "torch µs", "ratio", "GB/s", "GFLOP/s"):
+        made.add_column(column, justify="left" if column in ("dtype", "shape", "direction") else "right")
+    for r in results:
+        ratio = f"[{'green' if r.ratio <= 1 else 'red'}]{r.ratio:.2f}"
+        made.add_row(
+            r.dtype, r.shape, str(r.rows), r.direction, f"{r.ours_us:.1f}", f"{r.torch_us:.1f}", ratio, f"{r.gbs:.1f}",
+            f"{r.gflops:.1f}",
+        )  # fmt: skip
+    return made
+
+
+def paths_table(results: list[Result]) -> Table:
+    made = Table(title="expert_linear: gather + GEMV against grouped GEMM, µs")
+    for column in ("dtype", "shape", "tokens", "gather", "grouped", "taken", "torch", "wins", "equal bits"):
+        made.add_column(column, justify="left" if column in ("dtype", "shape", "wins", "equal bits") else "right")
+    for r in results:
+        assert r.gather_us is not None and r.grouped_us is not None
+        made.add_row(
+            r.dtype, r.shape, str(r.rows), f"{r.gather_us:.1f}", f"{r.grouped_us:.1f}", f"{r.ours_us:.1f}",
+            f"{r.torch_us:.1f}", "gather" if r.gather_us < r.grouped_us else "grouped",
+            "[green]yes" if r.paths_equal else "[red]NO",
+        )  # fmt: skip
+    return made
+
+
+def crossings(results: list[Result]) -> Iterator[str]:
+    """For each shape the first token count from which grouped GEMM is the faster path."""
+    for dtype, shape in dict.fromkeys((r.dtype, r.shape) for r in results):
+        mine = [r for r in results if (r.dtype, r.shape) == (dtype, shape)]
+        last = max((i for i, r in enumerate(mine) if (r.gather_us or 0) < (r.grouped_us or 0)), default=-1)
+        where = f"from {mine[last + 1].rows} tokens on" if last + 1 < len(mine) else "nowhere measured"
+        yield f"{dtype} {shape}: grouped GEMM wins {where}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", type=Path, help="file for the results: a list of objects")
+    parser.add_argument("--quick", action="store_true", help="few rows and rounds: checks the bench, not the speed")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results = run(arguments.quick)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+        print(f"written to {arguments.json}")
+    if not all(r.paths_equal for r in results if r.paths_equal is not None):
+        raise SystemExit("expert_linear: gather + GEMV and grouped GEMM differ, which breaks the row contract")
+
+
+if __name__ == "__main__":
+    main()
