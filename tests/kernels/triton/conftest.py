@@ -1,4 +1,4 @@
-"""Runs every test file of this folder in a process of its own: in Triton's interpreter, and on a GPU where there is one.
+"""Runs every test file of this folder in its own process: in Triton's interpreter, and on a GPU where there is one.
 
 TRITON_INTERPRET counts only when it is set before triton is first imported, and other tests import triton; so
 the process that pytest was started in runs none of these tests, but starts, for each file, pytest anew. To run one test

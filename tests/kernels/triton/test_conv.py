@@ -1,0 +1,120 @@
+"""short_conv in Triton: chunk cuts, neighbours, state, oracle, gradients, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import reference
+from kernels.layout import Segments
+from kernels.triton.conv import short_conv
+from tests.kernels.contract import DTYPES, SEEDS, assert_gradients, assert_same, generator, normal, strided
+from tests.kernels.triton.device import device, there
+
+LENGTHS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=6)
+
+
+def from_start(lengths: list[int]) -> Segments:
+    return Segments.build(list(range(len(lengths))), [0] * len(lengths), lengths)
+
+
+def in_chunks(x: list[Tensor], weight: Tensor, sizes: list[int], seed: int) -> list[Tensor]:
+    """Every sequence through a state, the next ``sizes`` entry of rows at a time, in random company and slots."""
+    rng = generator(seed)
+    slots = torch.randperm(len(x) + 3, generator=rng)[: len(x)].tolist()
+    state = normal(seed, len(x) + 3, 3, weight.shape[0], dtype=x[0].dtype).to(device())  # what an earlier owner left
+    done, out = [0] * len(x), [[] for _ in x]
+    turn = 0
+    while any(at < len(rows) for at, rows in zip(done, x, strict=True)):
+        left = [s for s in range(len(x)) if done[s] < len(x[s])]
+        keep = torch.rand(len(left), generator=rng) < 0.7
+        batch = [s for s, kept in zip(left, keep.tolist(), strict=True) if kept] or left[:1]
+        size = [min(sizes[(turn + s) % len(sizes)], len(x[s]) - done[s]) for s in batch]
+        segments = Segments.build([slots[s] for s in batch], [done[s] for s in batch], size)
+        rows = torch.cat([x[s][done[s] : done[s] + n] for s, n in zip(batch, size, strict=True)])
+        for s, n, y in zip(batch, size, short_conv(rows, weight, segments, state).split(size), strict=True):
+            out[s].append(y)
+            done[s] += n
+        turn += 1
+    return [torch.cat(pieces) for pieces in out]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    lengths=LENGTHS,
+    width=st.sampled_from([1, 7, 64, 130]),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    seed=SEEDS,
+)
+@settings(max_examples=8)
+def test_chunks_and_company(lengths: list[int], width: int, sizes: list[int], seed: int, dtype: torch.dtype) -> None:
+    """One call = each sequence alone = any cut into chunks with a state, whoever else is in the call."""
+    weight = normal(seed, width, 4).to(device())
+    x = [normal(seed + 1 + s, n, width, dtype=dtype).to(device()) for s, n in enumerate(lengths)]
+    whole = short_conv(torch.cat(x), weight, from_start(lengths), None)
+    assert_same(short_conv(strided(torch.cat(x)), weight, from_start(lengths), None), whole, "strided")
+    alone = torch.cat([short_conv(rows, weight, from_start([len(rows)]), None) for rows in x])
+    assert_same(alone, whole, "alone")
+    assert_same(torch.cat(in_chunks(x, weight, sizes, seed)), whole, "in chunks")
+
+
+def test_control_state_forgotten() -> None:
+    """A chunk whose state is another's comes out different, in its first three rows and no later."""
+    weight, x, state = (t.to(device()) for t in (normal(1, 16, 4), normal(2, 20, 16), normal(3, 2, 3, 16)))
+    whole = short_conv(x, weight, from_start([20]), None)
+    late = short_conv(x[10:], weight, Segments.build([1], [10], [10]), state)
+    assert (late != whole[10:]).any(1).nonzero()[:, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_holds_the_last_inputs(dtype: torch.dtype) -> None:
+    weight, x = normal(1, 5, 4).to(device()), normal(2, 6, 5, dtype=dtype).to(device())
+    state = normal(3, 3, 3, 5, dtype=dtype).to(device())
+    others = state[[0, 2]].clone()
+    short_conv(x[:2], weight, Segments.build([1], [0], [2]), state)
+    assert torch.equal(state[1], torch.cat([torch.zeros_like(x[:1]), x[:2]]))
+    short_conv(x[2:3], weight, Segments.build([1], [2], [1]), state)
+    assert torch.equal(state[1], x[:3])
+    short_conv(x[3:], weight, Segments.build([1], [3], [3]), state)
+    assert torch.equal(state[1], x[3:])
+    assert torch.equal(state[[0, 2]], others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_reference(dtype: torch.dtype) -> None:
+    """Products and sums rounded one by one in a stated order: the reference's bits exactly."""
+    weight, x, segments = normal(1, 61, 4), normal(2, 60, 61, dtype=dtype), from_start([1, 2, 3, 4, 50])
+    got = there(lambda x, w: short_conv(x, w, segments, None))(x, weight)
+    assert torch.equal(got, reference.short_conv(x, weight, segments, None))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gradients(dtype: torch.dtype, bound: float) -> None:
+    segments = from_start([1, 2, 3, 4, 50])
+    assert_gradients(
+        there(lambda x, w: short_conv(x, w, segments, None)),
+        lambda x, w: reference.short_conv(x, w, segments, None),
+        (normal(1, 60, 61, dtype=dtype), normal(2, 61, 4)),
+        3,
+        bound,
+    )
+
+
+def test_errors() -> None:
+    weight, x = normal(1, 8, 4).to(device()), normal(2, 5, 8).to(device())
+    state = torch.zeros(2, 3, 8, device=device())
+    with pytest.raises(ValueError, match=r"x is \(4, 8\), not \[5, C\]"):
+        short_conv(x[1:], weight, from_start([5]), None)
+    with pytest.raises(ValueError, match="segment 1 starts at 3, but there is no state"):
+        short_conv(x, weight, Segments.build([0, 1], [0, 3], [2, 3]), None)
+    with pytest.raises(ValueError, match="segment 0 has slot 7 of 2"):
+        short_conv(x, weight, Segments.build([7], [0], [5]), state)
+    with pytest.raises(ValueError, match=r"state is torch.float32 \(2, 3, 7\)"):
+        short_conv(x, weight, from_start([5]), state[..., 1:])
+    with pytest.raises(ValueError, match="with state there is no gradient"):
+        short_conv(x.clone().requires_grad_(), weight, from_start([5]), state)
+    with pytest.raises(ValueError, match=r"weight is torch.float32 \(7, 4\)"):
+        short_conv(x, weight[1:], from_start([5]), None)
