@@ -1,11 +1,12 @@
 """Attention over pages with the relative bias, a sliding window and fixed splits: the forward, and the call.
 
-One program takes a *query tile* (all query heads of one key head at QUERIES neighbouring positions) over its splits
-from left to right. Why a row's bits are its own:
+One program takes a *query tile* (all query heads of one key head at ROWS / GROUP_PAD neighbouring positions) over the
+keys it sees, from left to right, KEYS at a time: aligned parts of a split, each with its own maximum, sum of exp and
+weighted values, combined left to right. Why a row's bits are its own:
 
-- tiles are left-aligned by absolute position, as splits are, so a query lies in the same row of the same tile however
-  the sequence was cut into calls; a tile's size follows the head counts alone;
-- every split runs the same code over SPLIT_TOKENS keys; a split out of a row's sight leaves its sums untouched;
+- tiles are left-aligned by absolute position, as splits and their parts are, so a query lies in the same row of the
+  same tile however the sequence was cut into calls; a tile's size follows the type and the head counts alone;
+- every part runs the same code over KEYS keys; one out of a row's sight leaves its sums untouched;
 - a product's rows share nothing but the values, whose NaNs and infinities are taken out before the product and put
   back into the rows that see them: 0 * NaN would carry them into rows that do not.
 
@@ -22,10 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
-from kernels.triton.launch import INTERPRET, CompileSpec, Tile, check, run
+from kernels.triton.launch import INTERPRET, SHORT, CompileSpec, Tile, check, run
 
-TILE = Tile(m=32, n=SPLIT_TOKENS, k=SPLIT_TOKENS, warps=4, stages=1)
-"""m: queries times heads of a query tile; n, k: keys of a split."""
+TILES = {
+    torch.float32: Tile(m=16, n=16, k=16, warps=4, stages=1),
+    torch.bfloat16: Tile(m=32, n=32, k=64, warps=4, stages=1),
+}
+"""m: queries times heads of a query tile; n: keys taken at a time, a part of a split; k: of a head's width, terms of a
+product taken at a time. fp32 runs on the plain FMA units, whose operands lie in registers: small tiles. Below 64 rows
+Hopper's compiler never picks another instruction family."""
 NO_WINDOW = 1 << 30  # farther than any position
 
 _INTERPRET = tl.constexpr(INTERPRET)
@@ -53,6 +59,22 @@ def product(a, b):
     else:
         result = tl.dot(a, b, input_precision="ieee")
     return result
+
+
+@triton.jit
+def width_product(
+    a, a_rows, a_valid, b, b_rows, b_valid, b_step, WIDTH: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """[rows, keys]: sum_d a[a_rows[row] + d] * b[b_rows[key] + d * b_step], STEP terms at a time in ascending d."""
+    total = tl.full((a_rows.shape[0], b_rows.shape[0]), 0.0, tl.float32)
+    for first in range(0, WIDTH, STEP):
+        d = first + tl.arange(0, STEP)
+        inside = d < WIDTH
+        left = tl.load(a + a_rows[:, None] + d[None, :], mask=a_valid[:, None] & inside[None, :], other=0.0)
+        place = b_rows[None, :] + d[:, None] * b_step
+        right = tl.load(b + place, mask=inside[:, None] & b_valid[None, :], other=0.0)
+        total += product(left, right)
+    return total
 
 
 @triton.jit
@@ -87,8 +109,8 @@ def relative_bias(rel, rel_rows, rel_proj, distance, valid, CHANNELS: tl.constex
 def attention_kernel(
     q, rel, rel_proj, tau, key, value, table, tiles, out, lse, scale, table_width,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, key heads). tiles int32 [tiles, 5]: see `tiles_of`. lse fp32 [T, H]: ln of a row's sum."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -98,12 +120,10 @@ def attention_kernel(
     start, end, base = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH_PAD)
-    j = tl.arange(0, SPLIT)
     position = base + r // GROUP_PAD
     valid = (r % GROUP_PAD < GROUP) & (position >= start) & (position < end)
     row = (position + shift).to(tl.int64) * HEADS + key_head * GROUP + r % GROUP_PAD  # of [T * H]
     inside = valid[:, None] & (d < WIDTH)[None, :]
-    queries = tl.load(q + row[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
     factor = tl.full((ROWS,), 1.0, tl.float32)
     if HAS_TAU:
         factor = tl.load(tau + position + shift, mask=valid, other=1.0)
@@ -113,46 +133,45 @@ def attention_kernel(
     result = tl.zeros((ROWS, WIDTH_PAD), tl.float32)
     last = tl.minimum(base + ROWS // GROUP_PAD, end) - 1
     first_seen = tl.maximum(tl.maximum(base, start) - (WINDOW - 1), 0)
-    for split in range(first_seen // SPLIT, last // SPLIT + 1):
-        page = tl.load(table + slot.to(tl.int64) * table_width + split).to(tl.int64) * KEY_HEADS + key_head
-        place = split * SPLIT + j
-        keys = tl.load(
-            key + (page * WIDTH + d[:, None]) * SPLIT + j[None, :],
-            mask=(d < WIDTH)[:, None] & (place <= last)[None, :], other=0.0,
-        )  # fmt: skip
+    for part in range(first_seen // KEYS, last // KEYS + 1):
+        first = part * KEYS
+        at = first + tl.arange(0, KEYS)
+        page = tl.load(table + slot.to(tl.int64) * table_width + first // SPLIT).to(tl.int64) * KEY_HEADS + key_head
+        j = at % SPLIT
         values = tl.load(
             value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :],
-            mask=(place <= last)[:, None] & (d < WIDTH)[None, :], other=0.0,
+            mask=(at <= last)[:, None] & (d < WIDTH)[None, :], other=0.0,
         )  # fmt: skip
-        distance = position[:, None] - place[None, :]
+        distance = position[:, None] - at[None, :]
         visible = (distance >= 0) & (distance < WINDOW)
+        dot = width_product(q, row * WIDTH, valid, key, page * WIDTH * SPLIT + j, at <= last, SPLIT, WIDTH, STEP)
         bias = relative_bias(rel, row * CHANNELS, rel_proj, distance, valid, CHANNELS, EXTENT)
-        score = tl.where(visible, factor[:, None] * (scale * product(queries, keys) + bias), float("-inf"))
-        split_max = tl.max(score, 1)
-        weight = tl.exp(score - tl.where(split_max == float("-inf"), 0.0, split_max)[:, None])
+        score = tl.where(visible, factor[:, None] * (scale * dot + bias), float("-inf"))
+        part_max = tl.max(score, 1)
+        weight = tl.exp(score - tl.where(part_max == float("-inf"), 0.0, part_max)[:, None])
         weight = tl.where(visible, weight, 0.0)
 
-        # +inf counts 1, -inf 128, NaN 16384: with 64 keys no count carries into the next, and fp32 holds the sum.
+        # +inf counts 1, -inf 128, NaN 16384: with at most 64 keys no count carries into the next; all are exact.
         finite = tl.abs(values.to(tl.float32)) < float("inf")
         poison = tl.zeros((ROWS, WIDTH_PAD), tl.float32)
         if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
             wide = values.to(tl.float32)
             code = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), 128.0, 16384.0))
-            met = tl.dot(visible.to(tl.float32), tl.where(finite, 0.0, code), input_precision="ieee").to(tl.int32)
+            met = product(visible.to(tl.bfloat16), tl.where(finite, 0.0, code).to(tl.bfloat16)).to(tl.int32)
             up, down = (met & 127) > 0, ((met >> 7) & 127) > 0
             infinite = tl.where(up, float("inf"), float("-inf"))
             poison = tl.where((met >= 16384) | (up & down), float("nan"), infinite)
             poison = tl.where(met > 0, poison, 0.0)
         values = tl.where(finite, values, tl.zeros_like(values))
-        split_out = wide_product(weight, values) + poison
+        part_out = wide_product(weight, values) + poison
 
-        # A row that sees nothing of this split keeps its sums, and the sign of their zeros.
-        seen = (split * SPLIT <= position) & (split * SPLIT + SPLIT - 1 > position - WINDOW)
-        higher = tl.maximum(greatest, split_max)
+        # A row that sees nothing of this part keeps its sums, and the sign of their zeros.
+        seen = (first <= position) & (first + KEYS - 1 > position - WINDOW)
+        higher = tl.maximum(greatest, part_max)
         shown = tl.where(higher == float("-inf"), 0.0, higher)
-        old, new = tl.exp(greatest - shown), tl.exp(split_max - shown)
+        old, new = tl.exp(greatest - shown), tl.exp(part_max - shown)
         total = tl.where(seen, total * old + tl.sum(weight, 1) * new, total)
-        result = tl.where(seen[:, None], result * old[:, None] + split_out * new[:, None], result)
+        result = tl.where(seen[:, None], result * old[:, None] + part_out * new[:, None], result)
         greatest = higher
     tl.store(lse + row, greatest + tl.log(total), mask=valid)
     result = tl.div_rn(result, total[:, None])
@@ -179,13 +198,16 @@ def write_kernel(
     tl.store(value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :], tl.load(v + source, mask=mine), mask=mine)
 
 
-def sizes(heads: int, key_heads: int, width: int) -> dict[str, int]:
-    """Constexprs of a tile: functions of the model's head counts and width alone."""
-    group = triton.next_power_of_2(heads // key_heads)
+def sizes(dtype: torch.dtype, heads: int, key_heads: int, width: int) -> dict[str, int]:
+    """Constexprs of a tile: functions of the type, the model's head counts and width alone."""
+    tile, group = TILES[dtype], triton.next_power_of_2(heads // key_heads)
+    width_pad = max(16, triton.next_power_of_2(width))  # 16 is the least that a product takes
     return {
-        "ROWS": max(TILE.m, group),
+        "ROWS": max(tile.m, group),
+        "KEYS": tile.n,
+        "STEP": min(tile.k, width_pad),
         "GROUP_PAD": group,
-        "WIDTH_PAD": max(16, triton.next_power_of_2(width)),  # the least that a product takes
+        "WIDTH_PAD": width_pad,
         "SPLIT": SPLIT_TOKENS,
     }
 
@@ -287,23 +309,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Writes the new keys and values into the pages, then attends: (out [T, H, D], lse fp32 [T, H])."""
     rows, heads, width = q.shape
-    key_heads, size = k.shape[1], sizes(heads, k.shape[1], width)
+    key_heads, size = k.shape[1], sizes(q.dtype, heads, k.shape[1], width)
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(rows, heads, dtype=torch.float32)
     if rows == 0:
         return out, lse
     splits = tiles_of(segments, slot, SPLIT_TOKENS).to(q.device)
     run(
-        write_kernel, (len(splits), key_heads), q.device, TILE,
+        write_kernel, (len(splits), key_heads), q.device, TILES[q.dtype],
         plain(k), plain(v), cache.key, cache.value, cache.table, splits, cache.table.shape[1],
         KEY_HEADS=key_heads, WIDTH=width, SPLIT=SPLIT_TOKENS, WIDTH_PAD=size["WIDTH_PAD"],
     )  # fmt: skip
     tiles = tiles_of(segments, slot, size["ROWS"] // size["GROUP_PAD"]).to(q.device)
     run(
-        attention_kernel, (len(tiles), key_heads), q.device, TILE,
+        attention_kernel, (len(tiles), key_heads), q.device, TILES[q.dtype],
         plain(q), plain(rel), plain(rel_proj), lse if tau is None else plain(tau), cache.key, cache.value, cache.table,
         tiles, out, lse, float(scale), cache.table.shape[1],
-        HEADS=heads, KEY_HEADS=key_heads, WIDTH=width, CHANNELS=rel.shape[2], EXTENT=rel_proj.shape[1], WINDOW=reach,
-        HAS_TAU=tau is not None, **size,
+        HAS_TAU=tau is not None, **shape_constants(q.dtype, (heads, key_heads, width, *rel_proj.shape, reach)),
     )  # fmt: skip
     return out, lse
 
@@ -376,3 +397,45 @@ def _check_cache(q: Tensor, k: Tensor, segments: Segments, reach: int, cache: Pa
             f"{position + SPLIT_TOKENS - 1}, but cache.table [{table.shape[0]} slots, {table.shape[1]} pages] names "
             f"no page among 0..{pages - 1} for them; reserve pages before the call. Nothing was written"
         )
+
+
+Shape = tuple[int, ...]  # heads, key heads, width, channels, extent, window
+
+SPEC_SHAPES: tuple[Shape, ...] = (
+    (32, 8, 128, 16, 1024, 512),
+    (32, 8, 128, 16, 1024, NO_WINDOW),
+    (4, 2, 32, 16, 1024, 512),
+)
+"""What to compile ahead of time: sliding and global layers, and a small model's."""
+
+
+def shape_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Constexprs of a kernel over query tiles, but for HAS_TAU."""
+    heads, key_heads, width, channels, extent, window = shape
+    of_model = {"HEADS": heads, "KEY_HEADS": key_heads, "WIDTH": width, "CHANNELS": channels, "EXTENT": extent}
+    return {**of_model, "WINDOW": window, **sizes(dtype, heads, key_heads, width)}
+
+
+def specs() -> list[CompileSpec]:
+    from kernels.triton import attention_backward  # it imports this module
+
+    out = []
+    for dtype, t in SHORT.items():
+        pointers = dict.fromkeys(("q", "rel", "rel_proj", "key", "value", "out"), f"*{t}")
+        pointers |= {"tau": "*fp32", "table": "*i32", "tiles": "*i32", "lse": "*fp32"}
+        new = dict.fromkeys(("k", "v", "key", "value"), f"*{t}") | {"table": "*i32", "splits": "*i32"}
+        for shape in SPEC_SHAPES:
+            heads, key_heads, width, _, _, window = shape
+            where = f"{heads}/{key_heads} heads of {width}, {'global' if window == NO_WINDOW else f'window {window}'}"
+            constants = shape_constants(dtype, shape)
+            attend = constants | {"HAS_TAU": window == NO_WINDOW}
+            signature = pointers | {"scale": "fp32", "table_width": "i32"}
+            how = TILES[dtype].warps, TILES[dtype].stages
+            out.append(CompileSpec(f"attention, {where}: {t}", attention_kernel, signature, attend, (*pointers,), *how))
+            if window == NO_WINDOW:
+                continue  # pages know no window
+            write = {name: constants[name] for name in ("KEY_HEADS", "WIDTH", "SPLIT", "WIDTH_PAD")}
+            signature = new | {"table_width": "i32"}
+            title = f"attention pages, {key_heads} heads of {width}: {t}"
+            out.append(CompileSpec(title, write_kernel, signature, write, (*new,), *how))
+    return [*out, *attention_backward.specs()]

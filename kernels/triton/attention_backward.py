@@ -3,8 +3,8 @@
 With P = exp(score - lse), dP = dout . v and delta = sum of dout * out, dscore = P (dP - delta); score's factor tau and
 scale pass it on to q . k, and tau alone to the bias. Who sums what, each in one order:
 
-- dq: one program per query tile and key head, over splits from left to right;
-- dk, dv: one program per split and key head, over query tiles from left to right;
+- dq: one program per query tile and key head, over keys from left to right;
+- dk, dv: one program per KEYS keys and key head, over query tiles from left to right;
 - the bias: the first program also lays dscore * tau out *by distance*, [row, extent], every element from the one key at
   that distance. Then drel and drel_proj are plain products over distances and over rows. The layout is kept for
   PASS_TILES query tiles at a time; drel_proj is summed within a pass and a key head, then over these in order.
@@ -19,19 +19,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.layout import SPLIT_TOKENS, Segments
+from kernels.layout import Segments
 from kernels.triton.attention import (
-    TILE,
+    NO_WINDOW,
+    SPEC_SHAPES,
+    TILES,
+    Shape,
     attend_whole,
     narrow,
     plain,
-    product,
     relative_bias,
+    shape_constants,
     sizes,
     tiles_of,
     wide_product,
+    width_product,
 )
-from kernels.triton.launch import CompileSpec, run
+from kernels.triton.launch import SHORT, CompileSpec, run
 
 PASS_TILES = 64  # keeps their slices aligned; at 32 rows, 8 key heads and an extent of 1024: 64 MiB by distance
 DISTANCES = 64  # of one step, or one program
@@ -42,8 +46,8 @@ ADDENDS = 256  # elements of drel_proj per program of the last sum
 def queries_kernel(
     q, k, v, rel, rel_proj, tau, tiles, out, lse, dout, dq, delta, by_distance, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
     """dq, delta and the bias's gradient by distance [tiles, KEY_HEADS, ROWS, EXTENT]. Grid (query tiles, key heads)."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -52,13 +56,11 @@ def queries_kernel(
     shift, start, end, base = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH_PAD)
-    j = tl.arange(0, SPLIT)
     position = base + r // GROUP_PAD
     valid = (r % GROUP_PAD < GROUP) & (position >= start) & (position < end)
     row = (position + shift).to(tl.int64) * HEADS + key_head * GROUP + r % GROUP_PAD
     inside = valid[:, None] & (d < WIDTH)[None, :]
     place = row[:, None] * WIDTH + d[None, :]
-    queries = tl.load(q + place, mask=inside, other=0.0)
     upstream = tl.load(dout + place, mask=inside, other=0.0)
     result = tl.load(out + place, mask=inside, other=0.0)
     log_sum = tl.load(lse + row, mask=valid, other=0.0)
@@ -72,53 +74,49 @@ def queries_kernel(
     total = tl.zeros((ROWS, WIDTH_PAD), tl.float32)
     last = tl.minimum(base + ROWS // GROUP_PAD, end) - 1
     first_seen = tl.maximum(tl.maximum(base, start) - (WINDOW - 1), 0)
-    for split in range(first_seen // SPLIT, last // SPLIT + 1):
-        at = split * SPLIT + j
-        source = ((at + shift).to(tl.int64) * KEY_HEADS + key_head)[:, None] * WIDTH + d[None, :]
-        held = (at <= last)[:, None] & (d < WIDTH)[None, :]
-        keys = tl.load(k + source, mask=held, other=0.0)
-        values = tl.load(v + source, mask=held, other=0.0)
+    for part in range(first_seen // KEYS, last // KEYS + 1):
+        at = part * KEYS + tl.arange(0, KEYS)
+        source = ((at + shift).to(tl.int64) * KEY_HEADS + key_head) * WIDTH
         distance = position[:, None] - at[None, :]
         visible = (distance >= 0) & (distance < WINDOW) & valid[:, None]
+        dot = width_product(q, row * WIDTH, valid, k, source, at <= last, 1, WIDTH, STEP)
+        dweight = width_product(dout, row * WIDTH, valid, v, source, at <= last, 1, WIDTH, STEP)
         bias = relative_bias(rel, row * CHANNELS, rel_proj, distance, valid, CHANNELS, EXTENT)
-        score = factor[:, None] * (scale * product(queries, tl.trans(keys)) + bias)
+        score = factor[:, None] * (scale * dot + bias)
         weight = tl.where(visible, tl.exp(score - log_sum[:, None]), 0.0)
-        dscore = weight * (product(upstream, tl.trans(values)) - mean[:, None]) * factor[:, None]
+        dscore = tl.where(visible, weight * (dweight - mean[:, None]) * factor[:, None], 0.0)
         tl.store(by_distance + own[:, None] + distance, dscore, mask=visible & (distance < EXTENT))
+        held = (at <= last)[:, None] & (d < WIDTH)[None, :]
+        keys = tl.load(k + source[:, None] + d[None, :], mask=held, other=0.0)
         total += wide_product(dscore * scale, keys)
     tl.store(dq + place, narrow(total, dq.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def keys_kernel(
-    q, k, v, rel, rel_proj, tau, splits, lse, dout, dk, dv, delta, scale,
+    q, k, v, rel, rel_proj, tau, parts, lse, dout, dk, dv, delta, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one split. Grid (splits, key heads); splits as `tiles_of`."""
+    """dk and dv of KEYS neighbouring keys. Grid (such parts, key heads); parts as `tiles_of`."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     QUERIES: tl.constexpr = ROWS // GROUP_PAD
-    tile = splits + tl.program_id(0) * 5
+    tile = parts + tl.program_id(0) * 5
     key_head = tl.program_id(1)
     shift, end, base = tl.load(tile + 1), tl.load(tile + 3), tl.load(tile + 4)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH_PAD)
-    at = base + tl.arange(0, SPLIT)
-    held = (at < end)[:, None] & (d < WIDTH)[None, :]
-    place = ((at + shift).to(tl.int64) * KEY_HEADS + key_head)[:, None] * WIDTH + d[None, :]
-    keys = tl.load(k + place, mask=held, other=0.0)
-    values = tl.load(v + place, mask=held, other=0.0)
-    dkeys = tl.zeros((SPLIT, WIDTH_PAD), tl.float32)
-    dvalues = tl.zeros((SPLIT, WIDTH_PAD), tl.float32)
-    last = tl.minimum(base + SPLIT - 1 + (WINDOW - 1), end - 1)
+    at = base + tl.arange(0, KEYS)
+    source = ((at + shift).to(tl.int64) * KEY_HEADS + key_head) * WIDTH
+    dkeys = tl.zeros((KEYS, WIDTH_PAD), tl.float32)
+    dvalues = tl.zeros((KEYS, WIDTH_PAD), tl.float32)
+    last = tl.minimum(base + KEYS - 1 + (WINDOW - 1), end - 1)
     for step in range(base // QUERIES, last // QUERIES + 1):
         position = step * QUERIES + r // GROUP_PAD
         valid = (r % GROUP_PAD < GROUP) & (position < end)
         row = (position + shift).to(tl.int64) * HEADS + key_head * GROUP + r % GROUP_PAD
         inside = valid[:, None] & (d < WIDTH)[None, :]
-        queries = tl.load(q + row[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
-        upstream = tl.load(dout + row[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
         log_sum = tl.load(lse + row, mask=valid, other=0.0)
         mean = tl.load(delta + row, mask=valid, other=0.0)
         factor = tl.full((ROWS,), 1.0, tl.float32)
@@ -126,12 +124,19 @@ def keys_kernel(
             factor = tl.load(tau + position + shift, mask=valid, other=1.0)
         distance = position[:, None] - at[None, :]
         visible = (distance >= 0) & (distance < WINDOW) & valid[:, None]
+        dot = width_product(q, row * WIDTH, valid, k, source, at < end, 1, WIDTH, STEP)
+        dweight = width_product(dout, row * WIDTH, valid, v, source, at < end, 1, WIDTH, STEP)
         bias = relative_bias(rel, row * CHANNELS, rel_proj, distance, valid, CHANNELS, EXTENT)
-        score = factor[:, None] * (scale * product(queries, tl.trans(keys)) + bias)
+        score = factor[:, None] * (scale * dot + bias)
         weight = tl.where(visible, tl.exp(score - log_sum[:, None]), 0.0)
-        dscore = weight * (product(upstream, tl.trans(values)) - mean[:, None]) * factor[:, None]
+        dscore = tl.where(visible, weight * (dweight - mean[:, None]) * factor[:, None], 0.0)
+        theirs = row[:, None] * WIDTH + d[None, :]
+        upstream = tl.load(dout + theirs, mask=inside, other=0.0)
         dvalues += wide_product(tl.trans(weight), upstream)
+        queries = tl.load(q + theirs, mask=inside, other=0.0)
         dkeys += wide_product(tl.trans(dscore * scale), queries)
+    place = source[:, None] + d[None, :]
+    held = (at < end)[:, None] & (d < WIDTH)[None, :]
     tl.store(dk + place, narrow(dkeys, dk.dtype.element_ty), mask=held)
     tl.store(dv + place, narrow(dvalues, dv.dtype.element_ty), mask=held)
 
@@ -216,11 +221,22 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        gradients = backward(*ctx.saved_tensors, plain(dout), ctx.segments, ctx.scale, ctx.reach)
+        q, k, v, rel, rel_proj, tau, out, lse = ctx.saved_tensors
+        how = ctx.segments, ctx.scale, ctx.reach
+        gradients = differentiate(q, k, v, rel, rel_proj, tau, out, lse, plain(dout), *how)
         return *gradients, None, None, None, None
 
 
-def backward(
+def flat_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Constexprs of the products with the gradients by distance."""
+    heads, key_heads, width, channels, extent, _ = shape
+    size = sizes(dtype, heads, key_heads, width)
+    of_model = {"HEADS": heads, "KEY_HEADS": key_heads, "CHANNELS": channels, "EXTENT": extent}
+    of_tile = {"ROWS": size["ROWS"], "GROUP_PAD": size["GROUP_PAD"], "STEP": DISTANCES}
+    return {**of_model, **of_tile, "CHANNELS_PAD": max(16, triton.next_power_of_2(channels))}
+
+
+def differentiate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -237,38 +253,76 @@ def backward(
     """(dq, dk, dv, drel, drel_proj); all arguments with adjacent elements."""
     (rows, heads, width), key_heads = q.shape, k.shape[1]
     channels, extent = rel_proj.shape
-    size = sizes(heads, key_heads, width)
+    size = sizes(q.dtype, heads, key_heads, width)
     dq, dk, dv, drel = (torch.empty_like(x) for x in (q, k, v, rel))
     if rows == 0:
         return dq, dk, dv, drel, torch.zeros_like(rel_proj)
     own_slot = torch.arange(len(segments.start))
     tiles = tiles_of(segments, own_slot, size["ROWS"] // size["GROUP_PAD"]).to(q.device)
-    splits = tiles_of(segments, own_slot, SPLIT_TOKENS).to(q.device)
+    parts = tiles_of(segments, own_slot, size["KEYS"]).to(q.device)
     factor = lse if tau is None else plain(tau)
     delta = torch.empty_like(lse)
     passes = tiles.split(PASS_TILES)
     by_distance = lse.new_empty(min(len(tiles), PASS_TILES) * key_heads * size["ROWS"], extent)
     partial = lse.new_empty(len(passes), key_heads, channels, extent)
-    heads_of = {"HEADS": heads, "KEY_HEADS": key_heads, "CHANNELS": channels, "EXTENT": extent}
-    tile_of = {name: size[name] for name in ("ROWS", "GROUP_PAD")}
-    shape = {**heads_of, **size, "WIDTH": width, "WINDOW": reach, "HAS_TAU": tau is not None}
-    flat = {**heads_of, **tile_of, "CHANNELS_PAD": max(16, triton.next_power_of_2(channels)), "STEP": DISTANCES}
+    shape: Shape = heads, key_heads, width, channels, extent, reach
+    over = shape_constants(q.dtype, shape) | {"HAS_TAU": tau is not None}
+    flat = flat_constants(q.dtype, shape)
     for n, mine in enumerate(passes):
         by_distance.zero_()
         grid = len(mine), key_heads
         run(
-            queries_kernel, grid, q.device, TILE,
-            q, k, v, rel, rel_proj, factor, mine, out, lse, dout, dq, delta, by_distance, float(scale), **shape,
+            queries_kernel, grid, q.device, TILES[q.dtype],
+            q, k, v, rel, rel_proj, factor, mine, out, lse, dout, dq, delta, by_distance, float(scale), **over,
         )  # fmt: skip
-        run(rel_kernel, grid, q.device, TILE, rel_proj, mine, by_distance, drel, **flat)
+        run(rel_kernel, grid, q.device, TILES[q.dtype], rel_proj, mine, by_distance, drel, **flat)
         steps = triton.cdiv(extent, DISTANCES), key_heads
-        run(proj_kernel, steps, q.device, TILE, rel, mine, by_distance, partial, n, len(mine), **flat)
+        run(proj_kernel, steps, q.device, TILES[q.dtype], rel, mine, by_distance, partial, n, len(mine), **flat)
     run(
-        keys_kernel, (len(splits), key_heads), q.device, TILE,
-        q, k, v, rel, rel_proj, factor, splits, lse, dout, dk, dv, delta, float(scale), **shape,
+        keys_kernel, (len(parts), key_heads), q.device, TILES[q.dtype],
+        q, k, v, rel, rel_proj, factor, parts, lse, dout, dk, dv, delta, float(scale), **over,
     )  # fmt: skip
     drel_proj, elements = torch.empty_like(rel_proj), channels * extent
     blocks = (triton.cdiv(elements, ADDENDS),)
     addends = len(passes) * key_heads
-    run(proj_sum_kernel, blocks, q.device, TILE, partial, drel_proj, addends, ELEMENTS=elements, BLOCK=ADDENDS)
+    run(
+        proj_sum_kernel, blocks, q.device, TILES[q.dtype], partial, drel_proj, addends, ELEMENTS=elements, BLOCK=ADDENDS
+    )
     return dq, dk, dv, drel, drel_proj
+
+
+def specs() -> list[CompileSpec]:
+    out = []
+    for dtype, t in SHORT.items():
+        p = f"*{t}"
+        common = dict.fromkeys(("q", "k", "v", "rel", "rel_proj", "dout"), p)
+        common |= dict.fromkeys(("tau", "lse", "delta"), "*fp32")
+        queries = common | {"out": p, "dq": p, "tiles": "*i32", "by_distance": "*fp32"}
+        keys = common | {"dk": p, "dv": p, "parts": "*i32"}
+        rel = {"rel_proj": p, "drel": p, "tiles": "*i32", "by_distance": "*fp32"}
+        proj = {"rel": p, "tiles": "*i32", "by_distance": "*fp32", "partial": "*fp32"}
+        total = {"partial": "*fp32", "drel_proj": p}
+        for shape in SPEC_SHAPES:
+            heads, key_heads, width, channels, extent, window = shape
+            over = shape_constants(dtype, shape) | {"HAS_TAU": window == NO_WINDOW}
+            flat = flat_constants(dtype, shape)
+            where = f"{heads}/{key_heads} heads of {width}, {'global' if window == NO_WINDOW else f'window {window}'}"
+            for name, kernel, pointers, numbers, constants in (
+                ("dq", queries_kernel, queries, {"scale": "fp32"}, over),
+                ("dk and dv", keys_kernel, keys, {"scale": "fp32"}, over),
+                ("drel", rel_kernel, rel, {}, flat),
+                ("drel_proj", proj_kernel, proj, {"order": "i32", "count": "i32"}, flat),
+                (
+                    "drel_proj sum",
+                    proj_sum_kernel,
+                    total,
+                    {"count": "i32"},
+                    {"ELEMENTS": channels * extent, "BLOCK": ADDENDS},
+                ),
+            ):
+                if window == NO_WINDOW and constants is not over:
+                    continue  # knows no window
+                title = f"attention gradient {name}, {where}: {t}"
+                how = TILES[dtype].warps, TILES[dtype].stages
+                out.append(CompileSpec(title, kernel, pointers | numbers, dict(constants), (*pointers,), *how))
+    return out

@@ -114,3 +114,22 @@ class _Route(torch.autograd.Function):
             WIDTH=width, CHOICES=choices, BLOCK=size.n,
         )  # fmt: skip
         return dlogits, None, None, None
+
+
+def specs() -> list[CompileSpec]:
+    """Inkling-Small's router (256 experts, 8 taken, 2 shared) and a small one."""
+    out = []
+    for experts, top_k, shared in ((256, 8, 2), (8, 2, 1)):
+        size, taken = tile(experts + shared), tile(top_k + shared)
+        floats = dict.fromkeys(("logits", "bias", "weight_out"), "*fp32")
+        constants = {"EXPERTS": experts, "SHARED": shared, "TOP_K": top_k, "BLOCK": size.n}
+        more = dict.fromkeys(("logits", "weight", "dweight", "dlogits"), "*fp32")
+        other = {"WIDTH": experts + shared, "CHOICES": top_k + shared, "BLOCK": taken.n}
+        for name, kernel, signature, constexprs, t in (
+            ("", route_kernel, floats | {"expert_out": "*i32"}, constants, size),
+            (" gradient", route_backward_kernel, more | {"expert": "*i32"}, other, taken),
+        ):
+            even = tuple(signature)
+            title = f"route{name}, {experts} experts: fp32"
+            out.append(CompileSpec(title, kernel, signature, dict(constexprs), even, t.warps, t.stages))
+    return out

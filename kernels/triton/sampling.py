@@ -289,3 +289,25 @@ def _error(
     if reason == BAD_TOKEN:
         return ValueError(f"{op}: row {row} has token {int(token[row])}, outside 0 to {logits.shape[1] - 1}")
     return ValueError(f"{op}: row {row} has token {int(token[row])}, which its class {kind} does not allow")
+
+
+def specs() -> list[CompileSpec]:
+    common = {"logits": "*fp32", "allowed": "*u8", "row_class": "*i64", "peak": "*fp32", "log_sum": "*fp32"}
+    stats = {"logits": "*fp32", "allowed": "*u8", "row_class": "*i64", "digest_out": "*i64", "status_out": "*i32"}
+    stats |= dict.fromkeys(("peak_out", "log_sum_out", "entropy_out"), "*fp32")
+    score = common | {"token": "*i64", "status": "*i32", "logp_out": "*fp32"}
+    draw = common | {"key": "*i64", "status": "*i32", "token_out": "*i64"}
+    gradient = common | {"token": "*i64"} | dict.fromkeys(("entropy", "dlogp", "dentropy", "dlogits"), "*fp32")
+    blocks: dict[str, int | bool] = {"VOCAB": 200_064, "BLOCK": TILE.n}
+    out = []
+    for name, kernel, pointers, more, constants in (
+        ("logprob statistics", stats_kernel, stats, {"classes": "i32"}, blocks),
+        ("logprob of tokens", score_kernel, score, {}, {"VOCAB": 200_064}),
+        ("logprob gradient", logprob_backward_kernel, gradient, {}, blocks),
+        ("sample", draw_kernel, draw, {}, blocks | {"GREEDY": False}),
+        ("sample greedily", draw_kernel, draw, {}, blocks | {"GREEDY": True}),
+    ):
+        signature = pointers | more | {"temperature": "fp32"}
+        spec = CompileSpec(f"{name}: fp32", kernel, signature, constants, tuple(pointers), TILE.warps, TILE.stages)
+        out.append(spec)
+    return out
