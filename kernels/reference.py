@@ -117,7 +117,8 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
         _require(0 <= e < packed.experts, f"expert_linear: expert {e} is outside 0..{packed.experts - 1}")
         mine = (expert == e).nonzero()[:, 0]
         blocks.append(_matmul_chain(x[mine // fan_out], weights[e]).to(x.dtype))
-    return torch.cat(blocks)[torch.argsort(order)]
+    empty = x.new_zeros(0, packed.rows)
+    return torch.cat([empty, *blocks])[torch.argsort(order)]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
     rows, choices = weight.shape
     _require(y.shape[0] == rows * choices, f"moe_combine: y has {y.shape[0]} rows, weight asks for {rows} * {choices}")
-    y_wide = _wide(y).view(rows, choices, -1)
+    y_wide = _wide(y).view(rows, choices, y.shape[1])
     total = y_wide.new_zeros(rows, y.shape[1])
     for j in range(choices):
         total = total + weight[:, j, None] * y_wide[:, j]
@@ -169,7 +170,7 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
         out.append((wide[past:] + total).to(x.dtype))
         if state is not None:
             state[slot] = taps[-past:]
-    return torch.cat(out)
+    return torch.cat([x.new_zeros(0, x.shape[1]), *out])
 
 
 def attention(
@@ -201,7 +202,7 @@ def attention(
             key, value = _through_pages(k[mine], v[mine], cache, slot, start)
         row_tau = None if tau is None else tau[mine]
         out.append(_attend(q[mine], key, value, rel[mine], rel_proj, start, scale, window, row_tau))
-    return torch.cat(out)
+    return torch.cat([q.new_zeros(0, *q.shape[1:]), *out])
 
 
 def _through_pages(k: Tensor, v: Tensor, cache: PagedKV, slot: int, start: int) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,12 @@ def _check(
         raise ValueError(f"attention: rel_proj is {rel_proj.dtype} {tuple(rel_proj.shape)}; need [C, extent], float")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; need >= 1, or None")
-    if tau is not None and (tau.shape != (rows,) or tau.dtype != torch.float32 or not tau.is_contiguous()):
-        raise ValueError(f"attention: tau is {tau.dtype} {tuple(tau.shape)}; need contiguous float32 [{rows}]")
+    if tau is None:
+        return
+    if tau.shape != (rows,) or tau.dtype != torch.float32 or not tau.is_contiguous() or not tau.is_cpu:
+        raise ValueError(
+            f"attention: tau is {tau.dtype} {tuple(tau.shape)} on {tau.device}; need contiguous CPU float32 [{rows}]"
+        )
 
 
 def _pointers(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, rel_proj: Tensor, tau: Tensor | None) -> tuple[int, ...]:
@@ -129,12 +133,14 @@ def _attend_cache(
     cache: PagedKV,
 ) -> Tensor:
     key, value, table = cache.key, cache.value, cache.table
-    pages, heads, width = key.shape[0], k.shape[1], k.shape[2]
+    pages, heads, width = key.numel() // max(k.shape[1] * k.shape[2] * SPLIT_TOKENS, 1), k.shape[1], k.shape[2]
     if key.shape != (pages, heads, width, SPLIT_TOKENS) or value.shape != (pages, heads, SPLIT_TOKENS, width):
         raise ValueError(
             f"attention: cache.key is {tuple(key.shape)}, cache.value {tuple(value.shape)}; need "
             f"[pages, {heads}, {width}, {SPLIT_TOKENS}] and [pages, {heads}, {SPLIT_TOKENS}, {width}]"
         )
+    if not (key.is_cpu and value.is_cpu and table.is_cpu):
+        raise ValueError(f"attention: cache is on {key.device}, {value.device}, {table.device}; need the CPU")
     if key.dtype != q.dtype or value.dtype != q.dtype or not key.is_contiguous() or not value.is_contiguous():
         raise ValueError(
             f"attention: cache holds {key.dtype} and {value.dtype}, q is {q.dtype}; need contiguous, equal"

@@ -34,18 +34,25 @@ def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None
             f"short_conv: x must be float32 or bfloat16 on the CPU with adjacent columns; it is {x.dtype} on "
             f"{x.device}, strides {x.stride()}"
         )
-    if weight.shape != (width, CONV_TAPS) or weight.dtype != torch.float32 or not weight.is_contiguous():
+    if (
+        weight.shape != (width, CONV_TAPS)
+        or weight.dtype != torch.float32
+        or not weight.is_contiguous()
+        or not weight.is_cpu
+    ):
         raise ValueError(
-            f"short_conv: weight is {weight.dtype} {tuple(weight.shape)}, not contiguous float32 [{width}, {CONV_TAPS}]"
+            f"short_conv: weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}, not contiguous CPU "
+            f"float32 [{width}, {CONV_TAPS}]"
         )
     slots = 0
     if state is not None:
-        slots = state.shape[0]
-        if state.shape[1:] != (CONV_TAPS - 1, width) or state.dtype != x.dtype or not state.is_contiguous():
+        fits = state.dim() == 3 and state.shape[1:] == (CONV_TAPS - 1, width) and state.dtype == x.dtype
+        if not fits or not state.is_contiguous() or not state.is_cpu:
             raise ValueError(
-                f"short_conv: state is {state.dtype} {tuple(state.shape)}, not contiguous {x.dtype} "
-                f"[slots, {CONV_TAPS - 1}, {width}]"
+                f"short_conv: state is {state.dtype} {tuple(state.shape)} on {state.device}, not contiguous CPU "
+                f"{x.dtype} [slots, {CONV_TAPS - 1}, {width}]"
             )
+        slots = state.shape[0]
     out = torch.empty(rows, width, dtype=x.dtype)
     bad = call(
         x.data_ptr(), x.stride(0), weight.data_ptr(), segments.slot.data_ptr(), segments.start.data_ptr(),

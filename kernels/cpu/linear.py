@@ -28,7 +28,9 @@ _WEIGHT_GRADIENT = bind("linear_weight_gradient", "pipiiiip")
 def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
     if not parts:
         raise ValueError("pack_linear: parts is empty; give at least one weight [N, K]")
-    dtype, cols = parts[0].dtype, parts[0].shape[-1]
+    if parts[0].dim() != 2:
+        raise ValueError(f"pack_linear: parts[0] is {tuple(parts[0].shape)}, not [N, K]")
+    dtype, cols = parts[0].dtype, parts[0].shape[1]
     for i, part in enumerate(parts):
         if part.dim() != 2 or part.shape[1] != cols:
             raise ValueError(f"pack_linear: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")

@@ -28,6 +28,8 @@ def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
     if not groups or not groups[0]:
         raise ValueError("pack_experts: groups is empty; give at least one weight [E, N, K]")
     dtype = groups[0][0].dtype
+    if groups[0][0].dim() != 3:
+        raise ValueError(f"pack_experts: groups[0][0] is {tuple(groups[0][0].shape)}, not [E, N, K]")
     for g, group in enumerate(groups):
         for i, part in enumerate(group):
             if part.dim() != 3 or part.shape[0] != group[0].shape[0] or part.shape[2] != groups[0][0].shape[-1]:
@@ -82,10 +84,11 @@ def _expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: in
     if len(shape) != 2 or shape[1] != k or x.dtype != panels.dtype or not x.is_cpu or (x.stride(1) != 1 and k > 1):
         refuse_rows("expert_linear", x, k, panels.dtype)
     rows = shape[0] * fan_out
-    if fan_out < 1 or expert.dtype != torch.int32 or expert.shape != (rows,) or not expert.is_contiguous():
+    fits = fan_out >= 1 and expert.dtype == torch.int32 and expert.shape == (rows,)
+    if not fits or not expert.is_contiguous() or not expert.is_cpu:
         raise ValueError(
-            f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)}, not contiguous int32 [{rows}] "
-            f"(= {x.shape[0]} rows * fan_out {fan_out})"
+            f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)} on {expert.device}, not contiguous CPU "
+            f"int32 [{rows}] (= {x.shape[0]} rows * fan_out {fan_out})"
         )
     out = torch.empty(rows, packed.rows, dtype=x.dtype)
     _run(x, fan_out, expert, panels, packed.experts, packed.rows, packed.cols, out, path)

@@ -17,10 +17,12 @@ _ROUTE_BACKWARD = bind("route_backward", "pipppiiip")
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:
     _check_rows("route", logits)
     experts = logits.shape[1] - shared
-    if bias.shape != (experts,) or bias.dtype != torch.float32 or not bias.is_contiguous():
+    if shared < 0:
+        raise ValueError(f"route: shared is {shared}; need >= 0")
+    if bias.shape != (experts,) or bias.dtype != torch.float32 or not bias.is_contiguous() or not bias.is_cpu:
         raise ValueError(
-            f"route: bias is {bias.dtype} {tuple(bias.shape)}; logits {tuple(logits.shape)} with {shared} shared need "
-            f"contiguous float32 [{experts}]"
+            f"route: bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; logits {tuple(logits.shape)} "
+            f"with {shared} shared need contiguous CPU float32 [{experts}]"
         )
     if not 0 < top_k <= experts:
         raise ValueError(f"route: top_k is {top_k}; need 1 to {experts}, the number of routed experts")
@@ -150,9 +152,11 @@ def _check_rows(op: str, logits: Tensor) -> None:
 
 def _check_classes(op: str, logits: Tensor, allowed: Tensor, row_class: Tensor) -> None:
     vocab = logits.shape[1]
-    if allowed.dim() != 2 or allowed.shape[1] != vocab or allowed.dtype != torch.bool or not allowed.is_contiguous():
+    fits = allowed.dim() == 2 and allowed.shape[1] == vocab and allowed.dtype == torch.bool
+    if not fits or not allowed.is_contiguous() or not allowed.is_cpu:
         raise ValueError(
-            f"{op}: allowed is {allowed.dtype} {tuple(allowed.shape)}; need contiguous bool [classes, {vocab}]"
+            f"{op}: allowed is {allowed.dtype} {tuple(allowed.shape)} on {allowed.device}; need contiguous CPU "
+            f"bool [classes, {vocab}]"
         )
     _check_integers(op, "row_class", row_class, logits.shape[0])
 
