@@ -17,6 +17,11 @@ import pytest
 
 from tests.kernels.triton.device import DEVICE_VARIABLE, inside
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.kernels.triton.interpreter import quicken
+
+    quicken()
+
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     if inside() or not module_path.name.startswith("test_"):
