@@ -16,7 +16,6 @@ from torch import Tensor
 from kernels.layout import PackedExperts
 from kernels.triton.elementwise import combine
 from kernels.triton.launch import (
-    INTERPRET,
     CompileSpec,
     Tile,
     aligned,
@@ -172,7 +171,7 @@ def expert_product(
 ) -> None:
     """``strides`` (reduced, column) within an expert's weights; ``form`` "gather" or "grouped"."""
     rows, columns = out.shape
-    tile, widen = _tile(a, weight), INTERPRET or a.dtype != weight.dtype
+    tile, widen = _tile(a, weight), a.dtype != weight.dtype
     sizes = (columns, depth, fan_out, row_stride(a), weight.stride(0), *strides)
     constants = {"M": tile.m, "N": tile.n, "K": tile.k, "WIDEN": widen}
     across = triton.cdiv(columns, tile.n)
@@ -223,7 +222,7 @@ class _ExpertLinear(torch.autograd.Function):
             expert_weight_gradient_kernel,
             (triton.cdiv(packed.cols, tile.n), triton.cdiv(packed.rows, tile.m), packed.experts),
             x.device, tile, grad, x, dw, order, bound, packed.rows, packed.cols, fan_out, row_stride(grad),
-            row_stride(x), M=tile.m, N=tile.n, K=tile.k, WIDEN=INTERPRET or grad.dtype != x.dtype,
+            row_stride(x), M=tile.m, N=tile.n, K=tile.k, WIDEN=grad.dtype != x.dtype,
         )  # fmt: skip
         pieces = []
         for group, whole in zip(packed.groups, dw.split([group[0].shape[0] for group in packed.groups]), strict=True):
@@ -249,7 +248,7 @@ def specs() -> list[CompileSpec]:
         tables = {"order": "*i32", "bound": "*i32", "tile_end": "*i32", "tile_expert": "*i32", "experts": "i32"}
         integers = {"columns": "i32", "depth": "i32", "fan_out": "i32", "a_row": "i32", "b_expert": "i32"}
         for use, one, stride, to in (("forward", "b_red", "b_col", t), ("input gradient", "b_col", "b_red", "fp32")):
-            even = ("a", "b", "c", "columns", "depth", "a_row", "b_expert", stride)
+            shared = ("a", "b", "c", "columns", "depth", "a_row", "b_expert", stride)
             for form, kernel, extra in (
                 ("gather", gather_kernel, {"expert": "*i32"}),
                 ("grouped", grouped_kernel, tables),
@@ -258,7 +257,7 @@ def specs() -> list[CompileSpec]:
                 name = f"expert_linear {form} {use}: {t}"
                 found = tuple(a for a, kind in extra.items() if kind == "*i32")
                 out.append(
-                    CompileSpec(name, kernel, signature, {one: 1} | sizes, even + found, tile.warps, tile.stages)
+                    CompileSpec(name, kernel, signature, {one: 1} | sizes, shared + found, tile.warps, tile.stages)
                 )
         signature = {"grad": f"*{t}", "x": f"*{t}", "dw": f"*{t}", "order": "*i32", "bound": "*i32"}
         signature |= dict.fromkeys(("rows", "columns", "fan_out", "grad_row", "x_row"), "i32")

@@ -28,6 +28,11 @@ FP_FUSION = False
 INTERPRET: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 was set when this was first imported: kernels run in Triton's interpreter, on CPU tensors."""
 
+if INTERPRET:
+    from kernels.triton.interpreter import mend
+
+    mend()
+
 ALIGN = 16  # Triton specialises on divisibility by 16: of a pointer in bytes, of a stride or a width in elements
 
 GATHER_ROWS = 64

@@ -14,7 +14,6 @@ from torch import Tensor
 from kernels.layout import PackedExperts, PackedLinear
 from kernels.triton.launch import (
     ALIGN,
-    INTERPRET,
     SHORT,
     CompileSpec,
     aligned,
@@ -43,7 +42,7 @@ def chain(
     """sum over r < depth of a[m, r] * b[r, n] for one tile, K terms at a time in ascending r.
 
     ``a_rows`` [M] and ``b_columns`` [N] point at r = 0. Masked rows, columns and terms count as 0. ``WIDEN``: to fp32
-    first, for operands of two types, and in the interpreter, whose bf16 dot is wrong."""
+    first, for operands of two types."""
     r = tl.arange(0, K)
     total = tl.zeros((M, N), tl.float32)
     for first in range(0, depth, K):
@@ -90,7 +89,7 @@ def product(
 ) -> None:
     """``a_strides`` (row, reduced), ``b_strides`` (reduced, column)."""
     rows, columns = c.shape
-    widen = INTERPRET or a.dtype != b.dtype
+    widen = a.dtype != b.dtype
     tile = product_tile(torch.float32 if a.dtype != b.dtype else a.dtype)
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(rows, tile.m))
     sizes = (rows, columns, depth, *a_strides, *b_strides)

@@ -38,7 +38,7 @@ def test_swiglu_row_contract(rows: int, half: int, seed: int, dtype: torch.dtype
 
 
 def test_swiglu_oracle() -> None:
-    """A GPU's exp errs by 2 units and by the rounding of its argument times log2 e; at the ends the limits 0 and g u."""
+    """A GPU's exp errs by 2 units and by the rounding of its argument times log2 e; at the ends limits 0, g u."""
     x = normal(1, 100, 2 * 61) * 10
     gate, up = x.double().chunk(2, dim=1)
     exact = gate * torch.sigmoid(gate) * up

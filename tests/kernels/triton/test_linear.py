@@ -37,7 +37,7 @@ def test_row_contract(rows: int, shape: tuple[int, tuple[int, ...]], seed: int, 
 
 
 def test_control_rows_in_the_sum() -> None:
-    """The check sees a kernel that splits the reduction over programs by the row count: split-K, on this very kernel."""
+    """The check sees a kernel that splits the reduction over programs by the row count: split-K on this kernel."""
     w = normal(1, 40, 128).to(device())
 
     def split_k(x: Tensor) -> Tensor:
@@ -92,6 +92,15 @@ def test_float64_oracle(rows: int, dtype: torch.dtype, out_dtype: torch.dtype) -
     got = there(lambda x: linear(x, packed, out_dtype))(x)
     assert got.dtype == out_dtype
     assert bool(((got.double() - y).abs() <= bound).all())
+
+
+@pytest.mark.skipif(not launch.INTERPRET, reason="a GPU's units fuse or truncate as they please, alike for every row")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_order_is_the_references(dtype: torch.dtype) -> None:
+    """In the interpreter a product is a chain over k in ascending order over all tiles: the reference's bits."""
+    packed, x = packed_weights(1, 300, (70,), dtype), normal(2, 20, 300, dtype=dtype)
+    expected = reference.linear(x, reference.pack_linear(packed.parts), torch.float32)
+    assert torch.equal(linear(x, packed, torch.float32), expected)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
