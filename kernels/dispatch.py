@@ -50,6 +50,8 @@ def contract() -> dict[str, str | int]:
         "numerics": module.NUMERICS_VERSION,
         "split_tokens": SPLIT_TOKENS,
         "conv_taps": CONV_TAPS,
+        # exact: bf16 is widened and multiplied in fp32 FMA chains; no instruction set's bf16 dot product is used
+        "bf16": "matrix units" if module.NAME == "triton" else "exact",
         "torch": torch.__version__,
     }
 
