@@ -5,7 +5,8 @@ A bound call is about 1 µs; integers are pointers (``tensor.data_ptr()``) or si
 
 There is one library per instruction set (``_native_avx2.so``, ``_native_avx512.so``), all made from the same sources
 and giving the same bits; the best one the processor supports is loaded, ``METRONOME_ISA`` forces one. On a machine
-with AVX-512 its library is compared with the AVX2 one on small inputs before it is used.
+with AVX-512 its library is compared with the AVX2 one on small inputs before it is used. ``METRONOME_NATIVE=FILE``
+loads FILE in place of either, such as a build with sanitizers (.ci/sanitize).
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _processor_flags() -> set[str]:
 
 
 def _load(name: str) -> ctypes.CDLL:
-    path = Path(__file__).parent / f"_native_{name}.so"
+    path = Path(os.environ.get("METRONOME_NATIVE") or Path(__file__).parent / f"_native_{name}.so")
     if not path.exists():
         raise RuntimeError(
             f"the native CPU kernels are not built: {path} is missing. Run `pip install -e .` in the repository's root "
@@ -111,7 +112,7 @@ def _keep_freed_memory() -> None:
 
 
 def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
-    """Raises unless both libraries give the same bits for exp, log and small matrix products."""
+    """Raises unless both libraries give the same bits for exp, log, small matrix products, attention and sampling."""
     x = torch.linspace(-110, 95, 999)
     results = []
     for lib in (one, other):
@@ -119,7 +120,8 @@ def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
         _bind(lib, "vec_exp", "ppi")(x.data_ptr(), exp.data_ptr(), x.numel())
         _bind(lib, "vec_log", "ppi")(exp.data_ptr(), log.data_ptr(), x.numel())
         products = [_product(lib, x[: rows * 13].view(rows, 13), x[-41 * 13 :].view(41, 13)) for rows in (1, 5, 19)]
-        results.append(torch.cat([exp, log, *products]).view(torch.int32))
+        parts = [exp, log, *products, _attended(lib, x[:300].view(20, 15)), _sampled(lib, x[:300].view(3, 100) / 9)]
+        results.append(torch.cat(parts).view(torch.int32))
     if not torch.equal(*results):
         raise RuntimeError(
             "on this processor the avx512 kernels differ from the avx2 ones, which breaks the promise of equal bits; "
@@ -135,3 +137,30 @@ def _product(lib: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor
     arguments = (x.data_ptr(), cols, rows, panels.data_ptr(), columns, cols, out.data_ptr(), columns)
     _bind(lib, "linear_f32_f32", "piipiipi")(*arguments)
     return out.view(-1)
+
+
+def _attended(lib: ctypes.CDLL, rows: torch.Tensor) -> torch.Tensor:
+    """Attention of one head of width 5 over ``rows`` [T, 15], which hold its queries, keys and values."""
+    count = rows.shape[0]
+    q, k, v = (torch.sin(part).contiguous() for part in rows.split(5, dim=1))
+    slot, start = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    offset = torch.tensor([0, count], dtype=torch.int32)
+    proj, out = torch.linspace(-1, 1, 5 * 7).view(5, 7), torch.empty(count, 5)
+    _bind(lib, "attention_f32", "pipipipipppppiiiiiiifpp")(
+        q.data_ptr(), 5, k.data_ptr(), 5, v.data_ptr(), 5, q.data_ptr(), 5, proj.data_ptr(), 0, slot.data_ptr(),
+        start.data_ptr(), offset.data_ptr(), 1, 1, 1, 5, 5, 7, count, 0.4, out.data_ptr(), 0,
+    )  # fmt: skip
+    return out.view(-1)
+
+
+def _sampled(lib: ctypes.CDLL, logits: torch.Tensor) -> torch.Tensor:
+    """Tokens, log-probs and digests, as the bits of floats."""
+    rows, vocab = logits.shape
+    key, kind = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    allowed, logp = torch.arange(vocab)[None] % 7 != 3, torch.empty(rows)
+    token, digest = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    _bind(lib, "sample_rows", "pifpppiiippp")(
+        logits.data_ptr(), vocab, 0.8, key.data_ptr(), allowed.data_ptr(), kind.data_ptr(), rows, vocab, 1,
+        token.data_ptr(), logp.data_ptr(), digest.data_ptr(),
+    )  # fmt: skip
+    return torch.cat([logp, token.view(torch.float32), digest.view(torch.float32)])

@@ -87,8 +87,8 @@ def _expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: in
     fits = fan_out >= 1 and expert.dtype == torch.int32 and expert.shape == (rows,)
     if not fits or not expert.is_contiguous() or not expert.is_cpu:
         raise ValueError(
-            f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)} on {expert.device}, not contiguous CPU "
-            f"int32 [{rows}] (= {x.shape[0]} rows * fan_out {fan_out})"
+            f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)} on {expert.device}, not "
+            f"contiguous int32 [{rows}] on the CPU (= {x.shape[0]} rows * fan_out {fan_out})"
         )
     out = torch.empty(rows, packed.rows, dtype=x.dtype)
     _run(x, fan_out, expert, panels, packed.experts, packed.rows, packed.cols, out, path)

@@ -155,8 +155,8 @@ def _check_classes(op: str, logits: Tensor, allowed: Tensor, row_class: Tensor) 
     fits = allowed.dim() == 2 and allowed.shape[1] == vocab and allowed.dtype == torch.bool
     if not fits or not allowed.is_contiguous() or not allowed.is_cpu:
         raise ValueError(
-            f"{op}: allowed is {allowed.dtype} {tuple(allowed.shape)} on {allowed.device}; need contiguous CPU "
-            f"bool [classes, {vocab}]"
+            f"{op}: allowed is {allowed.dtype} {tuple(allowed.shape)} on {allowed.device}; need "
+            f"contiguous bool [classes, {vocab}] on the CPU"
         )
     _check_integers(op, "row_class", row_class, logits.shape[0])
 
