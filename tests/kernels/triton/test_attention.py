@@ -22,8 +22,8 @@ from tests.kernels.triton.device import device, there
 
 run = there(attention.attention)
 
-SHAPES = [Shape(4, 2, 16, 3), Shape(3, 3, 20, 2), Shape(6, 1, 8, 1)]
-"""Two heads a key head, one (with a width that is no power of 2), and six, which a tile pads to eight."""
+SHAPES = [Shape(2, 1, 16, 2), Shape(2, 2, 20, 1), Shape(3, 1, 8, 1)]
+"""Two heads a key head, one (of a width that is no power of 2), and three, which a tile pads to four."""
 
 SHAPE = st.sampled_from(SHAPES)
 WINDOW = st.sampled_from([None, 1, 33, 64])
@@ -44,8 +44,8 @@ def pages(count: int, shape: Shape, dtype: torch.dtype, table: Tensor) -> PagedK
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3), shape=SHAPE, window=WINDOW, seed=SEEDS)
-@settings(max_examples=3)
+@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=2), shape=SHAPE, window=WINDOW, seed=SEEDS)
+@settings(max_examples=2)
 def test_neighbours(lengths: list[int], shape: Shape, window: int | None, seed: int, dtype: torch.dtype) -> None:
     """A sequence's rows are the same alone, among others in any order, and cut off after any row."""
     parts = [sequence(seed + 10 * n, length, shape, dtype) for n, length in enumerate(lengths)]
@@ -60,8 +60,8 @@ def test_neighbours(lengths: list[int], shape: Shape, window: int | None, seed: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(lengths=st.lists(st.integers(1, 110), min_size=1, max_size=2), shape=SHAPE, window=WINDOW, seed=SEEDS)
-@settings(max_examples=3)
+@given(lengths=st.lists(st.integers(1, 80), min_size=1, max_size=2), shape=SHAPE, window=WINDOW, seed=SEEDS)
+@settings(max_examples=2)
 def test_chunk_cuts(lengths: list[int], shape: Shape, window: int | None, seed: int, dtype: torch.dtype) -> None:
     """Sessions fed in any chunks through pages that lie anywhere equal whole sequences without a cache."""
     rng = random.Random(seed)
@@ -76,7 +76,7 @@ def test_chunk_cuts(lengths: list[int], shape: Shape, window: int | None, seed: 
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         left = [n for n in range(len(parts)) if done[n] < lengths[n]]
         live = rng.sample(left, rng.randint(1, len(left)))
-        step = [min(lengths[n] - done[n], rng.choice([1, 5, 37, 63, 110])) for n in live]
+        step = [min(lengths[n] - done[n], rng.choice([1, 5, 37, 63, 80])) for n in live]
         segments = Segments.build([slots[n] for n in live], [done[n] for n in live], step)
         rows = pack([parts[n][done[n] : done[n] + m] for n, m in zip(live, step, strict=True)])
         got = attend(rows, shape, window, segments, cache).split(step)
@@ -90,7 +90,7 @@ def test_chunk_cuts(lengths: list[int], shape: Shape, window: int | None, seed: 
 def test_fork(prefix: int, window: int | None, dtype: torch.dtype) -> None:
     """Two sessions that share the full pages of a prefix, decoded row by row, equal two separate sequences; so with
     recycled pages."""
-    shape, steps = SHAPES[0], 5
+    shape, steps = SHAPES[0], 3
     start, tails = sequence(1, prefix, shape, dtype), [sequence(seed, steps, shape, dtype) for seed in (20, 30)]
     table = torch.tensor([[0, 1], [-1, -1]], dtype=torch.int32)
     cache = pages(6, shape, dtype, table)
@@ -144,16 +144,16 @@ def test_tiles_follow_the_model_alone(dtype: torch.dtype) -> None:
         assert len(tiles) == (start + length - 1) // queries - start // queries + 1
 
 
-@pytest.mark.parametrize("window", [1, 50, 64])
+@pytest.mark.parametrize("window", [1, 50])
 def test_window(window: int) -> None:
     """A key inside the window counts, the next farther one does not, even when it holds NaN."""
-    shape, x = SHAPES[0], sequence(5, 100, SHAPES[0])
+    shape, x = SHAPES[0], sequence(5, 70, SHAPES[0])
     expected = attend(x, shape, window)
     for far, same in ((window, True), (window - 1, False)):
         k, v = x.k.clone(), x.v.clone()
-        k[99 - far] = v[99 - far] = float("nan")
+        k[69 - far] = v[69 - far] = float("nan")
         got = attend(Rows(x.q, k, v, x.rel, x.tau), shape, window)
-        assert torch.equal(got[99], expected[99]) == same
+        assert torch.equal(got[69], expected[69]) == same
 
 
 def test_later_rows_do_not_leak() -> None:
@@ -167,24 +167,23 @@ def test_later_rows_do_not_leak() -> None:
         assert_same(attend(Rows(*dirty, x.tau), shape, None)[:at], expected[:at], f"{value} from row {at} on")
 
 
-def test_infinite_values_as_in_the_definition() -> None:
+def test_infinite_values() -> None:
     """+inf and -inf of values reach the rows that see them as they are; both together, or NaN, make a NaN."""
     shape, x = SHAPES[0], sequence(8, 40, SHAPES[0])
     v = x.v.clone()
-    v[3, 0, 0], v[9, 0, 0], v[5, 1, 2], v[30, 0, 1] = float("inf"), float("-inf"), float("-inf"), float("nan")
+    v[3, 0, 0], v[19, 0, 0], v[5, 0, 2], v[30, 0, 1] = float("inf"), float("-inf"), float("-inf"), float("nan")
+    met = torch.cumsum(torch.where(v.isfinite(), 0.0, v), 0).expand(40, 2, 16)  # adds as IEEE 754 does
     got = attend(_replace(x, v=v), shape, None)
-    inputs = (x.q, x.k, v, x.rel, proj(shape), Segments.build([0], [0], [40]), 0.25, None, x.tau, None)
-    expected = reference.attention(*inputs)
-    assert torch.equal(got.isnan(), expected.isnan()) and bool(expected.isnan().any())
-    infinite = expected.isinf()
-    assert torch.equal(got.isinf(), infinite) and torch.equal(got[infinite], expected[infinite])
+    assert torch.equal(got.isnan(), met.isnan()) and bool(met.isnan().any())
+    assert torch.equal(got[met.isinf()], met[met.isinf()]) and bool(met.isinf().any())
+    assert torch.equal(got[met == 0], attend(x, shape, None)[met == 0])
 
 
 def test_strided_rows() -> None:
     shape, x = SHAPES[0], sequence(7, 40, SHAPES[0])
     fused = torch.cat([t.flatten(1) for t in (x.q, x.k, x.v, x.rel)], 1)
-    q, k, v, rel = fused.split([64, 32, 32, 12], 1)
-    views = Rows(q.view(40, 4, 16), k.view(40, 2, 16), v.view(40, 2, 16), rel.view(40, 4, 3), x.tau)
+    q, k, v, rel = fused.split([32, 16, 16, 4], 1)
+    views = Rows(q.view(40, 2, 16), k.view(40, 1, 16), v.view(40, 1, 16), rel.view(40, 2, 2), x.tau)
     assert_same(attend(views, shape, 33), attend(x, shape, 33), "views of a fused projection")
 
 
@@ -197,11 +196,11 @@ def _in(segments: Segments, shape: Shape, window: int | None, tau: Tensor) -> Ca
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 150 * 2.0**-24), (torch.bfloat16, 2.0**-8)])
-@pytest.mark.parametrize(("shape", "window"), [(SHAPES[0], None), (SHAPES[1], 40), (SHAPES[2], None)])
+@pytest.mark.parametrize(("shape", "window"), [(SHAPES[0], None), (SHAPES[1], 40)])
 def test_float64_oracle(shape: Shape, window: int | None, dtype: torch.dtype, bound: float) -> None:
     """fp32: scores are chains of C + D terms of size about 1, the weighted sums add about 64 more roundings. bf16: the
     one rounding of the result, 2^-9 of the largest value, and room for as much again."""
-    lengths = [80, 1, 9]
+    lengths = [70, 1, 9]
     x = pack([sequence(n, length, shape, dtype) for n, length in enumerate(lengths)])
     call = _in(Segments.build([2, 0, 1], [0, 0, 0], lengths), shape, window, x.tau)
     inputs = (x.q, x.k, x.v, x.rel, proj(shape, dtype))
@@ -219,14 +218,14 @@ def test_great_scores() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(("shape", "window"), [(SHAPES[0], 50), (SHAPES[1], None), (SHAPES[2], 20)])
+@pytest.mark.parametrize(("shape", "window"), [(SHAPES[0], 20), (SHAPES[1], None), (SHAPES[2], None)])
 def test_gradients(
     shape: Shape, window: int | None, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64 autograd of the definition, over several passes of tiles: about 100 terms a sum, relative to the
     greatest gradient; in bf16 the output's and the gradients' own rounding (2^-9 each) rules."""
-    monkeypatch.setattr("kernels.triton.attention_backward.PASS_TILES", 4)
-    lengths = [68, 2, 13]
+    monkeypatch.setattr("kernels.triton.attention_backward.PASS_TILES", 2)
+    lengths = [36, 2, 7]
     x = pack([sequence(10 * n, length, shape, dtype) for n, length in enumerate(lengths)])
     call = _in(Segments.build([0, 1, 2], [0, 0, 0], lengths), shape, window, x.tau)
     assert_gradients(call, call, (x.q, x.k, x.v, x.rel, proj(shape, dtype)), 3, bound)
@@ -234,35 +233,35 @@ def test_gradients(
 
 def test_gradients_of_a_sequence_are_its_own() -> None:
     """dq, dk, dv and drel of a sequence have the same bits alone and beside others."""
-    shape, lengths = SHAPES[0], [21, 40]
+    shape, lengths = SHAPES[0], [21, 26]
     parts = [sequence(10 * n, length, shape) for n, length in enumerate(lengths)]
-    dout = normal(5, 61, 4, 16)
+    dout = normal(5, 47, 2, 16)
 
     def gradients(x: Rows, segments: Segments, upstream: Tensor) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.rel)]
-        out = run(*leaves, proj(shape), segments, 0.25, 30, x.tau, None)
+        out = run(*leaves, proj(shape), segments, 0.25, 15, x.tau, None)
         return list(torch.autograd.grad(out, leaves, upstream))
 
     both = gradients(pack(parts), Segments.build([0, 1], [0, 0], lengths), dout)
-    alone = gradients(parts[1], Segments.build([0], [0], [40]), dout[21:])
+    alone = gradients(parts[1], Segments.build([0], [0], [26]), dout[21:])
     for name, got, expected in zip(("dq", "dk", "dv", "drel"), both, alone, strict=True):
         assert_same(got[21:], expected, name)
 
 
 def test_no_rows() -> None:
     shape = SHAPES[0]
-    assert attend(sequence(1, 0, shape), shape, None, Segments.build([], [], [])).shape == (0, 4, 16)
+    assert attend(sequence(1, 0, shape), shape, None, Segments.build([], [], [])).shape == (0, 2, 16)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"k": torch.zeros(9, 2, 16)}, r"k is \(9, 2, 16\)"),
-        ({"v": torch.zeros(10, 2, 15)}, "do not fit together"),
-        ({"q": torch.zeros(10, 3, 16)}, "do not fit together"),
-        ({"rel": torch.zeros(10, 4, 2)}, "rel_proj"),
-        ({"v": torch.zeros(10, 2, 16, dtype=torch.float64)}, r"v is torch\.float64"),
-        ({"v": torch.zeros(10, 2, 16, dtype=torch.bfloat16)}, r"v is torch\.bfloat16; q is torch\.float32"),
+        ({"k": torch.zeros(9, 1, 16)}, r"k is \(9, 1, 16\)"),
+        ({"v": torch.zeros(10, 1, 15)}, "do not fit together"),
+        ({"k": torch.zeros(10, 3, 16), "v": torch.zeros(10, 3, 16)}, "do not fit together"),
+        ({"rel": torch.zeros(10, 2, 3)}, "rel_proj"),
+        ({"v": torch.zeros(10, 1, 16, dtype=torch.float64)}, r"v is torch\.float64"),
+        ({"v": torch.zeros(10, 1, 16, dtype=torch.bfloat16)}, r"v is torch\.bfloat16; q is torch\.float32"),
         ({"tau": torch.zeros(9)}, r"tau is \(9,\)"),
     ],
 )
