@@ -157,7 +157,8 @@ def attention_kernel(
         if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
             wide = values.to(tl.float32)
             code = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), 128.0, 16384.0))
-            met = product(visible.to(tl.bfloat16), tl.where(finite, 0.0, code).to(tl.bfloat16)).to(tl.int32)
+            sight = visible.to(tl.float32).to(tl.bfloat16)  # the interpreter takes an integer's bits for a bf16's
+            met = product(sight, tl.where(finite, 0.0, code).to(tl.bfloat16)).to(tl.int32)
             up, down = (met & 127) > 0, ((met >> 7) & 127) > 0
             infinite = tl.where(up, float("inf"), float("-inf"))
             poison = tl.where((met >= 16384) | (up & down), float("nan"), infinite)

@@ -40,17 +40,17 @@ def conv_kernel(
     held = tl.load(slot + s).to(tl.int64) * (TAPS - 1)
     begun = tl.load(start + s) > 0
     inside = live[:, None] & (column < width)
+    x += row.to(tl.int64)[:, None] * x_row + column
+    state += (held + j)[:, None] * width + column
     total = tl.zeros((M, N), tl.float32)
     for i in tl.static_range(TAPS):
         back = TAPS - 1 - i
-        here = inside & (j >= back)[:, None]
-        v = tl.load(x + (row - back).to(tl.int64)[:, None] * x_row + column, here, other=0.0).to(tl.float32)
+        v = tl.load(x - back * x_row, inside & (j >= back)[:, None], other=0.0).to(tl.float32)
         if STATE:
             before = inside & ((j < back) & begun)[:, None]
-            place = (held + j + i)[:, None] * width + column
-            v = tl.where(before, tl.load(state + place, before, other=0.0).to(tl.float32), v)
+            v = tl.where(before, tl.load(state + i * width, before, other=0.0).to(tl.float32), v)
         total += tl.load(weight + column * TAPS + i, column < width, other=0.0) * v
-    v = tl.load(x + row.to(tl.int64)[:, None] * x_row + column, inside, other=0.0).to(tl.float32)
+    v = tl.load(x, inside, other=0.0).to(tl.float32)
     tl.store(y + row.to(tl.int64)[:, None] * width + column, (v + total).to(y.dtype.element_ty), inside)
 
 
@@ -64,11 +64,12 @@ def state_kernel(x, state, slot, start, offset, width, x_row, TAPS: tl.constexpr
     inside = column < width
     first, end = tl.load(offset + s), tl.load(offset + s + 1)
     held = state + tl.load(slot + s).to(tl.int64) * (TAPS - 1) * width + column
-    begun = tl.load(start + s) > 0
+    begun = tl.load(start + s)
     for i in tl.static_range(TAPS - 1):
-        j = end - first - (TAPS - 1) + i  # row of the segment; below 0 it was held before
-        v = tl.load(x + (first + j).to(tl.int64) * x_row + column, inside & (j >= 0), other=0.0)
-        old = tl.load(held + (j + TAPS - 1) * width, inside & (j < 0) & begun, other=0.0)
+        j = end - first - (TAPS - 1) + i + tl.zeros((N,), tl.int32)  # row of the segment; below 0 it was held before
+        new, kept = inside & (j >= 0), inside & (j < 0) & (begun + tl.zeros((N,), tl.int32) > 0)
+        v = tl.load(x + (first + j).to(tl.int64) * x_row + column, new, other=0.0)
+        old = tl.load(held + (j + TAPS - 1) * width, kept, other=0.0)
         tl.store(held + i * width, tl.where(j >= 0, v, old), inside)
 
 
@@ -82,11 +83,11 @@ def conv_backward_kernel(
     live = row < rows
     end = tl.load(offset + tl.load(segment + row, live, other=0) + 1)
     inside = live[:, None] & (column < width)
-    total = tl.load(grad + row.to(tl.int64)[:, None] * g_row + column, inside, other=0.0).to(tl.float32)
+    grad += row.to(tl.int64)[:, None] * g_row + column
+    total = tl.load(grad, inside, other=0.0).to(tl.float32)
     for i in tl.static_range(TAPS):
-        after = row + (TAPS - 1 - i)
-        there = inside & (after < end)[:, None]
-        g = tl.load(grad + after.to(tl.int64)[:, None] * g_row + column, there, other=0.0).to(tl.float32)
+        ahead = TAPS - 1 - i
+        g = tl.load(grad + ahead * g_row, inside & (row + ahead < end)[:, None], other=0.0).to(tl.float32)
         total += tl.load(weight + column * TAPS + i, column < width, other=0.0) * g
     tl.store(dx + row.to(tl.int64)[:, None] * width + column, total.to(dx.dtype.element_ty), inside)
 

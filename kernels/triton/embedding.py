@@ -21,10 +21,12 @@ def embedding_kernel(codes, table, out, rows, channels, bins, width, M: tl.const
     column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
     live = row < rows
     inside = live[:, None] & (column < width)
+    codes += row.to(tl.int64) * channels
+    table += column
     total = tl.zeros((M, N), tl.float32)
     for c in range(channels):
-        code = tl.load(codes + row.to(tl.int64) * channels + c, live, other=0).to(tl.int64)
-        total += tl.load(table + (code + c * bins)[:, None] * width + column, inside, other=0.0).to(tl.float32)
+        entry = tl.load(codes + c, live, other=0).to(tl.int64) + c * bins
+        total += tl.load(table + (entry * width)[:, None], inside, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64)[:, None] * width + column, total.to(out.dtype.element_ty), inside)
 
 

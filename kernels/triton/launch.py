@@ -68,7 +68,7 @@ def expert_form(rows: int) -> str:
     return "gather" if rows <= GATHER_ROWS else "grouped"
 
 
-MAP_TILE = Tile(m=8, n=128, k=1, warps=4, stages=1)
+MAP_TILE = Tile(m=16, n=128, k=1, warps=4, stages=1)
 """The tile of ops that treat every element alone, or sum few terms in a loop."""
 
 

@@ -14,7 +14,7 @@ from kernels.triton.conv import short_conv
 from tests.kernels.contract import DTYPES, SEEDS, assert_gradients, assert_same, generator, normal, strided
 from tests.kernels.triton.device import device, there
 
-LENGTHS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=6)
+LENGTHS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 25)), min_size=1, max_size=4)
 
 
 def from_start(lengths: list[int]) -> Segments:
@@ -45,11 +45,11 @@ def in_chunks(x: list[Tensor], weight: Tensor, sizes: list[int], seed: int) -> l
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     lengths=LENGTHS,
-    width=st.sampled_from([1, 7, 64, 130]),
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    width=st.sampled_from([1, 61, 130]),
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=5),
     seed=SEEDS,
 )
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_chunks_and_company(lengths: list[int], width: int, sizes: list[int], seed: int, dtype: torch.dtype) -> None:
     """One call = each sequence alone = any cut into chunks with a state, whoever else is in the call."""
     weight = normal(seed, width, 4).to(device())

@@ -32,7 +32,7 @@ BINS, FAN_OUT = 16, 3
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=ROWS, half=WIDTHS, seed=SEEDS)
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_swiglu_row_contract(rows: int, half: int, seed: int, dtype: torch.dtype) -> None:
     assert_row_contract(there(swiglu), (normal(seed, rows, 2 * half, dtype=dtype),), seed)
 
@@ -68,7 +68,7 @@ def test_swiglu_errors() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=ROWS, width=WIDTHS, seed=SEEDS)
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_combine_row_contract(rows: int, width: int, seed: int, dtype: torch.dtype) -> None:
     y = normal(seed, rows, FAN_OUT * width, dtype=dtype)
 
@@ -89,7 +89,7 @@ def test_combine_equals_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("width", [61, 2500])
+@pytest.mark.parametrize("width", [61, 2100])
 def test_combine_gradients(width: int, dtype: torch.dtype, bound: float) -> None:
     inputs = (normal(1, 10 * FAN_OUT, width, dtype=dtype), normal(2, 10, FAN_OUT))
     assert_gradients(there(moe_combine), reference.moe_combine, inputs, 3, bound)
@@ -110,8 +110,8 @@ def some_codes(seed: int, rows: int, channels: int, dtype: torch.dtype = torch.u
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(rows=ROWS, channels=st.sampled_from([1, 5, 20]), width=WIDTHS, seed=SEEDS)
-@settings(max_examples=6)
+@given(rows=ROWS, channels=st.sampled_from([1, 5, 12]), width=WIDTHS, seed=SEEDS)
+@settings(max_examples=4)
 def test_embedding_row_contract(rows: int, channels: int, width: int, seed: int, dtype: torch.dtype) -> None:
     table = normal(seed, channels * BINS, width, dtype=dtype).to(device())
     codes = some_codes(seed, rows, channels)
@@ -122,29 +122,29 @@ def test_embedding_row_contract(rows: int, channels: int, width: int, seed: int,
 @pytest.mark.parametrize("code_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_embedding_equals_reference(code_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """Only additions, in a stated order: the reference's bits exactly."""
-    codes, table = some_codes(1, 40, 80, code_dtype), normal(2, 80 * BINS, 130, dtype=dtype)
+    codes, table = some_codes(1, 20, 30, code_dtype), normal(2, 30 * BINS, 130, dtype=dtype)
     assert torch.equal(there(embedding_sum)(codes, table, BINS), reference.embedding_sum(codes, table, BINS))
 
 
 def test_embedding_control_order_of_channels() -> None:
-    codes, table = some_codes(1, 40, 80), normal(2, 80 * BINS, 64)
-    backwards, rows = table.view(80, BINS, 64).flip(0).reshape(-1, 64), table.view(80, BINS, 64)
+    codes, table = some_codes(1, 40, 20), normal(2, 20 * BINS, 64)
+    backwards, rows = table.view(20, BINS, 64).flip(0).reshape(-1, 64), table.view(20, BINS, 64)
     op = there(embedding_sum)
     assert not torch.equal(op(codes, table, BINS), op(codes.flip(1), backwards, BINS))
     with pytest.raises(AssertionError, match="differ"):
         assert_row_contract(
-            lambda codes: uneven_sum(rows[torch.arange(80), codes.long()].transpose(1, 2), len(codes)), (codes,), 0
+            lambda codes: uneven_sum(rows[torch.arange(20), codes.long()].transpose(1, 2), len(codes)), (codes,), 0
         )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("bins", [16, 20])
 def test_embedding_gradient(bins: int, dtype: torch.dtype, bound: float) -> None:
-    codes = some_codes(1, 90, 8)
+    codes = some_codes(1, 70, 4)
     assert_gradients(
         there(lambda table: embedding_sum(codes.to(device()), table, bins)),
         lambda table: reference.embedding_sum(codes, table, bins),
-        (normal(2, 8 * bins, 61, dtype=dtype),),
+        (normal(2, 4 * bins, 61, dtype=dtype),),
         3,
         bound,
     )

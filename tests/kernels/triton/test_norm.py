@@ -26,8 +26,8 @@ EPS = 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(rows=st.integers(1, 80), width=st.sampled_from([1, 5, 16, 61, 128, 200]), seed=SEEDS)
-@settings(max_examples=8)
+@given(rows=st.integers(1, 50), width=st.sampled_from([1, 5, 16, 61, 128, 200]), seed=SEEDS)
+@settings(max_examples=6)
 def test_row_contract(rows: int, width: int, seed: int, dtype: torch.dtype) -> None:
     weight = normal(seed + 1, width, dtype=dtype).to(device())
     assert_row_contract(there(lambda x: rms_norm(x, weight, EPS)), (normal(seed, rows, width, dtype=dtype),), seed)
@@ -79,7 +79,7 @@ def test_bf16_rounds_the_normed_value_first() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("shape", [(1, 61), (70, 128), (20, 4, 32), (2, 2500)])
+@pytest.mark.parametrize("shape", [(1, 61), (70, 128), (20, 4, 32), (2, 2100)])
 def test_gradients(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
     inputs = (normal(1, *shape, dtype=dtype), normal(2, shape[-1], dtype=dtype))
     op, oracle = there(lambda x, w: rms_norm(x, w, EPS)), lambda x, w: reference.rms_norm(x, w, EPS)
