@@ -1,6 +1,6 @@
 """Builds the native CPU kernels: one shared library per instruction set, from the same sources.
 
-Needs g++ (or $CXX) only: no torch, no Python headers, since the libraries are plain C and called through ctypes.
+Needs g++ (or $CXX) only: no torch, no Python headers, since the libraries are plain C and called through cffi.
 ``python setup.py build_ext --inplace`` rebuilds them after an edit. Everything else about the package is in
 pyproject.toml.
 """

@@ -56,7 +56,7 @@ def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None
     out = torch.empty(rows, width, dtype=x.dtype)
     bad = call(
         x.data_ptr(), x.stride(0), weight.data_ptr(), segments.slot.data_ptr(), segments.start.data_ptr(),
-        segments.offset.data_ptr(), segments.slot.shape[0], None if state is None else state.data_ptr(), slots,
+        segments.offset.data_ptr(), segments.slot.shape[0], 0 if state is None else state.data_ptr(), slots,
         out.data_ptr(), width,
     )  # fmt: skip
     if bad:
@@ -82,6 +82,6 @@ class _ShortConv(torch.autograd.Function):
         dweight = torch.empty_like(weight) if need_weight else None
         _BACKWARD(
             wide.data_ptr(), weight.data_ptr(), segments.offset.data_ptr(), segments.slot.shape[0], grad.data_ptr(),
-            None if dx is None else dx.data_ptr(), None if dweight is None else dweight.data_ptr(), x.shape[1],
+            0 if dx is None else dx.data_ptr(), 0 if dweight is None else dweight.data_ptr(), x.shape[1],
         )  # fmt: skip
         return None if dx is None else dx.to(x.dtype), dweight, None

@@ -1,7 +1,8 @@
-"""The native library: found, checked against the processor, loaded once, its functions bound for plain ctypes calls.
+"""The native library: found, checked against the processor, loaded once, its functions bound for plain calls.
 
 Not ``torch.library``: nothing here is traced or compiled, and its dispatcher costs more than a small kernel takes.
-A bound call is about 1 µs; integers are pointers (``tensor.data_ptr()``) or sizes.
+Calls go through cffi, which takes half as long as ctypes over a handful of integers; integers are pointers
+(``tensor.data_ptr()``, 0 for none) or sizes.
 
 There is one library per instruction set (``_native_avx2.so``, ``_native_avx512.so``), all made from the same sources
 and giving the same bits; the best one the processor supports is loaded, ``METRONOME_ISA`` forces one. On a machine
@@ -16,8 +17,8 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import cffi
 import torch
 
 _NEEDS = {
@@ -25,7 +26,8 @@ _NEEDS = {
     "avx2": {"avx2", "fma", "bmi2"},
 }  # best first; flags as the kernel spells them in /proc/cpuinfo
 
-_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES = {"p": "uintptr_t", "i": "int64_t", "f": "float"}
+_FFI = cffi.FFI()
 
 
 @functools.cache
@@ -64,9 +66,8 @@ def bind(name: str, arguments: str) -> Callable[..., int]:
 
 
 def _bind(lib: ctypes.CDLL, name: str, arguments: str) -> Callable[..., int]:
-    function = lib[name]
-    function.argtypes = [_TYPES[letter] for letter in arguments]
-    function.restype = ctypes.c_int64
+    address = ctypes.cast(lib[name], ctypes.c_void_p).value
+    function: Callable[..., int] = _FFI.cast(f"int64_t(*)({', '.join(_TYPES[a] for a in arguments)})", address)
     return function
 
 

@@ -36,7 +36,7 @@ def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
             raise ValueError(f"pack_linear: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")
         check_weight(f"pack_linear: parts[{i}]", part, dtype)
     packed = PackedLinear(parts, sum(part.shape[0] for part in parts), cols)
-    packed.data["panels"] = torch.zeros(panel_count(packed.rows), cols, PANEL, dtype=dtype)
+    packed.data["panels"] = torch.zeros(panel_count(packed.rows), panel_depth(cols, dtype), PANEL, dtype=dtype)
     fill_linear(packed)
     return packed
 
@@ -50,6 +50,11 @@ def check_weight(name: str, part: Tensor, dtype: torch.dtype) -> None:
 
 def panel_count(columns: int) -> int:
     return -(-columns // PANEL)
+
+
+def panel_depth(cols: int, dtype: torch.dtype) -> int:
+    """Rows of 16 in a panel: bf16 panels hold pairs of k."""
+    return cols + cols % 2 if dtype == torch.bfloat16 else cols
 
 
 def fill_linear(packed: PackedLinear) -> None:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import bind
-from kernels.cpu.linear import PANEL, check_weight, fill_panels, fill_transposed, panel_count, panels_of, refuse_rows
+from kernels.cpu.linear import (
+    PANEL,
+    check_weight,
+    fill_panels,
+    fill_transposed,
+    panel_count,
+    panel_depth,
+    panels_of,
+    refuse_rows,
+)
 from kernels.layout import PackedExperts
 
 _EXPERT_LINEAR = {
@@ -43,7 +52,9 @@ def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
         if sum(part.shape[1] for part in group) != rows:
             raise ValueError(f"pack_experts: groups[{g}] has other rows than groups[0], which has {rows}")
     packed = PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
-    packed.data["panels"] = torch.zeros(packed.experts, panel_count(rows), cols, PANEL, dtype=dtype)
+    packed.data["panels"] = torch.zeros(
+        packed.experts, panel_count(rows), panel_depth(cols, dtype), PANEL, dtype=dtype
+    )
     fill_experts(packed)
     return packed
 

@@ -56,7 +56,7 @@ class _RmsNorm(torch.autograd.Function):
         dweight = torch.empty(n) if need_weight else None
         inverse = torch.empty(rows)
         _BACKWARD(
-            wide.data_ptr(), scale.data_ptr(), ctx.eps, grad.data_ptr(), None if dx is None else dx.data_ptr(),
-            None if dweight is None else dweight.data_ptr(), inverse.data_ptr(), rows, n,
+            wide.data_ptr(), scale.data_ptr(), ctx.eps, grad.data_ptr(), 0 if dx is None else dx.data_ptr(),
+            0 if dweight is None else dweight.data_ptr(), inverse.data_ptr(), rows, n,
         )  # fmt: skip
         return None if dx is None else dx.to(x.dtype), None if dweight is None else dweight.to(weight.dtype), None

@@ -1,18 +1,22 @@
 // What the machine can do at most, for kernels.bench to stand its figures against: bytes read and multiply-adds.
 #include "vec.h"
 
-// Reads n floats (a multiple of 64 * threads is exact, a ragged end is skipped) and returns bits of their sum, so that
-// the loads cannot be optimised away.
+// Reads n floats (a ragged end of up to 64 * streams * threads is skipped) and returns bits of their sum, so that the
+// loads cannot be optimised away. Each thread reads several streams side by side, as a product of one row reads several
+// panels: one stream alone does not keep the memory busy.
 EXPORT int64_t ceiling_read(const float* x, int64_t n) {
+  constexpr int STREAMS = 4, UNROLL = 2;
   int64_t bits = 0;
 #pragma omp parallel reduction(^ : bits)
   {
-    const int64_t i = omp_get_thread_num(), count = omp_get_num_threads();
-    const float *p = x + n / count * i, *end = p + n / count;
-    vf acc[8] = {};
-    for (; p + 8 * W <= end; p += 8 * W)
-      for (int v = 0; v < 8; v++) acc[v] = acc[v] + load(p + v * W);
-    for (int v = 1; v < 8; v++) acc[0] = acc[0] + acc[v];
+    const int64_t i = omp_get_thread_num(), count = omp_get_num_threads(), length = n / (count * STREAMS);
+    const float* p = x + length * STREAMS * i;
+    vf acc[STREAMS * UNROLL] = {};
+    for (int64_t at = 0; at + UNROLL * W <= length; at += UNROLL * W)
+      for (int s = 0; s < STREAMS; s++)
+        for (int u = 0; u < UNROLL; u++)
+          acc[s * UNROLL + u] = acc[s * UNROLL + u] + load(p + s * length + at + u * W);
+    for (int v = 1; v < STREAMS * UNROLL; v++) acc[0] = acc[0] + acc[v];
     bits ^= float_bits(acc[0][0]);
   }
   return bits;

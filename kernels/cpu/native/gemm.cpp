@@ -3,12 +3,12 @@
 
 // ---- packing ----
 
-// w [n, k] -> columns first … first + n of panels [ceil(N / 16)][k][16]
+// w [n, k] -> columns first … first + n of panels
 template <class T> INLINE void pack_rows(const T* w, int64_t n, int64_t k_size, T* panels, int64_t first) {
   for (int64_t r = 0; r < n; r++) {
-    int64_t column = first + r;
-    T* to = panels + column / PANEL * k_size * PANEL + column % PANEL;
-    for (int64_t k = 0; k < k_size; k++) to[k * PANEL] = w[r * k_size + k];
+    const int64_t column = first + r;
+    T* panel = panels + column / PANEL * panel_size<T>(k_size);
+    for (int64_t k = 0; k < k_size; k++) panel[panel_at(panel, k, column % PANEL)] = w[r * k_size + k];
   }
 }
 EXPORT int64_t pack_rows_f32(const float* w, int64_t n, int64_t k_size, float* panels, int64_t first) {
@@ -24,7 +24,8 @@ EXPORT int64_t pack_rows_bf16(const bf16* w, int64_t n, int64_t k_size, bf16* pa
 template <class T> INLINE void pack_transposed(const T* panels, int64_t n, int64_t k_size, float* out) {
   for (int64_t k = 0; k < k_size; k++) {
     float* to = out + k / PANEL * n * PANEL + k % PANEL;
-    for (int64_t r = 0; r < n; r++) to[r * PANEL] = to_float(panels[(r / PANEL * k_size + k) * PANEL + r % PANEL]);
+    for (int64_t r = 0; r < n; r++)
+      to[r * PANEL] = to_float(panels[r / PANEL * panel_size<T>(k_size) + panel_at(panels, k, r % PANEL)]);
   }
 }
 EXPORT int64_t pack_transposed_f32(const float* panels, int64_t n, int64_t k_size, float* out) {
@@ -36,10 +37,11 @@ EXPORT int64_t pack_transposed_bf16(const bf16* panels, int64_t n, int64_t k_siz
   return 0;
 }
 
-// ---- rows of x as fp32 ----
+// ---- a block of rows ----
 
-// From this many rows on, bf16 panels are widened once per block instead of in every tile.
-constexpr int WIDEN_ROWS = 24;
+// From so many rows on k is walked in stretches, and bf16 panels are widened once per block instead of in every tile.
+constexpr int MANY_ROWS = 24;
+constexpr int64_t ROW_FLOATS = DEPTH + 16;  // of a row's stretch: rows must not fall into the same cache sets
 
 template <class T> INLINE void widen(const T* from, float* to, int64_t n) {
   int64_t i = 0;
@@ -47,36 +49,94 @@ template <class T> INLINE void widen(const T* from, float* to, int64_t n) {
   if (i < n) store(to + i, load(from + i, int(n - i)), int(n - i));
 }
 
-// One block: rows x_row(i) times panels, to c. Buffers: `xs` room for the rows as fp32 (bf16 only).
+// A stretch of a bf16 panel as fp32, [depth][16].
+INLINE void widen_panel(const bf16* from, float* to, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += 2)
+    for (int i = 0; i < PARTS; i++) {
+      const vi pairs = load_pairs(from + k * PANEL + i * W * 2);
+      store(to + k * PANEL + i * W, lower(pairs));
+      if (k + 1 < depth) store(to + (k + 1) * PANEL + i * W, upper(pairs));
+    }
+}
+
+// Bytes of scratch that `typed_block` needs for up to `rows` rows and `count` panels.
+template <class T, class C> INLINE int64_t scratch_bytes(int rows, int64_t k_size, int64_t count) {
+  if (rows < MANY_ROWS) return sizeof(T) == 4 ? 0 : 4 * rows * k_size;
+  int64_t floats = rows * ROW_FLOATS;
+  if (sizeof(T) == 2) floats += DEPTH * PANEL * GROUP;
+  if (sizeof(C) == 2 && k_size > DEPTH) floats += rows * count * PANEL;
+  return 4 * floats;
+}
+
+// One block: rows x[i] times panels [p0, p1), to c. `buffer` as scratch_bytes() says.
 template <class T, class C>
-INLINE void typed_block(int rows, int64_t k_size, const T* const* x, float* xs, const T* panels, float* panel_buffer,
-                        C* const* c, int64_t p0, int64_t p1, int64_t columns) {
+INLINE void few_rows(int rows, int64_t k_size, const T* const* x, float* buffer, const T* panels, C* const* c,
+                     int64_t p0, int64_t p1, int64_t columns) {
   if constexpr (sizeof(T) == 4) {
-    block(rows, k_size, x, panels, c, p0, p1, columns);
+    block<false, true>(rows, k_size, x, panels, panel_size<T>(k_size), c, p0, p1, columns);
   } else {
-    const float* wide[BLOCK_ROWS];
+    const float* wide[MANY_ROWS];
     for (int i = 0; i < rows; i++) {
-      widen(x[i], xs + i * k_size, k_size);
-      wide[i] = xs + i * k_size;
+      widen(x[i], buffer + i * k_size, k_size);
+      wide[i] = buffer + i * k_size;
     }
-    if (rows < WIDEN_ROWS) {
-      block(rows, k_size, wide, panels, c, p0, p1, columns);
-      return;
-    }
-    const int64_t group = NP_BY_ROWS[MR_MAX], size = k_size * PANEL;
-    for (int64_t p = p0; p < p1; p += group) {
-      int64_t count = p + group < p1 ? group : p1 - p;
-      widen(panels + p * size, panel_buffer, count * size);
+    block<false, true>(rows, k_size, wide, panels, panel_size<T>(k_size), c, p0, p1, columns);
+  }
+}
+
+// Panels [p0, p1) over one stretch of k; panels points at the stretch's first k.
+template <bool RESUME, class T, class C>
+INLINE void stretch(int rows, int64_t depth, const float* const* a, const T* panels, int64_t size, float* buffer,
+                    C* const* c, int64_t p0, int64_t p1, int64_t columns) {
+  if constexpr (sizeof(T) == 4) {
+    block<RESUME, false>(rows, depth, a, panels, size, c, p0, p1, columns);
+  } else {
+    for (int64_t p = p0; p < p1; p += GROUP) {
+      const int64_t count = p + GROUP < p1 ? GROUP : p1 - p;
+      for (int64_t n = 0; n < count; n++) widen_panel(panels + (p + n) * size, buffer + n * depth * PANEL, depth);
       C* shifted[BLOCK_ROWS];
       for (int i = 0; i < rows; i++) shifted[i] = c[i] + p * PANEL;
-      block(rows, k_size, wide, panel_buffer, shifted, 0, count, columns - p * PANEL);
+      block<RESUME, false>(rows, depth, a, buffer, depth * PANEL, shifted, 0, count, columns - p * PANEL);
     }
   }
 }
 
-template <class T> INLINE int64_t scratch_bytes(int rows, int64_t k_size) {
-  if (sizeof(T) == 4) return 0;
-  return 4 * k_size * (rows + (rows < WIDEN_ROWS ? 0 : PANEL * NP_BY_ROWS[MR_MAX]));
+template <class T, class C>
+INLINE void many_rows(int rows, int64_t k_size, const T* const* x, float* buffer, const T* panels, C* const* c,
+                      int64_t p0, int64_t p1, int64_t columns) {
+  float* panel_buffer = buffer + rows * ROW_FLOATS;
+  const int64_t first = p0 * PANEL, end = p1 * PANEL < columns ? p1 * PANEL : columns;
+  const bool resting = sizeof(C) == 2 && k_size > DEPTH;  // chains rest in a buffer, since c cannot hold fp32
+  float* rest[BLOCK_ROWS];
+  for (int i = 0; i < rows; i++) {
+    if (resting) rest[i] = panel_buffer + (sizeof(T) == 2 ? DEPTH * PANEL * GROUP : 0) + i * (end - first) - first;
+    else rest[i] = (float*)c[i];
+  }
+  const float* a[BLOCK_ROWS];
+  for (int64_t k = 0; k == 0 || k < k_size; k += DEPTH) {
+    const int64_t depth = k_size - k < DEPTH ? k_size - k : DEPTH;
+    for (int i = 0; i < rows; i++) {
+      widen(x[i] + k, buffer + i * ROW_FLOATS, depth);
+      a[i] = buffer + i * ROW_FLOATS;
+    }
+    const T* from = panels + k * PANEL;
+    if (k > 0) stretch<true>(rows, depth, a, from, panel_size<T>(k_size), panel_buffer, rest, p0, p1, columns);
+    else if (resting) stretch<false>(rows, depth, a, from, panel_size<T>(k_size), panel_buffer, rest, p0, p1, columns);
+    else stretch<false>(rows, depth, a, from, panel_size<T>(k_size), panel_buffer, c, p0, p1, columns);
+  }
+  if (resting)
+    for (int i = 0; i < rows; i++)
+      for (int64_t j = first; j < end; j += W) {
+        const int m = end - j < W ? int(end - j) : W;
+        store(c[i] + j, load(rest[i] + j, m), m);
+      }
+}
+
+template <class T, class C>
+INLINE void typed_block(int rows, int64_t k_size, const T* const* x, float* buffer, const T* panels, C* const* c,
+                        int64_t p0, int64_t p1, int64_t columns) {
+  if (rows < MANY_ROWS) few_rows(rows, k_size, x, buffer, panels, c, p0, p1, columns);
+  else many_rows(rows, k_size, x, buffer, panels, c, p0, p1, columns);
 }
 
 // ns on one thread: about 32 multiply-adds and 10 bytes of weights a nanosecond.
@@ -92,20 +152,21 @@ INLINE void linear(const T* x, int64_t ldx, int64_t rows, const T* panels, int64
                    int64_t ldy) {
   const int64_t count = panels_of(n);
   const double work = product_ns(double(rows), double(k_size), double(n), sizeof(T));
-  const int step = block_rows(k_size);
   auto run = [=](int64_t r0, int64_t r1, int64_t p0, int64_t p1) {
-    const int most = r1 - r0 < step ? int(r1 - r0) : step;
-    Scratch scratch(scratch_bytes<T>(most, k_size));
-    float* xs = scratch.as<float>();
-    for (int64_t r = r0; r < r1; r += step) {
-      const int m = r1 - r < step ? int(r1 - r) : step;
+    // Blocks of nearly one size: a short one at the end would run like a few rows.
+    const int64_t blocks = (r1 - r0 + BLOCK_ROWS - 1) / BLOCK_ROWS, most = blocks ? (r1 - r0 + blocks - 1) / blocks : 0;
+    Scratch scratch(scratch_bytes<T, C>(int(most), k_size, p1 - p0));
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t begin = r0 + (r1 - r0) * block / blocks, end = r0 + (r1 - r0) * (block + 1) / blocks;
+      const int m = int(end - begin);
       const T* a[BLOCK_ROWS];
       C* c[BLOCK_ROWS];
-      for (int i = 0; i < m; i++) a[i] = x + (r + i) * ldx, c[i] = y + (r + i) * ldy;
-      typed_block(m, k_size, a, xs, panels, xs + most * k_size, c, p0, p1, n);
+      for (int i = 0; i < m; i++) a[i] = x + (begin + i) * ldx, c[i] = y + (begin + i) * ldy;
+      typed_block(m, k_size, a, scratch.as<float>(), panels, c, p0, p1, n);
     }
   };
-  if (rows >= 2 * MR_MAX * omp_get_max_threads()) {
+  // By columns, so that the threads read the weights once between them; narrow products go by rows.
+  if (count < 4 * omp_get_max_threads() && rows >= 2 * MR_MAX * omp_get_max_threads()) {
     parallel(rows, work, [=](int64_t begin, int64_t end) { run(begin, end, 0, count); });
   } else {
     parallel(count, work, [=](int64_t begin, int64_t end) { run(0, rows, begin, end); });
@@ -156,15 +217,15 @@ INLINE int64_t gather_gemv(const T* x, int64_t ldx, int64_t fan_out, const int32
                            const T* panels, int64_t experts, int64_t n, int64_t k_size, T* y) {
   for (int64_t r = 0; r < rows; r++)
     if (uint32_t(expert[r]) >= uint32_t(experts)) return 1 + r;
-  const int64_t count = panels_of(n), size = count * k_size * PANEL;
+  const int64_t count = panels_of(n), size = count * panel_size<T>(k_size);
   const double work = product_ns(double(rows), double(k_size), double(n), sizeof(T));
   parallel(rows * count, work, [=](int64_t begin, int64_t end) {
-    Scratch scratch(scratch_bytes<T>(1, k_size));
+    Scratch scratch(scratch_bytes<T, T>(1, k_size, 0));
     for (int64_t r = begin / count; r * count < end; r++) {
       const int64_t p0 = begin > r * count ? begin - r * count : 0, p1 = end < (r + 1) * count ? end - r * count : count;
       const T* a = x + r / fan_out * ldx;
       T* c = y + r * n;
-      typed_block<T, T>(1, k_size, &a, scratch.as<float>(), panels + expert[r] * size, nullptr, &c, p0, p1, n);
+      few_rows<T, T>(1, k_size, &a, scratch.as<float>(), panels + expert[r] * size, &c, p0, p1, n);
     }
   });
   return 0;
@@ -177,24 +238,24 @@ INLINE int64_t grouped_gemm(const T* x, int64_t ldx, int64_t fan_out, const int3
   Scratch ints(4 * (experts + 1 + rows));
   int32_t *first = ints.as<int32_t>(), *order = first + experts + 1;
   if (int64_t bad = sort_by_expert(expert, rows, experts, first, order)) return bad;
-  const int64_t count = panels_of(n), size = count * k_size * PANEL;
+  const int64_t count = panels_of(n), size = count * panel_size<T>(k_size);
   const double work = product_ns(double(rows), double(k_size), double(n), sizeof(T));
-  const int step = block_rows(k_size);
   // Positions [begin, end) of `order`, panels [p0, p1).
   auto run = [=](int64_t begin, int64_t end, int64_t p0, int64_t p1) {
-    Scratch scratch(scratch_bytes<T>(step, k_size));
-    float* xs = scratch.as<float>();
+    const int most = rows < BLOCK_ROWS ? int(rows) : BLOCK_ROWS;
+    const int64_t many = scratch_bytes<T, T>(most, k_size, p1 - p0), few = scratch_bytes<T, T>(MANY_ROWS - 1, k_size, 0);
+    Scratch scratch(many > few ? many : few);
     for (int64_t e = 0; e < experts; e++) {
       int64_t e0 = first[e] > begin ? first[e] : begin, e1 = first[e + 1] < end ? first[e + 1] : end;
-      for (int64_t at = e0; at < e1; at += step) {
-        const int m = e1 - at < step ? int(e1 - at) : step;
+      for (int64_t at = e0; at < e1; at += BLOCK_ROWS) {
+        const int m = e1 - at < BLOCK_ROWS ? int(e1 - at) : BLOCK_ROWS;
         const T* a[BLOCK_ROWS];
         T* c[BLOCK_ROWS];
         for (int i = 0; i < m; i++) {
           int64_t r = order[at + i];
           a[i] = x + r / fan_out * ldx, c[i] = y + r * n;
         }
-        typed_block(m, k_size, a, xs, panels + e * size, xs + step * k_size, c, p0, p1, n);
+        typed_block(m, k_size, a, scratch.as<float>(), panels + e * size, c, p0, p1, n);
       }
     }
   };
@@ -252,8 +313,8 @@ INLINE void weight_gradient(int64_t rows, int64_t j0, int64_t j1, int64_t k_size
       float* c[MR_MAX];
       for (int i = 0; i < m; i++) a[i] = dy_tile + i, c[i] = dw + (j + i) * k_size;
       for (int64_t i = 0; i < length; i++) memcpy(dy_tile + i * MR_MAX, dy_row(start + i) + j, size_t(m) * 4);
-      if (start == 0) any_row_tile<MR_MAX, false>(m, length, a, x_panels, c, 0, count, k_size);
-      else any_row_tile<MR_MAX, true>(m, length, a, x_panels, c, 0, count, k_size);
+      if (start == 0) any_row_tile<MR_MAX, false, false>(m, length, a, x_panels, length * PANEL, c, 0, count, k_size);
+      else any_row_tile<MR_MAX, true, false>(m, length, a, x_panels, length * PANEL, c, 0, count, k_size);
     }
   }
 }
