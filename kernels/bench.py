@@ -8,8 +8,9 @@ backward alone. `expert_linear` is timed on both of its paths, gather + GEMV and
 equal in every bit.
 
 Beside the times stand the reached GB/s (each input, weight and output counted once) and GFLOP/s, and what the machine
-can do at most: a loop that only reads, and one that only multiplies and adds. torch.set_num_threads and OMP_NUM_THREADS
-govern both sides.
+can do at most: a loop that only reads, and one that only multiplies and adds. At the end stand the aims: what was set
+out to reach, in how many cases it was, and the worst of them. torch.set_num_threads and OMP_NUM_THREADS govern both
+sides.
 """
 
 from __future__ import annotations
@@ -27,39 +28,17 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from kernels import bench_cases as cases
 from kernels import dispatch, ops
 from kernels.bench_cases import Call, Case
+from kernels.bench_report import Result, aims_table, crossings, paths_table, table
 from kernels.cpu.library import bind
 from kernels.cpu.moe import GATHER, GROUPED, expert_linear_by
 
 SLOW_S = 0.5
 """A call that takes longer is run once, and where torch's is one, the shape's greater row counts are left out (its bf16
 backward falls to a few hundredths of ours on processors without bf16 instructions)."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the table. ``ratio`` is time over time: below 1 ours is faster."""
-
-    op: str
-    dtype: str
-    shape: str
-    rows: int
-    direction: str
-    ours_us: float
-    torch_us: float
-    ratio: float
-    gbs: float
-    gflops: float
-    ceiling_gbs: float
-    ceiling_gflops: float
-    threads: int
-    gather_us: float | None = None  # expert_linear only: its two paths
-    grouped_us: float | None = None
-    paths_equal: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +156,10 @@ def measure_all(group: Iterator[Case], effort: Effort, ceiling: tuple[float, flo
         yield result
 
 
-def run(quick: bool) -> list[Result]:
+OPS = ("linear", "rms_norm", "logprob", "attention_decode", "attention_prefill", "moe", "expert_linear")
+
+
+def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
     effort = Effort(2, 0.0, 1e-4) if quick else Effort(3, 0.12, 2e-4)
     rows = (1, 8) if quick else cases.ROWS
     ceiling = ceilings(64 if quick else 512)
@@ -189,65 +171,35 @@ def run(quick: bool) -> list[Result]:
         "attention_prefill": cases.prefill_cases((64,) if quick else (64, 256, 1024)),
         "moe": cases.moe_cases(rows, partial(fastest, effort)),
     }
-    console, results = Console(), []
+    console = Console()
+    results: list[Result] = []
     console.print(
         f"{dispatch.contract()}\n{torch.get_num_threads()} of {os.cpu_count()} processors; ceilings: reading "
         f"{ceiling[0]:.1f} GB/s, fp32 multiply-add {ceiling[1]:.1f} GFLOP/s"
     )
     for name, group in groups.items():
-        found = list(measure_all(group, effort, ceiling))
-        console.print(table(name, found))
+        if name in chosen:
+            found = list(measure_all(group, effort, ceiling))
+            console.print(table(name, found))
+            results += found
+    if "expert_linear" in chosen:
+        found = measure_paths(rows, effort, ceiling)
+        console.print(paths_table(found))
+        for line in crossings(found):
+            console.print(line)
         results += found
-    found = measure_paths(rows, effort, ceiling)
-    console.print(paths_table(found))
-    for line in crossings(found):
-        console.print(line)
-    return results + found
-
-
-def table(name: str, results: list[Result]) -> Table:
-    made = Table(title=f"{name}: µs, ours / torch")
-    for column in ("dtype", "shape", "rows", "direction", "ours µs", "torch µs", "ratio", "GB/s", "GFLOP/s"):
-        made.add_column(column, justify="left" if column in ("dtype", "shape", "direction") else "right")
-    for r in results:
-        ratio = f"[{'green' if r.ratio <= 1 else 'red'}]{r.ratio:.2f}"
-        made.add_row(
-            r.dtype, r.shape, str(r.rows), r.direction, f"{r.ours_us:.1f}", f"{r.torch_us:.1f}", ratio, f"{r.gbs:.1f}",
-            f"{r.gflops:.1f}",
-        )  # fmt: skip
-    return made
-
-
-def paths_table(results: list[Result]) -> Table:
-    made = Table(title="expert_linear: gather + GEMV against grouped GEMM, µs")
-    for column in ("dtype", "shape", "tokens", "gather", "grouped", "taken", "torch", "wins", "equal bits"):
-        made.add_column(column, justify="left" if column in ("dtype", "shape", "wins", "equal bits") else "right")
-    for r in results:
-        assert r.gather_us is not None and r.grouped_us is not None
-        made.add_row(
-            r.dtype, r.shape, str(r.rows), f"{r.gather_us:.1f}", f"{r.grouped_us:.1f}", f"{r.ours_us:.1f}",
-            f"{r.torch_us:.1f}", "gather" if r.gather_us < r.grouped_us else "grouped",
-            "[green]yes" if r.paths_equal else "[red]NO",
-        )  # fmt: skip
-    return made
-
-
-def crossings(results: list[Result]) -> Iterator[str]:
-    """For each shape the first token count from which grouped GEMM is the faster path."""
-    for dtype, shape in dict.fromkeys((r.dtype, r.shape) for r in results):
-        mine = [r for r in results if (r.dtype, r.shape) == (dtype, shape)]
-        last = max((i for i, r in enumerate(mine) if (r.gather_us or 0) < (r.grouped_us or 0)), default=-1)
-        where = f"from {mine[last + 1].rows} tokens on" if last + 1 < len(mine) else "nowhere measured"
-        yield f"{dtype} {shape}: grouped GEMM wins {where}"
+    console.print(aims_table(results))
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="file for the results: a list of objects")
     parser.add_argument("--quick", action="store_true", help="few rows and rounds: checks the bench, not the speed")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="time only these")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    results = run(arguments.quick)
+    results = run(arguments.quick, tuple(arguments.ops))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
         print(f"written to {arguments.json}")

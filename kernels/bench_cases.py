@@ -26,7 +26,8 @@ NORM = (128, 512, 2048)
 VOCABULARY = (256, 16384)
 HEADS = ((4, 2, 32), (8, 2, 64), (32, 8, 128))  # query heads, key heads, width: presets tiny, base, inkling_small
 EXPERTS = ((8, 2, 128, 128), (16, 4, 512, 256), (16, 2, 1024, 1024))  # experts, top-k, D, inner width
-TORCH_EXPERTS = ("eager", "batched_mm", "grouped_mm")  # transformers' names
+TORCH_EXPERTS = ("eager", "grouped_mm", "batched_mm")  # transformers' names
+MOST_GATHERED = 1 << 30  # bytes; batched_mm copies each row's expert weights, 25 GB for 1,024 rows of the largest shape
 DECODE_KEYS = 4096
 REL_CHANNELS, REL_EXTENT = 16, 1024
 
@@ -181,7 +182,9 @@ def moe_cases(rows: tuple[int, ...], fastest: Callable[[list[Call]], int]) -> It
         for t in rows:
             routed = Routed.random(t, experts, top_k, d, dtype)
             ours = partial(_moe, routed, gate_up, down)
-            ways = [partial(_torch_moe, module, way, routed) for way in TORCH_EXPERTS]
+            gathered = t * top_k * 3 * d * inner * dtype.itemsize
+            names = TORCH_EXPERTS if gathered <= MOST_GATHERED else TORCH_EXPERTS[:2]
+            ways = [partial(_torch_moe, module, way, routed) for way in names]
             theirs = ways[fastest([torch.no_grad()(way) for way in ways])]
             traffic = float(dtype.itemsize * (min(t * top_k, experts) * 3 * d * inner + 2 * t * d))
             yield from _both_ways(

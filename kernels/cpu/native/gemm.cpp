@@ -73,30 +73,41 @@ template <class T, class C>
 INLINE void few_rows(int rows, int64_t k_size, const T* const* x, float* buffer, const T* panels, C* const* c,
                      int64_t p0, int64_t p1, int64_t columns) {
   if constexpr (sizeof(T) == 4) {
-    block<false, true>(rows, k_size, x, panels, panel_size<T>(k_size), c, p0, p1, columns);
+    block<false, true>(rows, k_size, x, panels, panel_size<T>(k_size), c, p0, p1, columns, [](int, int, int) {});
   } else {
     const float* wide[MANY_ROWS];
     for (int i = 0; i < rows; i++) {
       widen(x[i], buffer + i * k_size, k_size);
       wide[i] = buffer + i * k_size;
     }
-    block<false, true>(rows, k_size, wide, panels, panel_size<T>(k_size), c, p0, p1, columns);
+    block<false, true>(rows, k_size, wide, panels, panel_size<T>(k_size), c, p0, p1, columns, [](int, int, int) {});
   }
 }
 
-// Panels [p0, p1) over one stretch of k; panels points at the stretch's first k.
+// Panels [p0, p1) over one stretch of k; panels points at the stretch's first k. While the tiles of one panel group run,
+// the next group's stretch and the next tile's sums are asked for: both lie far apart, so the processor cannot guess.
 template <bool RESUME, class T, class C>
 INLINE void stretch(int rows, int64_t depth, const float* const* a, const T* panels, int64_t size, float* buffer,
                     C* const* c, int64_t p0, int64_t p1, int64_t columns) {
-  if constexpr (sizeof(T) == 4) {
-    block<RESUME, false>(rows, depth, a, panels, size, c, p0, p1, columns);
-  } else {
-    for (int64_t p = p0; p < p1; p += GROUP) {
-      const int64_t count = p + GROUP < p1 ? GROUP : p1 - p;
-      for (int64_t n = 0; n < count; n++) widen_panel(panels + (p + n) * size, buffer + n * depth * PANEL, depth);
-      C* shifted[BLOCK_ROWS];
-      for (int i = 0; i < rows; i++) shifted[i] = c[i] + p * PANEL;
-      block<RESUME, false>(rows, depth, a, buffer, depth * PANEL, shifted, 0, count, columns - p * PANEL);
+  constexpr int64_t LINE = 64;
+  const int64_t lines = depth * PANEL * int64_t(sizeof(T)) / LINE;
+  for (int64_t p = p0; p < p1; p += GROUP) {
+    const int64_t count = p + GROUP < p1 ? GROUP : p1 - p, next_count = p + GROUP < p1 ? GROUP : 0;
+    const T* group = panels + p * size;
+    const char* next_group = (const char*)(panels + (p + next_count) * size);
+    C* shifted[BLOCK_ROWS];
+    for (int i = 0; i < rows; i++) shifted[i] = c[i] + p * PANEL;
+    auto ahead = [&](int tile, int tiles, int next) __attribute__((always_inline)) {
+      for (int i = next; i < next + MR_MAX && i < rows; i++) __builtin_prefetch(shifted[i], 1);
+      for (int64_t n = 0; n < next_count && p + GROUP + n < p1; n++)
+        for (int64_t line = lines * tile / tiles; line < lines * (tile + 1) / tiles; line++)
+          __builtin_prefetch(next_group + n * size * int64_t(sizeof(T)) + line * LINE, 0, 2);
+    };
+    if constexpr (sizeof(T) == 4) {
+      block<RESUME, false>(rows, depth, a, group, size, shifted, 0, count, columns - p * PANEL, ahead);
+    } else {
+      for (int64_t n = 0; n < count; n++) widen_panel(group + n * size, buffer + n * depth * PANEL, depth);
+      block<RESUME, false>(rows, depth, a, buffer, depth * PANEL, shifted, 0, count, columns - p * PANEL, ahead);
     }
   }
 }
@@ -116,8 +127,14 @@ INLINE void many_rows(int rows, int64_t k_size, const T* const* x, float* buffer
   for (int64_t k = 0; k == 0 || k < k_size; k += DEPTH) {
     const int64_t depth = k_size - k < DEPTH ? k_size - k : DEPTH;
     for (int i = 0; i < rows; i++) {
-      widen(x[i] + k, buffer + i * ROW_FLOATS, depth);
       a[i] = buffer + i * ROW_FLOATS;
+      if constexpr (sizeof(T) == 4) {
+        if (k_size <= DEPTH) {  // short rows need no copy
+          a[i] = x[i];
+          continue;
+        }
+      }
+      widen(x[i] + k, buffer + i * ROW_FLOATS, depth);
     }
     const T* from = panels + k * PANEL;
     if (k > 0) stretch<true>(rows, depth, a, from, panel_size<T>(k_size), panel_buffer, rest, p0, p1, columns);

@@ -143,21 +143,23 @@ static void any_row_tile(int rows, int64_t k_size, const float* const* a, const 
   }
 }
 
-// `rows` (at most BLOCK_ROWS) rows given by pointer, over panels [p0, p1).
-template <bool RESUME, bool FAR, class B, class C>
+// Up to BLOCK_ROWS rows given by pointer, over panels [p0, p1), in tiles of up to six rows; before each tile of a panel
+// group ahead(tile, tiles, first row of the next tile) may ask for what comes next.
+template <bool RESUME, bool FAR, class B, class C, class Ahead>
 INLINE void block(int rows, int64_t k_size, const float* const* a, const B* b, int64_t stride, C* const* c, int64_t p0,
-                  int64_t p1, int64_t columns) {
+                  int64_t p1, int64_t columns, Ahead ahead) {
   if (rows <= MR_MAX) {
     any_row_tile<1, RESUME, FAR>(rows, k_size, a, b, stride, c, p0, p1, columns);
     return;
   }
-  int tiles = (rows + MR_MAX - 1) / MR_MAX;
+  const int tiles = (rows + MR_MAX - 1) / MR_MAX;
   // A panel group stays in the first-level cache while all row tiles pass over it.
-    for (int64_t p = p0; p < p1; p += GROUP) {
-    int64_t end = p + GROUP < p1 ? p + GROUP : p1;
+  for (int64_t p = p0; p < p1; p += GROUP) {
+    const int64_t end = p + GROUP < p1 ? p + GROUP : p1;
     for (int t = 0; t < tiles; t++) {
-      int begin = rows * t / tiles, count = rows * (t + 1) / tiles - begin;
-      any_row_tile<1, RESUME, FAR>(count, k_size, a + begin, b, stride, c + begin, p, end, columns);
+      const int begin = rows * t / tiles, next = rows * (t + 1) / tiles;
+      ahead(t, tiles, next);
+      any_row_tile<1, RESUME, FAR>(next - begin, k_size, a + begin, b, stride, c + begin, p, end, columns);
     }
   }
 }
