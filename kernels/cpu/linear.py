@@ -133,7 +133,7 @@ class _Linear(torch.autograd.Function):
         if not any(need_parts):
             return dx, None, None, *[None] * len(need_parts)
         whole = weight_gradient(grad, x.float()).to(x.dtype)
-        pieces = whole.split([part.shape[0] for part in packed.parts])
+        pieces = whole.split([part.shape[0] for part in packed.parts]) if len(packed.parts) > 1 else (whole,)
         return dx, None, None, *(piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
 
 

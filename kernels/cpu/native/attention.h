@@ -17,6 +17,12 @@
 
 constexpr int SPLIT = 64;  // keys in a split, which is a page: kernels.layout.SPLIT_TOKENS
 
+INLINE vf reversed(vf x) {
+  vi last_first;
+  for (int i = 0; i < W; i++) last_first[i] = W - 1 - i;
+  return __builtin_shuffle(x, last_first);
+}
+
 // rel_proj [C, extent] with its distance axis reversed, so that neighbouring keys are neighbouring floats: the bias of
 // channel c for key j seen from position i is at row(c)[j - i]. Zeros surround the known distances.
 class ReversedProj {
@@ -26,11 +32,16 @@ class ReversedProj {
   template <class T> void build(const T* proj, int64_t ld, int64_t channels, int64_t kept) {
     extent = kept;
     ld_ = kept + 2 * MARGIN;
-    data_.assign(size_t(channels * ld_), 0.f);
+    data_.resize(size_t(channels * ld_));
     for (int64_t c = 0; c < channels; c++) {
-      float* to = data_.data() + c * ld_ + MARGIN;
-      const T* from = proj + c * ld + kept - 1;
-      for (int64_t x = 0; x < kept; x++) to[x] = to_float(from[-x]);
+      float* to = data_.data() + c * ld_;
+      const T* from = proj + c * ld;
+      memset(to, 0, MARGIN * 4);
+      memset(to + MARGIN + kept, 0, MARGIN * 4);
+      to += MARGIN;
+      int64_t x = 0;
+      for (; x + W <= kept; x += W) store(to + x, reversed(load(from + kept - x - W)));
+      for (; x < kept; x++) to[x] = to_float(from[kept - 1 - x]);
     }
   }
   const float* row(int64_t c) const { return data_.data() + c * ld_ + MARGIN + extent - 1; }
