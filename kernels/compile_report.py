@@ -82,7 +82,7 @@ def compile_one(spec: CompileSpec, target: Target) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels.triton.launch import FP_FUSION
+    from kernels.triton.tiles import FP_FUSION
 
     names = spec.fn.arg_names
     constants = {(names.index(name),): value for name, value in spec.constexprs.items()}
