@@ -9,7 +9,8 @@ AMD's gfx942. The audit reads the result, not the source:
 - no tf32 product: fp32 stays fp32;
 - registers, spilled bytes and shared memory within the target's limits, so that the kernel can be launched at all.
 
-Prints a table and exits with status 1 when a kernel fails to compile or to pass. It does not prove that a kernel gives
+Prints a table and exits with status 1 when a kernel fails to compile or to pass; the slow tests run it, and CI them
+(`tests/kernels/test_compile_report.py`, with kernels that must be caught beside it). It does not prove that a kernel gives
 the right numbers: that is for the tests, in Triton's interpreter and, where there is one, on a GPU.
 """
 

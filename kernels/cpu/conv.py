@@ -26,13 +26,12 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
 
 
 def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
-    checks.short_conv(x, weight, segments, state)
+    (rows, width), stride, dtype = checks.short_conv(x, weight, segments, state)
     if not (x.is_cpu and weight.is_cpu and (state is None or state.is_cpu)):
         checks.misplaced("short_conv", "cpu", "cpu", x=x, weight=weight, state=state)
-    rows, width = x.shape
-    out = torch.empty(rows, width, dtype=x.dtype)
-    bad = _FORWARD[x.dtype](
-        x.data_ptr(), x.stride(0), weight.data_ptr(), segments.slot.data_ptr(), segments.start.data_ptr(),
+    out = torch.empty(rows, width, dtype=dtype)
+    bad = _FORWARD[dtype](
+        x.data_ptr(), stride[0], weight.data_ptr(), segments.slot.data_ptr(), segments.start.data_ptr(),
         segments.offset.data_ptr(), segments.slot.shape[0], None if state is None else state.data_ptr(),
         0 if state is None else state.shape[0], out.data_ptr(), width,
     )  # fmt: skip
