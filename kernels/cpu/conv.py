@@ -22,22 +22,18 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
             raise ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
         out: Tensor = _ShortConv.apply(x, weight, segments)
         return out
-    return _forward(x, weight, segments, state)
-
-
-def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
     (rows, width), stride, dtype = checks.short_conv(x, weight, segments, state)
     if not (x.is_cpu and weight.is_cpu and (state is None or state.is_cpu)):
         checks.misplaced("short_conv", "cpu", "cpu", x=x, weight=weight, state=state)
-    out = torch.empty(rows, width, dtype=dtype)
+    y = torch.empty(rows, width, dtype=dtype)
     bad = _FORWARD[dtype](
         x.data_ptr(), stride[0], weight.data_ptr(), segments.slot.data_ptr(), segments.start.data_ptr(),
         segments.offset.data_ptr(), segments.slot.shape[0], None if state is None else state.data_ptr(),
-        0 if state is None else state.shape[0], out.data_ptr(), width,
+        0 if state is None else state.shape[0], y.data_ptr(), width,
     )  # fmt: skip
     if bad:
         raise checks.no_such_state(segments, bad - 1, state)
-    return out
+    return y
 
 
 class _ShortConv(torch.autograd.Function):
@@ -45,7 +41,7 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx, x, weight, segments):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.segments = segments
-        return _forward(x, weight, segments, None)
+        return short_conv(x, weight, segments, None)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

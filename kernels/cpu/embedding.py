@@ -21,22 +21,18 @@ def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
     if torch.is_grad_enabled() and table.requires_grad:
         out: Tensor = _EmbeddingSum.apply(codes, table, bins)
         return out
-    return _forward(codes, table, bins)
-
-
-def _forward(codes: Tensor, table: Tensor, bins: int) -> Tensor:
     checks.embedding_sum(codes, table, bins)
     if not (codes.is_cpu and table.is_cpu):
         checks.misplaced("embedding_sum", "cpu", "cpu", codes=codes, table=table)
     codes = codes.contiguous()
     (rows, channels), width = codes.shape, table.shape[1]
-    out = torch.empty(rows, width, dtype=table.dtype)
+    total = torch.empty(rows, width, dtype=table.dtype)
     bad = _FORWARD[codes.dtype, table.dtype](
-        codes.data_ptr(), table.data_ptr(), out.data_ptr(), rows, channels, bins, width
+        codes.data_ptr(), table.data_ptr(), total.data_ptr(), rows, channels, bins, width
     )
     if bad:
         raise checks.no_such_code(codes, bad - 1, bins)
-    return out
+    return total
 
 
 class _EmbeddingSum(torch.autograd.Function):
@@ -44,7 +40,7 @@ class _EmbeddingSum(torch.autograd.Function):
     def forward(ctx, codes, table, bins):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(codes, table)
         ctx.bins = bins
-        return _forward(codes, table, bins)
+        return embedding_sum(codes, table, bins)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

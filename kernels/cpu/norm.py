@@ -17,19 +17,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _RmsNorm.apply(x, weight, eps)
         return out
-    return _forward(x, weight, eps)
-
-
-def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     shape, stride, dtype = checks.rms_norm(x, weight)
     if not (x.is_cpu and weight.is_cpu):
         checks.misplaced("rms_norm", "cpu", "cpu", x=x, weight=weight)
-    out = torch.empty(*shape, dtype=dtype)  # a torch.Size in place of integers costs 2 µs
+    y = torch.empty(*shape, dtype=dtype)  # a torch.Size in place of integers costs 2 µs
     inner = shape[1] if len(shape) == 3 else 1
     _FORWARD[dtype](
-        x.data_ptr(), stride[0], inner, stride[1], weight.data_ptr(), eps, out.data_ptr(), shape[0] * inner, shape[-1]
+        x.data_ptr(), stride[0], inner, stride[1], weight.data_ptr(), eps, y.data_ptr(), shape[0] * inner, shape[-1]
     )  # fmt: skip
-    return out
+    return y
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -37,7 +33,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _forward(x, weight, eps)
+        return rms_norm(x, weight, eps)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

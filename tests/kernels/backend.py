@@ -69,9 +69,17 @@ def there(op: Callable[..., Any]) -> Callable[..., Any]:
     return moved
 
 
+def across(x: torch.Tensor) -> torch.Tensor:
+    """``x`` on the device; its strides, too, which Tensor.to forgets of rows that lie apart."""
+    if x.requires_grad or x.is_contiguous():
+        return x.to(device())
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((reach,), (1,), x.storage_offset()).to(device()).as_strided(x.shape, x.stride())
+
+
 def _to(x: Any, written: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
     if isinstance(x, torch.Tensor) and x.is_cpu:
-        other = x.to(device())
+        other = across(x)
         written.append((x, other))
         return other
     if isinstance(x, tuple):

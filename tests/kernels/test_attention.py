@@ -112,9 +112,9 @@ def test_control_library_attention() -> None:
 def test_control_keys_in_other_places() -> None:
     """Splits and their parts counted from where a window begins, and not from position 0, would make a chunk's cut
     change bits: the same keys, one position later, do."""
-    shape, x, window = SHAPES[0], sequence(3, 60, SHAPES[0]), 30
-    shifted = pack([sequence(4, 1, shape), x])  # no row from 30 on sees the row put before it
-    expected, got = attend(x, shape, window)[30:], attend(shifted, shape, window)[31:]
+    shape, x, window = SHAPES[0], sequence(3, 90, SHAPES[0]), 40
+    shifted = pack([sequence(4, 1, shape), x])  # no row from 40 on sees the row put before it
+    expected, got = attend(x, shape, window)[40:], attend(shifted, shape, window)[41:]
     assert torch.allclose(got, expected, atol=1e-5)
     with pytest.raises(AssertionError, match="differ"):
         assert_same(got, expected, "keys in other places of their splits")

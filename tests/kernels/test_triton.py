@@ -33,8 +33,9 @@ SHARED = [
 OWN = sorted(f"triton/{path.name}" for path in FOLDER.glob("triton/test_*.py"))
 
 
-def run(file: str, **variables: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+def run(files: list[str], **variables: str) -> None:
+    paths = [str(FOLDER / file) for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"METRONOME_BACKEND": "triton"} | variables
     done = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False)
@@ -43,16 +44,16 @@ def run(file: str, **variables: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", SHARED + OWN)
-def test_in_the_interpreter(file: str) -> None:
-    run(file, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("files", [SHARED, OWN], ids=["shared", "own"])
+def test_in_the_interpreter(files: list[str]) -> None:
+    run(files, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch finds none")
-@pytest.mark.parametrize("file", SHARED + OWN)
-def test_on_a_gpu(file: str) -> None:
-    run(file, **{DEVICE_VARIABLE: "cuda"})
+@pytest.mark.parametrize("files", [SHARED, OWN], ids=["shared", "own"])
+def test_on_a_gpu(files: list[str]) -> None:
+    run(files, **{DEVICE_VARIABLE: "cuda"})
 
 
 def test_every_op_has_its_tests() -> None:
