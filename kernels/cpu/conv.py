@@ -28,7 +28,7 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
     y = torch.empty(rows, width, dtype=dtype)
     bad = _FORWARD[dtype](
         x.data_ptr(), stride[0], weight.data_ptr(), segments.slot.data_ptr(), segments.start.data_ptr(),
-        segments.offset.data_ptr(), segments.slot.shape[0], None if state is None else state.data_ptr(),
+        segments.offset.data_ptr(), segments.slot.shape[0], 0 if state is None else state.data_ptr(),
         0 if state is None else state.shape[0], y.data_ptr(), width,
     )  # fmt: skip
     if bad:
@@ -52,6 +52,6 @@ class _ShortConv(torch.autograd.Function):
         dweight = torch.empty_like(weight) if need_weight else None
         _BACKWARD(
             wide.data_ptr(), weight.data_ptr(), segments.offset.data_ptr(), segments.slot.shape[0], grad.data_ptr(),
-            None if dx is None else dx.data_ptr(), None if dweight is None else dweight.data_ptr(), x.shape[1],
+            0 if dx is None else dx.data_ptr(), 0 if dweight is None else dweight.data_ptr(), x.shape[1],
         )  # fmt: skip
         return None if dx is None else dx.to(x.dtype), dweight, None
