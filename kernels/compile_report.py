@@ -7,10 +7,12 @@ AMD's gfx942. The audit reads the result, not the source:
 
 - no atomic and no reduction instruction on global memory: those add in the order in which the clock lets programs come;
 - no tf32 product: fp32 stays fp32;
+- the gathered and the grouped form of the experts' product use the same matrix instructions, for they must be equal;
 - registers, spilled bytes and shared memory within the target's limits, so that the kernel can be launched at all.
 
-Prints a table and exits with status 1 when a kernel fails to compile or to pass. It does not prove that a kernel gives
-the right numbers: that is for the tests, in Triton's interpreter and, where there is one, on a GPU.
+Prints a table and exits with status 1 when a kernel fails to compile or to pass. CI runs it by the slow tests
+(`tests/kernels/test_compile_report.py`, with kernels beside it that must be caught). It does not prove that a kernel
+gives the right numbers: that is for the tests, in Triton's interpreter and, where there is one, on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,8 @@ _PTX_ATOMIC = re.compile(r"(?:\b(?:atom|red)|multimem\.red|cp\.reduce\S*)\.[\w.:
 _GCN_ATOMIC = re.compile(r"\b(?:global|flat|buffer|s)_atomic\w*")
 _PTX_TF32 = re.compile(r"\bmma\S*\.tf32\S*|\bwgmma\S*\.tf32\S*|\btcgen05\.mma\S*kind::tf32\S*")
 _GCN_TF32 = re.compile(r"\bv_mfma\w*xf32\w*")
+_PTX_PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")
+_GCN_PRODUCT = re.compile(r"\bv_mfma\w*")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Compiled:
     threads: int  # of a program
     seconds: float  # near 0 when Triton's cache had it
     problems: tuple[str, ...]  # empty: passes
+    products: tuple[str, ...] = ()  # its matrix instructions, whose shapes are the order of a sum within a tile
 
 
 def compile_one(spec: CompileSpec, target: Target) -> Compiled:
@@ -82,7 +87,7 @@ def compile_one(spec: CompileSpec, target: Target) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels.triton.launch import FP_FUSION
+    from kernels.triton.tiles import FP_FUSION
 
     names = spec.fn.arg_names
     constants = {(names.index(name),): value for name, value in spec.constexprs.items()}
@@ -104,7 +109,9 @@ def compile_one(spec: CompileSpec, target: Target) -> Compiled:
     code = kernel.asm["ptx" if target.platform == "cuda" else "amdgcn"]
     shared: int = kernel.metadata.shared
     problems = (*audit_code(code, target), *audit_size(registers, spilled, shared, threads, target))
-    return Compiled(spec.name, target.name, registers, spilled, shared, threads, time.perf_counter() - start, problems)
+    products = tuple(sorted(set((_PTX_PRODUCT if target.platform == "cuda" else _GCN_PRODUCT).findall(code))))
+    seconds = time.perf_counter() - start
+    return Compiled(spec.name, target.name, registers, spilled, shared, threads, seconds, problems, products)
 
 
 def audit_code(code: str, target: Target) -> list[str]:
@@ -131,6 +138,19 @@ def audit_size(registers: int, spilled: int, shared: int, threads: int, target: 
     if spilled > SPILL_BYTES:
         problems.append(f"{spilled} bytes spilled a thread; the limit is {SPILL_BYTES}")
     return problems
+
+
+def audit_forms(results: list[Compiled]) -> list[Compiled]:
+    """``results`` with a problem more where one form of a product uses other instructions than the other."""
+    products = {(result.kernel, result.target): result.products for result in results}
+    out = []
+    for result in results:
+        grouped = products.get((result.kernel.replace(" gather ", " grouped "), result.target), result.products)
+        if result.products != grouped:
+            problem = f"its matrix instructions are {result.products}, the grouped form's {grouped}"
+            result = replace(result, problems=(*result.problems, problem))
+        out.append(result)
+    return out
 
 
 def _cubin_usage(kernel: Any, target: Target) -> tuple[int, int]:
@@ -188,7 +208,7 @@ def report(specs: list[CompileSpec], targets: Sequence[Target] = TARGETS) -> lis
     if not _jobs:
         return []
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        return pool.map(_run_job, range(len(_jobs)), chunksize=1)
+        return audit_forms(pool.map(_run_job, range(len(_jobs)), chunksize=1))
 
 
 def print_table(results: list[Compiled]) -> None:
@@ -213,7 +233,7 @@ def print_table(results: list[Compiled]) -> None:
     failed = sum(bool(result.problems) for result in results)
     console.print(
         f"{len(rows)} kernels × {len(targets)} targets compiled, {failed} failed. No atomics or reductions on global "
-        "memory, no tf32, within limits: " + ("yes" if not failed else "no")
+        "memory, no tf32, forms alike, within limits: " + ("yes" if not failed else "no")
     )
 
 

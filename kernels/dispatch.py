@@ -42,18 +42,11 @@ def _load(name: str) -> ModuleType:
 
 
 def contract() -> dict[str, str | int]:
-    """Everything that decides bits, as plain values: backend, instruction set, split and tap sizes, versions."""
+    """Everything that decides bits, as plain values: split and tap sizes and torch's version, and what the backend adds
+    by its own `contract`: its instruction set (``isa``), the version of its numerics, tiles, number formats."""
     module = backend()
-    return {
-        "backend": module.NAME,
-        "isa": module.isa(),
-        "numerics": module.NUMERICS_VERSION,
-        "split_tokens": SPLIT_TOKENS,
-        "conv_taps": CONV_TAPS,
-        # exact: bf16 is widened and multiplied in fp32 FMA chains; no instruction set's bf16 dot product is used
-        "bf16": "matrix units" if module.NAME == "triton" else "exact",
-        "torch": torch.__version__,
-    }
+    shared = {"split_tokens": SPLIT_TOKENS, "conv_taps": CONV_TAPS, "torch": torch.__version__}
+    return {"backend": module.NAME, **module.contract(), **shared}
 
 
 def contract_id() -> str:

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.bfloat16)
+"""What activations and weights may be."""
+
 SPLIT_TOKENS = 64
-"""Keys in one attention split, and tokens in one KV page: a page *is* a split, so page layout cannot change bits."""
+"""Tokens of one KV page, and the keys of one attention split: a page *is* a split, so page layout cannot change bits. A
+backend reduces a split at once or in aligned parts of it."""
 
 CONV_TAPS = 4
 """Taps of a short convolution; a sequence carries the last CONV_TAPS - 1 inputs from call to call."""
@@ -80,6 +84,20 @@ class PackedLinear:
     cols: int  # K
     data: dict[str, Tensor] = field(default_factory=dict)  # backend buffers, by the backend's own names
 
+    @staticmethod
+    def build(parts: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...] = FLOATS) -> PackedLinear:
+        """Without buffers. Raises ValueError for parts that do not stack."""
+        if not parts:
+            raise ValueError("pack_linear: parts is empty; give at least one weight [N, K]")
+        if parts[0].dim() != 2:
+            raise ValueError(f"pack_linear: parts[0] is {tuple(parts[0].shape)}, not [N, K]")
+        cols = parts[0].shape[1]
+        for i, part in enumerate(parts):
+            if part.dim() != 2 or part.shape[1] != cols:
+                raise ValueError(f"pack_linear: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")
+            _check_weight(f"pack_linear: parts[{i}]", part, parts[0], dtypes)
+        return PackedLinear(parts, sum(part.shape[0] for part in parts), cols)
+
 
 @dataclass
 class PackedExperts:
@@ -92,3 +110,34 @@ class PackedExperts:
     rows: int  # N, equal in every group
     cols: int  # K
     data: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def build(groups: tuple[tuple[Tensor, ...], ...], dtypes: tuple[torch.dtype, ...] = FLOATS) -> PackedExperts:
+        """Without buffers. Raises ValueError for groups that do not stack."""
+        if not all(groups) or not groups:
+            raise ValueError("pack_experts: groups or one of them is empty; give at least one weight [E, N, K]")
+        first = groups[0][0]
+        if first.dim() != 3:
+            raise ValueError(f"pack_experts: groups[0][0] is {tuple(first.shape)}, not [E, N, K]")
+        cols, rows = first.shape[2], sum(part.shape[1] for part in groups[0] if part.dim() == 3)
+        for g, group in enumerate(groups):
+            experts = group[0].shape[0] if group[0].dim() else 0
+            for i, part in enumerate(group):
+                if part.dim() != 3 or part.shape[0] != experts or part.shape[2] != cols:
+                    raise ValueError(
+                        f"pack_experts: groups[{g}][{i}] is {tuple(part.shape)}, not [{experts}, N, {cols}]"
+                    )
+                _check_weight(f"pack_experts: groups[{g}][{i}]", part, first, dtypes)
+            if sum(part.shape[1] for part in group) != rows:
+                raise ValueError(f"pack_experts: groups[{g}] has other rows than groups[0], which has {rows}")
+        return PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
+
+
+def _check_weight(name: str, part: Tensor, first: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if part.dtype not in dtypes or part.dtype != first.dtype:
+        raise ValueError(f"{name} is {part.dtype}; all parts need one of {list(dtypes)}, the first is {first.dtype}")
+    if part.device != first.device or not part.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous and beside the first, on {first.device}; it is on {part.device}, strides "
+            f"{part.stride()}"
+        )

@@ -3,7 +3,9 @@
 **Row contract.** Row i of an output depends, bit for bit, only on row i of the inputs, on the weights and, for
 `short_conv` and `attention`, on the same sequence's rows at smaller positions; never on how many other rows there
 are, what they hold, their order, the thread count, chunk boundaries, whether earlier keys come from a cache or from
-this call, or where pages lie. One output element is reduced by one worker in one fixed order.
+this call, or where pages lie. One output element is reduced by one worker in one fixed order. What is said below of an
+op's order binds every backend; the rest of it is the backend's own, stated in its module (`kernels.cpu.backend`,
+`kernels.triton.tiles`), and enters the contract id: bits are compared within one backend, never across two.
 
 Activations are fp32 or bf16 (accumulation is always fp32; one rounding at the end). Under autograd every op but
 `sample` is differentiable. Elementwise single-rounding arithmetic (add, multiply, divide) needs no op of ours: torch's
@@ -37,7 +39,7 @@ def repack(packed: PackedLinear | PackedExperts) -> None:
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
-    """y[t, n] = sum_k x[t, k] * w[n, k], one chain over k in ascending order. x [T, K] (rows may be strided, columns
+    """y[t, n] = sum_k x[t, k] * w[n, k], over k in one order, the backend's. x [T, K] (rows may be strided, columns
     may not) -> [T, N] of ``out_dtype`` (default x.dtype)."""
     return dispatch.backend().linear(x, packed, out_dtype or x.dtype)
 
@@ -92,12 +94,12 @@ def attention(
     tau: Tensor | None = None,
     cache: PagedKV | None = None,
 ) -> Tensor:
-    """Causal attention with Inkling's learned relative bias, keys reduced in left-aligned splits.
+    """Causal attention with Inkling's learned relative bias, keys reduced in left-aligned ranges of fixed size.
 
     score(i, j) = tau_i * (scale * q_i . k_j + b_i(i - j)), b_i(d) = sum_c rel[i, c] * rel_proj[c, d] for
-    d < extent, else 0; keys with i - j >= window are out of sight. Keys are reduced in splits of SPLIT_TOKENS absolute
-    positions (max, sum of exp, weighted values, each in ascending key order), the splits combined left to right;
-    a split wholly out of sight is skipped.
+    d < extent, else 0; keys with i - j >= window are out of sight. Keys are reduced in aligned ranges of
+    absolute positions, splits of SPLIT_TOKENS or equal parts of them as the backend states (max, sum of exp, weighted
+    values), the ranges combined left to right; a range wholly out of sight changes nothing.
 
     q [T, H, D], k and v [T, H_kv, D] (rows may be strided), rel [T, H, C] (rows may be strided), rel_proj [C, extent],
     tau fp32 [T] or None (1) -> [T, H, D]. With ``cache`` the call first writes its keys and values into the pages, then

@@ -1,6 +1,13 @@
 """The native CPU backend: every op of `kernels.ops`, gathered here under the names that `kernels.dispatch` calls.
 
 NUMERICS_VERSION goes up whenever a change to the native code may change a bit of any result.
+
+**Orders of reduction**, on every instruction set alike (the sources of native/ say how):
+
+- products (linear, experts, their gradients): one chain acc = fma(a, b, acc) over ascending k;
+- attention: whole splits of 64 keys from left to right, each element of a split's sums a chain over ascending keys;
+- RMS norm, log-probabilities: 16 lanes, lane l over elements l, l + 16, …, joined by one fixed tree;
+- convolution, experts' weighted sum, embedding, the router's weights: one chain in ascending index.
 """
 
 from __future__ import annotations
@@ -17,11 +24,10 @@ from kernels.layout import PackedExperts, PackedLinear
 
 __all__ = [
     "NAME",
-    "NUMERICS_VERSION",
     "attention",
+    "contract",
     "embedding_sum",
     "expert_linear",
-    "isa",
     "linear",
     "logprob",
     "moe_combine",
@@ -37,6 +43,11 @@ __all__ = [
 
 NAME = "cpu"
 NUMERICS_VERSION = 1
+
+
+def contract() -> dict[str, str | int]:
+    # exact: bf16 is widened and multiplied in fp32 FMA chains; no instruction set's bf16 dot product is used
+    return {"isa": isa(), "numerics": NUMERICS_VERSION, "bf16": "exact"}
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:

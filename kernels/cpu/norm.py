@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import checks
 from kernels.cpu.library import bind
 
 _FORWARD = {torch.float32: bind("rms_norm_f32", "piiipfpii"), torch.bfloat16: bind("rms_norm_bf16", "piiipfpii")}
@@ -16,26 +17,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _RmsNorm.apply(x, weight, eps)
         return out
-    return _forward(x, weight, eps)
-
-
-def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    shape = x.shape
-    n = shape[-1] if shape else 0
-    if len(shape) not in (2, 3) or n == 0 or weight.shape != (n,):
-        raise ValueError(f"rms_norm: x is {tuple(shape)}, weight {tuple(weight.shape)}; need [T, D] or [T, H, D], [D]")
-    call = _FORWARD.get(x.dtype)
-    stride = x.stride()
-    if call is None or weight.dtype != x.dtype or not weight.is_contiguous():
-        raise ValueError(f"rms_norm: x is {x.dtype}, weight {weight.dtype}; need the same, float32 or bfloat16")
-    if not x.is_cpu or not weight.is_cpu or (stride[-1] != 1 and n > 1):
-        raise ValueError(f"rms_norm: x must be a CPU tensor with adjacent columns; on {x.device}, strides {stride}")
-    out = torch.empty(*shape, dtype=x.dtype)  # a torch.Size in place of integers costs 2 µs
+    shape, stride, dtype = checks.rms_norm(x, weight)
+    if not (x.is_cpu and weight.is_cpu):
+        checks.misplaced("rms_norm", "cpu", "cpu", x=x, weight=weight)
+    y = torch.empty(*shape, dtype=dtype)  # a torch.Size in place of integers costs 2 µs
     inner = shape[1] if len(shape) == 3 else 1
-    call(
-        x.data_ptr(), stride[0], inner, stride[1], weight.data_ptr(), eps, out.data_ptr(), shape[0] * inner, n
+    _FORWARD[dtype](
+        x.data_ptr(), stride[0], inner, stride[1], weight.data_ptr(), eps, y.data_ptr(), shape[0] * inner, shape[-1]
     )  # fmt: skip
-    return out
+    return y
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -43,7 +33,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _forward(x, weight, eps)
+        return rms_norm(x, weight, eps)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ scale pass it on to q . k, and tau alone to the bias. Who sums what, each in one
   that distance. Then drel and drel_proj are plain products over distances and over rows. The layout is kept for
   PASS_TILES query tiles at a time; drel_proj is summed within a pass and a key head, then over these in order.
 
-Sums are fp32, in bf16 as in `kernels.triton.attention`; every gradient is rounded once, to its input's type.
+Sums are fp32, in bf16 as in the forward; every gradient is rounded once, to its input's type.
 """
 
 from __future__ import annotations
@@ -20,14 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.layout import Segments
-from kernels.triton.attention import (
+from kernels.triton.attention_parts import (
     NO_WINDOW,
     SPEC_SHAPES,
-    TILES,
     Shape,
-    attend_whole,
-    narrow,
-    plain,
     relative_bias,
     shape_constants,
     sizes,
@@ -35,10 +31,9 @@ from kernels.triton.attention import (
     wide_product,
     width_product,
 )
-from kernels.triton.launch import SHORT, CompileSpec, run
+from kernels.triton.launch import SHORT, CompileSpec, plain, run
+from kernels.triton.tiles import DISTANCES, PASS_TILES, attention_tile
 
-PASS_TILES = 64  # keeps their slices aligned; at 32 rows, 8 key heads and an extent of 1024: 64 MiB by distance
-DISTANCES = 64  # of one step, or one program
 ADDENDS = 256  # elements of drel_proj per program of the last sum
 
 
@@ -89,7 +84,7 @@ def queries_kernel(
         held = (at <= last)[:, None] & (d < WIDTH)[None, :]
         keys = tl.load(k + source[:, None] + d[None, :], mask=held, other=0.0)
         total += wide_product(dscore * scale, keys)
-    tl.store(dq + place, narrow(total, dq.dtype.element_ty), mask=inside)
+    tl.store(dq + place, total.to(dq.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -137,8 +132,8 @@ def keys_kernel(
         dkeys += wide_product(tl.trans(dscore * scale), queries)
     place = source[:, None] + d[None, :]
     held = (at < end)[:, None] & (d < WIDTH)[None, :]
-    tl.store(dk + place, narrow(dkeys, dk.dtype.element_ty), mask=held)
-    tl.store(dv + place, narrow(dvalues, dv.dtype.element_ty), mask=held)
+    tl.store(dk + place, dkeys.to(dk.dtype.element_ty), mask=held)
+    tl.store(dv + place, dvalues.to(dv.dtype.element_ty), mask=held)
 
 
 @triton.jit
@@ -166,7 +161,7 @@ def rel_kernel(
         proj = tl.load(rel_proj + c[None, :] * EXTENT + d[:, None], mask=inside, other=0.0)
         total += wide_product(theirs, proj)
     inside = valid[:, None] & (c < CHANNELS)[None, :]
-    tl.store(drel + row[:, None] * CHANNELS + c[None, :], narrow(total, drel.dtype.element_ty), mask=inside)
+    tl.store(drel + row[:, None] * CHANNELS + c[None, :], total.to(drel.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["order", "count"])
@@ -207,24 +202,7 @@ def proj_sum_kernel(partial, drel_proj, count, ELEMENTS: tl.constexpr, BLOCK: tl
     for _ in range(0, count):
         total += tl.load(partial + e, mask=e < ELEMENTS, other=0.0)
         partial += ELEMENTS
-    tl.store(drel_proj + e, narrow(total, drel_proj.dtype.element_ty), mask=e < ELEMENTS)
-
-
-class Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, rel, rel_proj, segments, scale, reach, tau):  # type: ignore[no-untyped-def]
-        q, k, v, rel, rel_proj = (plain(x) for x in (q, k, v, rel, rel_proj))
-        out, lse = attend_whole(q, k, v, rel, rel_proj, segments, scale, reach, tau)
-        ctx.save_for_backward(q, k, v, rel, rel_proj, tau, out, lse)
-        ctx.segments, ctx.scale, ctx.reach = segments, scale, reach
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        q, k, v, rel, rel_proj, tau, out, lse = ctx.saved_tensors
-        how = ctx.segments, ctx.scale, ctx.reach
-        gradients = differentiate(q, k, v, rel, rel_proj, tau, out, lse, plain(dout), *how)
-        return *gradients, None, None, None, None
+    tl.store(drel_proj + e, total.to(drel_proj.dtype.element_ty), mask=e < ELEMENTS)
 
 
 def flat_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -251,7 +229,7 @@ def differentiate(
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, drel, drel_proj); all arguments with adjacent elements."""
-    (rows, heads, width), key_heads = q.shape, k.shape[1]
+    (rows, heads, width), key_heads, tile = q.shape, k.shape[1], attention_tile(q.dtype)
     channels, extent = rel_proj.shape
     size = sizes(q.dtype, heads, key_heads, width)
     dq, dk, dv, drel = (torch.empty_like(x) for x in (q, k, v, rel))
@@ -272,28 +250,27 @@ def differentiate(
         by_distance.zero_()
         grid = len(mine), key_heads
         run(
-            queries_kernel, grid, q.device, TILES[q.dtype],
+            queries_kernel, grid, q.device, tile,
             q, k, v, rel, rel_proj, factor, mine, out, lse, dout, dq, delta, by_distance, float(scale), **over,
         )  # fmt: skip
-        run(rel_kernel, grid, q.device, TILES[q.dtype], rel_proj, mine, by_distance, drel, **flat)
+        run(rel_kernel, grid, q.device, tile, rel_proj, mine, by_distance, drel, **flat)
         steps = triton.cdiv(extent, DISTANCES), key_heads
-        run(proj_kernel, steps, q.device, TILES[q.dtype], rel, mine, by_distance, partial, n, len(mine), **flat)
+        run(proj_kernel, steps, q.device, tile, rel, mine, by_distance, partial, n, len(mine), **flat)
     run(
-        keys_kernel, (len(parts), key_heads), q.device, TILES[q.dtype],
+        keys_kernel, (len(parts), key_heads), q.device, tile,
         q, k, v, rel, rel_proj, factor, parts, lse, dout, dk, dv, delta, float(scale), **over,
     )  # fmt: skip
     drel_proj, elements = torch.empty_like(rel_proj), channels * extent
     blocks = (triton.cdiv(elements, ADDENDS),)
     addends = len(passes) * key_heads
-    run(
-        proj_sum_kernel, blocks, q.device, TILES[q.dtype], partial, drel_proj, addends, ELEMENTS=elements, BLOCK=ADDENDS
-    )
+    run(proj_sum_kernel, blocks, q.device, tile, partial, drel_proj, addends, ELEMENTS=elements, BLOCK=ADDENDS)
     return dq, dk, dv, drel, drel_proj
 
 
 def specs() -> list[CompileSpec]:
     out = []
     for dtype, t in SHORT.items():
+        tile = attention_tile(dtype)
         p = f"*{t}"
         common = dict.fromkeys(("q", "k", "v", "rel", "rel_proj", "dout"), p)
         common |= dict.fromkeys(("tau", "lse", "delta"), "*fp32")
@@ -323,6 +300,6 @@ def specs() -> list[CompileSpec]:
                 if window == NO_WINDOW and constants is not over:
                     continue  # knows no window
                 title = f"attention gradient {name}, {where}: {t}"
-                how = TILES[dtype].warps, TILES[dtype].stages
+                how = tile.warps, tile.stages
                 out.append(CompileSpec(title, kernel, pointers | numbers, dict(constants), (*pointers,), *how))
     return out

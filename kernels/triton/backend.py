@@ -1,8 +1,8 @@
 """The Triton backend: every op of `kernels.ops`, gathered here under the names that `kernels.dispatch` calls.
 
 It runs on a GPU or, with TRITON_INTERPRET=1 set before triton is first imported, slowly, in Triton's interpreter on CPU
-tensors: that is how it is tested where there is no GPU. NUMERICS_VERSION goes up (its first number) whenever a change
-may change a bit of any result; it also names what else decides them here.
+tensors: that is how it is tested where there is no GPU. NUMERICS_VERSION goes up whenever a change to a kernel's text
+may change a bit of any result; what else decides them, orders of reduction included, is in `kernels.triton.tiles`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import functools
 import torch
 
 from kernels.layout import PackedExperts, PackedLinear
+from kernels.triton import tiles
 from kernels.triton.attention import attention
 from kernels.triton.conv import short_conv
 from kernels.triton.elementwise import moe_combine, swiglu
 from kernels.triton.embedding import embedding_sum
 from kernels.triton.experts import expert_linear, fill_experts, pack_experts
-from kernels.triton.launch import INTERPRET, settings
+from kernels.triton.launch import INTERPRET
 from kernels.triton.linear import fill_linear, linear, pack_linear
 from kernels.triton.norm import rms_norm
 from kernels.triton.router import route
@@ -25,11 +26,10 @@ from kernels.triton.sampling import logprob, sample
 
 __all__ = [
     "NAME",
-    "NUMERICS_VERSION",
     "attention",
+    "contract",
     "embedding_sum",
     "expert_linear",
-    "isa",
     "linear",
     "logprob",
     "moe_combine",
@@ -44,11 +44,15 @@ __all__ = [
 ]
 
 NAME = "triton"
-NUMERICS_VERSION = f"1, {settings()}"
+NUMERICS_VERSION = 2
+
+
+def contract() -> dict[str, str | int]:
+    return {"isa": _isa(), "numerics": NUMERICS_VERSION, **tiles.contract()}
 
 
 @functools.cache
-def isa() -> str:
+def _isa() -> str:
     """The GPU's architecture, ``sm_90`` or ``gfx942``; or ``interpreter``."""
     if INTERPRET:
         return "interpreter"

@@ -7,22 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import checks
 from kernels.layout import CONV_TAPS, Segments
-from kernels.triton.launch import (
-    MAP_TILE,
-    SHORT,
-    CompileSpec,
-    Tile,
-    aligned,
-    check,
-    check_columns,
-    placed,
-    row_stride,
-    run,
-)
-
-WEIGHT_TILE = Tile(m=32, n=64, k=32, warps=4, stages=1)
-"""The weights' gradient: rows in chunks of m, ascending; n channels a program."""
+from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, placed, row_stride, run
+from kernels.triton.tiles import MAP_TILE, ROWS_TILE
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -122,24 +110,10 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
 
 
 def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
-    if x.dim() != 2 or x.shape[0] != segments.rows:
-        raise ValueError(f"short_conv: x is {tuple(x.shape)}, not [{segments.rows}, C]")
+    checks.short_conv(x, weight, segments, state)
+    check_place("short_conv", x=x, weight=weight, state=state)
+    _check_segments(segments, state)
     rows, width = x.shape
-    check("short_conv", "x", x)
-    check_columns("short_conv", "x", x)
-    check("short_conv", "weight", weight, (torch.float32,))
-    if weight.shape != (width, CONV_TAPS) or not weight.is_contiguous():
-        raise ValueError(
-            f"short_conv: weight is {weight.dtype} {tuple(weight.shape)}, not contiguous float32 [{width}, {CONV_TAPS}]"
-        )
-    if state is not None:
-        check("short_conv", "state", state)
-        if state.shape[1:] != (CONV_TAPS - 1, width) or state.dtype != x.dtype or not state.is_contiguous():
-            raise ValueError(
-                f"short_conv: state is {state.dtype} {tuple(state.shape)}, not contiguous {x.dtype} "
-                f"[slots, {CONV_TAPS - 1}, {width}]"
-            )
-    _check_segments(segments, None if state is None else state.shape[0])
     at, x, y = placed(segments, x.device), aligned(x), x.new_empty(rows, width)
     held = y if state is None else state  # the pointer is not read without state
     run(
@@ -155,15 +129,12 @@ def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None
     return y
 
 
-def _check_segments(segments: Segments, slots: int | None) -> None:
+def _check_segments(segments: Segments, state: Tensor | None) -> None:
     """Cheap for segments as `Segments.build` makes them, on the CPU; on a GPU it waits for the device."""
-    bad = segments.start > 0 if slots is None else (segments.slot < 0) | (segments.slot >= slots)
+    slot = segments.slot
+    bad = segments.start > 0 if state is None else (slot < 0) | (slot >= state.shape[0])
     if bool(bad.any()):
-        s = int(bad.int().argmax())
-        why = f"starts at {int(segments.start[s])}, but there is no state"
-        raise ValueError(
-            f"short_conv: segment {s} {why if slots is None else f'has slot {int(segments.slot[s])} of {slots}'}"
-        )
+        raise checks.no_such_state(segments, int(bad.int().argmax()), state)
 
 
 def _segment_of_row(segments: Segments) -> Tensor:
@@ -191,9 +162,9 @@ class _ShortConv(torch.autograd.Function):
         )  # fmt: skip
         x = aligned(x)
         run(
-            conv_weight_gradient_kernel, (triton.cdiv(width, WEIGHT_TILE.n), CONV_TAPS), x.device, WEIGHT_TILE,
+            conv_weight_gradient_kernel, (triton.cdiv(width, ROWS_TILE.n), CONV_TAPS), x.device, ROWS_TILE,
             x, grad, segment, at.offset, dweight, rows, width, row_stride(x), row_stride(grad),
-            TAPS=CONV_TAPS, M=WEIGHT_TILE.m, N=WEIGHT_TILE.n,
+            TAPS=CONV_TAPS, M=ROWS_TILE.m, N=ROWS_TILE.n,
         )  # fmt: skip
         return dx, dweight, None
 
@@ -229,8 +200,8 @@ def specs() -> list[CompileSpec]:
                 "short_conv weight gradient",
                 conv_weight_gradient_kernel,
                 {"x": p, "grad": p} | own | {"dweight": "*fp32"} | rows | {"x_row": "i32", "g_row": "i32"},
-                {"TAPS": CONV_TAPS, "M": WEIGHT_TILE.m, "N": WEIGHT_TILE.n},
-                WEIGHT_TILE,
+                {"TAPS": CONV_TAPS, "M": ROWS_TILE.m, "N": ROWS_TILE.n},
+                ROWS_TILE,
             ),
         ]
         for name, kernel, signature, constants, tile in kernels:

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import MAP_TILE, CompileSpec, aligned, check, check_columns, norm_tile, row_stride, run
+from kernels import checks
+from kernels.triton.launch import CompileSpec, aligned, check_place, plain, row_stride, run
+from kernels.triton.tiles import MAP_TILE, norm_tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -81,10 +83,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}, not [T, 2I]")
-    check("swiglu", "gate_up", gate_up)
-    check_columns("swiglu", "gate_up", gate_up)
+    checks.swiglu(gate_up)
+    check_place("swiglu", gate_up=gate_up)
     rows, half = gate_up.shape[0], gate_up.shape[1] // 2
     gate, up, stride = _halves(gate_up)
     out = gate_up.new_empty(rows, half)
@@ -126,16 +126,10 @@ def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
 
 
 def combine(y: Tensor, weight: Tensor) -> Tensor:
-    check("moe_combine", "y", y)
-    check("moe_combine", "weight", weight, (torch.float32,))
-    if weight.dim() != 2 or not weight.is_contiguous():
-        raise ValueError(f"moe_combine: weight is {weight.dtype} {tuple(weight.shape)}, not contiguous fp32 [T, J]")
-    rows, choices = weight.shape
-    if y.dim() != 2 or y.shape[0] != rows * choices:
-        raise ValueError(f"moe_combine: y is {tuple(y.shape)}, not [{rows} * {choices}, D]")
-    if not y.is_contiguous():
-        raise ValueError(f"moe_combine: y must be contiguous; its strides are {y.stride()}")
-    width = y.shape[1]
+    checks.moe_combine(y, weight)
+    check_place("moe_combine", y=y, weight=weight)
+    (rows, choices), width = weight.shape, y.shape[1]
+    y, weight = plain(y), plain(weight)
     out = y.new_empty(rows, width)
     constants = {"M": MAP_TILE.m, "N": MAP_TILE.n}
     run(combine_kernel, _grid(rows, width), y.device, MAP_TILE, y, weight, out, rows, width, choices, **constants)
@@ -150,7 +144,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        y, weight = ctx.saved_tensors
+        y, weight = map(plain, ctx.saved_tensors)
         grad, dy, dweight = aligned(grad), torch.empty_like(y), torch.empty_like(weight)
         width, tile = y.shape[1], norm_tile(y.shape[1])
         run(

@@ -7,12 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import MAP_TILE, SHORT, CompileSpec, Tile, aligned, check, row_stride, run
-
-CODES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-
-GRADIENT_TILE = Tile(m=16, n=64, k=32, warps=4, stages=2)
-"""The table's gradient: m bins and n columns a program, k rows at a time."""
+from kernels import checks
+from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, plain, row_stride, run
+from kernels.triton.tiles import BINS_TILE, MAP_TILE, PRECISION
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,7 +46,7 @@ def embedding_backward_kernel(
             other=0.0,
         )
         hit = (b[:, None] == code[None, :]).to(tl.float32)
-        total = tl.dot(hit, g.to(tl.float32), total, input_precision="ieee")
+        total = tl.dot(hit, g.to(tl.float32), total, input_precision=PRECISION)
     out = dtable + (c * bins + b).to(tl.int64)[:, None] * width + column[None, :]
     tl.store(out, total.to(dtable.dtype.element_ty), (b < bins)[:, None] & (column < width)[None, :])
 
@@ -63,20 +60,13 @@ def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
 
 
 def _forward(codes: Tensor, table: Tensor, bins: int) -> Tensor:
-    if table.dim() != 2 or bins < 1 or table.shape[0] % bins or not table.is_contiguous():
-        raise ValueError(f"embedding_sum: table is {tuple(table.shape)}, not contiguous [C * {bins}, D]")
-    channels, width = table.shape[0] // bins, table.shape[1]
-    check("embedding_sum", "table", table)
-    if codes.dim() != 2 or codes.shape[1] != channels:
-        raise ValueError(f"embedding_sum: codes is {tuple(codes.shape)}, not [T, {channels}]")
-    check("embedding_sum", "codes", codes, CODES)
-    codes = codes.contiguous()
+    checks.embedding_sum(codes, table, bins)
+    check_place("embedding_sum", codes=codes, table=table)
+    codes = plain(codes)
     outside = (codes < 0) | (codes >= bins)
     if bool(outside.any()):
-        row, channel = divmod(int(outside.int().argmax()), channels)
-        code = int(codes[row, channel])
-        raise ValueError(f"embedding_sum: codes[{row}, {channel}] is {code}, outside 0..{bins - 1}")
-    rows = codes.shape[0]
+        raise checks.no_such_code(codes, int(outside.int().argmax()), bins)
+    (rows, channels), width = codes.shape, table.shape[1]
     out = table.new_empty(rows, width)
     run(
         embedding_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), out.device, MAP_TILE,
@@ -95,7 +85,7 @@ class _EmbeddingSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         codes, table = ctx.saved_tensors
-        codes, grad, bins, tile = codes.contiguous(), aligned(grad), ctx.bins, GRADIENT_TILE
+        codes, grad, bins, tile = plain(codes), aligned(grad), ctx.bins, BINS_TILE
         out, (rows, channels), width = torch.empty_like(table), codes.shape, table.shape[1]
         grid = (channels * triton.cdiv(bins, tile.m), triton.cdiv(width, tile.n))
         sizes = (rows, channels, bins, width, row_stride(grad))
@@ -111,7 +101,7 @@ def specs() -> list[CompileSpec]:
             p, pointer = f"*{t}", f"*{code}"
             forward = {"codes": pointer, "table": p, "out": p} | sizes
             backward = {"codes": pointer, "grad": p, "dtable": p} | sizes | {"g_row": "i32"}
-            one, other = MAP_TILE, GRADIENT_TILE
+            one, other = MAP_TILE, BINS_TILE
             for name, kernel, signature, constants, tile in (
                 ("embedding_sum", embedding_kernel, forward, {"M": one.m, "N": one.n}, one),
                 (

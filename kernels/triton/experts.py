@@ -13,19 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import checks
 from kernels.layout import PackedExperts
 from kernels.triton.elementwise import combine
-from kernels.triton.launch import (
-    CompileSpec,
-    Tile,
-    aligned,
-    check,
-    expert_form,
-    product_tile,
-    row_stride,
-    run,
-)
-from kernels.triton.linear import chain, check_rows, check_weight, padded, weight_of
+from kernels.triton.launch import CompileSpec, aligned, check_place, plain, row_stride, run
+from kernels.triton.linear import chain, padded, weight_of
+from kernels.triton.tiles import PRECISION, Tile, expert_form, product_tile
 
 
 @triton.jit(do_not_specialize=["fan_out"])
@@ -91,29 +84,15 @@ def expert_weight_gradient_kernel(
         if WIDEN:
             g = g.to(tl.float32)
             v = v.to(tl.float32)
-        total = tl.dot(g, v, total, input_precision="ieee")
+        total = tl.dot(g, v, total, input_precision=PRECISION)
     out = dw + e.to(tl.int64) * rows * columns + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(out, total.to(dw.dtype.element_ty), (row < rows)[:, None] & (column < columns)[None, :])
 
 
 def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
-    if not groups or not groups[0]:
-        raise ValueError("pack_experts: groups is empty; give at least one weight [E, N, K]")
-    first = groups[0][0]
-    for g, group in enumerate(groups):
-        for i, part in enumerate(group):
-            if part.dim() != 3 or part.shape[0] != group[0].shape[0] or part.shape[2] != first.shape[-1]:
-                raise ValueError(
-                    f"pack_experts: groups[{g}][{i}] is {tuple(part.shape)}, not [{group[0].shape[0]}, N, "
-                    f"{first.shape[-1]}]"
-                )
-            check_weight(f"groups[{g}][{i}]", part, first, "pack_experts")
-    rows, cols = sum(part.shape[1] for part in groups[0]), first.shape[2]
-    for g, group in enumerate(groups):
-        if sum(part.shape[1] for part in group) != rows:
-            raise ValueError(f"pack_experts: groups[{g}] has other rows than groups[0], which has {rows}")
-    packed = PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
-    packed.data["rows"] = first.new_zeros(packed.experts, rows, padded(cols))
+    packed, first = PackedExperts.build(groups), groups[0][0]
+    check_place("pack_experts", groups=first)
+    packed.data["rows"] = first.new_zeros(packed.experts, packed.rows, padded(packed.cols))
     fill_experts(packed)
     return packed
 
@@ -141,21 +120,15 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
 
 def _forward(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
     weight = weight_of(packed, "expert_linear")
-    check_rows("expert_linear", x, packed.cols, weight)
-    rows = x.shape[0] * fan_out
-    if fan_out < 1 or expert.dtype != torch.int32 or expert.shape != (rows,) or not expert.is_contiguous():
-        raise ValueError(
-            f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)}, not contiguous int32 [{rows}] "
-            f"(= {x.shape[0]} rows * fan_out {fan_out})"
-        )
-    check("expert_linear", "expert", expert, (torch.int32,))
+    checks.rows("expert_linear", x, packed.cols, weight.dtype)
+    rows = checks.experts_of_rows(x, expert, fan_out)
+    check_place("expert_linear", x=x, packed=weight, expert=expert)
     outside = (expert < 0) | (expert >= packed.experts)
     if bool(outside.any()):
-        r = int(outside.int().argmax())
-        raise ValueError(f"expert_linear: expert[{r}] is {int(expert[r])}, outside 0..{packed.experts - 1}")
+        raise checks.no_such_expert(expert, int(outside.int().argmax()), packed.experts)
     out = x.new_empty(rows, packed.rows)
     x = aligned(x)
-    expert_product(x, weight, expert, fan_out, out, weight.shape[2], (1, weight.stride(1)), expert_form(rows))
+    expert_product(x, weight, plain(expert), fan_out, out, weight.shape[2], (1, weight.stride(1)), expert_form(rows))
     return out
 
 
@@ -235,7 +208,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, packed: PackedExperts, expert:
     """grad [R, N] -> fp32 [T, K]: over n in ascending order, then over the fan-out in ascending row."""
     rows = grad.new_empty(expert.shape[0], packed.cols, dtype=torch.float32)
     form = expert_form(expert.shape[0])
-    expert_product(grad, weight, expert, 1, rows, packed.rows, (weight.stride(1), 1), form)
+    expert_product(grad, weight, plain(expert), 1, rows, packed.rows, (weight.stride(1), 1), form)
     return rows if fan_out == 1 else combine(rows, rows.new_ones(expert.shape[0] // fan_out, fan_out))
 
 

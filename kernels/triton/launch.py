@@ -1,15 +1,6 @@
-"""What decides the Triton backend's bits: tile sizes, warps, the compiler's settings; pure functions of the weights.
+"""Launching a Triton kernel: where tensors must lie and how they must be aligned, and how a kernel is compiled ahead.
 
-The row contract rests on one argument. Every call of an op, whatever its row count, runs *the same compiled kernel*
-over tiles of one size, and a tile's rows are computed alike; only the number of programs follows the row count. So
-
-- no tile size, warp count or pipeline depth is a function of the row count (`product_tile`, `norm_tile`);
-- row counts are passed unspecialised, and activations always with the same alignment (`aligned` copies what is not),
-  for Triton compiles another kernel for an integer that 16 divides, or that is 1;
-- fp32 products keep fp32 inputs (``input_precision="ieee"``), and a multiply and an add are fused only where the source
-  says so (``enable_fp_fusion=False``, whose default changed between Triton's versions).
-
-No atomics, no split of a reduction over programs. Left out: autotuning, which would let the clock choose bits.
+What a launch's sizes are is said in `kernels.triton.tiles`; here is what keeps one compiled kernel serving every call.
 """
 
 from __future__ import annotations
@@ -22,9 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.checks import misplaced
 from kernels.layout import Segments
+from kernels.triton.tiles import FP_FUSION, Tile
 
-FP_FUSION = False
 INTERPRET: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 was set when this was first imported: kernels run in Triton's interpreter, on CPU tensors."""
 
@@ -35,53 +27,7 @@ if INTERPRET:
 
 ALIGN = 16  # Triton specialises on divisibility by 16: of a pointer in bytes, of a stride or a width in elements
 
-GATHER_ROWS = 64
-"""Up to so many rows experts run one row a program (gather + GEMV), beyond it rows sorted by expert (grouped GEMM)."""
-
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of one program's work. ``k`` is the number of terms reduced at a time."""
-
-    m: int  # rows
-    n: int  # columns
-    k: int
-    warps: int
-    stages: int
-
-
-def product_tile(dtype: torch.dtype) -> Tile:
-    """The one tile of every matrix product in ``dtype``: rows few or many, gathered or grouped, forward or backward.
-
-    64 rows let Hopper's and Blackwell's matrix instructions be used, which take no fewer; a decode of one row wastes
-    them, but waits for the weights to arrive all the same. In fp32, which runs on the plain FMA units, 16 rows are what
-    the units can hide behind the weights."""
-    if dtype == torch.bfloat16:
-        return Tile(m=64, n=64, k=64, warps=4, stages=3)
-    return Tile(m=16, n=64, k=32, warps=4, stages=3)
-
-
-def expert_form(rows: int) -> str:
-    """Which kernel runs ``rows`` expert rows. Both reduce over the same tile, so the choice cannot change a bit."""
-    return "gather" if rows <= GATHER_ROWS else "grouped"
-
-
-MAP_TILE = Tile(m=16, n=128, k=1, warps=4, stages=1)
-"""The tile of ops that treat every element alone, or sum few terms in a loop."""
-
-
-def norm_tile(width: int) -> Tile:
-    """About a thousand elements a program; a row wider than n is taken n columns at a time."""
-    n = min(triton.next_power_of_2(width), 2048)
-    return Tile(m=min(max(1024 // n, 1), 16), n=n, k=n, warps=4, stages=1)
-
-
-def settings() -> str:
-    """What decides bits beside the kernels' text, for the contract id."""
-    tiles = {short: product_tile(dtype) for dtype, short in SHORT.items()}
-    return f"triton {triton.__version__}, fp_fusion {FP_FUSION}, {tiles}"
 
 
 def run(
@@ -94,19 +40,12 @@ def run(
         kernel[grid](*args, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=FP_FUSION)
 
 
-def check(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(SHORT)) -> None:
-    """Raises ValueError unless ``x`` is where this backend's kernels run, of one of ``dtypes``."""
-    if x.device.type != ("cpu" if INTERPRET else "cuda"):
-        where = "the CPU, for TRITON_INTERPRET is set" if INTERPRET else "a GPU"
-        raise ValueError(f"{op}: {name} is on {x.device}; the triton backend needs it on {where}")
-    if x.dtype not in dtypes:
-        raise ValueError(f"{op}: {name} is {x.dtype}; need one of {', '.join(map(str, dtypes))}")
-
-
-def check_columns(op: str, name: str, x: Tensor) -> None:
-    """Raises ValueError unless the last axis of ``x`` is adjacent in memory."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{op}: {name} must have adjacent columns; its strides are {x.stride()}")
+def check_place(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless all of ``tensors`` are on one GPU, or on the CPU for the interpreter."""
+    misplaced(op, "triton", "cpu" if INTERPRET else "cuda", **tensors)
+    places = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(places.values())) > 1:
+        raise ValueError(f"{op}: need one GPU; {', '.join(f'{name} is on {place}' for name, place in places.items())}")
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -127,6 +66,12 @@ def aligned(x: Tensor) -> Tensor:
 def row_stride(x: Tensor, axis: int = 0) -> int:
     """The stride of a row axis of an `aligned` tensor. Of an axis of one row torch may report any; 0 serves it."""
     return x.stride(axis) if x.shape[axis] > 1 else 0
+
+
+def plain(x: Tensor) -> Tensor:
+    """x with adjacent elements from an address that 16 divides: one layout, so one compiled kernel for all calls."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGN == 0 else x.clone()
 
 
 def placed(segments: Segments, device: torch.device) -> Segments:
@@ -154,7 +99,8 @@ class CompileSpec:
 def compile_specs() -> list[CompileSpec]:
     """Every kernel of the backend, in fp32 and bf16."""
     from kernels.triton import (
-        attention,
+        attention_backward,
+        attention_forward,
         conv,
         elementwise,
         embedding,
@@ -165,5 +111,5 @@ def compile_specs() -> list[CompileSpec]:
         sampling,
     )  # these import launch
 
-    modules = (linear, experts, norm, conv, elementwise, embedding, attention, router, sampling)
-    return [spec for module in modules for spec in module.specs()]
+    forward = (linear, experts, norm, conv, elementwise, embedding, attention_forward, router, sampling)
+    return [spec for module in (*forward, attention_backward) for spec in module.specs()]

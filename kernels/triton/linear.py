@@ -11,18 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import checks
 from kernels.layout import PackedExperts, PackedLinear
-from kernels.triton.launch import (
-    ALIGN,
-    SHORT,
-    CompileSpec,
-    aligned,
-    check,
-    check_columns,
-    product_tile,
-    row_stride,
-    run,
-)
+from kernels.triton.launch import ALIGN, CompileSpec, aligned, check_place, row_stride, run
+from kernels.triton.tiles import PRECISION, product_tile
 
 
 @triton.jit
@@ -53,7 +45,7 @@ def chain(
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
 
@@ -97,25 +89,11 @@ def product(
 
 
 def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
-    if not parts:
-        raise ValueError("pack_linear: parts is empty; give at least one weight [N, K]")
-    cols = parts[0].shape[-1]
-    for i, part in enumerate(parts):
-        if part.dim() != 2 or part.shape[1] != cols:
-            raise ValueError(f"pack_linear: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")
-        check_weight(f"parts[{i}]", part, parts[0], "pack_linear")
-    packed = PackedLinear(parts, sum(part.shape[0] for part in parts), cols)
-    packed.data["rows"] = parts[0].new_zeros(packed.rows, padded(cols))
+    packed = PackedLinear.build(parts)
+    check_place("pack_linear", parts=parts[0])
+    packed.data["rows"] = parts[0].new_zeros(packed.rows, padded(packed.cols))
     fill_linear(packed)
     return packed
-
-
-def check_weight(name: str, part: Tensor, first: Tensor, op: str) -> None:
-    check(op, name, part)
-    if part.dtype != first.dtype or part.device != first.device:
-        raise ValueError(f"{op}: {name} is {part.dtype} on {part.device}; the first is {first.dtype} on {first.device}")
-    if not part.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous; its strides are {part.stride()}")
 
 
 def padded(cols: int) -> int:
@@ -132,22 +110,7 @@ def fill_linear(packed: PackedLinear) -> None:
 
 def weight_of(packed: PackedLinear | PackedExperts, op: str) -> Tensor:
     """The padded copy: [N, K'] of a linear layer, [E, N, K'] of experts."""
-    try:
-        return packed.data["rows"]
-    except KeyError:
-        raise ValueError(
-            f"{op}: packed was made by another backend; pack the weights anew after use_backend('triton')"
-        ) from None
-
-
-def check_rows(op: str, x: Tensor, cols: int, weight: Tensor) -> None:
-    """Raises the error for an x that is not [T, cols] of the weights' dtype and device, columns adjacent."""
-    check(op, "x", x)
-    if x.dim() != 2 or x.shape[1] != cols:
-        raise ValueError(f"{op}: x is {tuple(x.shape)}, not [T, {cols}]")
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise ValueError(f"{op}: x is {x.dtype} on {x.device}, the weights {weight.dtype} on {weight.device}")
-    check_columns(op, "x", x)
+    return checks.buffer(op, packed, "rows", "triton")
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
@@ -159,9 +122,9 @@ def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
 
 def _forward(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
     weight = weight_of(packed, "linear")
-    check_rows("linear", x, packed.cols, weight)
-    if out_dtype not in SHORT:
-        raise ValueError(f"linear: out_dtype is {out_dtype}; choose float32 or bfloat16")
+    checks.rows("linear", x, packed.cols, weight.dtype)
+    checks.out_dtype("linear", out_dtype)
+    check_place("linear", x=x, packed=weight)
     x = aligned(x)
     out = x.new_empty(x.shape[0], packed.rows, dtype=out_dtype)
     product(x, weight, out, weight.shape[1], (row_stride(x), 1), (1, weight.stride(0)))

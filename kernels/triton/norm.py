@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import SHORT, CompileSpec, Tile, aligned, check, check_columns, norm_tile, row_stride, run
-
-WEIGHT_TILE = Tile(m=32, n=64, k=32, warps=4, stages=1)
-"""The weights' gradient: rows in chunks of m, ascending; n columns a program."""
+from kernels import checks
+from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, row_stride, run
+from kernels.triton.tiles import ROWS_TILE, norm_tile
 
 
 @triton.jit(do_not_specialize=["rows", "heads"])
@@ -96,18 +95,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    shape = x.shape
-    width = shape[-1] if shape else 0
-    if len(shape) not in (2, 3) or width == 0 or weight.shape != (width,):
-        raise ValueError(f"rms_norm: x is {tuple(shape)}, weight {tuple(weight.shape)}; need [T, D] or [T, H, D], [D]")
-    check("rms_norm", "x", x)
-    check("rms_norm", "weight", weight)
-    if weight.dtype != x.dtype or weight.device != x.device or not weight.is_contiguous():
-        raise ValueError(
-            f"rms_norm: x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}; need equal"
-        )
-    check_columns("rms_norm", "x", x)
-    out = x.new_empty(shape)
+    checks.rms_norm(x, weight)
+    check_place("rms_norm", x=x, weight=weight)
+    out, width = x.new_empty(x.shape), weight.shape[0]
     tile, weight = norm_tile(width), aligned(weight)
     x, heads, strides = _rows(x)
     rows = out.numel() // width
@@ -145,8 +135,8 @@ class _RmsNorm(torch.autograd.Function):
         )  # fmt: skip
         if ctx.needs_input_grad[1]:
             run(
-                norm_weight_gradient_kernel, (triton.cdiv(width, WEIGHT_TILE.n),), x.device, WEIGHT_TILE, x, grad,
-                inverse, dweight, rows, heads, width, *strides, *g_strides, M=WEIGHT_TILE.m, N=WEIGHT_TILE.n,
+                norm_weight_gradient_kernel, (triton.cdiv(width, ROWS_TILE.n),), x.device, ROWS_TILE, x, grad,
+                inverse, dweight, rows, heads, width, *strides, *g_strides, M=ROWS_TILE.m, N=ROWS_TILE.n,
             )  # fmt: skip
         return dx, dweight, None
 
@@ -181,7 +171,7 @@ def specs() -> list[CompileSpec]:
                 )
         signature = {"x": p, "grad": p, "inverse": "*fp32", "dweight": p} | rows | strides | more
         even = tuple(a for a in signature if a not in ("rows", "heads"))
-        sizes: dict[str, int | bool] = {"M": WEIGHT_TILE.m, "N": WEIGHT_TILE.n}
+        sizes: dict[str, int | bool] = {"M": ROWS_TILE.m, "N": ROWS_TILE.n}
         name, kernel = f"rms_norm weight gradient: {t}", norm_weight_gradient_kernel
-        out.append(CompileSpec(name, kernel, signature, sizes, even, WEIGHT_TILE.warps, WEIGHT_TILE.stages))
+        out.append(CompileSpec(name, kernel, signature, sizes, even, ROWS_TILE.warps, ROWS_TILE.stages))
     return out

@@ -11,14 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.attention import plain
-from kernels.triton.launch import CompileSpec, Tile, check, run
-
-
-def tile(experts: int) -> Tile:
-    """n: the row of experts, shared ones included, padded to a power of two."""
-    n = triton.next_power_of_2(experts)
-    return Tile(m=1, n=n, k=n, warps=1, stages=1)
+from kernels import checks
+from kernels.triton.launch import CompileSpec, check_place, plain, run
+from kernels.triton.tiles import router_tile
 
 
 @triton.jit
@@ -64,19 +59,8 @@ def route_backward_kernel(
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:
-    check("route", "logits", logits, (torch.float32,))
-    if logits.dim() != 2:
-        raise ValueError(f"route: logits is {tuple(logits.shape)}; need [T, E + shared]")
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(f"route: logits has strides {logits.stride()}; columns must be adjacent")
-    experts = logits.shape[1] - shared
-    check("route", "bias", bias, (torch.float32,))
-    if bias.shape != (experts,):
-        raise ValueError(
-            f"route: bias is {tuple(bias.shape)}; logits {tuple(logits.shape)} with {shared} shared need [{experts}]"
-        )
-    if not 0 < top_k <= experts:
-        raise ValueError(f"route: top_k is {top_k}; need 1 to {experts}, the number of routed experts")
+    checks.route(logits, bias, top_k, shared)
+    check_place("route", logits=logits, bias=bias)
     if torch.is_grad_enabled() and logits.requires_grad:
         result: tuple[Tensor, Tensor] = _Route.apply(logits, bias, top_k, shared)
         return result
@@ -87,7 +71,7 @@ def _route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tenso
     rows, width = logits.shape
     expert = logits.new_empty(rows, top_k + shared, dtype=torch.int32)
     weight = logits.new_empty(rows, top_k + shared)
-    size = tile(width)
+    size = router_tile(width)
     run(
         route_kernel, (rows,), logits.device, size, logits, bias, expert, weight,
         EXPERTS=width - shared, SHARED=shared, TOP_K=top_k, BLOCK=size.n,
@@ -108,7 +92,7 @@ class _Route(torch.autograd.Function):
     def backward(ctx, _, grad):  # type: ignore[no-untyped-def]
         logits, expert, weight = ctx.saved_tensors
         (rows, width), choices = logits.shape, expert.shape[1]
-        size, dlogits = tile(choices), torch.zeros_like(logits)
+        size, dlogits = router_tile(choices), torch.zeros_like(logits)
         run(
             route_backward_kernel, (rows,), logits.device, size, logits, expert, weight, plain(grad), dlogits,
             WIDTH=width, CHOICES=choices, BLOCK=size.n,
@@ -120,7 +104,7 @@ def specs() -> list[CompileSpec]:
     """Inkling-Small's router (256 experts, 8 taken, 2 shared) and a small one."""
     out = []
     for experts, top_k, shared in ((256, 8, 2), (8, 2, 1)):
-        size, taken = tile(experts + shared), tile(top_k + shared)
+        size, taken = router_tile(experts + shared), router_tile(top_k + shared)
         floats = dict.fromkeys(("logits", "bias", "weight_out"), "*fp32")
         constants = {"EXPERTS": experts, "SHARED": shared, "TOP_K": top_k, "BLOCK": size.n}
         more = dict.fromkeys(("logits", "weight", "dweight", "dlogits"), "*fp32")

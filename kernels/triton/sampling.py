@@ -15,17 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.attention import plain
-from kernels.triton.launch import CompileSpec, Tile, check, run
+from kernels import checks
+from kernels.triton.launch import CompileSpec, check_place, plain, run
+from kernels.triton.tiles import VOCAB_TILE
 
-TILE = Tile(m=1, n=1024, k=1024, warps=4, stages=1)
-"""n, k: tokens of a row taken at a time."""
-
-FINE, BAD_LOGIT, NO_TOKEN, NOT_ALLOWED, BAD_CLASS, BAD_TOKEN = range(6)
-"""What `stats_kernel` and `score_kernel` say of a row."""
-
-_BAD_LOGIT, _NO_TOKEN, _NOT_ALLOWED = tl.constexpr(BAD_LOGIT), tl.constexpr(NO_TOKEN), tl.constexpr(NOT_ALLOWED)
-_BAD_CLASS, _BAD_TOKEN = tl.constexpr(BAD_CLASS), tl.constexpr(BAD_TOKEN)
+_BAD_LOGIT, _NO_TOKEN = tl.constexpr(checks.BAD_LOGIT), tl.constexpr(checks.NO_TOKEN)
+_NOT_ALLOWED, _BAD_CLASS = tl.constexpr(checks.NOT_ALLOWED), tl.constexpr(checks.BAD_CLASS)
+_BAD_TOKEN = tl.constexpr(checks.BAD_TOKEN)
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 
 
@@ -165,10 +161,8 @@ def logprob_backward_kernel(
 def logprob(
     logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("logprob", logits, allowed, row_class)
-    _check_integers("logprob", "token", token, logits.shape[0])
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"logprob: temperature is {temperature}; need a number > 0 (score greedy tokens at 1)")
+    checks.logprob(logits, token, temperature, allowed, row_class)
+    check_place("logprob", logits=logits, token=token, allowed=allowed, row_class=row_class)
     if torch.is_grad_enabled() and logits.requires_grad:
         result: tuple[Tensor, Tensor, Tensor] = _Logprob.apply(logits, token, temperature, allowed, row_class)
         return result
@@ -190,9 +184,9 @@ def _stats(logits: Tensor, temperature: float, allowed: Tensor, row_class: Tenso
     rows, vocab = logits.shape
     stats = _Stats(rows, logits)
     run(
-        stats_kernel, (rows,), logits.device, TILE, logits, allowed.view(torch.uint8), row_class,
+        stats_kernel, (rows,), logits.device, VOCAB_TILE, logits, allowed.view(torch.uint8), row_class,
         stats.peak, stats.log_sum, stats.entropy, stats.digest, stats.status, float(temperature), allowed.shape[0],
-        VOCAB=vocab, BLOCK=TILE.n,
+        VOCAB=vocab, BLOCK=VOCAB_TILE.n,
     )  # fmt: skip
     return stats
 
@@ -203,12 +197,13 @@ def _score(
     """The tokens' log-probs. Raises for the first row that is not fine; to know, it waits for the device."""
     chosen = torch.empty_like(stats.peak)
     run(
-        score_kernel, (len(chosen),), logits.device, TILE, logits, allowed.view(torch.uint8), row_class, token,
+        score_kernel, (len(chosen),), logits.device, VOCAB_TILE, logits, allowed.view(torch.uint8), row_class, token,
         stats.peak, stats.log_sum, stats.status, chosen, float(temperature), VOCAB=logits.shape[1],
     )  # fmt: skip
     bad = stats.status.nonzero()
     if len(bad):
-        raise _error(op, int(bad[0]), int(stats.status[bad[0]]), logits, allowed, row_class, token)
+        row = int(bad[0])
+        raise checks.no_such_score(op, row, int(stats.status[row]), logits, allowed, row_class, token)
     return chosen
 
 
@@ -228,9 +223,9 @@ class _Logprob(torch.autograd.Function):
         logits, token, allowed, row_class, peak, log_sum, entropy = ctx.saved_tensors
         (rows, vocab), dlogits = logits.shape, torch.empty_like(logits)
         run(
-            logprob_backward_kernel, (rows, triton.cdiv(vocab, TILE.n)), logits.device, TILE,
+            logprob_backward_kernel, (rows, triton.cdiv(vocab, VOCAB_TILE.n)), logits.device, VOCAB_TILE,
             logits, allowed.view(torch.uint8), row_class, token, peak, log_sum, entropy, plain(grad),
-            plain(grad_entropy), dlogits, float(ctx.temperature), VOCAB=vocab, BLOCK=TILE.n,
+            plain(grad_entropy), dlogits, float(ctx.temperature), VOCAB=vocab, BLOCK=VOCAB_TILE.n,
         )  # fmt: skip
         return dlogits, None, None, None, None
 
@@ -239,56 +234,18 @@ class _Logprob(torch.autograd.Function):
 def sample(
     logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("sample", logits, allowed, row_class)
-    _check_integers("sample", "key", key, logits.shape[0])
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"sample: temperature is {temperature}; need a number >= 0 (0 is greedy)")
+    checks.sample(logits, temperature, key, allowed, row_class)
+    check_place("sample", logits=logits, key=key, allowed=allowed, row_class=row_class)
     logits, key, row_class = plain(logits), plain(key), plain(row_class)
     scored = temperature or 1.0
     stats = _stats(logits, scored, allowed, row_class)
     token = torch.empty_like(stats.digest)
     run(
-        draw_kernel, (len(token),), logits.device, TILE, logits, allowed.view(torch.uint8), row_class, key,
+        draw_kernel, (len(token),), logits.device, VOCAB_TILE, logits, allowed.view(torch.uint8), row_class, key,
         stats.peak, stats.log_sum, stats.status, token, float(scored),
-        GREEDY=temperature == 0, VOCAB=logits.shape[1], BLOCK=TILE.n,
+        GREEDY=temperature == 0, VOCAB=logits.shape[1], BLOCK=VOCAB_TILE.n,
     )  # fmt: skip
     return token, _score("sample", logits, token, scored, allowed, row_class, stats), stats.digest
-
-
-def _check(op: str, logits: Tensor, allowed: Tensor, row_class: Tensor) -> None:
-    check(op, "logits", logits, (torch.float32,))
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"{op}: logits is {tuple(logits.shape)}; need [T, V]")
-    if logits.stride(1) != 1:
-        raise ValueError(f"{op}: logits has strides {logits.stride()}; columns must be adjacent")
-    check(op, "allowed", allowed, (torch.bool,))
-    vocab = logits.shape[1]
-    if allowed.dim() != 2 or allowed.shape[0] == 0 or allowed.shape[1] != vocab or not allowed.is_contiguous():
-        raise ValueError(f"{op}: allowed is {tuple(allowed.shape)}; need contiguous bool [classes, {vocab}]")
-    _check_integers(op, "row_class", row_class, logits.shape[0])
-
-
-def _check_integers(op: str, name: str, x: Tensor, rows: int) -> None:
-    check(op, name, x, (torch.int64,))
-    if x.shape != (rows,):
-        raise ValueError(f"{op}: {name} is {tuple(x.shape)}; need [{rows}]")
-
-
-def _error(
-    op: str, row: int, reason: int, logits: Tensor, allowed: Tensor, row_class: Tensor, token: Tensor
-) -> ValueError:
-    kind = int(row_class[row])
-    if reason == BAD_CLASS:
-        return ValueError(f"{op}: row {row} has class {kind}; allowed has classes 0 to {allowed.shape[0] - 1}")
-    if reason == BAD_LOGIT:
-        bad = allowed[kind] & ~(logits[row] < torch.inf)
-        where = f"token {int(bad.int().argmax())}" if bool(bad.any()) else "a logit that overflows at this temperature"
-        return ValueError(f"{op}: row {row} (class {kind}) holds a NaN or +inf among its allowed logits: {where}")
-    if reason == NO_TOKEN:
-        return ValueError(f"{op}: row {row} (class {kind}) has no finite logit among the tokens that its class allows")
-    if reason == BAD_TOKEN:
-        return ValueError(f"{op}: row {row} has token {int(token[row])}, outside 0 to {logits.shape[1] - 1}")
-    return ValueError(f"{op}: row {row} has token {int(token[row])}, which its class {kind} does not allow")
 
 
 def specs() -> list[CompileSpec]:
@@ -298,7 +255,7 @@ def specs() -> list[CompileSpec]:
     score = common | {"token": "*i64", "status": "*i32", "logp_out": "*fp32"}
     draw = common | {"key": "*i64", "status": "*i32", "token_out": "*i64"}
     gradient = common | {"token": "*i64"} | dict.fromkeys(("entropy", "dlogp", "dentropy", "dlogits"), "*fp32")
-    blocks: dict[str, int | bool] = {"VOCAB": 200_064, "BLOCK": TILE.n}
+    blocks: dict[str, int | bool] = {"VOCAB": 200_064, "BLOCK": VOCAB_TILE.n}
     out = []
     for name, kernel, pointers, more, constants in (
         ("logprob statistics", stats_kernel, stats, {"classes": "i32"}, blocks),
@@ -308,6 +265,8 @@ def specs() -> list[CompileSpec]:
         ("sample greedily", draw_kernel, draw, {}, blocks | {"GREEDY": True}),
     ):
         signature = pointers | more | {"temperature": "fp32"}
-        spec = CompileSpec(f"{name}: fp32", kernel, signature, constants, tuple(pointers), TILE.warps, TILE.stages)
+        spec = CompileSpec(
+            f"{name}: fp32", kernel, signature, constants, tuple(pointers), VOCAB_TILE.warps, VOCAB_TILE.stages
+        )
         out.append(spec)
     return out

@@ -5,6 +5,7 @@ In processes of their own: kernels compile only where TRITON_INTERPRET was not s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kernels import compile_report as report
+from tests.kernels.backend import OPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,8 +103,25 @@ def test_every_kernel_passes(tmp_path: Path) -> None:
     kernels = {found["kernel"] for found in results}
     assert len(results) == len(kernels) * len(report.TARGETS)
     assert all(found["registers"] > 0 and not found["problems"] for found in results)
-    for op in ("linear", "attention", "logprob", "sample", "route", "rms_norm", "short_conv"):
-        assert any(op in kernel for kernel in kernels), f"no kernel of {op} in the report: {sorted(kernels)}"
+    products = [f for f in results if f["kernel"].startswith("expert_linear") and f["kernel"].endswith("bf16")]
+    assert products and all(found["products"] for found in products)
+    for op in set(OPS) - {"pack_linear", "pack_experts", "repack"}:
+        assert any(kernel.startswith(op) for kernel in kernels), f"no kernel of {op} in the report: {sorted(kernels)}"
+
+
+@pytest.mark.parametrize("problems", [(), ("atomic on global memory: atom.global.add.f32",)])
+def test_exit_status(
+    problems: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One kernel that fails on one target fails the whole."""
+    fine = report.Compiled("linear", "sm_90", 96, 0, 49152, 128, 2.1, ())
+    found = [fine, dataclasses.replace(fine, target="gfx942", problems=problems)]
+    monkeypatch.setattr(report, "report", lambda specs: found)
+    monkeypatch.setattr(sys, "argv", ["compile_report"])
+    assert report.main() == (1 if problems else 0)
+    said = capsys.readouterr().out
+    assert ("FAIL linear on gfx942: atomic on global memory" in said) == bool(problems)
+    assert f"{len(problems)} failed" in said
 
 
 def test_refuses_the_interpreter() -> None:
@@ -137,6 +156,18 @@ NVIDIA, AMD = report.TARGETS[1], report.TARGETS[-1]
 )
 def test_audit_of_instructions(target: report.Target, instruction: str, found: bool) -> None:
     assert bool(report.audit_code(f"\t{instruction}\n", target)) == found
+
+
+def test_audit_of_forms() -> None:
+    """Another shape of the gathered form's instructions is found, on its target alone."""
+    one = report.Compiled("expert_linear gather forward: bf16", "sm_90", 64, 0, 0, 128, 1.0, (), ("wgmma.k16",))
+    other = dataclasses.replace(one, kernel="expert_linear grouped forward: bf16")
+    results = [one, other, dataclasses.replace(one, target="sm_80", products=("mma.k8",))]
+    assert report.audit_forms(results) == results
+    results[1] = dataclasses.replace(other, products=("wgmma.k8",))
+    (problem,) = report.audit_forms(results)[0].problems
+    assert "wgmma.k16" in problem and "wgmma.k8" in problem
+    assert not any(result.problems for result in report.audit_forms(results)[1:])
 
 
 def test_audit_of_sizes() -> None:

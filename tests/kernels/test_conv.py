@@ -1,19 +1,20 @@
-"""short_conv on the CPU: chunk cuts, neighbours, state, oracle, gradients, errors."""
+"""short_conv on each backend: chunk cuts, neighbours, state, oracle, gradients, errors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import ops, reference
+from kernels import reference
 from kernels.layout import Segments
+from tests.kernels.backend import examples, ops, small
 from tests.kernels.contract import DTYPES, SEEDS, assert_gradients, assert_same, generator, normal, strided, threads
 
-LENGTHS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 300)), min_size=1, max_size=8)
-WIDTHS = st.sampled_from([1, 7, 61, 64])
+LENGTHS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, small(300, 25))), min_size=1, max_size=small(8, 4))
+WIDTHS = st.sampled_from([1, 61, 64, 130])
 
 
 def from_start(lengths: list[int]) -> Segments:
@@ -42,8 +43,8 @@ def in_chunks(x: list[Tensor], weight: Tensor, sizes: list[int], seed: int) -> l
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(lengths=LENGTHS, width=WIDTHS, sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=SEEDS)
-@settings(max_examples=12)
+@given(lengths=LENGTHS, width=WIDTHS, sizes=st.lists(st.integers(1, 9), min_size=2, max_size=5), seed=SEEDS)
+@examples(12, 4)
 def test_chunks_and_company(lengths: list[int], width: int, sizes: list[int], seed: int, dtype: torch.dtype) -> None:
     """One call = each sequence alone = any cut into chunks with a state, whoever else is in the call."""
     weight = normal(seed, width, 4)
@@ -81,12 +82,13 @@ def test_state_holds_the_last_inputs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float64_oracle(dtype: torch.dtype) -> None:
-    """Five fused steps: 5 u (|x| + sum |w||x|), u = 2^-24; rounding to bf16 adds 2^-8 |y|."""
+    """Four products and five sums, at most six roundings of a term: 6 u (|x| + sum |w||x|), u = 2^-24; rounding to bf16
+    adds 2^-8 |y|."""
     lengths = [1, 2, 3, 4, 50]
     weight, x = normal(1, 61, 4), normal(2, 60, 61, dtype=dtype)
     segments = from_start(lengths)
     exact = reference.short_conv(x.double(), weight.double(), segments, None)
-    bound = 5 * 2.0**-24 * reference.short_conv(x.double().abs(), weight.double().abs(), segments, None)
+    bound = 6 * 2.0**-24 * reference.short_conv(x.double().abs(), weight.double().abs(), segments, None)
     if dtype == torch.bfloat16:
         bound = bound * 1.01 + 2.0**-8 * exact.abs()
     assert bool(((ops.short_conv(x, weight, segments).double() - exact).abs() <= bound).all())

@@ -1,4 +1,4 @@
-"""sample on the CPU: agrees with logprob bit for bit, follows the distribution, keeps the row contract."""
+"""sample on each backend: agrees with logprob bit for bit, follows the distribution, keeps the row contract."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import ops, reference
-from tests.kernels.contract import ROWS, SEEDS, assert_row_contract, generator, normal, threads
+from kernels import reference
+from tests.kernels.backend import ROWS, examples, native_only, ops, small
+from tests.kernels.contract import SEEDS, assert_row_contract, generator, normal, threads
 from tests.kernels.test_logprob import classes, draw
 
 
@@ -19,8 +20,8 @@ def keys(seed: int, rows: int) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator(seed))
 
 
-@given(rows=ROWS, vocab=st.sampled_from([1, 7, 100, 256]), temperature=st.sampled_from([0.0, 0.7, 1.0]), seed=SEEDS)
-@settings(max_examples=12)
+@given(rows=ROWS, vocab=st.sampled_from([1, 7, 256, 1100]), temperature=st.sampled_from([0.0, 0.7, 1.0]), seed=SEEDS)
+@examples(12, 4)
 def test_row_contract(rows: int, vocab: int, temperature: float, seed: int) -> None:
     allowed = classes(seed, 4, vocab)
     row_class, _ = draw(seed + 1, rows, 4, allowed)
@@ -44,7 +45,7 @@ def test_control_global_generator() -> None:
 
 
 @given(rows=ROWS, vocab=st.sampled_from([7, 100, 256]), temperature=st.sampled_from([0.5, 1.0, 1.3]), seed=SEEDS)
-@settings(max_examples=12)
+@examples(12, 4)
 def test_scored_as_logprob_scores(rows: int, vocab: int, temperature: float, seed: int) -> None:
     allowed = classes(seed, 4, vocab)
     row_class, _ = draw(seed + 1, rows, 4, allowed)
@@ -59,6 +60,7 @@ def test_scored_as_logprob_scores(rows: int, vocab: int, temperature: float, see
         assert vocab < 100 or not torch.equal(digest, other[2])
 
 
+@native_only
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_follows_the_distribution(temperature: float) -> None:
     """Chi-square of 200,000 draws over 12 tokens against softmax, below the 1 - 1e-6 quantile for 11 degrees of freedom
@@ -76,6 +78,7 @@ def test_follows_the_distribution(temperature: float) -> None:
     assert chi_square(temperature) < 49 < chi_square(temperature * 1.05)
 
 
+@native_only
 def test_neighbouring_keys_are_independent() -> None:
     """Tokens of keys n and n + 1 over two equal logits: all four pairs alike often, within 5 standard deviations."""
     rows = 100_000
@@ -86,13 +89,17 @@ def test_neighbouring_keys_are_independent() -> None:
 
 
 def test_same_tokens_as_the_definition() -> None:
-    """Noise in fp32 with our own log against float64: another token only where two scores nearly tie."""
+    """The definition in float64 is the oracle. Another token only where two scores nearly tie, for the last bits of the
+    log-prob, and of the noise where that is fp32 with our own log."""
+    rows = small(3000, 60)
     allowed = classes(1, 3, 256)
-    row_class, _ = draw(2, 3000, 3, allowed)
-    logits, key = normal(3, 3000, 256) * 2, keys(4, 3000)
+    row_class, _ = draw(2, rows, 3, allowed)
+    logits, key = normal(3, rows, 256) * 2, keys(4, rows)
     token, _, _ = ops.sample(logits, 0.9, key, allowed, row_class)
     expected, _, _ = reference.sample(logits.double(), 0.9, key, allowed, row_class)
-    assert int((token != expected).sum()) <= 3
+    assert int((token != expected).sum()) <= rows // 1000
+    other, _, _ = ops.sample(logits, 0.9, key + 1, allowed, row_class)  # control
+    assert int((other != expected).sum()) > rows // 10
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
@@ -105,6 +112,9 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
     zero = torch.zeros(50, dtype=torch.int64)
     got, _, _ = ops.sample(long, 0.0, zero, torch.ones(1, 300, dtype=torch.bool), zero)
     assert torch.equal(got, long.argmax(1))
+    longer = torch.zeros(1, 2500)
+    longer[0, [1500, 2400]] = 1.0
+    assert ops.sample(longer, 0.0, zero[:1], torch.ones(1, 2500, dtype=torch.bool), zero[:1])[0].tolist() == [1500]
 
 
 def test_key_decides() -> None:

@@ -1,4 +1,4 @@
-"""The Triton backend behind `kernels.ops`: chosen, named in the contract, refused where nothing can run it."""
+"""The Triton backend behind `kernels.ops`: named in the contract, refused where nothing can run it, all compiled."""
 
 from __future__ import annotations
 
@@ -11,37 +11,48 @@ import pytest
 import torch
 
 from kernels import dispatch, ops
-from kernels.triton import launch
+from kernels.triton import launch, tiles
+from tests.kernels.backend import DEVICE_VARIABLE, device
 from tests.kernels.contract import normal
-from tests.kernels.triton.device import DEVICE_VARIABLE, device
 
 
 @pytest.fixture(autouse=True)
 def triton_backend() -> Iterator[None]:
-    dispatch.use_backend("triton")
     yield
-    dispatch.use_backend("cpu")
+    dispatch.use_backend("triton")  # one test leaves it
 
 
 def test_contract_names_what_decides_bits() -> None:
     contract = dispatch.contract()
     assert contract["backend"] == "triton"
     assert (contract["isa"] == "interpreter") == launch.INTERPRET
-    assert "fp_fusion False" in str(contract["numerics"])
-    assert str(launch.product_tile(torch.bfloat16)) in str(contract["numerics"])
+    assert contract["fp_fusion"] == "False" and contract["input_precision"] == "ieee"
+    assert contract["tile, product bf16"] == "64.64.64.4.3"  # rows, columns, k, warps, stages
+    assert contract["tile, attention fp32"] == "16.16.16.4.1"
 
 
-def test_ops_reach_the_backend() -> None:
-    w, x = normal(1, 8, 16).to(device()), normal(2, 3, 16).to(device())
-    packed = ops.pack_linear(w)
-    before = ops.linear(x, packed)
-    w *= 2
-    ops.repack(packed)
-    assert torch.equal(ops.linear(x, packed), 2 * before)
-    experts = ops.pack_experts((w[None],))
-    expert = torch.zeros(3, dtype=torch.int32, device=device())
-    assert torch.equal(ops.expert_linear(x, experts, expert), 2 * before)
-    ops.repack(experts)
+OTHER = tiles.Tile(m=8, n=32, k=32, warps=2, stages=2)
+DECIDES = {name: value for name, value in vars(tiles).items() if name.isupper() or name.endswith("_tile")}
+
+
+@pytest.mark.parametrize("name", DECIDES)
+def test_contract_id_follows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every constant and every choice of a tile in `tiles` is in the id, but for one that cannot change a bit."""
+    before, value = dispatch.contract_id(), DECIDES[name]
+    other = {bool: not value, int: 7, tiles.Tile: OTHER}.get(type(value), lambda _: OTHER)
+    monkeypatch.setattr(tiles, name, other if name != "PRECISION" else type(value)("tf32"))
+    assert (dispatch.contract_id() != before) == (name != "GATHER_ROWS")
+
+
+def test_contract_id_follows_triton_and_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {dispatch.contract_id()}
+    with monkeypatch.context() as patched:
+        patched.setattr("triton.__version__", "0.0")
+        ids.add(dispatch.contract_id())
+    with monkeypatch.context() as patched:
+        patched.setattr("kernels.triton.backend._isa", lambda: "sm_00")
+        ids.add(dispatch.contract_id())
+    assert len(ids) == 3
 
 
 def test_packs_of_another_backend_are_refused() -> None:
@@ -50,6 +61,14 @@ def test_packs_of_another_backend_are_refused() -> None:
     dispatch.use_backend("triton")
     with pytest.raises(ValueError, match=r"made by another backend.*use_backend\('triton'\)"):
         ops.linear(normal(2, 3, 16).to(device()), packed)
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    x = normal(1, 8, 16).to(device())
+    with pytest.raises(ValueError, match="swiglu: gate_up is on meta; the triton backend needs it on"):
+        ops.swiglu(x.to("meta"))
+    with pytest.raises(ValueError, match="rms_norm: weight is on meta"):
+        ops.rms_norm(x, x[0].to("meta"), 1e-6)
 
 
 def test_every_kernel_has_a_spec_for_compiling() -> None:
@@ -61,9 +80,23 @@ def test_every_kernel_has_a_spec_for_compiling() -> None:
         assert not set(spec.signature) & set(spec.constexprs) and set(spec.divisible) <= set(spec.signature), spec.name
 
 
+def test_every_launched_kernel_has_a_spec() -> None:
+    """A kernel whose grid is launched somewhere in the package is compiled by the report."""
+    import importlib
+    import pkgutil
+
+    import kernels.triton as package
+
+    compiled = {spec.fn for spec in launch.compile_specs()}
+    for module in pkgutil.iter_modules(package.__path__):
+        found = vars(importlib.import_module(f"kernels.triton.{module.name}"))
+        missing = [name for name, fn in found.items() if name.endswith("_kernel") and fn not in compiled]
+        assert not missing, f"{module.name}: no spec for {missing}"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_refused_without_gpu_and_interpreter() -> None:
-    hidden = {"TRITON_INTERPRET", DEVICE_VARIABLE}
+    hidden = {"TRITON_INTERPRET", DEVICE_VARIABLE, "METRONOME_BACKEND"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     command = [sys.executable, "-c", "from kernels import dispatch; dispatch.use_backend('triton')"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,54 @@
+"""The arithmetic of the reference backend: sums as chains of elementwise torch calls, exp and log that no vector bends.
+
+IEEE 754 rounding of one add or one multiply cannot depend on the neighbours, so a loop over them keeps the row contract
+by itself; exp and log are taken in float64 and rounded to fp32, because torch's own fp32 exp may give another last bit
+in a vector's tail than in its middle.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.layout import Segments
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def widen(x: Tensor) -> Tensor:
+    """The accumulation type: fp32, or float64 for a float64 oracle."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def exp(x: Tensor) -> Tensor:
+    return torch.exp(x.double()).to(x.dtype)
+
+
+def log(x: Tensor) -> Tensor:
+    return torch.log(x.double()).to(x.dtype)
+
+
+def sum_last(x: Tensor) -> Tensor:
+    """Sum over the last axis, one chain in ascending index."""
+    total = torch.zeros_like(x[..., 0])
+    for term in x.unbind(-1):
+        total = total + term
+    return total
+
+
+def matmul_chain(x: Tensor, w: Tensor) -> Tensor:
+    """x [..., K], w [N, K] -> [..., N]: one chain over k in ascending order, in the accumulation type."""
+    x, w = widen(x), widen(w)
+    total = x.new_zeros(*x.shape[:-1], w.shape[0])
+    for k in range(x.shape[-1]):
+        total = total + x[..., k, None] * w[:, k]
+    return total
+
+
+def bounds(segments: Segments) -> list[tuple[int, int, int, int]]:
+    """(slot, start, first row, past-the-last row) of each segment."""
+    offset = segments.offset.tolist()
+    return list(zip(segments.slot.tolist(), segments.start.tolist(), offset[:-1], offset[1:], strict=True))

@@ -1,0 +1,213 @@
+"""Attention's forward kernels: new keys and values into their pages, then every query over the keys it sees.
+
+One program takes a query tile over the keys it sees from left to right, KEYS at a time: aligned parts of a split, each
+with its own maximum, sum of exp and weighted values, combined left to right. Why a row's bits are its own:
+
+- tiles and parts lie by absolute position (`attention_parts`);
+- every part runs the same code over KEYS keys; one out of a row's sight leaves its sums untouched;
+- a product's rows share nothing but the values, whose NaNs and infinities are taken out before the product and put
+  back into the rows that see them: 0 * NaN would carry them into rows that do not.
+
+Left out on purpose: one sequence's splits in several programs at once (flash decoding), whose merging kernel would be
+another kernel for few rows than for many.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
+from kernels.triton.attention_parts import (
+    NO_WINDOW,
+    SPEC_SHAPES,
+    relative_bias,
+    shape_constants,
+    sizes,
+    tiles_of,
+    wide_product,
+    width_product,
+)
+from kernels.triton.launch import SHORT, CompileSpec, plain, run
+from kernels.triton.tiles import attention_tile
+
+
+@triton.jit(do_not_specialize=["table_width"])
+def attention_kernel(
+    q, rel, rel_proj, tau, key, value, table, tiles, out, lse, scale, table_width,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles, key heads). tiles int32 [tiles, 5]: see `tiles_of`. lse fp32 [T, H]: ln of a row's sum."""
+    GROUP: tl.constexpr = HEADS // KEY_HEADS
+    tile = tiles + tl.program_id(0) * 5
+    key_head = tl.program_id(1)
+    slot, shift = tl.load(tile), tl.load(tile + 1)
+    start, end, base = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH_PAD)
+    position = base + r // GROUP_PAD
+    valid = (r % GROUP_PAD < GROUP) & (position >= start) & (position < end)
+    row = (position + shift).to(tl.int64) * HEADS + key_head * GROUP + r % GROUP_PAD  # of [T * H]
+    inside = valid[:, None] & (d < WIDTH)[None, :]
+    factor = tl.full((ROWS,), 1.0, tl.float32)
+    if HAS_TAU:
+        factor = tl.load(tau + position + shift, mask=valid, other=1.0)
+
+    greatest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, WIDTH_PAD), tl.float32)
+    last = tl.minimum(base + ROWS // GROUP_PAD, end) - 1
+    first_seen = tl.maximum(tl.maximum(base, start) - (WINDOW - 1), 0)
+    for part in range(first_seen // KEYS, last // KEYS + 1):
+        first = part * KEYS
+        at = first + tl.arange(0, KEYS)
+        page = tl.load(table + slot.to(tl.int64) * table_width + first // SPLIT).to(tl.int64) * KEY_HEADS + key_head
+        j = at % SPLIT
+        values = tl.load(
+            value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :],
+            mask=(at <= last)[:, None] & (d < WIDTH)[None, :], other=0.0,
+        )  # fmt: skip
+        distance = position[:, None] - at[None, :]
+        visible = (distance >= 0) & (distance < WINDOW)
+        dot = width_product(q, row * WIDTH, valid, key, page * WIDTH * SPLIT + j, at <= last, SPLIT, WIDTH, STEP)
+        bias = relative_bias(rel, row * CHANNELS, rel_proj, distance, valid, CHANNELS, EXTENT)
+        score = tl.where(visible, factor[:, None] * (scale * dot + bias), float("-inf"))
+        part_max = tl.max(score, 1)
+        weight = tl.exp(score - tl.where(part_max == float("-inf"), 0.0, part_max)[:, None])
+        weight = tl.where(visible, weight, 0.0)
+
+        # +inf counts 1, -inf 128, NaN 16384: with at most 64 keys no count carries into the next; all are exact.
+        finite = tl.abs(values.to(tl.float32)) < float("inf")
+        poison = tl.zeros((ROWS, WIDTH_PAD), tl.float32)
+        if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+            wide = values.to(tl.float32)
+            code = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), 128.0, 16384.0))
+            sight = visible.to(tl.float32).to(tl.bfloat16)  # the interpreter takes an integer's bits for a bf16's
+            met = tl.dot(sight, tl.where(finite, 0.0, code).to(tl.bfloat16)).to(tl.int32)
+            up, down = (met & 127) > 0, ((met >> 7) & 127) > 0
+            infinite = tl.where(up, float("inf"), float("-inf"))
+            poison = tl.where((met >= 16384) | (up & down), float("nan"), infinite)
+            poison = tl.where(met > 0, poison, 0.0)
+        values = tl.where(finite, values, tl.zeros_like(values))
+        part_out = wide_product(weight, values) + poison
+
+        # A row that sees nothing of this part keeps its sums, and the sign of their zeros.
+        seen = (first <= position) & (first + KEYS - 1 > position - WINDOW)
+        higher = tl.maximum(greatest, part_max)
+        shown = tl.where(higher == float("-inf"), 0.0, higher)
+        old, new = tl.exp(greatest - shown), tl.exp(part_max - shown)
+        total = tl.where(seen, total * old + tl.sum(weight, 1) * new, total)
+        result = tl.where(seen[:, None], result * old[:, None] + part_out * new[:, None], result)
+        greatest = higher
+    tl.store(lse + row, greatest + tl.log(total), mask=valid)
+    result = tl.div_rn(result, total[:, None])
+    tl.store(out + row[:, None] * WIDTH + d[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["table_width"])
+def write_kernel(
+    k, v, key, value, table, splits, table_width,
+    KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, WIDTH_PAD: tl.constexpr,
+):  # fmt: skip
+    """Copies new rows into their pages. Grid (splits that new rows reach, key heads); splits as `tiles_of`."""
+    tile = splits + tl.program_id(0) * 5
+    key_head = tl.program_id(1)
+    slot, shift = tl.load(tile), tl.load(tile + 1)
+    start, end, base = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    j = tl.arange(0, SPLIT)
+    d = tl.arange(0, WIDTH_PAD)
+    position = base + j
+    mine = ((position >= start) & (position < end))[:, None] & (d < WIDTH)[None, :]
+    page = tl.load(table + slot.to(tl.int64) * table_width + base // SPLIT).to(tl.int64) * KEY_HEADS + key_head
+    source = ((position + shift).to(tl.int64) * KEY_HEADS + key_head)[:, None] * WIDTH + d[None, :]
+    tl.store(key + (page * WIDTH + d[None, :]) * SPLIT + j[:, None], tl.load(k + source, mask=mine), mask=mine)
+    tl.store(value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :], tl.load(v + source, mask=mine), mask=mine)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    rel_proj: Tensor,
+    segments: Segments,
+    slot: Tensor,
+    scale: float,
+    reach: int,
+    tau: Tensor | None,
+    cache: PagedKV,
+) -> tuple[Tensor, Tensor]:
+    """Writes the new keys and values into the pages, then attends: (out [T, H, D], lse fp32 [T, H])."""
+    rows, heads, width = q.shape
+    key_heads, tile = k.shape[1], attention_tile(q.dtype)
+    size = sizes(q.dtype, heads, key_heads, width)
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(rows, heads, dtype=torch.float32)
+    if rows == 0:
+        return out, lse
+    splits = tiles_of(segments, slot, SPLIT_TOKENS).to(q.device)
+    run(
+        write_kernel, (len(splits), key_heads), q.device, tile,
+        plain(k), plain(v), cache.key, cache.value, cache.table, splits, cache.table.shape[1],
+        KEY_HEADS=key_heads, WIDTH=width, SPLIT=SPLIT_TOKENS, WIDTH_PAD=size["WIDTH_PAD"],
+    )  # fmt: skip
+    tiles = tiles_of(segments, slot, size["ROWS"] // size["GROUP_PAD"]).to(q.device)
+    run(
+        attention_kernel, (len(tiles), key_heads), q.device, tile,
+        plain(q), plain(rel), plain(rel_proj), lse if tau is None else plain(tau), cache.key, cache.value, cache.table,
+        tiles, out, lse, float(scale), cache.table.shape[1],
+        HAS_TAU=tau is not None, **shape_constants(q.dtype, (heads, key_heads, width, *rel_proj.shape, reach)),
+    )  # fmt: skip
+    return out, lse
+
+
+def attend_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    rel_proj: Tensor,
+    segments: Segments,
+    scale: float,
+    reach: int,
+    tau: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Whole sequences through temporary pages, of which only what is written is read: (out, lse)."""
+    needed = -(-segments.offset.long().cpu().diff() // SPLIT_TOKENS)
+    width = int(needed.max()) if len(needed) else 0
+    table = (torch.cumsum(needed, 0) - needed)[:, None] + torch.arange(width)
+    pages, (_, key_heads, head) = int(needed.sum()), k.shape
+    cache = PagedKV(
+        k.new_empty(pages, key_heads, head, SPLIT_TOKENS),
+        v.new_empty(pages, key_heads, SPLIT_TOKENS, head),
+        table.int().to(q.device),
+    )
+    own_slot = torch.arange(len(needed))
+    return forward(q, k, v, rel, rel_proj, segments, own_slot, scale, reach, tau, cache)
+
+
+def specs() -> list[CompileSpec]:
+    out = []
+    for dtype, t in SHORT.items():
+        tile = attention_tile(dtype)
+        pointers = dict.fromkeys(("q", "rel", "rel_proj", "key", "value", "out"), f"*{t}")
+        pointers |= {"tau": "*fp32", "table": "*i32", "tiles": "*i32", "lse": "*fp32"}
+        new = dict.fromkeys(("k", "v", "key", "value"), f"*{t}") | {"table": "*i32", "splits": "*i32"}
+        for shape in SPEC_SHAPES:
+            heads, key_heads, width, _, _, window = shape
+            where = f"{heads}/{key_heads} heads of {width}, {'global' if window == NO_WINDOW else f'window {window}'}"
+            constants = shape_constants(dtype, shape)
+            attend = constants | {"HAS_TAU": window == NO_WINDOW}
+            signature = pointers | {"scale": "fp32", "table_width": "i32"}
+            how = tile.warps, tile.stages
+            out.append(CompileSpec(f"attention, {where}: {t}", attention_kernel, signature, attend, (*pointers,), *how))
+            if window == NO_WINDOW:
+                continue  # pages know no window
+            write = {name: constants[name] for name in ("KEY_HEADS", "WIDTH", "SPLIT", "WIDTH_PAD")}
+            signature = new | {"table_width": "i32"}
+            title = f"attention pages, {key_heads} heads of {width}: {t}"
+            out.append(CompileSpec(title, write_kernel, signature, write, (*new,), *how))
+    return out

@@ -1,0 +1,115 @@
+"""What attention's forward and backward share: the geometry of tiles, and products at full precision.
+
+A *query tile* is all query heads of one key head at ROWS / GROUP_PAD neighbouring positions; keys come KEYS at a time,
+in aligned parts of a split. Both lie by absolute position, so a query is in the same row of the same tile, and meets
+the same parts, however the sequence was cut into calls. Sizes follow the type and the model alone.
+
+bf16 products are exact in the fp32 sum; an fp32 factor, such as a softmax weight, enters as three bf16 parts that add
+up to it exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.layout import SPLIT_TOKENS, Segments
+from kernels.triton.tiles import PRECISION, attention_tile
+
+NO_WINDOW = 1 << 30  # farther than any position
+
+Shape = tuple[int, ...]  # heads, key heads, width, channels, extent, window
+
+SPEC_SHAPES: tuple[Shape, ...] = (
+    (32, 8, 128, 16, 1024, 512),
+    (32, 8, 128, 16, 1024, NO_WINDOW),
+    (4, 2, 32, 16, 1024, 512),
+)
+"""What to compile ahead of time: sliding and global layers, and a small model's."""
+
+
+@triton.jit
+def width_product(
+    a, a_rows, a_valid, b, b_rows, b_valid, b_step, WIDTH: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """[rows, keys]: sum_d a[a_rows[row] + d] * b[b_rows[key] + d * b_step], STEP terms at a time in ascending d."""
+    total = tl.full((a_rows.shape[0], b_rows.shape[0]), 0.0, tl.float32)
+    for first in range(0, WIDTH, STEP):
+        d = first + tl.arange(0, STEP)
+        inside = d < WIDTH
+        left = tl.load(a + a_rows[:, None] + d[None, :], mask=a_valid[:, None] & inside[None, :], other=0.0)
+        place = b_rows[None, :] + d[:, None] * b_step
+        right = tl.load(b + place, mask=inside[:, None] & b_valid[None, :], other=0.0)
+        total += tl.dot(left, right, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def wide_product(a, b):
+    """a @ b for an fp32 ``a`` at full precision, also where b is bf16: a = high + middle + low, 8 bits each."""
+    if b.dtype == tl.float32:
+        result = tl.dot(a, b, input_precision=PRECISION)
+    else:
+        high = a.to(tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        result = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b)))
+    return result
+
+
+@triton.jit
+def relative_bias(rel, rel_rows, rel_proj, distance, valid, CHANNELS: tl.constexpr, EXTENT: tl.constexpr):
+    """[rows, keys]: sum_c rel[row, c] * rel_proj[c, distance], one chain over c; 0 beyond the extent.
+
+    rel_rows [rows]: the element of ``rel`` where a row's channels start; valid [rows]."""
+    near = (distance >= 0) & (distance < EXTENT) & valid[:, None]
+    bias = tl.zeros(distance.shape, tl.float32)
+    for c in range(CHANNELS):
+        mine = tl.load(rel + rel_rows + c, mask=valid, other=0.0).to(tl.float32)
+        theirs = tl.load(rel_proj + c * EXTENT + distance, mask=near, other=0.0).to(tl.float32)
+        bias += mine[:, None] * theirs
+    return tl.where(near, bias, 0.0)  # a NaN of rel stays within the extent
+
+
+def sizes(dtype: torch.dtype, heads: int, key_heads: int, width: int) -> dict[str, int]:
+    """Constexprs of a tile: functions of the type, the model's head counts and width alone."""
+    tile, group = attention_tile(dtype), triton.next_power_of_2(heads // key_heads)
+    width_pad = max(16, triton.next_power_of_2(width))  # 16 is the least that a product takes
+    return {
+        "ROWS": max(tile.m, group),
+        "KEYS": tile.n,
+        "STEP": min(tile.k, width_pad),
+        "GROUP_PAD": group,
+        "WIDTH_PAD": width_pad,
+        "SPLIT": SPLIT_TOKENS,
+    }
+
+
+def tiles_of(segments: Segments, slot: Tensor, size: int) -> Tensor:
+    """int32 [tiles, 5] on the CPU: the aligned ranges of ``size`` positions that the segments' rows reach.
+
+    A row is (slot, shift, start, end, base): position p of the sequence is row p + shift of the call when start <= p <
+    end, and the range is base … base + size - 1.
+
+    >>> tiles_of(Segments.build([4], [30], [3]), torch.tensor([4]), 32).tolist()
+    [[4, -30, 30, 33, 0], [4, -30, 30, 33, 32]]
+    """
+    start = segments.start.long().cpu()
+    offset = segments.offset.long().cpu()
+    end = start + offset.diff()
+    first, last = start // size, (end - 1) // size
+    count = last - first + 1
+    which = torch.repeat_interleave(torch.arange(len(start)), count)
+    place = torch.arange(len(which)) - (torch.cumsum(count, 0) - count)[which]
+    columns = [slot.long().cpu()[which], (offset[:-1] - start)[which], start[which], end[which]]
+    return torch.stack([*columns, (first[which] + place) * size], 1).int()
+
+
+def shape_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Constexprs of a kernel over query tiles, but for HAS_TAU."""
+    heads, key_heads, width, channels, extent, window = shape
+    of_model = {"HEADS": heads, "KEY_HEADS": key_heads, "WIDTH": width, "CHANNELS": channels, "EXTENT": extent}
+    return {**of_model, "WINDOW": window, **sizes(dtype, heads, key_heads, width)}
