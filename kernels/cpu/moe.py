@@ -52,9 +52,7 @@ def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
         if sum(part.shape[1] for part in group) != rows:
             raise ValueError(f"pack_experts: groups[{g}] has other rows than groups[0], which has {rows}")
     packed = PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
-    packed.data["panels"] = torch.zeros(
-        packed.experts, panel_count(rows), panel_depth(cols, dtype), PANEL, dtype=dtype
-    )
+    packed.data["panels"] = torch.zeros(packed.experts, panel_count(rows), panel_depth(cols, dtype), PANEL, dtype=dtype)
     fill_experts(packed)
     return packed
 

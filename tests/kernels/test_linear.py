@@ -52,6 +52,19 @@ def test_every_small_row_count(dtype: torch.dtype) -> None:
         assert_same(ops.linear(x[:rows], packed), alone[:rows], f"{rows} rows")
 
 
+@native_only
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [1, 2, 255, 256, 257, 511, 513])
+def test_every_cut_of_k(cols: int, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Many rows take k in stretches and in blocks of rows; single ones take it whole."""
+    packed = ops.pack_linear(*weights(1, cols, (37,), dtype))
+    x = normal(2, 401, cols, dtype=dtype)
+    alone = torch.cat([ops.linear(row[None], packed, out_dtype) for row in x])
+    for rows in (23, 24, 25, 192, 193, 401):
+        assert_same(ops.linear(x[:rows], packed, out_dtype), alone[:rows], f"{rows} rows")
+
+
 def test_control_rows_in_the_sum() -> None:
     """The check sees an op whose order of summation follows the row count: any sum, and this op with K split."""
     w = normal(1, 40, 128)
