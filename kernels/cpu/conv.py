@@ -27,6 +27,8 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
 def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
     if x.dim() != 2 or x.shape[0] != segments.rows:
         raise ValueError(f"short_conv: x is {tuple(x.shape)}, not [{segments.rows}, C]")
+    if not segments.slot.is_cpu:
+        raise ValueError(f"short_conv: segments are on {segments.slot.device}, not on the CPU")
     rows, width = x.shape
     call = _FORWARD.get(x.dtype)
     if call is None or not x.is_cpu or (x.stride(1) != 1 and width > 1):
