@@ -107,3 +107,27 @@ def test_segments_elsewhere(name: str) -> None:
             ops.short_conv(inputs["x"], inputs["weight"], meta)
         else:
             ops.attention(*(inputs[key] for key in ("q", "k", "v", "rel", "rel_proj")), meta, scale=0.2)
+
+
+@pytest.mark.parametrize("name", ["linear", "expert_linear"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_exchanged_since_they_were_packed(name: str, dtype: torch.dtype) -> None:
+    """`repack` takes other memory of the same kind, as ZeRO gives a parameter; it refuses any other kind."""
+    inputs = CASES[name].make(3, 9, 16, dtype)
+    weight = inputs["w"].clone()
+    packed = ops.pack_linear(weight) if name == "linear" else ops.pack_experts((weight,))
+    for bad in (
+        torch.cat([weight] * 9), torch.cat([weight] * 9, -2), torch.cat([weight] * 9, -1), weight[:-1],
+        weight.flatten(), weight[..., None], weight.double(), torch.cat([weight, weight], -1)[..., :16],
+    ):  # fmt: skip
+        kept, weight.data = weight.data, bad
+        with pytest.raises(ValueError, match="repack"):
+            ops.repack(packed)
+        weight.data = kept
+    weight.data = inputs["w"].clone() * 2
+    ops.repack(packed)
+    if name == "linear":
+        got = ops.linear(inputs["x"], packed)
+    else:
+        got = ops.expert_linear(inputs["x"], packed, inputs["expert"], 2)
+    same((got,), call(name, inputs | {"w": inputs["w"] * 2}), name)
