@@ -87,10 +87,11 @@ def _run(command: list[str]) -> None:
         raise SystemExit(f"metronome-rl: building the CPU kernels failed: {' '.join(command)}\n{done.stderr}")
 
 
-setup(
-    ext_modules=[
-        Extension(f"kernels.cpu._native_{isa}", SOURCES, depends=HEADERS, extra_compile_args=flags)
-        for isa, flags in INSTRUCTION_SETS.items()
-    ],
-    cmdclass={"build_ext": NativeBuild},
-)
+if __name__ == "__main__":  # the tests read the flags above for builds of their own
+    setup(
+        ext_modules=[
+            Extension(f"kernels.cpu._native_{isa}", SOURCES, depends=HEADERS, extra_compile_args=flags)
+            for isa, flags in INSTRUCTION_SETS.items()
+        ],
+        cmdclass={"build_ext": NativeBuild},
+    )

@@ -36,6 +36,21 @@ class Segments:
     offset: Tensor  # int32 [S + 1], offset[0] = 0, offset[S] = T
     position: Tensor  # int32 [T], absolute position of every row
 
+    def __post_init__(self) -> None:
+        """Refuses tensors that kernels would read as other numbers. Their values are `build`'s to check."""
+        slot, offset = self.slot, self.offset
+        for name, x in (("slot", slot), ("start", self.start), ("offset", offset), ("position", self.position)):
+            if x.dtype != torch.int32 or x.dim() != 1 or not x.is_contiguous() or x.device != slot.device:
+                raise ValueError(
+                    f"segments: {name} is {x.dtype} {tuple(x.shape)} on {x.device}, strides {x.stride()}; need "
+                    f"contiguous int32 of one axis beside slot, on {slot.device}"
+                )
+        if self.start.shape != slot.shape or offset.shape[0] != slot.shape[0] + 1:
+            raise ValueError(
+                f"segments: slot, start and offset have {slot.shape[0]}, {self.start.shape[0]} and {offset.shape[0]} "
+                "elements; need S, S and S + 1"
+            )
+
     @staticmethod
     def build(slots: list[int], starts: list[int], lengths: list[int]) -> Segments:
         """Raises ValueError when the lists differ in length, a length is < 1, a start is < 0 or a slot comes twice."""

@@ -150,7 +150,8 @@ def _log_softmax(logits: Tensor, temperature: float, allowed: Tensor, row_class:
     )
     mask = allowed[row_class]
     bad = (mask & (torch.isnan(logits) | (logits == torch.inf))).any(1)
-    require(not bool(bad.any()), f"logits: row {int(bad.int().argmax())} holds a NaN or +inf on an allowed token")
+    if bool(bad.any()):
+        raise ValueError(f"logits: row {int(bad.int().argmax())} holds a NaN or +inf on an allowed token")
     scaled = (logits / temperature).masked_fill(~mask, -torch.inf)
     peak = scaled.detach().amax(1, keepdim=True)
     require(bool(torch.isfinite(peak).all()), "logits: a row has no finite logit on an allowed token")

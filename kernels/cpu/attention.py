@@ -61,6 +61,8 @@ def _check(
     tau: Tensor | None,
 ) -> None:
     rows = segments.position.shape[0]
+    if not segments.slot.is_cpu:
+        raise ValueError(f"attention: segments are on {segments.slot.device}, not on the CPU")
     for name, x in (("q", q), ("k", k), ("v", v), ("rel", rel)):
         if x.dim() != 3 or x.shape[0] != rows:
             raise ValueError(f"attention: {name} is {tuple(x.shape)}; need [{rows}, heads, width], a row a token")

@@ -12,11 +12,13 @@ NUMERICS_VERSION goes up whenever a change to the native code may change a bit o
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from kernels.cpu.attention import attention
 from kernels.cpu.conv import short_conv
 from kernels.cpu.embedding import embedding_sum
 from kernels.cpu.library import isa
-from kernels.cpu.linear import fill_linear, linear, pack_linear
+from kernels.cpu.linear import fill_linear, linear, pack_linear, panels_of
 from kernels.cpu.moe import expert_linear, fill_experts, moe_combine, pack_experts, swiglu
 from kernels.cpu.norm import rms_norm
 from kernels.cpu.sampling import logprob, route, sample
@@ -51,7 +53,26 @@ def contract() -> dict[str, str | int]:
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
+    _refuse_changed(packed)
     if isinstance(packed, PackedLinear):
         fill_linear(packed)
     else:
         fill_experts(packed)
+
+
+def _refuse_changed(packed: PackedLinear | PackedExperts) -> None:
+    """A parameter's ``data`` may have been exchanged since it was packed: what is more would go past the panels."""
+    panels, one = panels_of(packed, "repack"), isinstance(packed, PackedLinear)
+    groups: tuple[tuple[Tensor, ...], ...] = (packed.parts,) if isinstance(packed, PackedLinear) else packed.groups
+    for part in (part for group in groups for part in group):
+        fits = part.dim() == (2 if one else 3) and part.shape[-1] == packed.cols and part.dtype == panels.dtype
+        if not fits or not part.is_contiguous() or not part.is_cpu:
+            raise ValueError(
+                f"repack: a weight is now {part.dtype} {tuple(part.shape)} on {part.device}, strides {part.stride()}; "
+                f"what was packed is contiguous {panels.dtype} with {packed.cols} columns, on the CPU"
+            )
+    rows = [sum(part.shape[-2] for part in group) for group in groups]
+    experts = 0 if one else sum(group[0].shape[0] for group in groups)
+    alike = all(part.shape[:-2] == group[0].shape[:-2] for group in groups for part in group)
+    if rows != [packed.rows] * len(groups) or not alike or (not one and experts != packed.experts):
+        raise ValueError(f"repack: the weights now have {rows} rows a group; {packed.rows} were packed: pack them anew")
