@@ -52,7 +52,7 @@ def rows(op: str, x: Tensor, cols: int, dtype: torch.dtype) -> Known:
         raise ValueError(f"{op}: x is {tuple(shape)}, not [T, {cols}]")
     if x.dtype is not dtype:
         raise ValueError(f"{op}: x is {x.dtype}, the weights {dtype}")
-    if cols > 1 and stride[1] != 1:
+    if stride[1] != 1 and cols > 1:
         raise ValueError(f"{op}: x must have adjacent columns; its strides are {stride}")
     return shape, stride, dtype
 
@@ -295,7 +295,7 @@ def _integers(op: str, name: str, x: Tensor, count: int) -> None:
 
 
 FINE, BAD_LOGIT, NO_TOKEN, NOT_ALLOWED, BAD_CLASS, BAD_TOKEN = range(6)
-"""What the kernels of `logprob` and `sample` say of a row."""
+"""What the kernels of `logprob` and `sample` say of a row; the numbers are also in cpu/native/sampling.cpp."""
 
 
 def no_such_score(

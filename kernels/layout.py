@@ -100,17 +100,19 @@ class PackedLinear:
     data: dict[str, Tensor] = field(default_factory=dict)  # backend buffers, by the backend's own names
 
     @staticmethod
-    def build(parts: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...] = FLOATS) -> PackedLinear:
-        """Without buffers. Raises ValueError for parts that do not stack."""
+    def build(
+        parts: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...] = FLOATS, op: str = "pack_linear"
+    ) -> PackedLinear:
+        """Without buffers. Raises ValueError, in the name of ``op``, for parts that do not stack."""
         if not parts:
-            raise ValueError("pack_linear: parts is empty; give at least one weight [N, K]")
+            raise ValueError(f"{op}: parts is empty; give at least one weight [N, K]")
         if parts[0].dim() != 2:
-            raise ValueError(f"pack_linear: parts[0] is {tuple(parts[0].shape)}, not [N, K]")
+            raise ValueError(f"{op}: parts[0] is {tuple(parts[0].shape)}, not [N, K]")
         cols = parts[0].shape[1]
         for i, part in enumerate(parts):
             if part.dim() != 2 or part.shape[1] != cols:
-                raise ValueError(f"pack_linear: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")
-            _check_weight(f"pack_linear: parts[{i}]", part, parts[0], dtypes)
+                raise ValueError(f"{op}: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")
+            _check_weight(f"{op}: parts[{i}]", part, parts[0], dtypes)
         return PackedLinear(parts, sum(part.shape[0] for part in parts), cols)
 
 
@@ -127,24 +129,24 @@ class PackedExperts:
     data: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def build(groups: tuple[tuple[Tensor, ...], ...], dtypes: tuple[torch.dtype, ...] = FLOATS) -> PackedExperts:
-        """Without buffers. Raises ValueError for groups that do not stack."""
+    def build(
+        groups: tuple[tuple[Tensor, ...], ...], dtypes: tuple[torch.dtype, ...] = FLOATS, op: str = "pack_experts"
+    ) -> PackedExperts:
+        """Without buffers. Raises ValueError, in the name of ``op``, for groups that do not stack."""
         if not all(groups) or not groups:
-            raise ValueError("pack_experts: groups or one of them is empty; give at least one weight [E, N, K]")
+            raise ValueError(f"{op}: groups or one of them is empty; give at least one weight [E, N, K]")
         first = groups[0][0]
         if first.dim() != 3:
-            raise ValueError(f"pack_experts: groups[0][0] is {tuple(first.shape)}, not [E, N, K]")
+            raise ValueError(f"{op}: groups[0][0] is {tuple(first.shape)}, not [E, N, K]")
         cols, rows = first.shape[2], sum(part.shape[1] for part in groups[0] if part.dim() == 3)
         for g, group in enumerate(groups):
             experts = group[0].shape[0] if group[0].dim() else 0
             for i, part in enumerate(group):
                 if part.dim() != 3 or part.shape[0] != experts or part.shape[2] != cols:
-                    raise ValueError(
-                        f"pack_experts: groups[{g}][{i}] is {tuple(part.shape)}, not [{experts}, N, {cols}]"
-                    )
-                _check_weight(f"pack_experts: groups[{g}][{i}]", part, first, dtypes)
+                    raise ValueError(f"{op}: groups[{g}][{i}] is {tuple(part.shape)}, not [{experts}, N, {cols}]")
+                _check_weight(f"{op}: groups[{g}][{i}]", part, first, dtypes)
             if sum(part.shape[1] for part in group) != rows:
-                raise ValueError(f"pack_experts: groups[{g}] has other rows than groups[0], which has {rows}")
+                raise ValueError(f"{op}: groups[{g}] has other rows than groups[0], which has {rows}")
         return PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels import checks
 from kernels.cpu.attention import attention
 from kernels.cpu.conv import short_conv
 from kernels.cpu.embedding import embedding_sum
@@ -53,26 +54,22 @@ def contract() -> dict[str, str | int]:
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
-    _refuse_changed(packed)
+    """A parameter's ``data`` may have been exchanged since it was packed: other sizes would go past the panels."""
+    dtypes = (panels_of(packed, "repack").dtype,)
     if isinstance(packed, PackedLinear):
+        now = PackedLinear.build(packed.parts, dtypes, "repack")
+        _refuse_changed((now.rows, now.cols), (packed.rows, packed.cols), packed.parts[0])
         fill_linear(packed)
     else:
+        experts = PackedExperts.build(packed.groups, dtypes, "repack")
+        _refuse_changed(
+            (experts.experts, experts.rows, experts.cols), (packed.experts, packed.rows, packed.cols),
+            packed.groups[0][0],
+        )  # fmt: skip
         fill_experts(packed)
 
 
-def _refuse_changed(packed: PackedLinear | PackedExperts) -> None:
-    """A parameter's ``data`` may have been exchanged since it was packed: what is more would go past the panels."""
-    panels, one = panels_of(packed, "repack"), isinstance(packed, PackedLinear)
-    groups: tuple[tuple[Tensor, ...], ...] = (packed.parts,) if isinstance(packed, PackedLinear) else packed.groups
-    for part in (part for group in groups for part in group):
-        fits = part.dim() == (2 if one else 3) and part.shape[-1] == packed.cols and part.dtype == panels.dtype
-        if not fits or not part.is_contiguous() or not part.is_cpu:
-            raise ValueError(
-                f"repack: a weight is now {part.dtype} {tuple(part.shape)} on {part.device}, strides {part.stride()}; "
-                f"what was packed is contiguous {panels.dtype} with {packed.cols} columns, on the CPU"
-            )
-    rows = [sum(part.shape[-2] for part in group) for group in groups]
-    experts = 0 if one else sum(group[0].shape[0] for group in groups)
-    alike = all(part.shape[:-2] == group[0].shape[:-2] for group in groups for part in group)
-    if rows != [packed.rows] * len(groups) or not alike or (not one and experts != packed.experts):
-        raise ValueError(f"repack: the weights now have {rows} rows a group; {packed.rows} were packed: pack them anew")
+def _refuse_changed(now: tuple[int, ...], packed: tuple[int, ...], first: Tensor) -> None:
+    checks.misplaced("repack", "cpu", "cpu", weight=first)
+    if now != packed:
+        raise ValueError(f"repack: the weights are now {list(now)}, but {list(packed)} were packed: pack them anew")

@@ -23,12 +23,13 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
         out: Tensor = _ShortConv.apply(x, weight, segments)
         return out
     (rows, width), stride, dtype = checks.short_conv(x, weight, segments, state)
-    if not (x.is_cpu and weight.is_cpu and segments.slot.is_cpu and (state is None or state.is_cpu)):
-        checks.misplaced("short_conv", "cpu", "cpu", x=x, weight=weight, segments=segments.slot, state=state)
+    slot = segments.slot
+    if not (x.is_cpu and weight.is_cpu and slot.is_cpu and (state is None or state.is_cpu)):
+        checks.misplaced("short_conv", "cpu", "cpu", x=x, weight=weight, segments=slot, state=state)
     y = torch.empty(rows, width, dtype=dtype)
     bad = _FORWARD[dtype](
-        x.data_ptr(), stride[0], weight.data_ptr(), segments.slot.data_ptr(), segments.start.data_ptr(),
-        segments.offset.data_ptr(), segments.slot.shape[0], 0 if state is None else state.data_ptr(),
+        x.data_ptr(), stride[0], weight.data_ptr(), slot.data_ptr(), segments.start.data_ptr(),
+        segments.offset.data_ptr(), slot.shape[0], 0 if state is None else state.data_ptr(),
         0 if state is None else state.shape[0], y.data_ptr(), width,
     )  # fmt: skip
     if bad:

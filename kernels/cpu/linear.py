@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import checks
 from kernels.cpu.library import bind
 from kernels.layout import PackedExperts, PackedLinear
 
@@ -26,26 +27,12 @@ _WEIGHT_GRADIENT = bind("linear_weight_gradient", "pipiiiip")
 
 
 def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
-    if not parts:
-        raise ValueError("pack_linear: parts is empty; give at least one weight [N, K]")
-    if parts[0].dim() != 2:
-        raise ValueError(f"pack_linear: parts[0] is {tuple(parts[0].shape)}, not [N, K]")
-    dtype, cols = parts[0].dtype, parts[0].shape[1]
-    for i, part in enumerate(parts):
-        if part.dim() != 2 or part.shape[1] != cols:
-            raise ValueError(f"pack_linear: parts[{i}] is {tuple(part.shape)}, not [N, {cols}]")
-        check_weight(f"pack_linear: parts[{i}]", part, dtype)
-    packed = PackedLinear(parts, sum(part.shape[0] for part in parts), cols)
-    packed.data["panels"] = torch.zeros(panel_count(packed.rows), panel_depth(cols, dtype), PANEL, dtype=dtype)
+    packed = PackedLinear.build(parts)
+    checks.misplaced("pack_linear", "cpu", "cpu", parts=parts[0])
+    dtype = parts[0].dtype
+    packed.data["panels"] = torch.zeros(panel_count(packed.rows), panel_depth(packed.cols, dtype), PANEL, dtype=dtype)
     fill_linear(packed)
     return packed
-
-
-def check_weight(name: str, part: Tensor, dtype: torch.dtype) -> None:
-    if part.dtype not in _SHORT or part.dtype != dtype:
-        raise ValueError(f"{name} is {part.dtype}; all parts must be one of float32 and bfloat16, the first is {dtype}")
-    if not part.is_cpu or not part.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous CPU tensor; it is on {part.device}, strides {part.stride()}")
 
 
 def panel_count(columns: int) -> int:
@@ -78,43 +65,22 @@ def fill_transposed(panels: Tensor, rows: int, cols: int, out: Tensor) -> None:
 
 
 def panels_of(packed: PackedLinear | PackedExperts, op: str) -> Tensor:
-    try:
-        return packed.data["panels"]
-    except KeyError:
-        raise ValueError(
-            f"{op}: packed was made by another backend; pack the weights anew after use_backend('cpu')"
-        ) from None
-
-
-def refuse_rows(op: str, x: Tensor, cols: int, dtype: torch.dtype) -> None:
-    """Raises the error for an x that is not [T, cols] on the CPU, of ``dtype``, columns adjacent."""
-    if x.dim() != 2 or x.shape[1] != cols:
-        raise ValueError(f"{op}: x is {tuple(x.shape)}, not [T, {cols}]")
-    if x.dtype != dtype:
-        raise ValueError(f"{op}: x is {x.dtype}, the weights {dtype}")
-    raise ValueError(f"{op}: x must be a CPU tensor with adjacent columns; on {x.device}, strides {x.stride()}")
+    return checks.buffer(op, packed, "panels", "cpu")
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in packed.parts)):
         out: Tensor = _Linear.apply(x, packed, out_dtype, *packed.parts)
         return out
-    return _forward(x, packed, out_dtype)
-
-
-def _forward(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
-    # Small calls are many, so the checks are written for speed; each attribute of a tensor costs about 0.1 µs.
-    panels, shape, stride, dtype = panels_of(packed, "linear"), x.shape, x.stride(), x.dtype
-    k, n = packed.cols, packed.rows
-    if len(shape) != 2 or shape[1] != k or dtype != panels.dtype or not x.is_cpu or (stride[1] != 1 and k > 1):
-        refuse_rows("linear", x, k, panels.dtype)
-    call = _LINEAR.get((dtype, out_dtype))
-    if call is None:
-        raise ValueError(f"linear: out_dtype is {out_dtype}; choose float32 or bfloat16")
+    k, n, panels = packed.cols, packed.rows, checks.buffer("linear", packed, "panels", "cpu")
+    shape, stride, dtype = checks.rows("linear", x, k, panels.dtype)
+    checks.out_dtype("linear", out_dtype)
+    if not x.is_cpu:
+        checks.misplaced("linear", "cpu", "cpu", x=x)
     rows = shape[0]
-    out = torch.empty(rows, n, dtype=out_dtype)
-    call(x.data_ptr(), stride[0], rows, panels.data_ptr(), n, k, out.data_ptr(), n)
-    return out
+    y = torch.empty(rows, n, dtype=out_dtype)
+    _LINEAR[dtype, out_dtype](x.data_ptr(), stride[0], rows, panels.data_ptr(), n, k, y.data_ptr(), n)
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -122,7 +88,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, packed, out_dtype, *parts):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.packed = packed
-        return _forward(x, packed, out_dtype)
+        return linear(x, packed, out_dtype)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -5,17 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import checks
 from kernels.cpu.library import bind
-from kernels.cpu.linear import (
-    PANEL,
-    check_weight,
-    fill_panels,
-    fill_transposed,
-    panel_count,
-    panel_depth,
-    panels_of,
-    refuse_rows,
-)
+from kernels.cpu.linear import PANEL, fill_panels, fill_transposed, panel_count, panel_depth, panels_of
 from kernels.layout import PackedExperts
 
 _EXPERT_LINEAR = {
@@ -34,25 +26,11 @@ _COMBINE_BACKWARD = bind("moe_combine_backward", "pppppiii")
 
 
 def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
-    if not groups or not groups[0]:
-        raise ValueError("pack_experts: groups is empty; give at least one weight [E, N, K]")
+    packed = PackedExperts.build(groups)
+    checks.misplaced("pack_experts", "cpu", "cpu", groups=groups[0][0])
     dtype = groups[0][0].dtype
-    if groups[0][0].dim() != 3:
-        raise ValueError(f"pack_experts: groups[0][0] is {tuple(groups[0][0].shape)}, not [E, N, K]")
-    for g, group in enumerate(groups):
-        for i, part in enumerate(group):
-            if part.dim() != 3 or part.shape[0] != group[0].shape[0] or part.shape[2] != groups[0][0].shape[-1]:
-                raise ValueError(
-                    f"pack_experts: groups[{g}][{i}] is {tuple(part.shape)}, not "
-                    f"[{group[0].shape[0]}, N, {groups[0][0].shape[-1]}]"
-                )
-            check_weight(f"pack_experts: groups[{g}][{i}]", part, dtype)
-    rows, cols = sum(part.shape[1] for part in groups[0]), groups[0][0].shape[2]
-    for g, group in enumerate(groups):
-        if sum(part.shape[1] for part in group) != rows:
-            raise ValueError(f"pack_experts: groups[{g}] has other rows than groups[0], which has {rows}")
-    packed = PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
-    packed.data["panels"] = torch.zeros(packed.experts, panel_count(rows), panel_depth(cols, dtype), PANEL, dtype=dtype)
+    panels = panel_count(packed.rows), panel_depth(packed.cols, dtype), PANEL
+    packed.data["panels"] = torch.zeros(packed.experts, *panels, dtype=dtype)
     fill_experts(packed)
     return packed
 
@@ -75,45 +53,29 @@ def _fill_transposed(packed: PackedExperts) -> None:
 
 
 def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    parts = [part for group in packed.groups for part in group]
-    if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)):
-        out: Tensor = _ExpertLinear.apply(x, packed, expert, fan_out, *parts)
-        return out
-    return _expert_linear(x, packed, expert, fan_out)
+    if torch.is_grad_enabled():
+        parts = [part for group in packed.groups for part in group]
+        if x.requires_grad or any(part.requires_grad for part in parts):
+            out: Tensor = _ExpertLinear.apply(x, packed, expert, fan_out, *parts)
+            return out
+    return expert_linear_by(AUTO, x, packed, expert, fan_out)
 
 
 def expert_linear_by(path: int, x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
     """`expert_linear` on a path of one's choice, to measure and to compare; without autograd."""
-    return _expert_linear(x, packed, expert, fan_out, path)
-
-
-def _expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int, path: int = AUTO) -> Tensor:
-    panels = panels_of(packed, "expert_linear")
-    shape, k = x.shape, packed.cols
-    if len(shape) != 2 or shape[1] != k or x.dtype != panels.dtype or not x.is_cpu or (x.stride(1) != 1 and k > 1):
-        refuse_rows("expert_linear", x, k, panels.dtype)
-    rows = shape[0] * fan_out
-    fits = fan_out >= 1 and expert.dtype == torch.int32 and expert.shape == (rows,)
-    if not fits or not expert.is_contiguous() or not expert.is_cpu:
-        raise ValueError(
-            f"expert_linear: expert is {expert.dtype} {tuple(expert.shape)} on {expert.device}, not "
-            f"contiguous int32 [{rows}] on the CPU (= {x.shape[0]} rows * fan_out {fan_out})"
-        )
-    out = torch.empty(rows, packed.rows, dtype=x.dtype)
-    _run(x, fan_out, expert, panels, packed.experts, packed.rows, packed.cols, out, path)
-    return out
-
-
-def _run(
-    x: Tensor, fan_out: int, expert: Tensor, panels: Tensor, experts: int, n: int, k: int, out: Tensor, path: int
-) -> None:
-    rows = expert.shape[0]
-    bad = _EXPERT_LINEAR[x.dtype](
-        x.data_ptr(), x.stride(0), fan_out, expert.data_ptr(), rows, panels.data_ptr(), experts, n, k, out.data_ptr(),
-        path,
+    k, n, panels = packed.cols, packed.rows, checks.buffer("expert_linear", packed, "panels", "cpu")
+    _, stride, dtype = checks.rows("expert_linear", x, k, panels.dtype)
+    rows = checks.experts_of_rows(x, expert, fan_out)
+    if not (x.is_cpu and expert.is_cpu):
+        checks.misplaced("expert_linear", "cpu", "cpu", x=x, expert=expert)
+    y = torch.empty(rows, n, dtype=dtype)
+    bad = _EXPERT_LINEAR[dtype](
+        x.data_ptr(), stride[0], fan_out, expert.data_ptr(), rows, panels.data_ptr(), packed.experts, n, k,
+        y.data_ptr(), path,
     )  # fmt: skip
     if bad:
-        raise ValueError(f"expert_linear: expert[{bad - 1}] is {int(expert[bad - 1])}, outside 0..{experts - 1}")
+        raise checks.no_such_expert(expert, bad - 1, packed.experts)
+    return y
 
 
 class _ExpertLinear(torch.autograd.Function):
@@ -121,7 +83,7 @@ class _ExpertLinear(torch.autograd.Function):
     def forward(ctx, x, packed, expert, fan_out, *parts):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, expert)
         ctx.packed, ctx.fan_out = packed, fan_out
-        return _expert_linear(x, packed, expert, fan_out)
+        return expert_linear_by(AUTO, x, packed, expert, fan_out)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -151,11 +113,12 @@ def _expert_input_gradient(grad: Tensor, packed: PackedExperts, expert: Tensor, 
     if "transposed" not in packed.data:
         packed.data["transposed"] = torch.zeros(packed.experts, panel_count(packed.cols), packed.rows, PANEL)
         _fill_transposed(packed)
-    rows = torch.empty(grad.shape[0], packed.cols)
-    _run(grad, 1, expert, packed.data["transposed"], packed.experts, packed.cols, packed.rows, rows, AUTO)
-    if fan_out == 1:
-        return rows
-    return _moe_combine(rows, torch.ones(grad.shape[0] // fan_out, fan_out))
+    (rows, n), k, panels = grad.shape, packed.cols, packed.data["transposed"].data_ptr()
+    dx = torch.empty(rows, k)
+    _EXPERT_LINEAR[torch.float32](
+        grad.data_ptr(), n, 1, expert.data_ptr(), rows, panels, packed.experts, k, n, dx.data_ptr(), AUTO
+    )
+    return dx if fan_out == 1 else moe_combine(dx, torch.ones(rows // fan_out, fan_out))
 
 
 # ---- SwiGLU ----
@@ -165,29 +128,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if torch.is_grad_enabled() and gate_up.requires_grad:
         out: Tensor = _SwiGLU.apply(gate_up)
         return out
-    return _swiglu(gate_up)
-
-
-def _swiglu(gate_up: Tensor) -> Tensor:
-    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}, not [T, 2I]")
-    call = _SWIGLU.get(gate_up.dtype)
-    if call is None or not gate_up.is_cpu or gate_up.stride(1) != 1:
-        raise ValueError(
-            f"swiglu: gate_up must be float32 or bfloat16 on the CPU with adjacent columns; it is {gate_up.dtype} on "
-            f"{gate_up.device}, strides {gate_up.stride()}"
-        )
-    rows, half = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, half, dtype=gate_up.dtype)
-    call(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), rows, half)
-    return out
+    (rows, width), stride, dtype = checks.swiglu(gate_up)
+    if not gate_up.is_cpu:
+        checks.misplaced("swiglu", "cpu", "cpu", gate_up=gate_up)
+    y = torch.empty(rows, width // 2, dtype=dtype)
+    _SWIGLU[dtype](gate_up.data_ptr(), stride[0], y.data_ptr(), rows, width // 2)
+    return y
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate_up)
-        return _swiglu(gate_up)
+        return swiglu(gate_up)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -205,32 +158,20 @@ def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (y.requires_grad or weight.requires_grad):
         out: Tensor = _Combine.apply(y, weight)
         return out
-    return _moe_combine(y, weight)
-
-
-def _moe_combine(y: Tensor, weight: Tensor) -> Tensor:
-    if weight.dim() != 2 or weight.dtype != torch.float32 or not weight.is_contiguous() or not weight.is_cpu:
-        raise ValueError(f"moe_combine: weight is {weight.dtype} {tuple(weight.shape)}, not contiguous fp32 [T, J]")
-    rows, j = weight.shape
-    if y.dim() != 2 or y.shape[0] != rows * j:
-        raise ValueError(f"moe_combine: y is {tuple(y.shape)}, not [{rows} * {j}, D]")
-    call = _COMBINE.get(y.dtype)
-    if call is None or not y.is_cpu or not y.is_contiguous():
-        raise ValueError(
-            f"moe_combine: y must be contiguous float32 or bfloat16 on the CPU; it is {y.dtype} on {y.device}, strides "
-            f"{y.stride()}"
-        )
-    width = y.shape[1]
-    out = torch.empty(rows, width, dtype=y.dtype)
-    call(y.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, j, width)
-    return out
+    checks.moe_combine(y, weight)
+    if not (y.is_cpu and weight.is_cpu):
+        checks.misplaced("moe_combine", "cpu", "cpu", y=y, weight=weight)
+    (rows, choices), width, dtype = weight.shape, y.shape[1], y.dtype
+    total = torch.empty(rows, width, dtype=dtype)
+    _COMBINE[dtype](y.data_ptr(), weight.data_ptr(), total.data_ptr(), rows, choices, width)
+    return total
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(y, weight)
-        return _moe_combine(y, weight)
+        return moe_combine(y, weight)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
