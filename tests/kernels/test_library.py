@@ -69,6 +69,7 @@ def test_self_check() -> None:
 
 def test_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.delenv("METRONOME_NATIVE", raising=False)
     with pytest.raises(RuntimeError, match=r"not built: .*_native_avx2\.so is missing.*pip install -e \..*g\+\+"):
         library._load("avx2")
 

@@ -238,7 +238,7 @@ INLINE vf exp(vf x) {
   p = fma(p * r, r, r) + splat(1.f);
   vi k = to_int(n);  // a NaN gives INT_MIN on x86: whatever the scale then is, p is NaN
   vi half = k >> 1;
-  vf first = (vf)((half + 127) << 23), second = (vf)((k - half + 127) << 23);
+  vf first = (vf)((vu)(half + 127) << 23), second = (vf)((vu)(k - half + 127) << 23);
   return p * first * second;
 }
 
@@ -247,9 +247,9 @@ INLINE vf exp(vf x) {
 INLINE vf log(vf x) {
   vi tiny = x < splat(1.17549435e-38f);
   vf scaled = tiny ? x * splat(8388608.f) : x;
-  vi bits = (vi)scaled;
-  vi e = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2) = 0x3f3504f3
-  vf m = (vf)(bits - (e << 23));
+  vu bits = (vu)scaled;                   // unsigned, since a negative x may wrap around
+  vi e = (vi)(bits - 0x3f3504f3u) >> 23;  // sqrt(1/2) = 0x3f3504f3
+  vf m = (vf)(bits - ((vu)e << 23));
   vf exponent = to_vf(e + (tiny & -23));
   vf r = m - splat(1.f);
   vf p = splat(7.0376836292e-2f);

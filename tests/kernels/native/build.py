@@ -45,7 +45,7 @@ def emulated(target: Path) -> None:
 
 def sanitized(target: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer, and overrun.cpp, which gives both something to find."""
-    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    flags = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     build(target, "avx2", flags, (Path(__file__).with_name("overrun.cpp"),))
 
 
