@@ -95,7 +95,7 @@ class Phase:
             self._display.say(f"{self._name} {self._done}/{self._total} · {text} · {ending}")
 
     def _parts(self, metrics: Metrics) -> Iterator[str]:
-        for key, name in (("warmstart/loss", "loss"), ("reward/mean", "reward"), ("reward/score", "score")):
+        for key, name in (("warmstart/loss", "loss"), ("reward/mean", "reward"), ("proxy/mean", "learned"), ("reward/score", "score")):
             if key in metrics:
                 yield f"{name} {metrics[key]:.3f}"
         if self._heldout is not None:
