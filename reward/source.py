@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor, as_tensor
 
 from kernels.errors import MetronomeError
+from model.checkpoint import weights_digest
 from reward.combine import score
+from reward.model import AXES, RewardModel
 from reward.overoptimisation import WatchConfig
 from reward.score import RewardConfig, Score
 from rollout.episode import Episode
-
-AXES = ("timing", "content")
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,6 @@ class SourceConfig:
     rewards: Literal["rules", "learned", "both"] = "rules"
     models: tuple[str, ...] = ()  # folders of reward models; together they score timing and content, each once
     watch: WatchConfig = field(default_factory=WatchConfig)
-
-
-class Judge(Protocol):
-    """What is asked of a reward model (`reward.model.RewardModel`)."""
-
-    axes: tuple[str, ...]
-
-    def score(self, episodes: Sequence[Episode]) -> list[Tensor]:
-        """fp32 [chunks, axes] an episode; the episode's score is their sum."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +66,7 @@ class Judged:
 class RewardSource:
     """Owns the learned models of a run. Judges each episode by itself: the same bits in any batch, on any rank."""
 
-    def __init__(self, rules: RewardConfig, rewards: str, models: Sequence[Judge]) -> None:
+    def __init__(self, rules: RewardConfig, rewards: str, models: Sequence[RewardModel]) -> None:
         """Raises MetronomeError unless the models fit together, or when learned rewards are to act and there are
         none."""
         axes = [axis for model in models for axis in model.axes]
@@ -100,8 +91,8 @@ class RewardSource:
         for folder in config.models:
             if not Path(folder).is_dir():
                 raise MetronomeError(
-                    f"source.models: there is no folder {folder}; train a reward model with `reward.train`, or name the "
-                    "folder of one"
+                    f"source.models: there is no folder {folder}; train a reward model with `reward.train`, or name "
+                    "the folder of one"
                 )
         return RewardSource(rules, config.rewards, [RewardModel.load(folder) for folder in config.models])
 

@@ -59,8 +59,7 @@ def _check_finite(episodes: Sequence[Episode], rewards: Sequence[Tensor], axis: 
 def _by_chunk(episodes: Sequence[Episode], per_token: Sequence[Tensor]) -> list[Tensor]:
     """Sums over each chunk's tokens: fp32 [N_e] -> fp32 [chunks] an episode."""
     return [
-        torch.zeros(len(e.actions)).index_add(0, e.chunk, values)
-        for e, values in zip(episodes, per_token, strict=True)
+        torch.zeros(len(e.actions)).index_add(0, e.chunk, values) for e, values in zip(episodes, per_token, strict=True)
     ]
 
 

@@ -106,8 +106,8 @@ class Run:
         progress = load_progress(path)
         if progress.reward_models != self.source.digests:
             raise MetronomeError(
-                f"source.models: other weights than the run in {self.folder.path} began with; put those back, or start a "
-                "new run under another --name"
+                f"source.models: other weights than the run in {self.folder.path} began with; put those back, or start "
+                "a new run under another --name"
             )
         checkpoint.load_into(self.model, path / "model")
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
@@ -166,9 +166,7 @@ class Run:
 
     def alarmed(self, progress: Progress) -> bool:
         """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""
-        seen = watch.watch(
-            self.folder, watch.evaluations(self.folder, progress.before), self.config.source.watch
-        )
+        seen = watch.watch(self.folder, watch.evaluations(self.folder, progress.before), self.config.source.watch)
         if seen is not None and seen.now.step == progress.step:
             self.display.say(str(seen))
         return seen is not None and self.config.source.watch.stop

@@ -5,7 +5,7 @@ Everything is read from the run's records, so that a resumed run sees what an un
 
 from __future__ import annotations
 
-from reward.overoptimisation import Alarm, Point, WatchConfig, alarm, draw
+from reward.overoptimisation import Alarm, Point, WatchConfig, alarm
 from rl import ranks
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
@@ -17,10 +17,12 @@ def watch(folder: RunFolder, held_out: list[Point], config: WatchConfig) -> Alar
     """Draws the run so far into its folder and returns the alarm, if there is cause for one."""
     seen = alarm(held_out, config)
     if ranks.rank() == 0:
+        from reward.pictures import overoptimisation
+
         records = folder.metrics()
         training = [Point(r["step"], r["reward/score"], r["proxy/mean"]) for r in records]
         drift = [(r["step"], r["reference/kl_k1"]) for r in records]
-        folder.write_bytes(PICTURE, draw(training, held_out, drift, seen))
+        folder.write_bytes(PICTURE, overoptimisation(training, held_out, drift, seen))
     return seen
 
 
