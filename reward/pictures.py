@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reward.bestofn import Pick
 from reward.overoptimisation import Alarm, Point
 
 RULE, PROXY = "tab:blue", "tab:orange"
@@ -33,12 +34,8 @@ def _over_steps(axes: Axes, training: Sequence[Point], held_out: Sequence[Point]
     for axis, field, colour in ((axes, "rule", RULE), (twin, "proxy", PROXY)):
         for points, style in ((training, {"alpha": 0.35, "linewidth": 1}), (held_out, {"marker": "o", "linewidth": 2})):
             axis.plot([p.step for p in points], [getattr(p, field) for p in points], color=colour, **style)
-        axis.tick_params(axis="y", labelcolor=colour)
     axes.set(title="over training (pale: training rollouts; dots: held-out)", xlabel="RL step")
-    axes.set_ylabel("score by the rules", color=RULE)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    twin.set_ylabel("learned reward of an episode", color=PROXY)
-    axes.grid(alpha=0.3)
+    _scales(axes, twin, "score by the rules", "learned reward of an episode")
     if seen is not None:
         axes.axvline(seen.now.step, color="tab:red", linestyle="--")
         axes.annotate(
@@ -55,6 +52,31 @@ def _against(axes: Axes, held_out: Sequence[Point], seen: Alarm | None) -> None:
             axes.plot(point.proxy, point.rule, "o", color=colour, markersize=10)
     axes.set(title="held-out, one against the other (labels: RL step)", xlabel="learned reward of an episode")
     axes.set_ylabel("score by the rules")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(alpha=0.3)
+
+
+def best_of_n(curves: Sequence[Sequence[Pick]]) -> bytes:
+    """PNG with one panel a curve: the rules' score of the learned models' pick of n, and what it could have been."""
+    figure = Figure(figsize=(5 * len(curves), 4.5), layout="constrained")
+    for axes, picks in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        n = [p.n for p in picks]
+        axes.errorbar(n, [p.rule for p in picks], [p.rule_error for p in picks], color=RULE, marker="o", capsize=3)
+        axes.plot(n, [p.oracle for p in picks], color=RULE, linestyle="--", alpha=0.6)
+        twin = axes.twinx()
+        twin.plot(n, [p.proxy for p in picks], color=PROXY, marker="o")
+        axes.set(title=f"{picks[0].family} (dashed: the rules' own pick)", xlabel="best of n")
+        _scales(axes, twin, "score of the pick by the rules", "learned reward of the pick")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(n, [str(k) for k in n])
+    return _png(figure)
+
+
+def _scales(axes: Axes, twin: Axes, rule: str, proxy: str) -> None:
+    """The rules' score on the left, the learned reward on the right."""
+    for axis, label, colour in ((axes, rule, RULE), (twin, proxy, PROXY)):
+        axis.set_ylabel(label, color=colour)
+        axis.tick_params(axis="y", labelcolor=colour)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
 

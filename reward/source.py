@@ -22,6 +22,7 @@ from reward.model import AXES, RewardModel
 from reward.overoptimisation import WatchConfig
 from reward.score import RewardConfig, Score
 from rollout.episode import Episode
+from rollout.rows import Conversation
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,12 @@ class RewardSource:
     def judge(self, episodes: Sequence[Episode]) -> Judged:
         scores = [score(e.family, e.facts, e.actions, self._rules) for e in episodes]
         rules = [Rewards(as_tensor(s.timing), as_tensor(s.content)) for s in scores]
-        proxy = self._learned(episodes)
+        proxy = self.learned(episodes)
         acting = {"rules": [rules], "learned": [proxy], "both": [rules, proxy]}[self._rewards]
         return Judged(scores, rules, proxy, acting)
 
-    def _learned(self, episodes: Sequence[Episode]) -> list[Rewards]:
+    def learned(self, episodes: Sequence[Conversation]) -> list[Rewards]:
+        """What the learned models alone say of episodes or transcripts; nothing when there are none."""
         if not self.models or not episodes:
             return []
         columns = {

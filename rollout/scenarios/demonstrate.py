@@ -11,6 +11,7 @@ score.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,13 +45,21 @@ def demonstrate(
 ) -> tuple[NDArray[np.float32], list[Action], Facts]:
     """Plays one episode: the user's audio float32 [chunks, CHUNK_SAMPLES], the expert's actions [chunks], the user's
     facts."""
+    return enact(scenario, lambda user: expert(scenario, user, rng, corruption))
+
+
+def enact(
+    scenario: Scenario, cast: Callable[[User], Callable[[int], Action]]
+) -> tuple[NDArray[np.float32], list[Action], Facts]:
+    """Plays one episode with whatever script ``cast`` has for its user: a function that gives the action of chunk k
+    after the user's audio of chunk k. Returns what `demonstrate` does."""
     user = scenario.user()
-    expert = _expert(scenario, user, rng, corruption)
+    act = cast(user)
     audio, actions = [], []
     heard: Action | None = None
     for k in range(scenario.chunks):
         audio.append(user.next_chunk(heard))
-        heard = expert.act(k)
+        heard = act(k)
         actions.append(heard)
     return np.stack(audio), actions, user.facts()
 
@@ -61,11 +70,12 @@ class _Expert(ABC):
         """The action of chunk k, after the user's audio of chunk k."""
 
 
-def _expert(scenario: Scenario, user: User, rng: np.random.Generator, corruption: Corruption) -> _Expert:
+def expert(scenario: Scenario, user: User, rng: np.random.Generator, corruption: Corruption) -> Callable[[int], Action]:
+    """The script of the family's expert, for `enact`."""
     if isinstance(scenario, TimespeakScenario):
-        return _TimespeakExpert(user, rng, corruption, scenario.numbers)
+        return _TimespeakExpert(user, rng, corruption, scenario.numbers).act
     if isinstance(scenario, TurnTakingScenario):
-        return _TurnTakingExpert(user, rng, corruption)
+        return _TurnTakingExpert(user, rng, corruption).act
     raise TypeError(f"no expert plays scenarios of {type(scenario).__name__}")
 
 
