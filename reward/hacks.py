@@ -20,6 +20,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +89,7 @@ def says_everything_at_once(item: Scenario, user: User) -> Script:
 
 
 def ends_early(item: Scenario, user: User) -> Script:
-    """Two words as the expert says them, then nothing more."""
+    """One word as the expert says it, then nothing more: even the shortest episode wants two."""
     act = honest(PERFECT)(item, user)
     said = 0
 
@@ -96,7 +97,7 @@ def ends_early(item: Scenario, user: User) -> Script:
         nonlocal said
         action = act(k)
         said += action.speaks
-        return action if said <= 2 else LISTEN
+        return action if said <= 1 else LISTEN
 
     return script
 
@@ -123,13 +124,18 @@ class Row:
     beats: dict[str, list[float]]  # share of the scenarios in which it is not below that of each honest player
 
 
+def play(player: Cast, item: Scenario) -> tuple[NDArray[np.float32], list[Action], Facts]:
+    """The user's audio, the player's actions and the facts, as `enact` gives them."""
+    return enact(item, partial(player, item))
+
+
 def perform(
     player: Cast, items: Sequence[Scenario], rules: RewardConfig, source: RewardSource
 ) -> tuple[list[Score], dict[str, list[float]]]:
     """Has a player play every scenario: the rules' verdicts [N], and the episodes' rewards [N] by who gives them."""
     dmel, scores, transcripts = DMel.build(), [], []
     for item in items:
-        waveform, actions, facts = enact(item, partial(player, item))
+        waveform, actions, facts = play(player, item)
         scores.append(score(item.family, facts.to_json(), actions, rules))
         if source.models:
             codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))

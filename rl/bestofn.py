@@ -2,8 +2,8 @@
 
     python -m rl.bestofn --run runs/NAME [--step N] [--models FOLDER FOLDER] --json FILE
 
-Of n rollouts of a held-out scenario by one policy, the learned models pick the one they like best; the rules say what it
-is worth. Beside it stands what the rules themselves would have picked, the most that any reward could get. A picture
+Of n rollouts of a held-out scenario by one policy, the learned models pick the one they like best; the rules say what
+it is worth. Beside it stands what the rules themselves would have picked, the most that any reward could get. A picture
 lies beside the JSON file.
 """
 
