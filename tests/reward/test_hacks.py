@@ -15,7 +15,7 @@ from rollout.scenarios.demonstrate import Corruption
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.speech import SpeechBank
 
-SEEDS = 150
+SEEDS = 100
 RULES = RewardConfig()
 UNLEARNED = RewardSource(RULES, "rules", [])
 
