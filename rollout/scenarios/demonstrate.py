@@ -11,6 +11,7 @@ score.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,20 +38,32 @@ class Corruption:
 
 
 PERFECT = Corruption(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NO_EDITS: Mapping[int, Action] = {}
 
 
 def demonstrate(
-    scenario: Scenario, rng: np.random.Generator, corruption: Corruption
+    scenario: Scenario, rng: np.random.Generator, corruption: Corruption, edits: Mapping[int, Action] = NO_EDITS
 ) -> tuple[NDArray[np.float32], list[Action], Facts]:
     """Plays one episode: the user's audio float32 [chunks, CHUNK_SAMPLES], the expert's actions [chunks], the user's
-    facts."""
+    facts.
+
+    ``edits`` puts other actions into the chunks that it names (from its first to its last one: silence where it names
+    none), and the user reacts to those; after them the expert, who has not noticed, is heard again from its next
+    silence on."""
     user = scenario.user()
     expert = _expert(scenario, user, rng, corruption)
     audio, actions = [], []
     heard: Action | None = None
+    first, last = min(edits, default=scenario.chunks), max(edits, default=-1)
+    muted = False
     for k in range(scenario.chunks):
         audio.append(user.next_chunk(heard))
         heard = expert.act(k)
+        if first <= k <= last:
+            muted, heard = True, edits.get(k, LISTEN)
+        elif muted:
+            muted = heard.speaks
+            heard = LISTEN if muted else heard
         actions.append(heard)
     return np.stack(audio), actions, user.facts()
 
@@ -132,7 +145,8 @@ class _TurnTakingExpert(_Expert):
             self._turns_planned = len(facts.turns)
             self._plan(facts)
             if facts.turns[-1].interrupts and not self._ignores_interruption:
-                self._length = self._said + 1  # one more word: the barge-in is heard while it is spoken
+                # One more word: the barge-in is heard while it is spoken.
+                self._length = min(self._said + 1, self._length)
             self._ignores_interruption = self._rng.random() < self._corruption.ignored_interruption
         if self._said == self._length and k in self._onsets:
             self._said, self._length = 0, self._onsets[k]
