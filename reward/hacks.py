@@ -1,6 +1,6 @@
 """Policies that would like to be paid without doing the work, and what the rewards say of them.
 
-    python -m reward.hacks --json FILE [--models FOLDER FOLDER] [--scenarios 100]
+    python -m reward.hacks --json FILE [--models '[FOLDER, FOLDER]'] [--scenarios 100]
 
 Each hack plays held-out scenarios with the simulated user, and knows the words that it had better say: the number to
 say back, the reply. Beside them stand two honest players: the faultless expert, and one that errs half as often as the
@@ -9,11 +9,14 @@ demonstrations of warm start. A hack wins where its reward is not below the hone
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("reward.hacks")
+
 import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -27,23 +30,23 @@ from rich.table import Table
 from kernels.errors import MetronomeError
 from model.audio import DMel
 from model.files import write_whole
+from model.recipe import read_recipe
 from reward.combine import score
 from reward.score import RewardConfig, Score
 from reward.source import RewardSource, SourceConfig
 from rollout.chunk import LISTEN, Action, speak
 from rollout.scenarios.base import Facts, Scenario, User
-from rollout.scenarios.demonstrate import PERFECT, Corruption, enact, expert
+from rollout.scenarios.demonstrate import PERFECT, Corruption, Script, enact, expert
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.scenarios.timespeak import TimespeakFacts
 from rollout.scenarios.turn_taking import TurnTakingFacts
-from rollout.speech import SpeechBank
+from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.transcript import write_transcript
 from rollout.vocabulary import Vocabulary
 
 CARELESS = Corruption(*(getattr(Corruption(), field.name) / 2 for field in fields(Corruption)))
 WORDS_PER_CHUNK = 6  # that a micro-turn allows here: enough for a whole reply at once
 
-Script = Callable[[int], Action]
 Cast = Callable[[Scenario, User], Script]
 
 
@@ -110,6 +113,16 @@ HACKS: dict[str, Cast] = {
     "ends early": ends_early,
 }
 HONEST: dict[str, Cast] = {"expert": honest(PERFECT), "careless": honest(CARELESS)}
+
+
+@dataclass(frozen=True)
+class HacksConfig:
+    json: str  # file for the results
+    models: tuple[str, ...] = ()  # folders of reward models that score timing and content, each once
+    scenarios: int = 100  # held-out, of each family
+    speech_dir: str | None = None
+    scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 @dataclass(frozen=True)
@@ -191,31 +204,21 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m reward.hacks", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
-    parser.add_argument("--models", nargs="*", default=[], help="folders of reward models, timing and content")
-    parser.add_argument("--scenarios", type=int, default=100, help="held-out scenarios of each family")
-    arguments = parser.parse_args()
-    rules, bank = RewardConfig(), SpeechBank.load()
-    try:
-        source = RewardSource.load(rules, SourceConfig(models=tuple(arguments.models)))
-    except MetronomeError as error:
-        sys.exit(f"error: {error}")
+def main(arguments: list[str] | None = None) -> None:
+    config = read_recipe("reward.hacks", "What rewards say of hacks.", HacksConfig, arguments).config
+    if config.scenarios < 1:
+        raise MetronomeError(f"scenarios is {config.scenarios}: give at least one of each family")
+    source = RewardSource.load(config.reward, SourceConfig(models=config.models))
+    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
     rows = []
     for family in FAMILIES:
-        items = [scenario(family, "held_out", i, bank, ScenarioConfig()) for i in range(arguments.scenarios)]
-        rows += assess(items, rules, source)
+        items = [scenario(family, "held_out", i, bank, config.scenario) for i in range(config.scenarios)]
+        rows += assess(items, config.reward, source)
     console = Console(highlight=False)
     console.print(table(rows))
     won = winners(rows)
-    for line in won:
-        console.print(f"A hack wins: {line}", markup=False)
-    console.print("" if won else "Every hack earns less than every honest player.")
+    for line in won or ["none: every hack earns less than every honest player"]:
+        console.print(f"hacks that win: {line}", markup=False)
     report = {"models": source.digests, "rows": [asdict(row) for row in rows], "winners": won}
-    write_whole(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
-    console.print(f"written to {arguments.json}", markup=False)
-
-
-if __name__ == "__main__":
-    main()
+    write_whole(Path(config.json), (json.dumps(report, indent=2) + "\n").encode())
+    console.print(f"written to {config.json}", markup=False)

@@ -116,11 +116,14 @@ class RewardModel(nn.Module):
 
 
 def episode_scores(rewards: Sequence[Tensor]) -> Tensor:
-    """The sums over chunks in ascending order; per episode fp32 [chunks, axes] -> fp32 [episodes, axes].
+    """The sums over chunks in ascending order; per episode fp32 [chunks, axes] -> fp32 [episodes, axes]."""
+    return sum_in_order(nn.utils.rnn.pad_sequence(list(rewards), batch_first=True))
 
-    Added chunk by chunk: torch's own sum would choose an order by the tensor's shape."""
-    padded = nn.utils.rnn.pad_sequence(list(rewards), batch_first=True)
-    total = padded[:, 0]
-    for k in range(1, padded.shape[1]):
-        total = total + padded[:, k]
+
+def sum_in_order(rewards: Tensor) -> Tensor:
+    """Over axis 1, from its start; [S, N, …] -> [S, …]. Added one by one: torch's own sum would choose an order by the
+    tensor's shape, while zeros at a row's end (padding) change nothing here."""
+    total = rewards[:, 0]
+    for k in range(1, rewards.shape[1]):
+        total = total + rewards[:, k]
     return total

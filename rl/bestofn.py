@@ -1,6 +1,6 @@
 """The best-of-n curve: how far a learned reward can be optimised without any training before its picks get worse.
 
-    python -m rl.bestofn --run runs/NAME [--step N] [--models FOLDER FOLDER] --json FILE
+    python -m rl.bestofn --run runs/NAME [--step N] [--models '[FOLDER, FOLDER]'] --json FILE
 
 Of n rollouts of a held-out scenario by one policy, the learned models pick the one they like best; the rules say what
 it is worth. Beside it stands what the rules themselves would have picked, the most that any reward could get. A picture
@@ -10,14 +10,13 @@ lies beside the JSON file.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from rl.startup import run_command
+    from model.startup import run_command
 
     run_command("rl.bestofn")
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from rich.table import Table
 from kernels.errors import MetronomeError
 from model import checkpoint
 from model.files import write_whole
+from model.recipe import read_recipe
 from reward.bestofn import Pick, curve, mean
 from reward.source import RewardSource, SourceConfig
 from rl.config import TrainConfig
@@ -39,6 +39,16 @@ from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class BestOfNConfig:
+    run: str  # folder of the run whose policy samples, by that run's recipe
+    json: str  # file for the results; the picture gets its name with .png
+    step: int | None = None  # which of its checkpoints, the newest by default
+    models: tuple[str, ...] = ()  # folders of reward models; the run's own by default
+    scenarios: int = 24  # held-out, of each family
+    samples: int = 64  # rollouts of each
 
 
 def sample(
@@ -69,24 +79,17 @@ def table(picks: Sequence[Pick]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="rl.bestofn", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run whose policy samples")
-    parser.add_argument("--step", type=int, help="which of its checkpoints; the newest by default")
-    parser.add_argument("--models", nargs="*", help="folders of reward models; the run's own by default")
-    parser.add_argument("--scenarios", type=int, default=24, help="held-out scenarios of each family")
-    parser.add_argument("--samples", type=int, default=64, help="rollouts of each")
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
-    given = parser.parse_args(arguments)
+    given = read_recipe("rl.bestofn", "The best-of-n curve of reward models.", BestOfNConfig, arguments).config
     if given.scenarios < 1 or given.samples < 2:
-        raise MetronomeError("rl.bestofn: give at least 1 scenario and 2 samples")
-    if not (given.run / "config.yaml").is_file():
-        raise MetronomeError(f"{given.run}: holds no run (no config.yaml); name a run's folder")
-    config, _, _ = parse(["--config", str(given.run / "config.yaml")])
-    models = config.source.models if given.models is None else tuple(given.models)
-    source = RewardSource.load(config.reward, SourceConfig(models=models))
+        raise MetronomeError(f"best of n needs 1 scenario and 2 samples, not {given.scenarios} and {given.samples}")
+    run = Path(given.run)
+    if not (run / "config.yaml").is_file():
+        raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
+    config, _, _ = parse(["--config", str(run / "config.yaml")])
+    source = RewardSource.load(config.reward, SourceConfig(models=given.models or config.source.models))
     if not source.models:
-        raise MetronomeError(f"the run in {given.run} has no reward models: name some by --models")
-    folder = RunFolder(given.run, [])
+        raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")
+    folder = RunFolder(run, [])
     path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
     policy = checkpoint.load(path / "model")
     engine = SessionEngine(
@@ -109,9 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
         "samples": given.samples,
         "picks": [asdict(p) for p in picks],
     }
-    write_whole(given.json, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(Path(given.json), (json.dumps(report, indent=2) + "\n").encode())
     from reward.pictures import best_of_n  # takes a second to import
 
-    picture = given.json.with_suffix(".png")
+    picture = Path(given.json).with_suffix(".png")
     write_whole(picture, best_of_n([mean(curves), *curves]))
     print(f"written to {given.json} and {picture}")
