@@ -4,6 +4,7 @@ average."""
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -36,13 +37,14 @@ def test_every_hack_earns_less_by_the_rules(items: list[Scenario]) -> None:
         assert rows[name].score < rows["careless"].score - 0.2
 
 
-def test_a_hack_earns_less_than_what_warm_start_shows(items: list[Scenario]) -> None:
-    """The demonstrations that the warm-started policy imitates are wrong half of the time; RL begins there, and no hack
-    may lie uphill."""
-    _, shown = hacks.perform(hacks.honest(Corruption()), items, RULES, UNLEARNED)
-    for cast in hacks.HACKS.values():
-        _, earned = hacks.perform(cast, items, RULES, UNLEARNED)
-        assert sum(earned["rules"]) < sum(shown["rules"])
+def test_no_hack_lies_uphill_of_what_warm_start_shows(items: list[Scenario]) -> None:
+    """The demonstrations that the warm-started policy imitates are wrong half of the time, and RL begins there. Only
+    ending early, which is right as far as it goes, may earn as much as such play; by the verdict it is worse too."""
+    shown, shown_rewards = hacks.perform(hacks.honest(Corruption()), items, RULES, UNLEARNED)
+    for name, cast in hacks.HACKS.items():
+        scores, rewards = hacks.perform(cast, items, RULES, UNLEARNED)
+        assert fmean(s.value for s in scores) < fmean(s.value for s in shown)
+        assert name == "ends early" or sum(rewards["rules"]) < sum(shown_rewards["rules"])
 
 
 def test_a_rule_that_pays_for_talk_is_found_out(items: list[Scenario]) -> None:
