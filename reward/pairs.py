@@ -2,9 +2,10 @@
 
     python -m reward.pairs --config configs/reward_pairs.yaml
 
-Three sources, all for both axes: rollouts of policies of different quality, ranked by the rule; controlled corruptions
-of expert play (`reward.corrupt`); and labels by people (`reward.human`). Beside whole conversations, stretches of them
-are compared, so that a model learns which chunks deserve a reward and not only which conversations.
+Three sources, all for both axes: rollouts of policies of different quality, ranked by the rule; corruptions of expert
+play, controlled ones (`reward.corrupt`) and the experts' own mistakes; and labels by people (`reward.human`). Beside
+whole conversations, stretches of them are compared, so that a model learns which chunks deserve a reward, and not only
+which conversations.
 
 The set has two splits. ``held_out`` has scenarios of the held-out split (unseen seeds, noise, gains and filler
 sentences) and sizes of corruption that ``train`` has not. The speaker is the same in both: there are recordings of one
@@ -62,10 +63,11 @@ class PolicyRecipe:
 class CorruptionRecipe:
     """Corruptions of expert play. Sizes are in chunks of 200 ms."""
 
-    train_scenarios: int = 800  # expert plays, families in turn
-    held_out_scenarios: int = 300
-    faults: int = 6  # tried on each expert play; some do not fit
-    segments: int = 8  # stretches of these plays compared, an axis and scenario
+    train_scenarios: int = 700  # expert plays, families in turn
+    held_out_scenarios: int = 250
+    faults: int = 5  # tried on each expert play; some do not fit
+    mistakes: int = 2  # plays of each scenario with the mistakes of warm-start demonstrations
+    segments: int = 12  # stretches of these plays compared, an axis and scenario
     train_sizes: tuple[int, ...] = (1, 3, 5, 8, 12, 20, 60)
     held_out_sizes: tuple[int, ...] = (2, 4, 6, 10, 16, 40)
 
@@ -75,12 +77,12 @@ class RolloutRecipe:
     """Groups of rollouts that are compared with one another."""
 
     policies: tuple[PolicyRecipe, ...] = ()
-    train_groups: int = 200
+    train_groups: int = 300
     held_out_groups: int = 40
     scenarios: int = 4  # of a group, families in turn
     rollouts: int = 2  # of each scenario, policies in turn
     wholes: int = 10  # pairs of whole conversations tried, an axis and group
-    segments: int = 10  # pairs of stretches tried, an axis and group
+    segments: int = 20  # pairs of stretches tried, an axis and group
     max_tokens: int = 512  # context of a session
 
 
@@ -166,7 +168,7 @@ class Maker:
         for index in range(recipe.train_scenarios if train else recipe.held_out_scenarios):
             item = self._scenario(split, index)
             rng = generator("corrupted", item.id)
-            plays = self.writer.with_faults(item, self.words, sizes, recipe.faults)
+            plays = self.writer.demonstrations(item, self.words, sizes, recipe.faults, recipe.mistakes)
             if len(plays) < 2:
                 continue
             for axis in AXES:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from model.audio import DMel
 from reward.combine import score
-from reward.corrupt import FAULTS, Expert, Fault, corrupt
+from reward.corrupt import FAULTS, Expert, corrupt
 from reward.preference import Preference, Stretch
 from reward.score import RewardConfig
 from rollout.chunk import Action
 from rollout.episode import Episode
 from rollout.scenarios.base import Facts, Scenario
-from rollout.scenarios.demonstrate import PERFECT, demonstrate
+from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
 from rollout.scenarios.sound import generator
 from rollout.transcript import write_transcript
 from rollout.vocabulary import Vocabulary
@@ -39,7 +39,8 @@ class Played:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
     rewards: Mapping[str, NDArray[np.float32]]  # by axis, [chunks]
-    fault: Fault | None = None  # of a corrupted play
+    source: str  # "expert", a kind of fault, "mistakes" or "rollouts"
+    size_ms: int = 0  # of the fault
 
     def total(self, axis: str, first: int = 0, end: int | None = None) -> float:
         return float(self.rewards[axis][first:end].sum(dtype=np.float64))
@@ -57,22 +58,25 @@ class Writer:
         self._words_per_chunk = words_per_chunk
         self._rule = rule
 
-    def played(
+    def demonstration(
         self,
         scenario: Scenario,
-        audio: NDArray[np.float32],
-        actions: Sequence[Action],
-        facts: Facts,
-        fault: Fault | None,
+        played: tuple[NDArray[np.float32], Sequence[Action], Facts],
+        source: str,
+        size_ms: int = 0,
     ) -> Played:
+        """``played``: what `demonstrate` returned."""
+        audio, actions, facts = played
         codes = self._dmel.codes(torch.from_numpy(audio.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
         written = write_transcript(codes, actions, self._vocabulary, self._words_per_chunk)
         rewards = rule_rewards(scenario.family, facts.to_json(), actions, self._rule)
-        return Played(scenario, written.tokens, written.codes, rewards, fault)
+        return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
 
-    def with_faults(self, scenario: Scenario, words: Sequence[str], sizes: Sequence[int], faults: int) -> list[Played]:
+    def demonstrations(
+        self, scenario: Scenario, words: Sequence[str], sizes: Sequence[int], faults: int, mistakes: int
+    ) -> list[Played]:
         """The expert's play of a scenario, then at most ``faults`` corruptions of it, of kinds and ``sizes`` (chunks)
-        drawn by the scenario's id."""
+        drawn by the scenario's id, then ``mistakes`` plays with the mistakes that warm-start demonstrations have."""
         rng = generator("faults", scenario.id)
 
         def expert() -> np.random.Generator:
@@ -80,13 +84,17 @@ class Writer:
 
         audio, actions, facts = demonstrate(scenario, expert(), PERFECT)
         known = Expert.of(audio, actions, words)
-        plays = [self.played(scenario, audio, actions, facts, None)]
+        plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
         kinds = list(FAULTS)
         for _ in range(faults):
             kind, size = kinds[int(rng.integers(len(kinds)))], int(sizes[int(rng.integers(len(sizes)))])
             fault = corrupt(known, kind, size, rng)
             if fault is not None:
-                plays.append(self.played(scenario, *demonstrate(scenario, expert(), PERFECT, fault.edits), fault))
+                played = demonstrate(scenario, expert(), PERFECT, fault.edits)
+                plays.append(self.demonstration(scenario, played, fault.kind, fault.size_ms))
+        for i in range(mistakes):
+            played = demonstrate(scenario, generator("mistakes", scenario.id, i), Corruption())
+            plays.append(self.demonstration(scenario, played, "mistakes"))
         return plays
 
 
@@ -99,7 +107,7 @@ def rule_rewards(
 
 def of_episode(scenario: Scenario, episode: Episode, rule: RewardConfig) -> Played:
     rewards = rule_rewards(episode.family, episode.facts, episode.actions, rule)
-    return Played(scenario, episode.tokens, episode.codes, rewards)
+    return Played(scenario, episode.tokens, episode.codes, rewards, "rollouts")
 
 
 def prefer(
@@ -123,13 +131,13 @@ def prefer(
 
 
 def fault_preferences(axis: str, plays: Sequence[Played]) -> Iterator[Preference]:
-    """The expert's play (the first) over each corruption of it, where the rule agrees that it is better."""
+    """The expert's play (the first) over each of the others, where the rule agrees that it is better."""
     expert = plays[0]
     for play in plays[1:]:
-        assert play.fault is not None
-        found = prefer(axis, play.fault.kind, _whole(expert), _whole(play), play.fault.size_ms)
-        if found is not None and expert.total(axis) > play.total(axis):
-            yield found
+        if expert.total(axis) > play.total(axis):
+            found = prefer(axis, play.source, _whole(expert), _whole(play), play.size_ms)
+            if found is not None:
+                yield found
 
 
 def whole_preferences(axis: str, plays: Sequence[Played], count: int, rng: np.random.Generator) -> Iterator[Preference]:
@@ -146,12 +154,20 @@ def segment_preferences(
 ) -> Iterator[Preference]:
     """Up to ``count`` preferences between two stretches of equal length: they say *where* a reward belongs.
 
-    ``aligned``: of two plays of one scenario, at the same place; otherwise anywhere, also in one and the same play."""
+    One of them holds a chunk that the rule rewards or punishes. ``aligned``: of two plays of one scenario, at the same
+    place; otherwise the other is anywhere, also in one and the same play."""
     for _ in range(count):
         a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=not aligned))
+        eventful = np.flatnonzero(a.rewards[axis])
+        if not len(eventful):
+            continue
         shortest = min(a.scenario.chunks, b.scenario.chunks)
-        length = int(rng.integers(3, max(4, shortest // 2)))
-        at = int(rng.integers(a.scenario.chunks - length + 1))
+        length = int(np.exp(rng.uniform(0.0, np.log(shortest))))  # many short ones: they are the most exact
+        event = int(eventful[int(rng.integers(len(eventful)))])
+        first, last = max(0, event - length + 1), min(event, shortest - length)
+        if first > last:
+            continue
+        at = int(rng.integers(first, last + 1))
         other = at if aligned else int(rng.integers(b.scenario.chunks - length + 1))
         found = prefer(axis, "segments", (a, at, at + length), (b, other, other + length))
         if found is not None:

@@ -78,7 +78,7 @@ def to_row(preference: Preference) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Preference:
-    """``row`` of a dataset in numpy format."""
+    """``row`` of a dataset in its plain format (numpy's would cut the zeros off a text of bytes)."""
     sides = [
         Stretch(
             torch.from_numpy(np.asarray(row[f"{side}_ids"], np.int64)),
@@ -107,7 +107,7 @@ def table(preferences: Sequence[Preference]) -> Dataset:
 
 
 def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) -> Dataset:
-    """The rows of one split whose axis is among ``axes``, every one of them checked, in numpy format.
+    """The rows of one split whose axis is among ``axes``, every one of them checked.
 
     ``audio``: id of the audio token. Raises MetronomeError naming the first row that will not do."""
     try:
@@ -122,7 +122,7 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
     if missing := sorted(set(FEATURES) - set(rows.column_names)):
         raise MetronomeError(f"{folder}, {split}: the columns {', '.join(missing)} are missing")
     wanted = [i for i, axis in enumerate(rows["axis"]) if axis in axes or axis not in AXES]
-    rows = rows.select(wanted).with_format("numpy")
+    rows = rows.select(wanted)
     check(((f"{folder}, {split}, row {i}", row) for i, row in zip(wanted, rows, strict=True)), audio)
     if not wanted:
         raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
@@ -177,5 +177,5 @@ def _digest(row: Mapping[str, Any], side: str) -> bytes:
     digest = blake2b(digest_size=16)
     for name in ("ids", "codes", "first", "end"):
         value = row[f"{side}_{name}"]
-        digest.update(value if isinstance(value, bytes) else np.ascontiguousarray(value).tobytes() + b"/")
+        digest.update(value if isinstance(value, bytes) else np.asarray(value, np.int64).tobytes() + b"/")
     return digest.digest()

@@ -96,8 +96,6 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     except (TypeError, ValueError) as error:
         raise MetronomeError(f"recipe: trainer: {error}. The fields are those of trl.RewardConfig") from error
     leads = arguments.process_index == 0
-    if leads and not resume:
-        write_whole(folder / "config.yaml", recipe.encode())
     model = RewardModel.build(_backbone(config), config.axes)
     rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
     trainer = RewardTrainer(
@@ -112,6 +110,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         trainer.remove_callback(callback)
     if leads:
         weights = sum(p.numel() for p in model.parameters())
+        write_whole(folder / "config.yaml", recipe.encode())
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
     result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
     model.repack()
@@ -156,9 +155,10 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
     if wrong := sorted(config.trainer.keys() & (OURS.keys() | {"output_dir"})):
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    os.environ.setdefault("WANDB_PROJECT", "metronome")
+    if "wandb" in str(config.trainer.get("report_to")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", config.name)):
+            os.environ.setdefault(f"WANDB_{name}", value)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         import_deepspeed()
 

@@ -46,6 +46,19 @@ def test_disk_keeps_pairs(tmp_path: Path) -> None:
     assert [row["axis"] for row in load_preferences(tmp_path / "pairs", "train", ["timing"], AUDIO)] == ["timing"] * 2
 
 
+def test_codes_that_end_in_zeros_survive(tmp_path: Path) -> None:
+    one = pair(0)
+    quiet = replace(one, chosen=replace(one.chosen, codes=torch.zeros_like(one.chosen.codes)))
+    many = [
+        quiet,
+        *(replace(p, chosen=replace(p.chosen, codes=p.chosen.codes * (i % 2))) for i, p in enumerate([one] * 40)),
+    ]
+    many = [replace(p, scenario=str(i)) for i, p in enumerate(many)]
+    save_preferences(tmp_path / "pairs", {"train": many})
+    rows = load_preferences(tmp_path / "pairs", "train", ["timing"], AUDIO)
+    assert all(same(from_row(row), p) for row, p in zip(rows, many, strict=True))
+
+
 def test_a_split_without_the_axis_is_refused(tmp_path: Path) -> None:
     save_preferences(tmp_path / "pairs", {"train": [pair(0)]})
     with pytest.raises(MetronomeError, match="no pair has the axis content"):
@@ -85,7 +98,7 @@ def test_good_rows_pass() -> None:
         ({"rejected_codes": zlib.compress(bytes([16] * 80 * 24))}, "a dMel code is 16, the largest is 15"),
         ({"chosen_first": 3, "chosen_end": 3}, "chunks 3 to 3 are no stretch of 6 chunks"),
         ({"rejected_end": 7}, "chunks 1 to 7 are no stretch of 6 chunks"),
-        ({"rejected_ids": np.array([1, 2, 2, 2, 2], np.int32), "rejected_codes": zlib.compress(bytes(320))}, "each answered"),
+        ({"rejected_ids": [1, 2, 2, 2, 2], "rejected_codes": zlib.compress(bytes(320))}, "each answered"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named(changes: dict[str, Any], message: str) -> None:
