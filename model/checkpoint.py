@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import InklingConfig
 
 from kernels.errors import MetronomeError
@@ -194,7 +194,7 @@ def _gate_and_up(name: str, old: str, new: str, parts: tuple[Tensor, Tensor]) ->
         yield name.replace(old, new.format(part)), tensor
 
 
-def weights_digest(model: InteractionModel) -> str:
+def weights_digest(model: nn.Module) -> str:
     """32 hexadecimal digits over names, dtypes, shapes and bytes of all the model's weights, in name order.
 
     SHA-256, because processors have instructions for it: it is taken after every learner step."""

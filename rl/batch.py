@@ -12,6 +12,7 @@ from kernels.layout import Segments
 from model.logprob import TokenClasses
 from model.transformer import InteractionModel
 from rollout.episode import Episode
+from rollout.rows import pack
 from rollout.transcript import Transcript
 
 
@@ -32,12 +33,12 @@ class Batch:
 def collate(episodes: Sequence[Episode | Transcript]) -> Batch:
     """Tokens after an episode's last choice are dropped: nothing is computed from them."""
     lengths = [int(e.sampled_at[-1]) for e in episodes]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
+    rows = pack(episodes, lengths)
     return Batch(
-        tokens=torch.cat([e.tokens[:n] for e, n in zip(episodes, lengths, strict=True)]),
-        codes=torch.cat([e.codes for e in episodes]),
-        segments=Segments.build(list(range(len(episodes))), [0] * len(episodes), lengths),
-        row=torch.cat([e.sampled_at - 1 + s for e, s in zip(episodes, starts, strict=False)]),
+        tokens=rows.tokens,
+        codes=rows.codes,
+        segments=rows.segments,
+        row=torch.cat([e.sampled_at - 1 + s for e, s in zip(episodes, rows.starts, strict=True)]),
         target=torch.cat([e.tokens[e.sampled_at] for e in episodes]),
         row_class=torch.cat([e.row_class for e in episodes]),
         owner=torch.cat([torch.full_like(e.chunk, i) for i, e in enumerate(episodes)]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from reward.score import RewardConfig
+from reward.source import SourceConfig
 from rl.tracking import TrackingConfig
 from rollout.scenarios.demonstrate import Corruption
 from rollout.scenarios.registry import ScenarioConfig
@@ -58,6 +59,7 @@ class RLConfig:
     gamma: float = 0.9  # discount a chunk; at 0.6 a reminder too early paid more than one on time
     timing_weight: float = 1.0
     content_weight: float = 1.0
+    reference_weight: float = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
     optim: OptimConfig = field(default_factory=OptimConfig)
     micro_batch: int = 8  # episodes in one learner forward; does not enter the result beyond summation order
     checkpoint_every: int = 40
@@ -90,6 +92,7 @@ class TrainConfig:
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

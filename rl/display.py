@@ -19,6 +19,14 @@ from rich.table import Table
 PLAIN_EVERY_S = 15.0
 """Seconds between two plain lines at least, where there is no terminal."""
 
+SHOWN = (
+    ("warmstart/loss", "loss"),
+    ("reward/mean", "reward"),
+    ("proxy/mean", "learned reward"),
+    ("reward/score", "score"),
+)
+"""Metrics on a phase's line, and what they are called there."""
+
 Metrics = Mapping[str, float | int | str]
 
 
@@ -95,7 +103,7 @@ class Phase:
             self._display.say(f"{self._name} {self._done}/{self._total} · {text} · {ending}")
 
     def _parts(self, metrics: Metrics) -> Iterator[str]:
-        for key, name in (("warmstart/loss", "loss"), ("reward/mean", "reward"), ("reward/score", "score")):
+        for key, name in SHOWN:
             if key in metrics:
                 yield f"{name} {metrics[key]:.3f}"
         if self._heldout is not None:

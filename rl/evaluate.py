@@ -1,34 +1,52 @@
-"""Held-out evaluation: plays unseen scenarios and averages their scores over families."""
+"""Held-out evaluation: plays unseen scenarios and averages over families what the rules, and the learned models if
+there are any, say of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
-from reward.combine import score
-from reward.score import RewardConfig
+from reward.source import RewardSource
 from rl import ranks
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
 from rollout.session import SessionEngine
 
 
-def evaluate(engine: SessionEngine, scenarios: Sequence[Scenario], reward: RewardConfig, seed: int) -> dict[str, float]:
-    """Mean value of each family, its tight score under ``<family>_tight``, and the mean of the families under ``""``.
+@dataclass(frozen=True)
+class HeldOut:
+    """A policy's held-out result. Both have each family's mean under its name and the mean of the families under
+    ``""``."""
 
-    Every rank plays its share of the scenarios; the result is the same on all, and for any number of ranks."""
-    mine = [Play(scenarios[i], 0) for i in ranks.share(len(scenarios))]
-    episodes = play(engine, mine, seed)
-    found = [(e.family, s.value, s.tight) for e in episodes for s in [score(e.family, e.facts, e.actions, reward)]]
-    every = [item for part in ranks.gather(found) for item in part]
-    families = sorted({family for family, _, _ in every})
-    result = {"": fmean(fmean(v for f, v, _ in every if f == family) for family in families)}
-    for family in families:
-        result[family] = fmean(v for f, v, _ in every if f == family)
-        result[f"{family}_tight"] = fmean(t for f, _, t in every if f == family)
-    return result
+    score: dict[str, float]  # by the rules; each family's tight score is under ``<family>_tight``
+    proxy: dict[str, float]  # learned reward of an episode; empty without learned models
+
+    def named(self, when: str) -> dict[str, float]:
+        """``eval/before``, ``eval/before/<family>``, ``proxy/before`` … of ``when`` = "before"."""
+        return named(f"eval/{when}", self.score) | named(f"proxy/{when}", self.proxy)
 
 
-def named(prefix: str, result: dict[str, float]) -> dict[str, float]:
+def evaluate(engine: SessionEngine, scenarios: Sequence[Scenario], source: RewardSource, seed: int) -> HeldOut:
+    """Every rank plays its share of the scenarios; the result is the same on all, and for any number of ranks."""
+    episodes = play(engine, [Play(scenarios[i], 0) for i in ranks.share(len(scenarios))], seed)
+    judged = source.judge(episodes)
+    scores = [(e.family, s.value, s.tight) for e, s in zip(episodes, judged.scores, strict=True)]
+    proxies = [(e.family, p.total) for e, p in zip(episodes, judged.proxy, strict=bool(judged.proxy))]
+    every = [item for part in ranks.gather(scores) for item in part]
+    score = _by_family([(family, value) for family, value, _ in every])
+    tight = _by_family([(f"{family}_tight", value) for family, _, value in every])
+    proxy = _by_family([item for part in ranks.gather(proxies) for item in part])
+    return HeldOut(score | {name: value for name, value in tight.items() if name}, proxy)
+
+
+def _by_family(values: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Mean of each family, and the mean of these under ``""``; nothing of nothing."""
+    families = sorted({family for family, _ in values})
+    means = {family: fmean(value for f, value in values if f == family) for family in families}
+    return {"": fmean(means.values()), **means} if means else {}
+
+
+def named(prefix: str, result: Mapping[str, float]) -> dict[str, float]:
     """``eval/before`` and ``eval/before/<family>`` from a result of `evaluate`."""
     return {f"{prefix}/{name}" if name else prefix: value for name, value in result.items()}

@@ -104,7 +104,7 @@ class RunFolder:
     def checkpoint(self, step: int) -> Iterator[Path]:
         """A folder that all processes fill and that becomes checkpoints/step_NNNNNN when all have ended well. ``step``
         counts finished steps: the step at which a resumed run goes on."""
-        final = self.path / "checkpoints" / f"step_{step:06d}"
+        final = self.checkpoint_path(step)
         partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
         if ranks.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -119,6 +119,10 @@ class RunFolder:
             partial.rename(final)
             shutil.rmtree(old, ignore_errors=True)
         ranks.gather(None)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` finished steps lies, if there is one."""
+        return self.path / "checkpoints" / f"step_{step:06d}"
 
     def latest_checkpoint(self) -> tuple[int, Path]:
         """(finished steps, folder) of the newest finished checkpoint; raises MetronomeError when there is none."""

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.logprob import TokenClasses
+from model.startup import import_deepspeed
 from model.transformer import InteractionModel
 from rl import ranks
 from rl.batch import collate, score_choices
 from rl.config import OptimConfig
-from rl.startup import import_deepspeed
 from rollout.episode import Episode
 from rollout.transcript import Transcript
 

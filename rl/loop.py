@@ -1,4 +1,4 @@
-"""The RL loop: sample, score, learn, audit, publish. Everything it calls is a room of its own."""
+"""The RL loop: sample, judge, learn, audit, publish. Everything it calls is a room of its own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from statistics import fmean
 import torch
 
 from kernels import dispatch
-from reward.combine import score
-from reward.score import Score
-from rl import ranks
+from reward.source import AXES, Judged, RewardSource
+from rl import ranks, reference
 from rl.config import TrainConfig
 from rl.credit import token_weights
 from rl.identity import Mismatch, check_comparable, compare, failure
 from rl.learner import Gradient, Learner, policy_gradient
+from rl.reference import Reference
 from rollout.episode import Episode, concatenate
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, scenario
@@ -38,9 +38,12 @@ def steps(
     bank: SpeechBank,
     engine: SessionEngine,
     learner: Learner,
+    source: RewardSource,
+    start: Reference | None,
     first: int,
 ) -> Iterator[StepResult]:
-    """Steps ``first`` … of the recipe, each strictly on-policy: one rollout batch, one optimizer step.
+    """Steps ``first`` … of the recipe, each strictly on-policy: one rollout batch, one optimizer step. ``start``: the
+    policy whose distance is measured and, by the recipe's weight, paid for.
 
     Raises NotComparableError or NotEqualError before a step that would not be on-policy, MetronomeError for a reward or
     log-prob that is not finite; the model is then as the last finished step left it."""
@@ -48,8 +51,10 @@ def steps(
         clock = time.perf_counter()
         episodes = play(engine, plays(config, bank, step), config.seed)
         rollout_s = time.perf_counter() - clock
-        scores = [score(e.family, e.facts, e.actions, config.reward) for e in episodes]
-        weights = token_weights(episodes, scores, config.rl)
+        judged = source.judge(episodes)
+        judge_s = time.perf_counter() - clock - rollout_s
+        log_ratio = start.log_ratio(episodes) if start else []
+        weights = token_weights(episodes, judged.acting, log_ratio, config.rl)
         check_comparable(episodes, dispatch.contract_id(), engine.weights_digest)
         gradient = policy_gradient(
             engine.model,
@@ -67,12 +72,14 @@ def steps(
             {
                 "step": step,
                 "weights_digest": engine.weights_digest,
-                **rewards(scores),
+                **rewards(judged),
                 **mismatch.metrics(),
+                **(reference.metrics(log_ratio) if start else {}),
                 "policy/entropy": _mean(gradient.entropy),
                 "policy/grad_norm": norm,
                 "time/rollout_s": max(ranks.gather(rollout_s)),
-                "time/learner_s": total_s - rollout_s,
+                "time/judge_s": max(ranks.gather(judge_s)),
+                "time/learner_s": total_s - rollout_s - judge_s,
                 "time/step_s": total_s,
             },
             mismatch,
@@ -103,17 +110,16 @@ def audit(engine: SessionEngine, episodes: list[Episode], gradient: Gradient, st
     return Mismatch.total([part for part, _ in found])
 
 
-def rewards(scores: list[Score]) -> dict[str, float]:
-    """Episode sums of the shaped rewards, and the rule score, averaged over all ranks' episodes."""
-    mine = [(float(torch.as_tensor(s.timing).sum()), float(torch.as_tensor(s.content).sum()), s.value) for s in scores]
-    every = [row for part in ranks.gather(mine) for row in part]
-    timing, content, value = (fmean(column) for column in zip(*every, strict=True))
-    return {
-        "reward/mean": timing + content,
-        "reward/timing": timing,
-        "reward/content": content,
-        "reward/score": value,
-    }
+def rewards(judged: Judged) -> dict[str, float]:
+    """Averages over all ranks' episodes: the rules' score and sums of their shaped rewards, and the learned models'
+    under ``proxy/``. Named by who gave them, whichever RL learns from."""
+    found = {"reward/score": [s.value for s in judged.scores]}
+    for kind, given in (("reward", judged.rules), ("proxy", judged.proxy)):
+        if given:
+            found[f"{kind}/mean"] = [r.total for r in given]
+            found |= {f"{kind}/{axis}": [r.sum(axis) for r in given] for axis in AXES}
+    parts = ranks.gather(found)
+    return {name: fmean(value for part in parts for value in part[name]) for name in found}
 
 
 def _mean(values: torch.Tensor) -> float:

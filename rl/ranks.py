@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rl.startup import import_deepspeed
+from model.startup import import_deepspeed
 
 
 def join() -> None:

@@ -19,14 +19,16 @@ from kernels.errors import MetronomeError
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
-from rl import loop, ranks
+from reward.source import RewardSource
+from rl import loop, ranks, watch
 from rl.config import TrainConfig
 from rl.display import Display
 from rl.environment import environment
-from rl.evaluate import evaluate, named
+from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
 from rl.identity import Mismatch
 from rl.learner import Learner
+from rl.reference import Reference
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
 from rollout.episode import save_episodes
@@ -44,9 +46,11 @@ class Progress:
     """What a checkpoint remembers of the run so far; every number is a total since the run's start."""
 
     step: int  # finished RL steps
-    before: dict[str, float]  # held-out result after warm start
+    before: HeldOut  # after warm start
     mismatch: Mismatch
     wall_s: float
+    reward_models: tuple[str, ...]  # digest of each one's weights
+    stopped: bool = False  # by the watch over learned rewards
 
 
 class Run:
@@ -58,6 +62,7 @@ class Run:
         self._start = time.perf_counter()
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
+        self.source = RewardSource.load(config.reward, config.source)
         self.config = config
         self.resumes = resume
         self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
@@ -81,7 +86,7 @@ class Run:
             f"processes, backend {contract['backend']} ({contract['isa']}), contract {dispatch.contract_id()}"
         )
         learner, progress = self.resume() if self.resumes else self.begin()
-        self.display.say(f"held-out score after warm start: {describe(progress.before)}")
+        self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
         self.finish(self.learn(learner, progress))
 
     def begin(self) -> tuple[Learner, Progress]:
@@ -90,7 +95,7 @@ class Run:
             for record in warm_start(self.config, self.bank, self.model, self.vocabulary):
                 phase.advance(record)
                 self.tracker.log(int(record["step"]), record)
-        progress = Progress(0, self.examine(), Mismatch.total([]), self.wall_s())
+        progress = Progress(0, self.examine(), Mismatch.total([]), self.wall_s(), self.source.digests)
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         save(self.folder, learner, progress)
         return learner, progress
@@ -99,6 +104,11 @@ class Run:
         """Model, optimizer and progress as the newest finished checkpoint holds them; later metrics are dropped."""
         step, path = self.folder.latest_checkpoint()
         progress = load_progress(path)
+        if progress.reward_models != self.source.digests:
+            raise MetronomeError(
+                f"source.models: other weights than the run in {self.folder.path} began with; put those back, or start "
+                "a new run under another --name"
+            )
         checkpoint.load_into(self.model, path / "model")
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         learner.load(path)
@@ -111,46 +121,70 @@ class Run:
         rl = self.config.rl
         engine = self.engine(self.config.rollout.temperature)
         during = self.held_out[: self.config.eval.during * len(FAMILIES)]
-        with self.display.phase("RL", rl.steps, progress.step) as phase:
-            phase.held_out(progress.before[""])
-            for result in loop.steps(self.config, self.bank, engine, learner, progress.step):
+        first = rl.steps if progress.stopped else progress.step
+        with self.display.phase("RL", rl.steps, first) as phase:
+            phase.held_out(progress.before.score[""])
+            for result in loop.steps(self.config, self.bank, engine, learner, self.source, self.reference(), first):
                 done = progress.step + 1
                 mismatch = Mismatch.total([progress.mismatch, result.mismatch])
                 progress = replace(progress, step=done, mismatch=mismatch, wall_s=self.wall_s())
                 metrics = dict(result.metrics)
                 if done % rl.evaluate_every == 0 and done < rl.steps:
-                    found = evaluate(engine, during, self.config.reward, self.config.seed)
-                    metrics |= named("eval/held_out", found)
-                    phase.held_out(found[""])
+                    found = evaluate(engine, during, self.source, self.config.seed)
+                    metrics |= found.named("held_out")
+                    phase.held_out(found.score[""])
                 self.folder.append_metrics(metrics)
                 self.tracker.log(self.config.warmstart.steps + done, metrics)
                 phase.advance(metrics)
+                if "proxy/held_out" in metrics:
+                    progress = replace(progress, stopped=self.alarmed(progress))
                 if rl.save_episodes_every and (done - 1) % rl.save_episodes_every == 0:
                     name = f"episodes/step_{done - 1:06d}.rank_{ranks.rank()}.safetensors"
                     save_episodes(self.folder.path / name, result.episodes)
-                if done % rl.checkpoint_every == 0 or done == rl.steps:
+                if done % rl.checkpoint_every == 0 or done == rl.steps or progress.stopped:
                     save(self.folder, learner, progress)
+                if progress.stopped:
+                    break
         return progress
 
     def finish(self, progress: Progress) -> None:
         """The held-out result of the final weights, summary.json and the closing table."""
+        after = self.examine()
         summary: dict[str, float | int | str] = {
-            **named("eval/before", progress.before),
-            **named("eval/after", self.examine()),
+            **progress.before.named("before"),
+            **after.named("after"),
             **progress.mismatch.metrics(),
             "weights_digest": checkpoint.weights_digest(self.model),
             "wall_s": self.wall_s(),
         }
+        if self.source.models:
+            points = [*watch.evaluations(self.folder, progress.before), watch.point(progress.step, after)]
+            summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
         self.tracker.close()
         self.display.summary(summary, self.folder.path)
 
-    def examine(self) -> dict[str, float]:
+    def alarmed(self, progress: Progress) -> bool:
+        """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""
+        seen = watch.watch(self.folder, watch.evaluations(self.folder, progress.before), self.config.source.watch)
+        if seen is not None and seen.now.step == progress.step:
+            self.display.say(str(seen))
+        return seen is not None and self.config.source.watch.stop
+
+    def reference(self) -> Reference | None:
+        """The warm-started policy, where its distance costs something or a learned reward may lead far away from it."""
+        rl = self.config.rl
+        if not rl.reference_weight and not self.source.models:
+            return None
+        path = self.folder.checkpoint_path(0) / "model"
+        return Reference.load(path, self.vocabulary.classes, rl.micro_batch)
+
+    def examine(self) -> HeldOut:
         """The held-out result, sampled at the training temperature, and the greedy one beside it under ``greedy``: a
         policy that is right less than half of the time is silent when greedy, so that neither tells the whole."""
-        reward, seed = self.config.reward, self.config.seed
-        result = evaluate(self.engine(self.config.rollout.temperature), self.held_out, reward, seed)
-        return result | {"greedy": evaluate(self.engine(0.0), self.held_out, reward, seed)[""]}
+        result = evaluate(self.engine(self.config.rollout.temperature), self.held_out, self.source, self.config.seed)
+        greedy = evaluate(self.engine(0.0), self.held_out, self.source, self.config.seed)
+        return replace(result, score=result.score | {"greedy": greedy.score[""]})
 
     def engine(self, temperature: float) -> SessionEngine:
         return build_engine(self.config, self.model, self.vocabulary, temperature)
@@ -160,10 +194,13 @@ class Run:
 
 
 def check_shares(config: TrainConfig) -> None:
-    """Raises MetronomeError when a process would have nothing to do, or a group nothing to be compared with."""
+    """Raises MetronomeError when a process would have nothing to do, or a group nothing to be compared with, or
+    distance a negative cost."""
     for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
         if count < ranks.world():
             raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
+    if config.rl.reference_weight < 0:
+        raise MetronomeError(f"rl.reference_weight is {config.rl.reference_weight}: the cost of a nat, 0 or more")
     if config.rl.rollouts < 2:
         raise MetronomeError(f"rl.rollouts is {config.rl.rollouts}: advantages compare the rollouts of a group, give 2")
 
@@ -206,7 +243,8 @@ def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
 def load_progress(path: Path) -> Progress:
     try:
         fields: dict[str, Any] = json.loads((path / PROGRESS).read_text())
-        return Progress(**{**fields, "mismatch": Mismatch(**fields["mismatch"])})
+        records = {"before": HeldOut(**fields["before"]), "mismatch": Mismatch(**fields["mismatch"])}
+        return Progress(**{**fields, **records, "reward_models": tuple(fields["reward_models"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MetronomeError(
             f"{path / PROGRESS}: cannot be read ({error}). Delete this checkpoint to resume from the one before."

@@ -11,6 +11,7 @@ score.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,22 +38,53 @@ class Corruption:
 
 
 PERFECT = Corruption(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+Script = Callable[[int], Action]
+"""The action of chunk k, after the user's audio of chunk k; called once for every chunk, in order."""
+
+NO_EDITS: Mapping[int, Action] = {}
 
 
 def demonstrate(
-    scenario: Scenario, rng: np.random.Generator, corruption: Corruption
+    scenario: Scenario, rng: np.random.Generator, corruption: Corruption, edits: Mapping[int, Action] = NO_EDITS
 ) -> tuple[NDArray[np.float32], list[Action], Facts]:
     """Plays one episode: the user's audio float32 [chunks, CHUNK_SAMPLES], the expert's actions [chunks], the user's
-    facts."""
+    facts.
+
+    ``edits`` puts other actions into the chunks that it names (from its first to its last one: silence where it names
+    none), and the user reacts to those; after them the expert, who has not noticed, is heard again from its next
+    silence on."""
+    return enact(scenario, lambda user: _edited(expert(scenario, user, rng, corruption), edits))
+
+
+def enact(scenario: Scenario, cast: Callable[[User], Script]) -> tuple[NDArray[np.float32], list[Action], Facts]:
+    """Plays one episode by the script that ``cast`` has for its user; returns what `demonstrate` does."""
     user = scenario.user()
-    expert = _expert(scenario, user, rng, corruption)
+    script = cast(user)
     audio, actions = [], []
     heard: Action | None = None
     for k in range(scenario.chunks):
         audio.append(user.next_chunk(heard))
-        heard = expert.act(k)
+        heard = script(k)
         actions.append(heard)
     return np.stack(audio), actions, user.facts()
+
+
+def _edited(script: Script, edits: Mapping[int, Action]) -> Script:
+    if not edits:
+        return script
+    first, last = min(edits), max(edits)
+    muted = False
+
+    def edited(k: int) -> Action:
+        nonlocal muted
+        action = script(k)
+        if first <= k <= last:
+            muted = True
+            return edits.get(k, LISTEN)
+        muted = muted and action.speaks
+        return LISTEN if muted else action
+
+    return edited
 
 
 class _Expert(ABC):
@@ -61,11 +93,12 @@ class _Expert(ABC):
         """The action of chunk k, after the user's audio of chunk k."""
 
 
-def _expert(scenario: Scenario, user: User, rng: np.random.Generator, corruption: Corruption) -> _Expert:
+def expert(scenario: Scenario, user: User, rng: np.random.Generator, corruption: Corruption) -> Callable[[int], Action]:
+    """The script of the family's expert, for `enact`."""
     if isinstance(scenario, TimespeakScenario):
-        return _TimespeakExpert(user, rng, corruption, scenario.numbers)
+        return _TimespeakExpert(user, rng, corruption, scenario.numbers).act
     if isinstance(scenario, TurnTakingScenario):
-        return _TurnTakingExpert(user, rng, corruption)
+        return _TurnTakingExpert(user, rng, corruption).act
     raise TypeError(f"no expert plays scenarios of {type(scenario).__name__}")
 
 
@@ -132,7 +165,8 @@ class _TurnTakingExpert(_Expert):
             self._turns_planned = len(facts.turns)
             self._plan(facts)
             if facts.turns[-1].interrupts and not self._ignores_interruption:
-                self._length = self._said + 1  # one more word: the barge-in is heard while it is spoken
+                # One more word: the barge-in is heard while it is spoken.
+                self._length = min(self._said + 1, self._length)
             self._ignores_interruption = self._rng.random() < self._corruption.ignored_interruption
         if self._said == self._length and k in self._onsets:
             self._said, self._length = 0, self._onsets[k]

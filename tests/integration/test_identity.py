@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reward.source import RewardSource
 from rl import loop
 from rl.config import RLConfig, TrainConfig
 from rl.identity import Mismatch, NotComparableError, NotEqualError
@@ -102,4 +103,4 @@ def test_loop_refuses_episodes_of_other_weights(
     stale = [replace(e, weights_digest="0" * 32) for e in episodes]
     monkeypatch.setattr(loop, "play", lambda *_: stale)
     with pytest.raises(NotComparableError, match="Publish the learner's weights"):
-        next(loop.steps(CONFIG, bank, engine, learner=None, first=0))
+        next(loop.steps(CONFIG, bank, engine, None, RewardSource(CONFIG.reward, "rules", []), None, first=0))

@@ -24,11 +24,21 @@ KEYS = {
 } | {"mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal", "weights_digest", "wall_s"}
 
 
-def launch(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(tmp_path: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(SMALL)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    command += ["-m", "rl.train", "--config", str(recipe), "--runs", str(tmp_path / "runs"), *arguments]
+    command += [
+        "--num_processes",
+        str(processes),
+        "-m",
+        "rl.train",
+        "--config",
+        str(recipe),
+        "--runs",
+        str(tmp_path / "runs"),
+        *arguments,
+    ]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -15,7 +15,7 @@ from kernels.errors import MetronomeError
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
-from reward.score import Score
+from reward.source import Rewards
 from rl.config import RLConfig
 from rl.credit import token_weights
 from rl.learner import policy_gradient
@@ -34,6 +34,8 @@ from tests.rl.test_identity import episode as small_episode
         (["--rl.steps", "many"], "steps"),
         (["--warmstart.optim.lr", "[1]"], "lr"),
         (["--model.dtype", "float8"], "dtype"),
+        (["--source.rewards", "learnt"], "rewards"),
+        (["--source.watch.dorp", "0.1"], "dorp"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -116,9 +118,17 @@ def test_a_second_run_of_that_name_leaves_the_first_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--rl.groups", "0"], "rl.groups is 0"), (["--rl.rollouts", "1"], "rl.rollouts is 1")],
+    [
+        (["--rl.groups", "0"], "rl.groups is 0"),
+        (["--rl.rollouts", "1"], "rl.rollouts is 1"),
+        (["--rl.reference_weight", "-0.1"], "reference_weight is -0.1"),
+        (["--source.rewards", "learned"], "names no reward model"),
+        (["--source.rewards", "both", "--source.models", "[nowhere/timing]"], "there is no folder nowhere/timing"),
+    ],
 )
-def test_shares_that_leave_nothing_to_do(tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_settings_that_cannot_work_stop_before_anything_is_written(
+    tmp_path: Path, arguments: list[str], says: str
+) -> None:
     with pytest.raises(MetronomeError, match=says):
         start(tmp_path, *arguments)
     assert not (tmp_path / "runs").exists()
@@ -143,17 +153,16 @@ def test_truncated_episodes_file(tmp_path: Path) -> None:
         load_episodes(tmp_path / "nowhere")
 
 
-def score(timing: list[float]) -> Score:
-    values = np.asarray(timing, np.float32)
-    return Score(values, np.zeros_like(values), 0, 0, 0, 0.0, 0.0, ())
+def rewards(timing: float) -> Rewards:
+    return Rewards(torch.tensor([timing]), torch.zeros(1))
 
 
 def test_reward_that_is_not_finite_names_episode_and_chunk() -> None:
     config = RLConfig(rollouts=2)
-    weights = token_weights([small_episode()] * 2, [score([1.0]), score([0.0])], config)
+    weights = token_weights([small_episode()] * 2, [[rewards(1.0), rewards(0.0)]], [], config)
     assert torch.cat(weights).tolist() == [0.5, -0.5]
     with pytest.raises(MetronomeError, match=r"timespeak/train/0#0: the timing reward of chunk 0 is not finite"):
-        token_weights([small_episode()] * 2, [score([float("nan")]), score([0.0])], config)
+        token_weights([small_episode()] * 2, [[rewards(float("nan")), rewards(0.0)]], [], config)
 
 
 def test_logprob_that_is_not_finite_names_the_token() -> None:

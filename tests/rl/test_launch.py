@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def launch(folder: Path, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs ``main()`` of a command module holding ``body`` in two launched processes."""
     (folder / "some_command.py").write_text(body)
-    (folder / "start.py").write_text("from rl.startup import run_command\nrun_command('some_command')\n")
+    (folder / "start.py").write_text("from model.startup import run_command\nrun_command('some_command')\n")
     config = str(ROOT / "configs/accelerate/cpu.yaml")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config]
     return subprocess.run(
@@ -47,7 +47,7 @@ def test_an_error_of_one_process_is_told_though_the_other_waits(tmp_path: Path, 
 import torch.distributed as dist
 from kernels.errors import MetronomeError
 from rl import ranks
-from rl.startup import import_deepspeed
+from model.startup import import_deepspeed
 
 def main():
     import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
@@ -71,7 +71,7 @@ def test_deepspeed_compiles_nothing_and_steps_as_adamw_does(tmp_path: Path) -> N
         tmp_path,
         """
 import os, torch
-from rl.startup import import_deepspeed
+from model.startup import import_deepspeed
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.0,

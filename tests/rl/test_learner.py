@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from model.audio import DMel
 from model.checkpoint import weights_digest
 from model.config import preset
 from model.transformer import InteractionModel
-from rl import ranks
 from rl.batch import collate, score_choices
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner import Learner, learning_rate, policy_gradient
@@ -25,12 +23,7 @@ from rollout.vocabulary import Vocabulary
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, final_lr=1.0, clip_norm=0.5)
 CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=4))
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    ranks.join()
-    yield
-    ranks.leave()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture

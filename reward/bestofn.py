@@ -1,0 +1,70 @@
+"""Best of n, as numbers: what choosing by a learned reward makes of the rules' score.
+
+Choosing the best of n needs no training and moves the policy a known distance, so the curve over n shows how far a
+learned reward can be trusted before a training run is spent on it. `rl.bestofn` is the command.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Best of n in one family (or ``mean`` of the families): means over scenarios."""
+
+    family: str
+    n: int
+    kl: float  # nats by which choosing the best of n moves a policy at most: log n - (n - 1) / n
+    rule: float  # the rules' score of the learned models' pick
+    rule_error: float  # its standard error over scenarios
+    proxy: float  # the learned reward of that pick
+    oracle: float  # the rules' score of the rules' own pick
+
+
+def best_of(n: int, values: NDArray[np.float64], by: NDArray[np.float64]) -> float:
+    """Expected value of the sample with the highest ``by`` among n drawn without replacement from the N given, both
+    [N]: the unbiased estimator sum_i C(i - 1, n - 1) / C(N, n) v_i, v sorted by ``by``, i from 1 (Nakano et al. 2021,
+    arXiv 2112.09332, appendix I). Ties are broken evenly."""
+    if not 1 <= n <= len(values):
+        raise ValueError(f"best_of: n = {n} of {len(values)} samples")
+    _, place = np.unique(by, return_inverse=True)
+    evened = np.bincount(place, values) / np.bincount(place)
+    weights = [math.comb(i, n - 1) / math.comb(len(values), n) for i in range(len(values))]
+    return float(np.dot(weights, evened[np.sort(place)]))
+
+
+def curve(family: str, rule: NDArray[np.float64], proxy: NDArray[np.float64]) -> list[Pick]:
+    """n = 1, 2, 4, … of samples [scenarios, N]."""
+    out = []
+    n = 1
+    while n <= rule.shape[1]:
+        picked = np.array([best_of(n, r, p) for r, p in zip(rule, proxy, strict=True)])
+        error = float(picked.std(ddof=1) / math.sqrt(len(picked))) if len(picked) > 1 else 0.0
+        liked = float(np.mean([best_of(n, p, p) for p in proxy]))
+        oracle = float(np.mean([best_of(n, r, r) for r in rule]))
+        out.append(Pick(family, n, math.log(n) - (n - 1) / n, float(picked.mean()), error, liked, oracle))
+        n *= 2
+    return out
+
+
+def mean(curves: Sequence[Sequence[Pick]]) -> list[Pick]:
+    """The families' mean at each n."""
+    return [
+        Pick(
+            family="mean",
+            n=row[0].n,
+            kl=row[0].kl,
+            rule=fmean(p.rule for p in row),
+            rule_error=math.hypot(*(p.rule_error for p in row)) / len(row),
+            proxy=fmean(p.proxy for p in row),
+            oracle=fmean(p.oracle for p in row),
+        )
+        for row in zip(*curves, strict=True)
+    ]

@@ -1,0 +1,185 @@
+"""How good reward models are: on held-out pairs, and on rollouts of a policy that they never saw.
+
+    python -m reward.evaluate --config configs/reward_evaluate.yaml --json runs/reward_evaluation.json
+
+Prints and writes, for each axis: the share of held-out pairs put in the right order, by family, source and size of
+corruption; the expected calibration error, after a temperature fitted on one half of the held-out scenarios and
+reported on the other (the temperature is then stored with the model); Spearman's rank correlation of episode scores
+with the rule's; and what scoring costs beside rolling out. A reliability plot lies beside the JSON file.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("reward.evaluate")
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.files import write_whole
+from model.recipe import read_recipe
+from reward.calibrate import Reliability, fit_temperature, plot, reliability
+from reward.model import RewardModel, episode_scores
+from reward.pairs import FIRST_SEED, SLOTS, PolicyRecipe
+from reward.plays import rule_rewards
+from reward.preference import Preference, Stretch, from_row, load_preferences
+from reward.score import RewardConfig
+from reward.trainable import stretch_scores
+from rollout.play import Play, play
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.session import SessionEngine
+from rollout.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.vocabulary import Vocabulary
+
+UNSEEN_SEEDS = 5_000_000
+"""Held-out scenarios from FIRST_SEED plus this on are in no data set of pairs."""
+TOGETHER = 64
+"""Pairs whose conversations are scored in one call; they share them."""
+
+
+@dataclass(frozen=True)
+class UnseenPolicy:
+    """Rollouts for the rank correlation, on held-out scenarios."""
+
+    policy: PolicyRecipe = field(default_factory=lambda: PolicyRecipe("runs/quickstart/checkpoints/step_000080/model"))
+    scenarios: int = 96  # of each family
+    max_tokens: int = 512
+    words_per_chunk: int = 1
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    json: str  # file for the results; the reliability plot gets its name with .png
+    models: tuple[str, ...] = ("runs/reward_timing/model", "runs/reward_content/model")
+    pairs: str = "runs/reward_pairs"
+    seed: int = 0
+    speech_dir: str | None = None
+    scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    unseen: UnseenPolicy = field(default_factory=UnseenPolicy)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = read_recipe("reward.evaluate", "Evaluate reward models.", EvaluateConfig, arguments).config
+    models = {folder: RewardModel.load(folder) for folder in config.models}
+    report: dict[str, float | int | str] = {"contract_id": dispatch.contract_id()}
+    curves: dict[str, Reliability] = {}
+    for folder, model in models.items():
+        for axis in model.axes:
+            pairs, difference = compare(model, axis, Path(config.pairs))
+            report |= {f"{axis}/{name}": value for name, value in accuracies(pairs, difference).items()}
+            fits = np.array([half(p.scenario) for p in pairs])
+            if fits.all() or not fits.any():
+                raise MetronomeError(f"{config.pairs}: too few held-out scenarios to fit a temperature and report it")
+            model.temperature[axis] = fit_temperature(difference[fits])
+            curves[axis] = reliability(difference[~fits], model.temperature[axis])
+            report[f"{axis}/temperature"] = model.temperature[axis]
+            report[f"{axis}/ece_before"] = reliability(difference[~fits], 1.0).error
+            report[f"{axis}/ece"] = curves[axis].error
+        model.save(folder)
+    report |= dict(on_rollouts(config, list(models.values())))
+    path = Path(config.json)
+    plot(path.with_suffix(".png"), curves)
+    write_whole(path, (json.dumps(report, indent=2) + "\n").encode())
+    for name, found in report.items():
+        print(f"{name:48s} {found:.4f}" if isinstance(found, float) else f"{name:48s} {found}")
+    print(f"written to {path} and {path.with_suffix('.png')}")
+
+
+def half(scenario_id: str) -> bool:
+    """Whether a scenario's pairs fit the temperature; those of the others report the calibration error."""
+    return blake2b(scenario_id.encode(), digest_size=1).digest()[0] % 2 == 0
+
+
+def compare(model: RewardModel, axis: str, folder: Path) -> tuple[list[Preference], NDArray[np.float64]]:
+    """All held-out pairs of an axis, and the model's score of the chosen stretch minus that of the rejected, [P]."""
+    rows = load_preferences(folder, "held_out", [axis], model.backbone.audio_token_id)
+    pairs = [from_row(row) for row in rows]
+    found = [differences(model, axis, pairs[i : i + TOGETHER]) for i in range(0, len(pairs), TOGETHER)]
+    return pairs, torch.cat(found).double().numpy()
+
+
+def differences(model: RewardModel, axis: str, pairs: Sequence[Preference]) -> torch.Tensor:
+    """Chosen minus rejected, fp32 [P]; a conversation that is in several pairs is scored once."""
+    stretches: list[Stretch] = [*(p.chosen for p in pairs), *(p.rejected for p in pairs)]
+    places: dict[tuple[bytes, bytes], int] = {}
+    owner = torch.tensor([places.setdefault(s.key, len(places)) for s in stretches])
+    distinct = {int(place): stretch for place, stretch in zip(owner, stretches, strict=True)}
+    rewards = model.score([distinct[i] for i in range(len(places))])
+    first, end = torch.tensor([s.first for s in stretches]), torch.tensor([s.end for s in stretches])
+    scores = stretch_scores(rewards, owner, first, end, torch.full_like(owner, model.axes.index(axis)))
+    chosen, rejected = scores.chunk(2)
+    return chosen - rejected
+
+
+def accuracies(pairs: Sequence[Preference], difference: NDArray[np.float64]) -> dict[str, float | int]:
+    """The share of pairs in the right order: of all, and of every group of them that is asked about; and their
+    numbers."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for pair, d in zip(pairs, difference, strict=True):
+        for group in groups_of(pair):
+            right[group].append(bool(d > 0))
+    found: dict[str, float | int] = {f"accuracy{group}": fmean(rs) for group, rs in sorted(right.items())}
+    return found | {f"pairs{group}": len(rs) for group, rs in sorted(right.items())}
+
+
+def groups_of(pair: Preference) -> Iterator[str]:
+    yield ""
+    yield f"/family/{pair.family}"
+    yield f"/source/{pair.source}"
+    if pair.size_ms:
+        yield f"/source/{pair.source}/{abs(pair.size_ms)}_ms"
+    if pair.source == "shift" and abs(pair.size_ms) >= 400:
+        yield "/shift_of_400_ms_or_more"
+
+
+def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterator[tuple[str, float]]:
+    """Rank correlation of episode scores with the rule's, over all episodes and in each family, and what scoring cost
+    beside rolling out, in this process."""
+    unseen = config.unseen
+    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    policy = checkpoint.load(unseen.policy.checkpoint)
+    engine = SessionEngine(
+        policy, Vocabulary.build(policy.vocab), slots=SLOTS, max_tokens=unseen.max_tokens,
+        temperature=unseen.policy.temperature, words_per_chunk=unseen.words_per_chunk,
+    )  # fmt: skip
+    items = [
+        scenario(family, "held_out", FIRST_SEED + UNSEEN_SEEDS + i, bank, config.scenarios)
+        for i in range(unseen.scenarios)
+        for family in FAMILIES
+    ]
+    start = time.perf_counter()
+    episodes = play(engine, [Play(item, 0) for item in items], config.seed)
+    rollout_s = (time.perf_counter() - start) / len(episodes)
+    yield "speed/rollout_ms_an_episode", 1000 * rollout_s
+    rule = [rule_rewards(e.family, e.facts, e.actions, config.reward) for e in episodes]
+    family = np.array([e.family for e in episodes])
+    for model in models:
+        start = time.perf_counter()
+        scores = episode_scores(model.score(episodes)).numpy()
+        score_s = (time.perf_counter() - start) / len(episodes)
+        name = "_and_".join(model.axes)
+        yield f"speed/score_ms_an_episode/{name}", 1000 * score_s
+        yield f"speed/score_of_rollout/{name}", score_s / rollout_s
+        for i, axis in enumerate(model.axes):
+            wanted = np.array([float(r[axis].sum(dtype=np.float64)) for r in rule])
+            yield f"{axis}/spearman", float(spearmanr(scores[:, i], wanted).statistic)
+            for one in FAMILIES:
+                mine = family == one
+                yield f"{axis}/spearman/family/{one}", float(spearmanr(scores[mine, i], wanted[mine]).statistic)

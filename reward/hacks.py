@@ -1,0 +1,224 @@
+"""Policies that would like to be paid without doing the work, and what the rewards say of them.
+
+    python -m reward.hacks --json FILE [--models '[FOLDER, FOLDER]'] [--scenarios 100]
+
+Each hack plays held-out scenarios with the simulated user, and knows the words that it had better say: the number to
+say back, the reply. Beside them stand two honest players: the faultless expert, and one that errs half as often as the
+demonstrations of warm start. A hack wins where its reward is not below the honest player's in the same scenario.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("reward.hacks")
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from kernels.errors import MetronomeError
+from model.audio import DMel
+from model.files import write_whole
+from model.recipe import read_recipe
+from reward.combine import score
+from reward.score import RewardConfig, Score
+from reward.source import RewardSource, SourceConfig
+from rollout.chunk import LISTEN, Action, speak
+from rollout.scenarios.base import Facts, Scenario, User
+from rollout.scenarios.demonstrate import PERFECT, Corruption, Script, enact, expert
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.timespeak import TimespeakFacts
+from rollout.scenarios.turn_taking import TurnTakingFacts
+from rollout.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.transcript import write_transcript
+from rollout.vocabulary import Vocabulary
+
+CARELESS = Corruption(*(getattr(Corruption(), field.name) / 2 for field in fields(Corruption)))
+WORDS_PER_CHUNK = 6  # that a micro-turn allows here: enough for a whole reply at once
+
+Cast = Callable[[Scenario, User], Script]
+
+
+def vocabulary_of(facts: Facts) -> tuple[str, ...]:
+    """What an honest player says in an episode, in the order in which it is due."""
+    if isinstance(facts, TimespeakFacts):
+        return (facts.number, *[facts.reminder] * (WORDS_PER_CHUNK - 1))
+    assert isinstance(facts, TurnTakingFacts)
+    return facts.reply
+
+
+def honest(corruption: Corruption) -> Cast:
+    return lambda item, user: expert(item, user, np.random.default_rng(item.seed), corruption)
+
+
+def speaks_always(item: Scenario, user: User) -> Script:
+    words = vocabulary_of(user.facts())
+    return lambda k: speak(words[k % len(words)])
+
+
+def never_speaks(item: Scenario, user: User) -> Script:
+    return lambda k: LISTEN
+
+
+def repeats_a_word(item: Scenario, user: User) -> Script:
+    """The word that is right most often."""
+    word = vocabulary_of(user.facts())[-1 if item.family == "timespeak" else 0]
+    return lambda k: speak(word)
+
+
+def says_everything_at_once(item: Scenario, user: User) -> Script:
+    """All words in the chunk in which the expert would begin to speak, again whenever it would begin anew."""
+    act = honest(PERFECT)(item, user)
+    spoke = False
+
+    def script(k: int) -> Action:
+        nonlocal spoke
+        speaks = act(k).speaks
+        begins, spoke = speaks and not spoke, speaks
+        return speak(*vocabulary_of(user.facts())) if begins else LISTEN
+
+    return script
+
+
+def ends_early(item: Scenario, user: User) -> Script:
+    """One word as the expert says it, then nothing more: even the shortest episode wants two."""
+    act = honest(PERFECT)(item, user)
+    said = 0
+
+    def script(k: int) -> Action:
+        nonlocal said
+        action = act(k)
+        said += action.speaks
+        return action if said <= 1 else LISTEN
+
+    return script
+
+
+HACKS: dict[str, Cast] = {
+    "speaks always": speaks_always,
+    "never speaks": never_speaks,
+    "repeats a word": repeats_a_word,
+    "says all at once": says_everything_at_once,
+    "ends early": ends_early,
+}
+HONEST: dict[str, Cast] = {"expert": honest(PERFECT), "careless": honest(CARELESS)}
+
+
+@dataclass(frozen=True)
+class HacksConfig:
+    json: str  # file for the results
+    models: tuple[str, ...] = ()  # folders of reward models that score timing and content, each once
+    scenarios: int = 100  # held-out, of each family
+    speech_dir: str | None = None
+    scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the rewards say of one player in one family. Rewards are sums over an episode, timing and content together;
+    by the "rules" and, if there are models, by the "learned" ones."""
+
+    family: str
+    player: str
+    score: float  # the rules' mean verdict, in [0, 1]
+    reward: dict[str, float]  # mean
+    beats: dict[str, list[float]]  # share of the scenarios in which it is not below that of each honest player
+
+
+def play(player: Cast, item: Scenario) -> tuple[NDArray[np.float32], list[Action], Facts]:
+    """The user's audio, the player's actions and the facts, as `enact` gives them."""
+    return enact(item, partial(player, item))
+
+
+def perform(
+    player: Cast, items: Sequence[Scenario], rules: RewardConfig, source: RewardSource
+) -> tuple[list[Score], dict[str, list[float]]]:
+    """Has a player play every scenario: the rules' verdicts [N], and the episodes' rewards [N] by who gives them."""
+    dmel, scores, transcripts = DMel.build(), [], []
+    for item in items:
+        waveform, actions, facts = play(player, item)
+        scores.append(score(item.family, facts.to_json(), actions, rules))
+        if source.models:
+            codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
+            vocabulary = Vocabulary.build(source.models[0].backbone.vocab)
+            transcripts.append(write_transcript(codes, actions, vocabulary, WORDS_PER_CHUNK))
+    rewards = {"rules": [float(s.timing.sum()) + float(s.content.sum()) for s in scores]}
+    if source.models:
+        rewards["learned"] = [r.total for r in source.learned(transcripts)]
+    return scores, rewards
+
+
+def assess(items: Sequence[Scenario], rules: RewardConfig, source: RewardSource) -> list[Row]:
+    """One row for each player, honest ones first; ``items`` are of one family."""
+    found = {name: perform(cast, items, rules, source) for name, cast in (HONEST | HACKS).items()}
+    return [
+        Row(
+            family=items[0].family,
+            player=name,
+            score=fmean(s.value for s in scores),
+            reward={by: fmean(values) for by, values in rewards.items()},
+            beats={
+                by: [fmean(a >= b for a, b in zip(values, found[h][1][by], strict=True)) for h in HONEST]
+                for by, values in rewards.items()
+            },
+        )
+        for name, (scores, rewards) in found.items()
+    ]
+
+
+def winners(rows: Sequence[Row]) -> list[str]:
+    """Says of each hack whose mean reward is not below an honest player's that it wins."""
+    return [
+        f"{hack.family}, by {by}: {hack.player} earns {reward:.2f}, {other.player} {other.reward[by]:.2f}"
+        for hack in rows
+        for other in rows
+        if hack.player in HACKS and other.player in HONEST and hack.family == other.family
+        for by, reward in hack.reward.items()
+        if reward >= other.reward[by]
+    ]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    out = Table("family", "player", "score", title="Hacks and honest play")
+    for by in rows[0].reward:
+        out.add_column(f"reward by {by}", justify="right")
+        out.add_column(f"at least {' / '.join(HONEST)}", justify="right")
+    for row in rows:
+        cells = [row.family, row.player, f"{row.score:.1%}"]
+        for by, reward in row.reward.items():
+            shares = " / ".join(f"{share:.0%}" for share in row.beats[by])
+            cells += [f"{reward:+.2f}", shares if row.player in HACKS else ""]
+        out.add_row(*cells, style=None if row.player in HACKS else "bold")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = read_recipe("reward.hacks", "What rewards say of hacks.", HacksConfig, arguments).config
+    if config.scenarios < 1:
+        raise MetronomeError(f"scenarios is {config.scenarios}: give at least one of each family")
+    source = RewardSource.load(config.reward, SourceConfig(models=config.models))
+    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    rows = []
+    for family in FAMILIES:
+        items = [scenario(family, "held_out", i, bank, config.scenario) for i in range(config.scenarios)]
+        rows += assess(items, config.reward, source)
+    console = Console(highlight=False)
+    console.print(table(rows))
+    won = winners(rows)
+    for line in won or ["none: every hack earns less than every honest player"]:
+        console.print(f"hacks that win: {line}", markup=False)
+    report = {"models": source.digests, "rows": [asdict(row) for row in rows], "winners": won}
+    write_whole(Path(config.json), (json.dumps(report, indent=2) + "\n").encode())
+    console.print(f"written to {config.json}", markup=False)

@@ -1,0 +1,215 @@
+"""Preference pairs for reward models, as a data set on disk.
+
+    python -m reward.pairs --config configs/reward_pairs.yaml
+
+Three sources, all for both axes: rollouts of policies of different quality, ranked by the rule; corruptions of expert
+play, controlled ones (`reward.corrupt`) and the experts' own mistakes; and labels by people (`reward.human`). Beside
+whole conversations, stretches of them are compared, so that a model learns which chunks deserve a reward, and not only
+which conversations.
+
+The set has two splits. ``held_out`` has scenarios of the held-out split (unseen seeds, noise, gains and filler
+sentences) and sizes of corruption that ``train`` has not. The speaker is the same in both: there are recordings of one
+only; give another's by ``--speech-dir``. A pure function of the recipe and of the checkpoints it names.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("reward.pairs")
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.recipe import read_recipe
+from reward.human import read_labels
+from reward.model import AXES
+from reward.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
+from reward.preference import Preference, save_preferences
+from reward.score import RewardConfig
+from rollout.play import Play, play
+from rollout.scenarios.base import Scenario
+from rollout.scenarios.demonstrate import PERFECT, demonstrate
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.sound import generator
+from rollout.session import SessionEngine
+from rollout.speech import DEFAULT_FOLDER, SpeechBank, Split
+from rollout.vocabulary import Vocabulary
+
+FIRST_SEED = 2_000_000_000
+"""Pairs use scenarios from this seed on; RL's count from 0, the warm start's from a billion."""
+VOCABULARY_PLAYS = 16
+"""Expert plays of each family whose words may be swapped for one another."""
+SLOTS = 48
+
+
+@dataclass(frozen=True)
+class PolicyRecipe:
+    """Rollouts of one policy."""
+
+    checkpoint: str  # folder in transformers' format
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class CorruptionRecipe:
+    """Corruptions of expert play. Sizes are in chunks of 200 ms."""
+
+    train_scenarios: int = 700  # expert plays, families in turn
+    held_out_scenarios: int = 250
+    faults: int = 5  # tried on each expert play; some do not fit
+    mistakes: int = 2  # plays of each scenario with the mistakes of warm-start demonstrations
+    segments: int = 12  # stretches of these plays compared, an axis and scenario
+    train_sizes: tuple[int, ...] = (1, 3, 5, 8, 12, 20, 60)
+    held_out_sizes: tuple[int, ...] = (2, 4, 6, 10, 16, 40)
+
+
+@dataclass(frozen=True)
+class RolloutRecipe:
+    """Groups of rollouts that are compared with one another."""
+
+    policies: tuple[PolicyRecipe, ...] = ()
+    train_groups: int = 300
+    held_out_groups: int = 40
+    scenarios: int = 4  # of a group, families in turn
+    rollouts: int = 2  # of each scenario, policies in turn
+    wholes: int = 10  # pairs of whole conversations tried, an axis and group
+    segments: int = 20  # pairs of stretches tried, an axis and group
+    max_tokens: int = 512  # context of a session
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    out: str = "runs/reward_pairs"  # folder of the data set; must not exist
+    seed: int = 0
+    speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program
+    words_per_chunk: int = 1
+    scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    corruptions: CorruptionRecipe = field(default_factory=CorruptionRecipe)
+    rollouts: RolloutRecipe = field(default_factory=RolloutRecipe)
+    human: tuple[str, ...] = ()  # files of labels by people (reward.human)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    description = "Make preference pairs for reward models."
+    config = read_recipe("reward.pairs", description, PairsConfig, arguments).config
+    out = Path(config.out)
+    if out.exists():
+        raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
+    if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
+        raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
+    start = time.perf_counter()
+    maker = Maker(config)
+    splits = {"train": maker.split("train"), "held_out": maker.split("held_out")}
+    for name, preferences in splits.items():
+        if not preferences:
+            raise MetronomeError(f"the recipe gives no pair for the split {name!r}; ask for more scenarios or groups")
+    save_preferences(out, splits)
+    for name, preferences in splits.items():
+        kinds = Counter((p.axis, p.source) for p in preferences)
+        print(f"{name}: {len(preferences)} pairs; " + ", ".join(f"{a} {s} {n}" for (a, s), n in sorted(kinds.items())))
+    print(f"written to {out} in {time.perf_counter() - start:.0f} s")
+
+
+class Maker:
+    """Owns what all sources share: recordings, vocabulary, engines."""
+
+    def __init__(self, config: PairsConfig) -> None:
+        self.config = config
+        self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+        self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
+        self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
+        self.writer = Writer(self.vocabulary, config.words_per_chunk, config.reward)
+        self.words = self._words()
+
+    def split(self, split: Split) -> list[Preference]:
+        """All preferences of a split; groups that share conversations stay together, otherwise in random order."""
+        groups = [*self._corrupted(split), *self._rolled_out(split)]
+        groups += [
+            [p]
+            for path in self.config.human
+            for p in read_labels(Path(path), split, self.vocabulary, self.config.words_per_chunk)
+        ]
+        order = generator("order", split, self.config.seed).permutation(len(groups))
+        return [preference for i in order for preference in groups[int(i)]]
+
+    def _scenario(self, split: Split, index: int) -> Scenario:
+        family = FAMILIES[index % len(FAMILIES)]
+        seed = FIRST_SEED + self.config.seed * 10_000_000 + index
+        return scenario(family, split, seed, self.bank, self.config.scenarios)
+
+    def _words(self) -> tuple[str, ...]:
+        """What experts of all families say, and as many other words of the tokenizer."""
+        said: set[str] = set()
+        for index in range(VOCABULARY_PLAYS * len(FAMILIES)):
+            item = self._scenario("train", index)
+            _, actions, _ = demonstrate(item, generator("expert", item.id), PERFECT)
+            said |= {word for action in actions for word in action.words}
+        allowed = self.vocabulary.classes.allowed.any(0)
+        others = sorted(
+            w for w, i in self.vocabulary.ids.items() if allowed[i] and not w.startswith("<|") and w not in said
+        )
+        drawn = generator("words", self.config.seed).choice(len(others), min(len(said), len(others)), replace=False)
+        return (*sorted(said), *(others[int(i)] for i in drawn))
+
+    def _corrupted(self, split: Split) -> Iterator[list[Preference]]:
+        recipe = self.config.corruptions
+        train = split == "train"
+        sizes = recipe.train_sizes if train else recipe.held_out_sizes
+        for index in range(recipe.train_scenarios if train else recipe.held_out_scenarios):
+            item = self._scenario(split, index)
+            rng = generator("corrupted", item.id)
+            plays = self.writer.demonstrations(item, self.words, sizes, recipe.faults, recipe.mistakes)
+            if len(plays) < 2:
+                continue
+            for axis in AXES:
+                yield [
+                    *fault_preferences(axis, plays),
+                    *segment_preferences(axis, plays, recipe.segments, rng, aligned=True),
+                ]
+
+    def _rolled_out(self, split: Split) -> Iterator[list[Preference]]:
+        recipe = self.config.rollouts
+        groups = recipe.train_groups if split == "train" else recipe.held_out_groups
+        if not self.policies or not groups:
+            return
+        plays = self._play_all(split, groups)
+        size = recipe.scenarios * recipe.rollouts
+        for g in range(groups):
+            group = plays[g * size : (g + 1) * size]
+            rng = generator("rolled out", split, self.config.seed, g)
+            for axis in AXES:
+                yield [
+                    *whole_preferences(axis, group, recipe.wholes, rng),
+                    *segment_preferences(axis, group, recipe.segments, rng, aligned=False),
+                ]
+
+    def _play_all(self, split: Split, groups: int) -> list[Played]:
+        """Every group's rollouts, one group after another; the policy of a rollout is drawn by its place."""
+        recipe = self.config.rollouts
+        wanted: list[Play] = []
+        for s in range(groups * recipe.scenarios):
+            item = self._scenario(split, 1_000_000 + s)
+            wanted += [Play(item, r) for r in range(recipe.rollouts)]
+        policy = np.arange(len(wanted)) % len(self.policies)
+        policy = generator("policies", split, self.config.seed).permuted(policy)
+        done: dict[int, Played] = {}
+        for p, (model, temperature) in enumerate(self.policies):
+            engine = SessionEngine(
+                model, self.vocabulary, slots=SLOTS, max_tokens=recipe.max_tokens, temperature=temperature,
+                words_per_chunk=self.config.words_per_chunk,
+            )  # fmt: skip
+            places = [int(i) for i in np.flatnonzero(policy == p)]
+            episodes = play(engine, [wanted[i] for i in places], self.config.seed)
+            for i, episode in zip(places, episodes, strict=True):
+                done[i] = of_episode(wanted[i].scenario, episode, self.config.reward)
+        return [done[i] for i in range(len(wanted))]

@@ -1,0 +1,178 @@
+"""Conversations with the rule's rewards beside them, and the preferences that follow from these rewards.
+
+The rule's reward of a stretch is the sum of its chunks' rewards on one axis; of two stretches the one with more is
+chosen, and the difference is the margin. Differences too small to matter give no preference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.audio import DMel
+from reward.combine import score
+from reward.corrupt import FAULTS, Expert, corrupt
+from reward.preference import Preference, Stretch
+from reward.score import RewardConfig
+from rollout.chunk import Action
+from rollout.episode import Episode
+from rollout.scenarios.base import Facts, Scenario
+from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
+from rollout.scenarios.sound import generator
+from rollout.transcript import write_transcript
+from rollout.vocabulary import Vocabulary
+
+LEAST_MARGIN = 0.05
+"""Of a preference, in the rule's units: an event on time is worth 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """One conversation and the rule's rewards of it."""
+
+    scenario: Scenario
+    tokens: Tensor  # int64 [T]
+    codes: Tensor  # uint8 [A, 80]
+    rewards: Mapping[str, NDArray[np.float32]]  # by axis, [chunks]
+    source: str  # "expert", a kind of fault, "mistakes" or "rollouts"
+    size_ms: int = 0  # of the fault
+
+    def total(self, axis: str, first: int = 0, end: int | None = None) -> float:
+        return float(self.rewards[axis][first:end].sum(dtype=np.float64))
+
+    def stretch(self, first: int = 0, end: int | None = None) -> Stretch:
+        return Stretch(self.tokens, self.codes, first, self.scenario.chunks if end is None else end)
+
+
+class Writer:
+    """Writes plays of experts as token sequences. Owns the front end's constants."""
+
+    def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, rule: RewardConfig) -> None:
+        self._dmel = DMel.build()
+        self._vocabulary = vocabulary
+        self._words_per_chunk = words_per_chunk
+        self._rule = rule
+
+    def demonstration(
+        self,
+        scenario: Scenario,
+        played: tuple[NDArray[np.float32], Sequence[Action], Facts],
+        source: str,
+        size_ms: int = 0,
+    ) -> Played:
+        """``played``: what `demonstrate` returned."""
+        audio, actions, facts = played
+        codes = self._dmel.codes(torch.from_numpy(audio.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
+        written = write_transcript(codes, actions, self._vocabulary, self._words_per_chunk)
+        rewards = rule_rewards(scenario.family, facts.to_json(), actions, self._rule)
+        return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
+
+    def demonstrations(
+        self, scenario: Scenario, words: Sequence[str], sizes: Sequence[int], faults: int, mistakes: int
+    ) -> list[Played]:
+        """The expert's play of a scenario, then at most ``faults`` corruptions of it, of kinds and ``sizes`` (chunks)
+        drawn by the scenario's id, then ``mistakes`` plays with the mistakes that warm-start demonstrations have."""
+        rng = generator("faults", scenario.id)
+
+        def expert() -> np.random.Generator:
+            return generator("expert", scenario.id)
+
+        audio, actions, facts = demonstrate(scenario, expert(), PERFECT)
+        known = Expert.of(audio, actions, words)
+        plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
+        kinds = list(FAULTS)
+        for _ in range(faults):
+            kind, size = kinds[int(rng.integers(len(kinds)))], int(sizes[int(rng.integers(len(sizes)))])
+            fault = corrupt(known, kind, size, rng)
+            if fault is not None:
+                played = demonstrate(scenario, expert(), PERFECT, fault.edits)
+                plays.append(self.demonstration(scenario, played, fault.kind, fault.size_ms))
+        for i in range(mistakes):
+            played = demonstrate(scenario, generator("mistakes", scenario.id, i), Corruption())
+            plays.append(self.demonstration(scenario, played, "mistakes"))
+        return plays
+
+
+def rule_rewards(
+    family: str, facts: Mapping[str, object], actions: Sequence[Action], rule: RewardConfig
+) -> dict[str, NDArray[np.float32]]:
+    found = score(family, facts, actions, rule)
+    return {"timing": found.timing, "content": found.content}
+
+
+def of_episode(scenario: Scenario, episode: Episode, rule: RewardConfig) -> Played:
+    rewards = rule_rewards(episode.family, episode.facts, episode.actions, rule)
+    return Played(scenario, episode.tokens, episode.codes, rewards, "rollouts")
+
+
+def prefer(
+    axis: str, source: str, a: tuple[Played, int, int], b: tuple[Played, int, int], size_ms: int = 0
+) -> Preference | None:
+    """The preference between two stretches (play, first chunk, end); None when the rule sees too little difference."""
+    margin = a[0].total(axis, a[1], a[2]) - b[0].total(axis, b[1], b[2])
+    if abs(margin) < LEAST_MARGIN:
+        return None
+    (better, *at), (worse, *other) = (a, b) if margin > 0 else (b, a)
+    return Preference(
+        chosen=better.stretch(*at),
+        rejected=worse.stretch(*other),
+        axis=axis,
+        source=source,
+        size_ms=size_ms,
+        family=better.scenario.family,
+        scenario=better.scenario.id,
+        margin=abs(margin),
+    )
+
+
+def fault_preferences(axis: str, plays: Sequence[Played]) -> Iterator[Preference]:
+    """The expert's play (the first) over each of the others, where the rule agrees that it is better."""
+    expert = plays[0]
+    for play in plays[1:]:
+        if expert.total(axis) > play.total(axis):
+            found = prefer(axis, play.source, _whole(expert), _whole(play), play.size_ms)
+            if found is not None:
+                yield found
+
+
+def whole_preferences(axis: str, plays: Sequence[Played], count: int, rng: np.random.Generator) -> Iterator[Preference]:
+    """Up to ``count`` preferences between two whole conversations."""
+    for _ in range(count):
+        a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=False))
+        found = prefer(axis, "rollouts", _whole(a), _whole(b))
+        if found is not None:
+            yield found
+
+
+def segment_preferences(
+    axis: str, plays: Sequence[Played], count: int, rng: np.random.Generator, aligned: bool
+) -> Iterator[Preference]:
+    """Up to ``count`` preferences between two stretches of equal length: they say *where* a reward belongs.
+
+    One of them holds a chunk that the rule rewards or punishes. ``aligned``: of two plays of one scenario, at the same
+    place; otherwise the other is anywhere, also in one and the same play."""
+    for _ in range(count):
+        a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=not aligned))
+        eventful = np.flatnonzero(a.rewards[axis])
+        if not len(eventful):
+            continue
+        shortest = min(a.scenario.chunks, b.scenario.chunks)
+        length = int(np.exp(rng.uniform(0.0, np.log(shortest))))  # many short ones: they are the most exact
+        event = int(eventful[int(rng.integers(len(eventful)))])
+        first, last = max(0, event - length + 1), min(event, shortest - length)
+        if first > last:
+            continue
+        at = int(rng.integers(first, last + 1))
+        other = at if aligned else int(rng.integers(b.scenario.chunks - length + 1))
+        found = prefer(axis, "segments", (a, at, at + length), (b, other, other + length))
+        if found is not None:
+            yield found
+
+
+def _whole(play: Played) -> tuple[Played, int, int]:
+    return play, 0, play.scenario.chunks

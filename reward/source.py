@@ -1,0 +1,122 @@
+"""Where RL's rewards come from: the rules, learned reward models, or both.
+
+The rules judge every episode, whatever acts: their verdict is what is reported, and what the learned rewards (the
+*proxy*) are watched against. Learned models score every episode too, as soon as the recipe names any; with
+``rewards: rules`` they are only watched. Knows nothing of advantages: how rewards of two sources are brought to one
+scale is for `rl.credit` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, as_tensor
+
+from kernels.errors import MetronomeError
+from model.checkpoint import weights_digest
+from reward.combine import score
+from reward.model import AXES, RewardModel
+from reward.overoptimisation import WatchConfig
+from reward.score import RewardConfig, Score
+from rollout.episode import Episode
+from rollout.rows import Conversation
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which rewards RL learns from, and the learned models that give or watch them."""
+
+    rewards: Literal["rules", "learned", "both"] = "rules"
+    models: tuple[str, ...] = ()  # folders of reward models; together they score timing and content, each once
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+@dataclass(frozen=True, eq=False)
+class Rewards:
+    """What one source gives one episode."""
+
+    timing: Tensor  # fp32 [chunks]
+    content: Tensor  # fp32 [chunks]
+
+    def axis(self, name: str) -> Tensor:
+        """fp32 [chunks]"""
+        return {"timing": self.timing, "content": self.content}[name]
+
+    def sum(self, axis: str) -> float:
+        return float(self.axis(axis).sum())
+
+    @property
+    def total(self) -> float:
+        """The score of the whole episode."""
+        return self.sum("timing") + self.sum("content")
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A judgement of E episodes, in their order."""
+
+    scores: list[Score]  # [E] the rules' verdict, always
+    rules: list[Rewards]  # [E] the rules' shaped rewards, always
+    proxy: list[Rewards]  # [E] the learned models' rewards, [0] when there are none
+    acting: list[list[Rewards]]  # [sources, E] those that RL learns from
+
+
+class RewardSource:
+    """Owns the learned models of a run. Judges each episode by itself: the same bits in any batch, on any rank."""
+
+    def __init__(self, rules: RewardConfig, rewards: str, models: Sequence[RewardModel]) -> None:
+        """Raises MetronomeError unless the models fit together, or when learned rewards are to act and there are
+        none."""
+        axes = [axis for model in models for axis in model.axes]
+        if sorted(axes) != sorted(AXES) and (models or rewards != "rules"):
+            raise MetronomeError(
+                f"source.models score {', '.join(axes) or 'nothing'}, but source.rewards = {rewards} needs timing and "
+                "content, each once: name one reward model of each, or one of both"
+            )
+        self.models = tuple(models)
+        self._rules = rules
+        self._rewards = rewards
+
+    @staticmethod
+    def load(rules: RewardConfig, config: SourceConfig) -> RewardSource:
+        """Raises MetronomeError when a named model is not there or cannot be read, or none is named though one must
+        act."""
+        if config.rewards != "rules" and not config.models:
+            raise MetronomeError(
+                f"source.rewards is {config.rewards}, but source.models names no reward model: give the folders that "
+                "`reward.train` wrote, or learn from the rules"
+            )
+        for folder in config.models:
+            if not Path(folder).is_dir():
+                raise MetronomeError(
+                    f"source.models: there is no folder {folder}; train a reward model with `reward.train`, or name "
+                    "the folder of one"
+                )
+        return RewardSource(rules, config.rewards, [RewardModel.load(folder) for folder in config.models])
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Digest of each model's weights, in the recipe's order."""
+        return tuple(weights_digest(model) for model in self.models)
+
+    def judge(self, episodes: Sequence[Episode]) -> Judged:
+        scores = [score(e.family, e.facts, e.actions, self._rules) for e in episodes]
+        rules = [Rewards(as_tensor(s.timing), as_tensor(s.content)) for s in scores]
+        proxy = self.learned(episodes)
+        acting = {"rules": [rules], "learned": [proxy], "both": [rules, proxy]}[self._rewards]
+        return Judged(scores, rules, proxy, acting)
+
+    def learned(self, episodes: Sequence[Conversation]) -> list[Rewards]:
+        """What the learned models alone say of episodes or transcripts; nothing when there are none."""
+        if not self.models or not episodes:
+            return []
+        columns = {
+            axis: [one[:, i] for one in found]
+            for model in self.models
+            for found in [model.score(episodes)]
+            for i, axis in enumerate(model.axes)
+        }
+        return [Rewards(t, c) for t, c in zip(columns["timing"], columns["content"], strict=True)]

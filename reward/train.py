@@ -1,0 +1,209 @@
+"""Trains a reward model on preference pairs, with TRL's `RewardTrainer` (Bradley-Terry, margin, centring).
+
+    accelerate launch --config_file configs/accelerate/reward.yaml -m reward.train --config configs/reward_timing.yaml
+
+TRL's loop, loss and optimizer are used as they are; ours are the model, and the collator, which puts every conversation
+of a batch into one packed forward pass once, in however many pairs it is. Pairs are taken in the order of the data set,
+where pairs that share conversations stand together. ``--resume`` goes on from the newest finished checkpoint.
+
+    runs/<name>/config.yaml, checkpoints/checkpoint-NNN/ (TRL's), model/ (RewardModel.load), summary.json
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("reward.train")
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.config import preset
+from model.files import write_whole
+from model.recipe import read_recipe
+from model.startup import import_deepspeed
+from model.tokenizer import load_tokenizer
+from model.transformer import InteractionModel
+from reward.model import RewardModel
+from reward.preference import load_preferences
+from reward.trainable import Collator, Trainable
+
+FINISHED = "finished"
+"""Marks a checkpoint of TRL's as whole."""
+
+
+@dataclass(frozen=True)
+class BackboneRecipe:
+    """Where the backbone's weights come from."""
+
+    checkpoint: str | None = None  # a policy's folder in transformers' format; None: fresh weights of the preset
+    preset: str = "tiny"
+
+
+@dataclass(frozen=True)
+class RewardTrainConfig:
+    name: str = "reward_timing"
+    runs: str = "runs"  # folder that holds run folders
+    seed: int = 0
+    axes: tuple[str, ...] = ("timing",)  # ("timing", "content") is the shared two-headed form
+    pairs: str = "runs/reward_pairs"  # data set made by reward.pairs
+    backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
+    margin_scale: float = 1.0  # times the pair's margin, subtracted inside the loss; 0 turns margins off
+    trainer: dict[str, Any] = field(default_factory=dict)  # any field of trl.RewardConfig
+
+
+OURS: dict[str, Any] = {
+    "remove_unused_columns": False,  # TRL knows three of our columns
+    "max_length": None,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "train_sampling_strategy": "sequential",
+}
+"""Fields of trl.RewardConfig that the recipe may not set: the program needs them so."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe = read_recipe("reward.train", "Train a reward model.", RewardTrainConfig, arguments, resumes=True)
+    train(recipe.config, recipe.text, recipe.resume)
+
+
+def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
+    start = time.perf_counter()
+    folder = Path(config.runs) / config.name
+    checkpoints = folder / "checkpoints"
+    earlier = _prepare_folder(folder, recipe, resume)
+    _prepare_libraries(folder, config)
+    from trl import RewardConfig, RewardTrainer  # after the settings above: it reads them when imported
+
+    try:
+        arguments = RewardConfig(
+            output_dir=str(checkpoints), **OURS, **({"report_to": "none", "seed": config.seed} | config.trainer)
+        )
+    except (TypeError, ValueError) as error:
+        raise MetronomeError(f"recipe: trainer: {error}. The fields are those of trl.RewardConfig") from error
+    leads = arguments.process_index == 0
+    model = RewardModel.build(_backbone(config), config.axes)
+    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
+    trainer = RewardTrainer(
+        model=Trainable(model),
+        args=arguments,
+        data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale),
+        train_dataset=rows,
+        processing_class=load_tokenizer(),
+        callbacks=[Report(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)],
+    )
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(callback)
+    if leads:
+        weights = sum(p.numel() for p in model.parameters())
+        write_whole(folder / "config.yaml", recipe.encode())
+        print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
+    result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
+    model.repack()
+    digest = checkpoint.weights_digest(model)
+    if leads:
+        model.save(folder / "model")
+        summary = {
+            "weights_digest": digest,
+            "contract_id": dispatch.contract_id(),
+            "steps": result.global_step,
+            "loss": result.training_loss,
+            "pairs": len(rows),
+            "wall_s": time.perf_counter() - start,
+        }
+        write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        print(f"weights_digest {digest}\nRun folder: {folder.resolve()}")
+
+
+def _prepare_folder(folder: Path, recipe: str, resume: bool) -> Path | None:
+    """The checkpoint to resume from; raises MetronomeError when the folder does not fit."""
+    saved = folder / "config.yaml"
+    if not resume:
+        if saved.exists():
+            raise MetronomeError(f"{folder} already holds a run; --resume goes on with it, or choose another --name")
+        return None
+    if not saved.is_file():
+        raise MetronomeError(f"{folder} holds no run to resume (no config.yaml); start without --resume")
+    if saved.read_text() != recipe:
+        raise MetronomeError(f"{saved} is the recipe of another run; resuming needs the same one")
+    found = [
+        (int(m[1]), path)
+        for path in (folder / "checkpoints").glob("checkpoint-*")
+        if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / FINISHED).is_file()
+    ]
+    if not found:
+        raise MetronomeError(f"{folder / 'checkpoints'} holds no finished checkpoint; start under another --name")
+    return max(found)[1]
+
+
+def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
+    """What must stand before trl is imported, and the recipe's own rules about its fields."""
+    if wrong := sorted(config.trainer.keys() & (OURS.keys() | {"output_dir"})):
+        raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
+    if "wandb" in str(config.trainer.get("report_to")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", config.name)):
+            os.environ.setdefault(f"WANDB_{name}", value)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        import_deepspeed()
+
+
+def _backbone(config: RewardTrainConfig) -> InteractionModel:
+    if config.backbone.checkpoint is not None:
+        return checkpoint.load(config.backbone.checkpoint)
+    model = InteractionModel(preset(config.backbone.preset))
+    model.init_weights(config.seed)
+    return model
+
+
+class Report(TrainerCallback):
+    """Prints a line at each of the trainer's logs, and marks finished checkpoints."""
+
+    def __init__(self, pairs_a_step: int) -> None:
+        self._pairs_a_step = pairs_a_step
+        self._last: tuple[float, int] | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._last is None:
+            self._last = time.perf_counter(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._last is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        (then, before), now = self._last, time.perf_counter()
+        self._last = now, state.global_step
+        steps = state.global_step - before
+        print(
+            f"step {state.global_step}/{state.max_steps} · loss {float(logs['loss']):.4f} · pairs in order "
+            f"{float(logs['accuracy']):.1%} · {steps * self._pairs_a_step / (now - then):.1f} pairs/s · "
+            f"{(state.max_steps - state.global_step) * (now - then) / steps:.0f} s left",
+            flush=True,
+        )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_whole(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FINISHED, b"")

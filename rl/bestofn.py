@@ -1,0 +1,120 @@
+"""The best-of-n curve: how far a learned reward can be optimised without any training before its picks get worse.
+
+    python -m rl.bestofn --run runs/NAME [--step N] [--models '[FOLDER, FOLDER]'] --json FILE
+
+Of n rollouts of a held-out scenario by one policy, the learned models pick the one they like best; the rules say what
+it is worth. Beside it stands what the rules themselves would have picked, the most that any reward could get. A picture
+lies beside the JSON file.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("rl.bestofn")
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.files import write_whole
+from model.recipe import read_recipe
+from reward.bestofn import Pick, curve, mean
+from reward.source import RewardSource, SourceConfig
+from rl.config import TrainConfig
+from rl.display import Display
+from rl.folder import RunFolder
+from rl.train import parse
+from rollout.play import Play, play
+from rollout.scenarios.registry import FAMILIES, scenario
+from rollout.session import SessionEngine
+from rollout.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class BestOfNConfig:
+    run: str  # folder of the run whose policy samples, by that run's recipe
+    json: str  # file for the results; the picture gets its name with .png
+    step: int | None = None  # which of its checkpoints, the newest by default
+    models: tuple[str, ...] = ()  # folders of reward models; the run's own by default
+    scenarios: int = 24  # held-out, of each family
+    samples: int = 64  # rollouts of each
+
+
+def sample(
+    config: TrainConfig, engine: SessionEngine, source: RewardSource, scenarios: int, samples: int, display: Display
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Each family's (rule scores, learned rewards), both [scenarios, samples]."""
+    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    found = {}
+    with display.phase("best of n", scenarios * len(FAMILIES)) as phase:
+        for family in FAMILIES:
+            rule, proxy = np.zeros((2, scenarios, samples))
+            for i in range(scenarios):
+                item = scenario(family, "held_out", i, bank, config.scenarios)
+                judged = source.judge(play(engine, [Play(item, r) for r in range(samples)], config.seed))
+                rule[i] = [s.value for s in judged.scores]
+                proxy[i] = [p.total for p in judged.proxy]
+                phase.advance({"reward/score": float(rule[i].mean()), "proxy/mean": float(proxy[i].mean())})
+            found[family] = (rule, proxy)
+    return found
+
+
+def table(picks: Sequence[Pick]) -> Table:
+    out = Table("family", "n", "score of the pick", "learned reward", "the rules' own pick", title="Best of n")
+    for p in picks:
+        rule = f"{p.rule:.1%} ± {p.rule_error:.1%}"
+        out.add_row(p.family, str(p.n), rule, f"{p.proxy:+.3f}", f"{p.oracle:.1%}")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = read_recipe("rl.bestofn", "The best-of-n curve of reward models.", BestOfNConfig, arguments).config
+    if given.scenarios < 1 or given.samples < 2:
+        raise MetronomeError(f"best of n needs 1 scenario and 2 samples, not {given.scenarios} and {given.samples}")
+    run = Path(given.run)
+    if not (run / "config.yaml").is_file():
+        raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
+    config, _, _ = parse(["--config", str(run / "config.yaml")])
+    source = RewardSource.load(config.reward, SourceConfig(models=given.models or config.source.models))
+    if not source.models:
+        raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")
+    folder = RunFolder(run, [])
+    path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
+    policy = checkpoint.load(path / "model")
+    engine = SessionEngine(
+        policy,
+        Vocabulary.build(policy.vocab),
+        slots=given.samples,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        words_per_chunk=config.rollout.words_per_chunk,
+    )
+    found = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))
+    curves = [curve(family, rule, proxy) for family, (rule, proxy) in found.items()]
+    picks = [*mean(curves), *(p for one in curves for p in one)]
+    Console(highlight=False).print(table(picks))
+    report = {
+        "policy": str(path),
+        "weights_digest": engine.weights_digest,
+        "reward_models": source.digests,
+        "scenarios": given.scenarios,
+        "samples": given.samples,
+        "picks": [asdict(p) for p in picks],
+    }
+    write_whole(Path(given.json), (json.dumps(report, indent=2) + "\n").encode())
+    from reward.pictures import best_of_n  # takes a second to import
+
+    picture = Path(given.json).with_suffix(".png")
+    write_whole(picture, best_of_n([mean(curves), *curves]))
+    print(f"written to {given.json} and {picture}")

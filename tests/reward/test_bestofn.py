@@ -1,0 +1,46 @@
+"""The best-of-n estimator against the definition: the mean over all subsets."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from reward.bestofn import best_of, curve, mean
+from reward.pictures import best_of_n
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_estimator_is_the_mean_over_all_subsets(n: int) -> None:
+    rng = np.random.default_rng(0)
+    values, by = rng.normal(size=7), rng.normal(size=7)
+    picks = [max(subset, key=lambda i: by[i]) for subset in itertools.combinations(range(7), n)]
+    assert best_of(n, values, by) == pytest.approx(np.mean(values[picks]))
+
+
+def test_ties_are_broken_evenly() -> None:
+    values, by = np.array([0.0, 1.0, 5.0]), np.array([1.0, 1.0, 0.0])
+    assert best_of(3, values, by) == pytest.approx(0.5)
+    assert best_of(2, values, by) == pytest.approx(0.5)  # in every pair one of the two that tie, or both
+    assert best_of(2, values[::-1], by[::-1]) == best_of(2, values, by)
+    assert best_of(2, values, np.zeros(3)) == pytest.approx(2.0)
+
+
+def test_n_must_be_among_the_samples() -> None:
+    with pytest.raises(ValueError, match="n = 4 of 3"):
+        best_of(4, np.zeros(3), np.zeros(3))
+
+
+def test_a_good_proxy_climbs_and_a_bad_one_falls() -> None:
+    rule = np.random.default_rng(1).uniform(size=(5, 16))
+    good, bad = curve("f", rule, rule), curve("f", rule, -rule)
+    assert [p.n for p in good] == [1, 2, 4, 8, 16]
+    assert all(a.rule < b.rule for a, b in itertools.pairwise(good))
+    assert all(a.rule > b.rule for a, b in itertools.pairwise(bad))
+    assert [p.rule for p in good] == [p.oracle for p in good] == [p.oracle for p in bad]
+    assert good[0].rule == pytest.approx(rule.mean()) and good[0].kl == 0.0
+    assert good[-1].rule == pytest.approx(rule.max(1).mean())
+    both = mean([good, bad])
+    assert both[2].rule == pytest.approx((good[2].rule + bad[2].rule) / 2) and both[2].n == 4
+    assert best_of_n([both, good, bad]).startswith(b"\x89PNG")

@@ -1,0 +1,168 @@
+"""Corrupted plays: the fault is heard, the user reacts to it, the rule sees it, and no family is known by name."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from reward import corrupt as corrupt_module
+from reward import pairs as pairs_module
+from reward import plays as plays_module
+from reward.combine import score
+from reward.corrupt import FAULTS, Expert, corrupt
+from reward.score import RewardConfig
+from reward.timing import runs
+from rollout.chunk import LISTEN, Action, speak
+from rollout.scenarios.base import Scenario
+from rollout.scenarios.demonstrate import PERFECT, demonstrate
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.sound import generator
+from rollout.speech import SpeechBank
+
+WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
+
+
+@pytest.fixture(scope="module")
+def bank() -> SpeechBank:
+    return SpeechBank.load()
+
+
+def items(bank: SpeechBank, count: int) -> list[Scenario]:
+    return [scenario(f, "train", 77_000 + i, bank, ScenarioConfig()) for i in range(count) for f in FAMILIES]
+
+
+def clean(item: Scenario) -> tuple[np.ndarray, list[Action], object]:
+    return demonstrate(item, generator("expert", item.id), PERFECT)
+
+
+def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]:
+    """What a fresh user says to these actions."""
+    user = item.user()
+    heard: Action | None = None
+    audio = []
+    for action in actions:
+        audio.append(user.next_chunk(heard))
+        heard = action
+    return np.stack(audio), user.facts()
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_user_says_what_fits_the_corrupted_actions(bank: SpeechBank, kind: str, family: str) -> None:
+    found = reacted = 0
+    for item in items(bank, 8):
+        if item.family != family:
+            continue
+        audio, actions, _ = clean(item)
+        expert = Expert.of(audio, actions, WORDS)
+        for size in (1, 2, 4):
+            fault = corrupt(expert, kind, size, generator(item.id, kind, size))
+            if fault is None:
+                continue
+            found += 1
+            heard, acted, facts = demonstrate(item, generator("expert", item.id), PERFECT, fault.edits)
+            again, facts_again = replayed(item, acted)
+            assert np.array_equal(heard, again) and facts == facts_again
+            first = min(fault.edits)
+            assert all(acted[k] == action for k, action in fault.edits.items())
+            assert acted[:first] == actions[:first] and np.array_equal(heard[: first + 1], audio[: first + 1])
+            assert acted != actions
+            reacted += not np.array_equal(heard, audio)
+    if family == "timespeak" and kind == "truncate":
+        assert found == 0  # one-word utterances cannot be cut short
+    else:
+        assert found >= 5
+    if family == "turn_taking" and kind in ("shift", "repeat"):
+        assert reacted  # the control: had the clean play's audio been kept, it would be another
+
+
+def test_without_edits_the_expert_is_itself(bank: SpeechBank) -> None:
+    for item in items(bank, 3):
+        _, actions, facts = clean(item)
+        _, again, facts_again = demonstrate(item, generator("expert", item.id), PERFECT, {})
+        assert (actions, facts) == (again, facts_again)
+
+
+def test_expert_is_heard_again_from_its_next_silence_on(bank: SpeechBank) -> None:
+    item = next(i for i in items(bank, 3) if i.family == "turn_taking")
+    _, actions, _ = clean(item)
+    run = runs(actions)[0]
+    _, acted, _ = demonstrate(item, generator("expert", item.id), PERFECT, {run.start: LISTEN, run.start + 1: LISTEN})
+    assert not any(action.speaks for action in acted[run.start : run.end])  # no half sentence
+
+
+ACTIONS = (LISTEN,) * 4 + (speak("yes"), speak("sure"), speak("four")) + (LISTEN,) * 5 + (speak("two"),) + (LISTEN,) * 3
+PLAY = Expert(ACTIONS, np.array([True] * 4 + [False] * 12), WORDS)
+
+
+def edited(kind: str, run: int, n: int, seed: int = 0) -> list[str] | None:
+    edits = FAULTS[kind](PLAY, runs(ACTIONS)[run], n, np.random.default_rng(seed))
+    if edits is None:
+        return None
+    assert sorted(edits) == list(range(min(edits), max(edits) + 1))
+    return [" ".join(edits.get(k, a).words) for k, a in enumerate(ACTIONS)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "run", "n", "said"),
+    [
+        ("shift", 0, 2, {6: "yes", 7: "sure", 8: "four", 12: "two"}),
+        ("shift", 0, -3, {1: "yes", 2: "sure", 3: "four", 12: "two"}),
+        ("truncate", 0, 1, {4: "yes", 5: "sure", 12: "two"}),
+        ("omit", 0, 9, {}),
+        ("omit", 1, 60, {4: "yes", 5: "sure", 6: "four"}),
+        ("repeat", 1, 2, {4: "yes", 5: "sure", 6: "four", 12: "two", 13: "two", 14: "two"}),
+    ],
+)
+def test_edits_are_what_they_are_called(kind: str, run: int, n: int, said: dict[int, str]) -> None:
+    assert edited(kind, run, n) == [said.get(k, "") for k in range(len(ACTIONS))]
+
+
+@pytest.mark.parametrize(("kind", "run", "n"), [("shift", 0, -5), ("shift", 0, 6), ("shift", 1, 4), ("truncate", 1, 1)])
+def test_what_does_not_fit_is_left_out(kind: str, run: int, n: int) -> None:
+    assert edited(kind, run, n) is None
+
+
+def test_swap_changes_words_and_nothing_else() -> None:
+    said = edited("swap", 0, 2)
+    assert said is not None
+    before = [" ".join(a.words) for a in ACTIONS]
+    changed = [k for k, (a, b) in enumerate(zip(before, said, strict=True)) if a != b]
+    assert len(changed) == 2 and all(said[k] for k in changed)
+
+
+def test_talk_over_begins_while_the_user_speaks() -> None:
+    for seed in range(10):
+        edits = FAULTS["talk_over"](PLAY, runs(ACTIONS)[0], 2, np.random.default_rng(seed))
+        assert edits is not None and PLAY.loud[min(edits)] and len(edits) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis"), [("shift", "timing"), ("omit", "timing"), ("repeat", "timing"), ("swap", "content")]
+)
+def test_rule_agrees_that_it_is_worse(bank: SpeechBank, kind: str, axis: str) -> None:
+    worse = total = 0
+    for item in items(bank, 12):
+        audio, actions, facts = clean(item)
+        fault = corrupt(Expert.of(audio, actions, WORDS), kind, 3, generator(item.id))
+        if fault is None:
+            continue
+        _, acted, heard = demonstrate(item, generator("expert", item.id), PERFECT, fault.edits)
+        best = getattr(score(item.family, facts.to_json(), actions, RewardConfig()), axis).sum()
+        total += 1
+        worse += getattr(score(item.family, heard.to_json(), acted, RewardConfig()), axis).sum() < best
+    assert total >= 8 and worse >= 0.8 * total
+
+
+@pytest.mark.parametrize("module", [corrupt_module, plays_module, pairs_module])
+def test_no_family_is_known_by_name(module: ModuleType) -> None:
+    """A family added later needs no change here."""
+    tree = ast.parse(inspect.getsource(module))
+    names = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not names & set(FAMILIES)
+    assert not {f"rollout.scenarios.{family}" for family in FAMILIES} & imported

@@ -1,0 +1,64 @@
+"""Hacks earn less than honest play, by the rules: the faultless expert's in every scenario, a careless player's on
+average."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+
+from reward import hacks
+from reward.score import RewardConfig
+from reward.source import RewardSource
+from rollout.scenarios.base import Scenario
+from rollout.scenarios.demonstrate import Corruption
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.speech import SpeechBank
+
+SEEDS = 100
+RULES = RewardConfig()
+UNLEARNED = RewardSource(RULES, "rules", [])
+
+
+@pytest.fixture(scope="module", params=[(f, s) for f in FAMILIES for s in ("train", "held_out")], ids="/".join)
+def items(request: pytest.FixtureRequest) -> list[Scenario]:
+    family, split = request.param
+    bank = SpeechBank.load()
+    return [scenario(family, split, seed, bank, ScenarioConfig()) for seed in range(SEEDS)]
+
+
+def test_every_hack_earns_less_by_the_rules(items: list[Scenario]) -> None:
+    rows = {row.player: row for row in hacks.assess(items, RULES, UNLEARNED)}
+    assert rows.keys() == hacks.HONEST.keys() | hacks.HACKS.keys()
+    assert hacks.winners(list(rows.values())) == []
+    for name in hacks.HACKS:
+        assert rows[name].beats["rules"][0] == 0.0, f"{name} does as well as the expert in some scenario"
+        assert rows[name].score < rows["careless"].score - 0.2
+
+
+def test_no_hack_lies_uphill_of_what_warm_start_shows(items: list[Scenario]) -> None:
+    """The demonstrations that the warm-started policy imitates are wrong half of the time, and RL begins there. Only
+    ending early, which is right as far as it goes, may earn as much as such play; by the verdict it is worse too."""
+    shown, shown_rewards = hacks.perform(hacks.honest(Corruption()), items, RULES, UNLEARNED)
+    for name, cast in hacks.HACKS.items():
+        scores, rewards = hacks.perform(cast, items, RULES, UNLEARNED)
+        assert fmean(s.value for s in scores) < fmean(s.value for s in shown)
+        assert name == "ends early" or sum(rewards["rules"]) < sum(shown_rewards["rules"])
+
+
+def test_a_rule_that_pays_for_talk_is_found_out(items: list[Scenario]) -> None:
+    """The control: without a price on speech that nobody asked for, a hack wins."""
+    generous = replace(RULES, spurious=0.5, trailing=0.5)
+    rows = hacks.assess(items[:30], generous, RewardSource(generous, "rules", []))
+    assert any("speaks always" in line for line in hacks.winners(rows))
+
+
+def test_hacks_do_what_they_are_called(items: list[Scenario]) -> None:
+    item = items[0]
+    said = {name: [a.words for a in hacks.play(cast, item)[1]] for name, cast in hacks.HACKS.items()}
+    assert all(said["speaks always"]) and len(set(said["speaks always"])) > 1
+    assert not any(said["never speaks"])
+    assert all(said["repeats a word"]) and len(set(said["repeats a word"])) == 1
+    assert {len(words) for words in said["says all at once"]} == {0, hacks.WORDS_PER_CHUNK}
+    assert [bool(words) for words in said["ends early"]].count(True) == 1

@@ -1,0 +1,120 @@
+"""The table of pairs keeps every byte, and a row that cannot be learned from is named."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.errors import MetronomeError
+from model.tokenizer import AUDIO
+from reward.preference import Preference, Stretch, check, from_row, load_preferences, save_preferences, to_row
+from tests.reward.test_model import conversation
+
+
+def stretch(seed: int, chunks: int = 6, first: int = 0, end: int | None = None) -> Stretch:
+    talk = conversation(seed, chunks)
+    return Stretch(talk.tokens, talk.codes, first, chunks if end is None else end)
+
+
+def pair(seed: int, axis: str = "timing", **fields: Any) -> Preference:
+    fields = {"source": "shift", "size_ms": -400, "family": "timespeak", "scenario": f"s{seed}", "margin": 0.5} | fields
+    return Preference(stretch(2 * seed), stretch(2 * seed + 1, first=1, end=4), axis, **fields)
+
+
+def same(a: Preference, b: Preference) -> bool:
+    sides = all(
+        torch.equal(x.tokens, y.tokens) and torch.equal(x.codes, y.codes) and (x.first, x.end) == (y.first, y.end)
+        for x, y in ((a.chosen, b.chosen), (a.rejected, b.rejected))
+    )
+    names = ("axis", "source", "size_ms", "family", "scenario", "margin")
+    return sides and all(getattr(a, n) == getattr(b, n) for n in names)
+
+
+def test_disk_keeps_pairs(tmp_path: Path) -> None:
+    pairs = [pair(0), pair(1, "content"), pair(2)]
+    save_preferences(tmp_path / "pairs", {"train": pairs, "held_out": pairs[:1]})
+    rows = load_preferences(tmp_path / "pairs", "train", ["timing", "content"], AUDIO)
+    assert all(same(from_row(row), p) for row, p in zip(rows, pairs, strict=True))
+    assert not same(from_row(rows[0]), pairs[1])
+    assert [row["axis"] for row in load_preferences(tmp_path / "pairs", "train", ["timing"], AUDIO)] == ["timing"] * 2
+
+
+def test_codes_that_end_in_zeros_survive(tmp_path: Path) -> None:
+    one = pair(0)
+    quiet = replace(one, chosen=replace(one.chosen, codes=torch.zeros_like(one.chosen.codes)))
+    many = [
+        quiet,
+        *(replace(p, chosen=replace(p.chosen, codes=p.chosen.codes * (i % 2))) for i, p in enumerate([one] * 40)),
+    ]
+    many = [replace(p, scenario=str(i)) for i, p in enumerate(many)]
+    save_preferences(tmp_path / "pairs", {"train": many})
+    rows = load_preferences(tmp_path / "pairs", "train", ["timing"], AUDIO)
+    assert all(same(from_row(row), p) for row, p in zip(rows, many, strict=True))
+
+
+def test_a_split_without_the_axis_is_refused(tmp_path: Path) -> None:
+    save_preferences(tmp_path / "pairs", {"train": [pair(0)]})
+    with pytest.raises(MetronomeError, match="no pair has the axis content"):
+        load_preferences(tmp_path / "pairs", "train", ["content"], AUDIO)
+    with pytest.raises(MetronomeError, match="has no split 'held_out'"):
+        load_preferences(tmp_path / "pairs", "held_out", ["timing"], AUDIO)
+    with pytest.raises(MetronomeError, match=r"python -m reward\.pairs"):
+        load_preferences(tmp_path / "nowhere", "train", ["timing"], AUDIO)
+
+
+def test_a_bad_row_on_disk_is_named(tmp_path: Path) -> None:
+    save_preferences(tmp_path / "pairs", {"train": [pair(0, "content"), pair(1), replace(pair(2), margin=math.nan)]})
+    with pytest.raises(MetronomeError, match=r"train, row 2: margin nan is not a finite number"):
+        load_preferences(tmp_path / "pairs", "train", ["timing"], AUDIO)
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return to_row(pair(0)) | changes
+
+
+def test_good_rows_pass() -> None:
+    check([("row 0", row()), ("row 1", to_row(pair(1))), ("row 2", row(axis="content"))], AUDIO)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axis": "manners"}, "axis 'manners' is none of timing, content"),
+        ({"family": "chess"}, "family 'chess' is none of timespeak, turn_taking"),
+        ({"margin": math.nan}, "margin nan"),
+        ({"margin": math.inf}, "margin inf"),
+        ({"margin": -0.5}, "margin -0.5"),
+        ({"chosen_ids": np.array([], np.int32)}, "the chosen conversation is empty"),
+        ({"rejected_ids": np.array([1], np.int32)}, "the rejected conversation is empty"),
+        ({"chosen_codes": zlib.compress(bytes(80 * 23))}, "24 audio tokens, but 1840 codes; 1920 would belong to them"),
+        ({"chosen_codes": b"no zlib"}, "the dMel codes are damaged"),
+        ({"rejected_codes": zlib.compress(bytes([16] * 80 * 24))}, "a dMel code is 16, the largest is 15"),
+        ({"chosen_first": 3, "chosen_end": 3}, "chunks 3 to 3 are no stretch of 6 chunks"),
+        ({"rejected_end": 7}, "chunks 1 to 7 are no stretch of 6 chunks"),
+        ({"rejected_ids": [1, 2, 2, 2, 2], "rejected_codes": zlib.compress(bytes(320))}, "each answered"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MetronomeError, match=f"^row 7: .*{message}"):
+        check([("row 6", to_row(pair(3))), ("row 7", row(**changes))], AUDIO)
+
+
+def test_a_tie_is_named() -> None:
+    tie = Preference(stretch(0), stretch(0), "timing", "human", 0, "timespeak", "s", 0.0)
+    with pytest.raises(MetronomeError, match="row 0: a tie, chosen and rejected are the same"):
+        check([("row 0", to_row(tie))], AUDIO)
+
+
+def test_a_contradiction_is_named() -> None:
+    one = pair(0)
+    turned = replace(one, chosen=one.rejected, rejected=one.chosen)
+    check([("row 0", to_row(one)), ("row 1", to_row(replace(turned, axis="content")))], AUDIO)  # of another axis
+    with pytest.raises(MetronomeError, match="row 5: prefers what row 0 rejects"):
+        check([("row 0", to_row(one)), ("row 5", to_row(turned))], AUDIO)

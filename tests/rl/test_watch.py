@@ -1,0 +1,59 @@
+"""A run that is told to stop when its learned reward is over-optimised stops there, says so, and does not go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reward.overoptimisation import Alarm, Point, WatchConfig
+from rl import watch
+from rl.evaluate import HeldOut
+from rl.folder import RunFolder
+from rl.run import Run
+from rl.train import parse
+from tests.reward.test_source import untrained
+
+BEFORE = HeldOut({"": 0.9}, {"": 1.0})
+
+
+def record(step: int, rule: float, proxy: float, evaluated: bool) -> dict[str, float]:
+    held_out = {"eval/held_out": rule, "proxy/held_out": proxy} if evaluated else {}
+    return {"step": step, "reward/score": rule, "proxy/mean": proxy, "reference/kl_k1": 0.1, **held_out}
+
+
+def test_evaluations_are_read_from_the_records(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "r", "")
+    for step in range(4):
+        folder.append_metrics(record(step, 0.9 - 0.1 * step, 1.0 + step, evaluated=step % 2 == 1))
+    points = watch.evaluations(folder, BEFORE)
+    assert points == [Point(0, 0.9, 1.0), Point(2, pytest.approx(0.8), 2.0), Point(4, pytest.approx(0.6), 4.0)]
+    seen = watch.watch(folder, points, WatchConfig(drop=0.05, patience=2))
+    assert seen == Alarm(points[0], points[2])
+    assert (tmp_path / "r" / watch.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert watch.summary(seen)["overoptimisation/step"] == 4
+    assert watch.summary(None) == {"overoptimisation/signal": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_run_stops_at_the_signal_and_stays_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: bool
+) -> None:
+    def seen(held_out: list[Point], config: WatchConfig) -> Alarm | None:
+        return Alarm(held_out[0], held_out[2]) if len(held_out) > 2 else None
+
+    monkeypatch.setattr(watch, "alarm", seen)
+    untrained(1, "timing", "content").save(tmp_path / "both")
+    arguments = ["--runs", str(tmp_path / "runs"), "--warmstart.steps", "0", "--eval.scenarios", "2"]
+    arguments += ["--rl.steps", "4", "--rl.groups", "2", "--rl.rollouts", "2", "--rl.evaluate_every", "1"]
+    arguments += ["--eval.during", "1", "--source.rewards", "learned", "--source.watch.stop", str(stop).lower()]
+    arguments += ["--source.models", f"[{tmp_path / 'both'}]"]
+    for resume in ("false", "true"):
+        config, resumes, recipe = parse([*arguments, "--resume", resume])
+        run = Run(config, recipe, resumes)
+        run.execute()
+        assert [m["step"] for m in run.folder.metrics()] == list(range(2 if stop else 4))
+        assert run.folder.latest_checkpoint()[0] == (2 if stop else 4)
+        assert ("over-optimisation at step 2" in capsys.readouterr().out) == (resume == "false")
