@@ -88,7 +88,7 @@ def test_unknown_backend_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_native_library_says_how_to_build_it(tmp_path: Path) -> None:
-    for package in ("kernels", "rl"):
+    for package in ("kernels", "model"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     done = run(command(tmp_path, "def main(): print('ran')", native=True), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
