@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kernels import dispatch
@@ -160,6 +161,11 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
         for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", config.name)):
             os.environ.setdefault(f"WANDB_{name}", value)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+            raise MetronomeError(
+                "on the CPU accelerate's DeepSpeed integration takes every process for the only one: launch with "
+                "--num_processes 1, or with configs/accelerate/reward.yaml"
+            )
         import_deepspeed()
 
 

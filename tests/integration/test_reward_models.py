@@ -67,6 +67,15 @@ def test_pairs_training_and_evaluation(tmp_path: Path) -> None:
     (cut / "summary.json").unlink()
     assert train(tmp_path, "second", "--resume")["weights_digest"] == first["weights_digest"]
 
+    deepspeed = ["--trainer.max_steps", "2", "--name", "deepspeed", "--runs", str(tmp_path)]
+    launch = [*LAUNCH[:3], "configs/accelerate/cpu.yaml", "--num_processes"]
+    rest = ["-m", "reward.train", "--config", "configs/reward_timing.yaml", "--pairs", str(tmp_path / "pairs")]
+    rest += ["--backbone.checkpoint", "null", "--trainer.per_device_train_batch_size", "4", *deepspeed]
+    two = run([*launch, "2", *rest])
+    assert two.returncode != 0 and "launch with --num_processes 1" in two.stderr
+    one = run([*launch, "1", *rest])
+    assert one.returncode == 0 and "weights_digest" in one.stdout, one.stderr[-3000:]
+
     policy = InteractionModel(preset("tiny"))
     policy.init_weights(5)
     checkpoint.save(policy, tmp_path / "policy")
