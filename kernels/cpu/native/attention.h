@@ -116,7 +116,7 @@ INLINE vf exp_down(vf x) {
   p = fma(p, r, splat(1.66666667e-1f));
   p = fma(p, r, splat(0.5f));
   p = fma(p * r, r, r) + splat(1.f);
-  vf scale = (vf)(((vi)shifted << 23) + splat_int(0x3f800000));
+  vf scale = (vf)(((vu)shifted << 23) + 0x3f800000u);  // unsigned, since what is too small may wrap around
   return x < splat(-87.3f) ? zero() : p * scale;
 }
 
