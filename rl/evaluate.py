@@ -9,9 +9,9 @@ from statistics import fmean
 
 from reward.source import RewardSource
 from rl import ranks
+from rollout.engine import Engine
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
-from rollout.session import SessionEngine
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HeldOut:
         return named(f"eval/{when}", self.score) | named(f"proxy/{when}", self.proxy)
 
 
-def evaluate(engine: SessionEngine, scenarios: Sequence[Scenario], source: RewardSource, seed: int) -> HeldOut:
+def evaluate(engine: Engine, scenarios: Sequence[Scenario], source: RewardSource, seed: int) -> HeldOut:
     """Every rank plays its share of the scenarios; the result is the same on all, and for any number of ranks."""
     episodes = play(engine, [Play(scenarios[i], 0) for i in ranks.share(len(scenarios))], seed)
     judged = source.judge(episodes)

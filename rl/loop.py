@@ -10,6 +10,8 @@ from statistics import fmean
 import torch
 
 from kernels import dispatch
+from model.checkpoint import weights_digest
+from model.transformer import InteractionModel
 from reward.source import AXES, Judged, RewardSource
 from rl import ranks, reference
 from rl.config import TrainConfig
@@ -17,11 +19,12 @@ from rl.credit import token_weights
 from rl.identity import Mismatch, check_comparable, compare, failure
 from rl.learner import Gradient, Learner, policy_gradient
 from rl.reference import Reference
+from rollout.engine import Engine
 from rollout.episode import Episode, concatenate
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, scenario
-from rollout.session import SessionEngine
 from rollout.speech import SpeechBank
+from rollout.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class StepResult:
 def steps(
     config: TrainConfig,
     bank: SpeechBank,
-    engine: SessionEngine,
+    engine: Engine,
     learner: Learner,
     source: RewardSource,
     start: Reference | None,
@@ -47,6 +50,8 @@ def steps(
 
     Raises NotComparableError or NotEqualError before a step that would not be on-policy, MetronomeError for a reward or
     log-prob that is not finite; the model is then as the last finished step left it."""
+    classes = Vocabulary.build(learner.model.vocab).classes
+    digest = weights_digest(learner.model)
     for step in range(first, config.rl.steps):
         clock = time.perf_counter()
         episodes = play(engine, plays(config, bank, step), config.seed)
@@ -55,23 +60,24 @@ def steps(
         judge_s = time.perf_counter() - clock - rollout_s
         log_ratio = start.log_ratio(episodes) if start else []
         weights = token_weights(episodes, judged.acting, log_ratio, config.rl)
-        check_comparable(episodes, dispatch.contract_id(), engine.weights_digest)
+        check_comparable(episodes, dispatch.contract_id(), digest)
         gradient = policy_gradient(
-            engine.model,
+            learner.model,
             episodes,
             weights,
-            engine.vocabulary.classes,
+            classes,
             config.rollout.temperature,
             config.rl.micro_batch,
         )
-        mismatch = audit(engine, episodes, gradient, step)
+        mismatch = audit(learner.model, episodes, gradient, step)
         norm = learner.step(gradient)
         engine.publish()
+        digest = weights_digest(learner.model)
         total_s = time.perf_counter() - clock
         yield StepResult(
             {
                 "step": step,
-                "weights_digest": engine.weights_digest,
+                "weights_digest": digest,
                 **rewards(judged),
                 **mismatch.metrics(),
                 **(reference.metrics(log_ratio) if start else {}),
@@ -97,12 +103,12 @@ def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
     return out
 
 
-def audit(engine: SessionEngine, episodes: list[Episode], gradient: Gradient, step: int) -> Mismatch:
+def audit(model: InteractionModel, episodes: list[Episode], gradient: Gradient, step: int) -> Mismatch:
     """Compares every sampled token of all ranks; raises NotEqualError on every rank when any bit differs."""
     mine = compare(concatenate(episodes, "logprob"), gradient.logprob, concatenate(episodes, "digest"), gradient.digest)
     error = None
     if mine.num_unequal or mine.rows_unequal:
-        error = failure(engine.model, episodes, gradient.logprob, gradient.digest, gradient.owner, step)
+        error = failure(model, episodes, gradient.logprob, gradient.digest, gradient.owner, step)
     found = ranks.gather((mine, error))
     for _, problem in found:
         if problem is not None:

@@ -1,4 +1,4 @@
-"""Plays scenarios against a session engine, as many at once as it has slots, and returns the episodes in order."""
+"""Plays scenarios against an engine, as many at once as it has slots, and returns the episodes in order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from rollout.chunk import Action
+from rollout.engine import Engine
 from rollout.episode import Episode
 from rollout.sampler import session_key
 from rollout.scenarios.base import Scenario, User
-from rollout.session import Session, SessionEngine
+from rollout.session import Session
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class _Live:
     heard: Action | None = None
 
 
-def play(engine: SessionEngine, plays: Sequence[Play], seed: int) -> list[Episode]:
+def play(engine: Engine, plays: Sequence[Play], seed: int) -> list[Episode]:
     """Rolls every play out to its scenario's last chunk. A session that ends makes room for the next play at once.
 
     By the row contract the result does not depend on how many run together."""
@@ -39,7 +40,7 @@ def play(engine: SessionEngine, plays: Sequence[Play], seed: int) -> list[Episod
     live: list[_Live] = []
     done: dict[int, Episode] = {}
     while waiting or live:
-        while waiting and engine.state.free_slots:
+        while waiting and engine.free:
             place, item = waiting.pop()
             key = session_key(seed, item.scenario.id, item.rollout)
             live.append(_Live(place, item.scenario.user(), engine.open(key)))
@@ -53,8 +54,7 @@ def play(engine: SessionEngine, plays: Sequence[Play], seed: int) -> list[Episod
                 going.append(one)
                 continue
             engine.close(one.session)
-            done[one.place] = engine.episode(
-                one.session,
+            done[one.place] = one.session.episode(
                 scenario=item.scenario.id,
                 rollout=item.rollout,
                 seed=seed,

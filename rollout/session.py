@@ -12,7 +12,7 @@ mode token; they come with the voice and the video tower).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Session:
 
     slot: int
     key: int  # 64-bit sampling key (rollout.sampler.session_key)
+    temperature: float
+    weights_digest: str
     tokens: list[int]
     past: Tensor  # fp32 [800], the samples before the next chunk, to which its first frame reaches back
     fed: int = 0
@@ -46,14 +48,53 @@ class Session:
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
     logprob: list[float] = field(default_factory=list)
     digest: list[int] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)  # [D] a sampled token, if the engine keeps them
     closed: bool = False
+
+    def forked(self, slot: int, key: int) -> Session:
+        """A copy of the record so far, to go on by itself."""
+        lists: dict[str, Any] = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
+        return replace(self, slot=slot, key=key, **lists)
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise ValueError("the session is closed; open or fork another")
+
+    def book(self, token: int, row_class: int, logprob: float, digest: int) -> None:
+        """Adds one sampled token to the record."""
+        self.sampled.append((len(self.tokens), row_class, self.chunks))
+        self.logprob.append(logprob)
+        self.digest.append(digest)
+        self.tokens.append(token)
+
+    def episode(self, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
+        """The record so far, as the learner and the rewards read it."""
+        positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
+        return Episode(
+            scenario=scenario,
+            rollout=rollout,
+            seed=seed,
+            temperature=self.temperature,
+            contract_id=dispatch.contract_id(),
+            weights_digest=self.weights_digest,
+            facts=facts,
+            actions=tuple(self.actions),
+            tokens=torch.tensor(self.tokens),
+            codes=torch.cat(self.codes),
+            sampled_at=torch.tensor(positions),
+            row_class=torch.tensor(row_class),
+            chunk=torch.tensor(chunk),
+            logprob=torch.tensor(self.logprob, dtype=torch.float32),
+            digest=torch.tensor(self.digest),
+        )
 
 
 class SessionEngine:
     """Embedded engine: sessions of one model in this process.
 
     slots: sessions open at once; max_tokens: context of each (memory for all is allocated here, once);
-    words_per_chunk: most text tokens a micro-turn may say (after the last one the turn ends by itself).
+    words_per_chunk: most text tokens a micro-turn may say (after the last one the turn ends by itself);
+    keep_hidden: whether a session's record holds the hidden state that each token was sampled from (for heads on it).
     """
 
     def __init__(
@@ -65,6 +106,7 @@ class SessionEngine:
         max_tokens: int,
         temperature: float = 1.0,
         words_per_chunk: int = 1,
+        keep_hidden: bool = False,
     ) -> None:
         if temperature < 0 or words_per_chunk < 1:
             raise ValueError(f"need temperature >= 0 and words_per_chunk >= 1, got {temperature}, {words_per_chunk}")
@@ -73,9 +115,14 @@ class SessionEngine:
         self.dmel = DMel.build()
         self.temperature = temperature
         self.words_per_chunk = words_per_chunk
+        self.keep_hidden = keep_hidden
         self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk  # of one micro-turn: unfed tokens, audio, words
         self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=slots * self.most_rows)
         self.weights_digest = checkpoint.weights_digest(model)
+
+    @property
+    def free(self) -> int:
+        return self.state.free_slots
 
     def publish(self) -> None:
         """Takes over the model's new weights. Every session must be closed: its keys belong to the old ones."""
@@ -88,28 +135,23 @@ class SessionEngine:
 
     def open(self, key: int) -> Session:
         """A new session that has heard nothing. Raises MetronomeError when every slot is taken."""
-        return Session(self.state.open(), key, [self.vocabulary.bos], torch.zeros(WINDOW - HOP))
+        return Session(
+            slot=self.state.open(),
+            key=key,
+            temperature=self.temperature,
+            weights_digest=self.weights_digest,
+            tokens=[self.vocabulary.bos],
+            past=torch.zeros(WINDOW - HOP),
+        )
 
     def fork(self, session: Session, key: int) -> Session:
         """A session with the same past and another key; what it does from here on equals a separate session's bits."""
-        self._check_open(session)
-        return Session(
-            self.state.fork(session.slot),
-            key,
-            list(session.tokens),
-            session.past,
-            session.fed,
-            session.chunks,
-            list(session.codes),
-            list(session.actions),
-            list(session.sampled),
-            list(session.logprob),
-            list(session.digest),
-        )
+        session.check_open()
+        return session.forked(self.state.fork(session.slot), key)
 
     def close(self, session: Session) -> None:
         """Gives the slot back. Closing twice is an error; the session's record stays readable."""
-        self._check_open(session)
+        session.check_open()
         self.state.close(session.slot)
         session.closed = True
 
@@ -125,7 +167,7 @@ class SessionEngine:
                 f"{list(chunks.shape)}"
             )
         for session in sessions:
-            self._check_open(session)
+            session.check_open()
         for session in sessions:
             if self.state.rows_left(session.slot) < self.most_rows:
                 raise ContextFull(
@@ -167,26 +209,8 @@ class SessionEngine:
             session.chunks += 1
         return actions
 
-    def episode(self, session: Session, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
-        """The record of a session so far."""
-        positions, row_class, chunk = (list(column) for column in zip(*session.sampled, strict=True))
-        return Episode(
-            scenario=scenario,
-            rollout=rollout,
-            seed=seed,
-            temperature=self.temperature,
-            contract_id=dispatch.contract_id(),
-            weights_digest=self.weights_digest,
-            facts=facts,
-            actions=tuple(session.actions),
-            tokens=torch.tensor(session.tokens),
-            codes=torch.cat(session.codes),
-            sampled_at=torch.tensor(positions),
-            row_class=torch.tensor(row_class),
-            chunk=torch.tensor(chunk),
-            logprob=torch.tensor(session.logprob, dtype=torch.float32),
-            digest=torch.tensor(session.digest),
-        )
+    def stats(self) -> dict[str, float | int]:
+        return {"sessions_open": self.state.open_slots, "sessions_free": self.state.free_slots}
 
     def _feed(self, sessions: Sequence[Session], codes: Tensor | None) -> Tensor:
         """Runs every session's unfed tokens; returns the hidden state of each one's last row, [S, D]."""
@@ -209,13 +233,8 @@ class SessionEngine:
         )
         tokens = token.tolist()
         for session, t, p, d in zip(sessions, tokens, logprob.tolist(), digest.tolist(), strict=True):
-            session.sampled.append((len(session.tokens), row_class, session.chunks))
-            session.logprob.append(p)
-            session.digest.append(d)
-            session.tokens.append(t)
+            session.book(t, row_class, p, d)
+        if self.keep_hidden:
+            for session, row in zip(sessions, hidden, strict=True):
+                session.hidden.append(row)
         return tokens
-
-    @staticmethod
-    def _check_open(session: Session) -> None:
-        if session.closed:
-            raise ValueError("the session is closed; open or fork another")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def episodes(engine: SessionEngine, bank: SpeechBank) -> list[Episode]:
 def audit(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
     weights = [torch.ones(len(e.chunk)) for e in episodes]
     gradient = policy_gradient(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
-    return loop.audit(engine, episodes, gradient, step=7)
+    return loop.audit(engine.model, episodes, gradient, step=7)
 
 
 def test_every_sampled_token_is_equal(engine: SessionEngine, episodes: list[Episode]) -> None:
@@ -102,5 +103,6 @@ def test_loop_refuses_episodes_of_other_weights(
 ) -> None:
     stale = [replace(e, weights_digest="0" * 32) for e in episodes]
     monkeypatch.setattr(loop, "play", lambda *_: stale)
+    learner, source = SimpleNamespace(model=engine.model), RewardSource(CONFIG.reward, "rules", [])
     with pytest.raises(NotComparableError, match="Publish the learner's weights"):
-        next(loop.steps(CONFIG, bank, engine, None, RewardSource(CONFIG.reward, "rules", []), None, first=0))
+        next(loop.steps(CONFIG, bank, engine, learner, source, None, first=0))

@@ -15,6 +15,7 @@ from rl.batch import collate, score_choices
 from rl.identity import compare, locate
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.episode import Episode
+from rollout.rows import pack
 from rollout.sampler import session_key
 from rollout.session import Session, SessionEngine
 from rollout.transcript import write_transcript
@@ -48,8 +49,8 @@ def talk(engine: SessionEngine, sessions: dict[int, Session], chunks: range) -> 
         engine.append(list(sessions.values()), torch.stack([sound(i, k) for i in sessions]))
 
 
-def record(engine: SessionEngine, session: Session) -> Episode:
-    return engine.episode(session, scenario="x/train/0", rollout=0, seed=0, facts={})
+def record(session: Session) -> Episode:
+    return session.episode(scenario="x/train/0", rollout=0, seed=0, facts={})
 
 
 def same(a: Episode, b: Episode) -> bool:
@@ -67,10 +68,10 @@ def test_a_session_alone_equals_itself_among_others(model: InteractionModel) -> 
     for i in (5, 0):
         alone = {i: other.open(session_key(0, "x", i))}
         talk(other, alone, range(CHUNKS))
-        assert same(record(engine, crowd[i]), record(other, alone[i]))
+        assert same(record(crowd[i]), record(alone[i]))
     stranger = {0: other.open(session_key(0, "x", 99))}
     talk(other, stranger, range(CHUNKS))
-    assert not same(record(engine, crowd[0]), record(other, stranger[0]))  # another key, another episode
+    assert not same(record(crowd[0]), record(stranger[0]))  # another key, another episode
 
 
 def test_a_session_that_joins_late_is_not_changed(model: InteractionModel) -> None:
@@ -82,7 +83,7 @@ def test_a_session_that_joins_late_is_not_changed(model: InteractionModel) -> No
         engine.append([early[0], late], torch.stack([sound(0, 3 + k), sound(7, k)]))
     alone = {7: other.open(2)}
     talk(other, alone, range(CHUNKS))
-    assert same(record(engine, late), record(other, alone[7]))
+    assert same(record(late), record(alone[7]))
 
 
 def test_fork_equals_separate(model: InteractionModel) -> None:
@@ -93,15 +94,15 @@ def test_fork_equals_separate(model: InteractionModel) -> None:
     branch = engine.fork(origin, 12)
     for k in range(7, CHUNKS):
         engine.append([branch, twin, origin], sound(3, k).expand(3, -1).contiguous())
-    assert same(record(engine, origin), record(engine, twin))
-    assert not torch.equal(record(engine, origin).tokens, record(engine, branch).tokens)
+    assert same(record(origin), record(twin))
+    assert not torch.equal(record(origin).tokens, record(branch).tokens)
 
 
 def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None:
     engine = make_engine(model)
     sessions = {i: engine.open(session_key(5, "x", i)) for i in range(4)}
     talk(engine, sessions, range(CHUNKS))
-    episodes = [record(engine, s) for s in sessions.values()]
+    episodes = [record(s) for s in sessions.values()]
     classes = engine.vocabulary.classes
 
     def mismatch() -> tuple[int, int, int]:
@@ -130,12 +131,24 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
         model.repack()
 
 
+def test_kept_hidden_states_are_the_learners(model: InteractionModel) -> None:
+    engine = make_engine(model)
+    engine.keep_hidden = True
+    session = engine.open(3)
+    talk(engine, {0: session}, range(CHUNKS))
+    episode = record(session)
+    rows = pack([episode])
+    learner = model(rows.tokens, rows.codes, rows.segments)[episode.sampled_at - 1]
+    assert torch.equal(torch.stack(session.hidden), learner)
+    assert not torch.equal(torch.stack(session.hidden), learner.roll(1, 0))
+
+
 def test_transcript_of_the_actions_is_what_the_session_wrote(model: InteractionModel) -> None:
     for words in (1, 2, 3):
         engine = make_engine(model, words)
         session = engine.open(words)
         talk(engine, {0: session}, range(CHUNKS))
-        episode = record(engine, session)
+        episode = record(session)
         assert Mode.SPEAK in {a.mode for a in episode.actions}
         codes = episode.codes.unflatten(0, (CHUNKS, -1))
         written = write_transcript(codes, episode.actions, engine.vocabulary, words)
@@ -147,7 +160,7 @@ def test_classes_follow_the_grammar(model: InteractionModel) -> None:
     engine = make_engine(model, 3)
     session = engine.open(4)
     talk(engine, {0: session}, range(CHUNKS))
-    episode = record(engine, session)
+    episode = record(session)
     allowed = engine.vocabulary.classes.allowed
     tokens = episode.tokens[episode.sampled_at]
     assert bool(allowed[episode.row_class, tokens].all())
@@ -162,7 +175,7 @@ def test_greedy_is_deterministic_and_ignores_the_key(model: InteractionModel) ->
         engine.temperature = 0.0
         session = engine.open(key)
         talk(engine, {0: session}, range(4))
-        episodes.append(record(engine, session))
+        episodes.append(record(session))
     assert torch.equal(episodes[0].tokens, episodes[1].tokens)
 
 
@@ -199,7 +212,7 @@ def test_episode_says_which_policy_sampled_it(model: InteractionModel) -> None:
     engine = make_engine(model)
     session = engine.open(0)
     talk(engine, {0: session}, range(2))
-    episode = record(engine, session)
+    episode = record(session)
     assert episode.contract_id == dispatch.contract_id()
     assert episode.weights_digest == engine.weights_digest
     assert dataclasses.is_dataclass(episode)

@@ -1,0 +1,51 @@
+"""What the rest of the program knows of an engine: something that holds streaming sessions of one model.
+
+`rollout.session.SessionEngine` is the one embedded in this process. An engine is built around a model and a
+temperature; `publish` takes over that model's weights as they are now. Every engine is bit for bit the learner: same
+kernels, same sampling keys, same contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from rollout.chunk import Action
+from rollout.session import Session
+
+
+class Engine(Protocol):
+    """Sessions are the engine's own: only the one that opened a session may append to, fork or close it."""
+
+    @property
+    def weights_digest(self) -> str:
+        """Digest of the weights that sessions opened now are sampled from."""
+
+    @property
+    def free(self) -> int:
+        """How many more sessions can be opened now."""
+
+    def publish(self) -> None:
+        """Takes over the model's present weights. Raises MetronomeError while sessions are open."""
+
+    def open(self, key: int) -> Session:
+        """A session that has heard nothing; ``key`` is its 64-bit sampling key (`rollout.sampler.session_key`). Raises
+        MetronomeError when none is free."""
+
+    def fork(self, session: Session, key: int) -> Session:
+        """A session with the same past and another key; its bits are those of a separate one."""
+
+    def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
+        """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did. The records
+        of the sessions then hold the sampled tokens, their log-probs and row digests.
+
+        Raises ValueError for a wrong shape, dtype or a closed session, ContextFull when one would outgrow its context;
+        then no session has moved."""
+
+    def close(self, session: Session) -> None:
+        """Gives the session's memory back; its record stays readable. Closing twice is an error."""
+
+    def stats(self) -> dict[str, float | int]:
+        """What the engine has done so far, for people to read; the names are the engine's own."""
