@@ -19,9 +19,9 @@ from rl.credit import token_weights
 from rl.identity import Mismatch, check_comparable, compare, failure
 from rl.learner import Gradient, Learner, policy_gradient
 from rl.reference import Reference
-from rollout.engine import Engine
 from rollout.episode import Episode, concatenate
-from rollout.play import Play, play
+from rollout.play import Play
+from rollout.roller import Roller
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
@@ -39,7 +39,7 @@ class StepResult:
 def steps(
     config: TrainConfig,
     bank: SpeechBank,
-    engine: Engine,
+    roller: Roller,
     learner: Learner,
     source: RewardSource,
     start: Reference | None,
@@ -54,7 +54,7 @@ def steps(
     digest = weights_digest(learner.model)
     for step in range(first, config.rl.steps):
         clock = time.perf_counter()
-        episodes = play(engine, plays(config, bank, step), config.seed)
+        episodes = roller.play(plays(config, bank, step), config.seed)
         rollout_s = time.perf_counter() - clock
         judged = source.judge(episodes)
         judge_s = time.perf_counter() - clock - rollout_s
@@ -71,7 +71,7 @@ def steps(
         )
         mismatch = audit(learner.model, episodes, gradient, step)
         norm = learner.step(gradient)
-        engine.publish()
+        roller.publish()
         digest = weights_digest(learner.model)
         total_s = time.perf_counter() - clock
         yield StepResult(
