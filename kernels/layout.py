@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,13 +61,12 @@ class Segments:
             raise ValueError(f"segments: a slot comes twice in one call: {slots}")
         if any(n < 1 for n in lengths) or any(s < 0 for s in starts):
             raise ValueError(f"segments: lengths must be >= 1 and starts >= 0, got {lengths} and {starts}")
-        offset = torch.zeros(len(slots) + 1, dtype=torch.int32)
-        length = torch.tensor(lengths, dtype=torch.int32)
-        offset[1:] = torch.cumsum(length, 0)
-        start = torch.tensor(starts, dtype=torch.int32)
-        position = torch.arange(int(offset[-1]), dtype=torch.int32)
-        position += torch.repeat_interleave(start - offset[:-1], length)
-        return Segments(torch.tensor(slots, dtype=torch.int32), start, offset, position)
+        # In numpy, whose calls on so few numbers take a tenth of torch's: this runs before every prefill of 200 ms.
+        offset = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(lengths, out=offset[1:])
+        start = np.array(starts, np.int32)
+        position = np.arange(offset[-1], dtype=np.int32) + np.repeat(start - offset[:-1], lengths)
+        return Segments(*(torch.from_numpy(x) for x in (np.array(slots, np.int32), start, offset, position)))
 
     @property
     def rows(self) -> int:
