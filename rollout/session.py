@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -210,12 +211,10 @@ class SessionEngine:
         ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
         sessions of the call are closed: none goes on from half a micro-turn."""
         check_append(sessions, chunks, self.most_rows, self.state.max_tokens)
-        shared = any(self._riders[s.slot] > 1 for s in sessions)
-        if shared:
+        if any(self._riders[s.slot] > 1 for s in sessions):
             self._part(sessions, [row.tobytes() for row in chunks.numpy()])
-        heard = {s.slot: i for i, s in enumerate(sessions)}
-        firsts = chunks if len(heard) == len(sessions) else chunks[list(heard.values())]
-        samples = torch.cat((torch.stack([sessions[i].past for i in heard.values()]), firsts), 1)
+        heard = {s.slot: (s.past, chunk) for s, chunk in zip(sessions, chunks.unbind(), strict=True)}
+        samples = torch.cat([part for sound in heard.values() for part in sound]).view(len(heard), -1)
         codes = self.dmel.continued(samples)
         try:
             rest, rows = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
@@ -278,11 +277,14 @@ class SessionEngine:
         """Runs the unfed tokens, once for each slot; samples and books the next token of every session."""
         leads = {s.slot: s for s in sessions}
         unfed = [s.tokens[s.fed :] for s in leads.values()]
-        segments = self.state.extend(list(leads), [len(tokens) for tokens in unfed])
+        lengths = [len(tokens) for tokens in unfed]
+        segments = self.state.extend(list(leads), lengths)
         self._rows += segments.rows
         hidden = self.model(torch.tensor([t for tokens in unfed for t in tokens]), codes, segments, self.state)
-        if segments.rows > len(leads):
-            hidden = hidden[segments.offset[1:] - 1]
+        if len(leads) == 1:
+            hidden = hidden[-1:]
+        elif segments.rows > len(leads):
+            hidden = hidden[torch.tensor([end - 1 for end in accumulate(lengths)])]
         logits = self.model.logits(hidden)
         if len(leads) < len(sessions):
             place = {slot: i for i, slot in enumerate(leads)}
