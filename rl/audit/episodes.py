@@ -112,19 +112,15 @@ def _audio(codes: Tensor, cells: dict[str, int]) -> list[int]:
 def _tokens(one: Seen, words: Mapping[int, str]) -> list[list[Any]]:
     """[chunk, text, class, sampler's log-prob, learner's where it differs, whether the row's digest differs] of each
     sampled token. Log-probs are text, because JSON has no NaN and a page must not round."""
-    episode = one.episode
-    token_differs, row_differs = one.token_differs.tolist(), one.row_differs.tolist()
-    learner = one.logprob.tolist() if one.logprob is not None else [0.0] * len(token_differs)
-    count = min(len(episode.sampled_at), len(episode.chunk), len(episode.row_class), len(episode.logprob))
+    e = one.episode
+    learner = e.logprob if one.logprob is None else one.logprob
+    columns = (e.chunk, e.sampled_at, e.row_class, e.logprob, learner, one.token_differs, one.row_differs)
     out: list[list[Any]] = []
-    for i in range(count):
-        position = int(episode.sampled_at[i])
-        token = int(episode.tokens[position]) if 0 <= position < len(episode.tokens) else -1
-        differs: str | None = _exact(learner[i]) if token_differs[i] else None
-        out.append([
-            int(episode.chunk[i]), words.get(token, f"#{token}"), int(episode.row_class[i]),
-            _exact(float(episode.logprob[i])), differs, int(row_differs[i]),
-        ])  # fmt: skip
+    # A file's columns may differ in length; such an episode is not comparable, and shown as far as all of them go.
+    for chunk, at, row_class, p, q, token_differs, row_differs in zip(*(c.tolist() for c in columns), strict=False):
+        token = int(e.tokens[at]) if 0 <= at < len(e.tokens) else -1
+        differs = _exact(q) if token_differs else None
+        out.append([chunk, words.get(token, f"#{token}"), row_class, _exact(p), differs, int(row_differs)])
     return out
 
 

@@ -1,8 +1,9 @@
 // One episode on the 200 ms grid: a column a chunk, a lane for what was heard, said, rewarded and how probable it was.
 
-const CHUNK_MS = 200, COLUMN = 16, CHANNELS = 80, FRAMES = 4, NATS = 6;
+const CHUNK_MS = 200, CHANNELS = 80, FRAMES = 4, NATS = 6;
 const LANES = { time: [0, 16], heard: [18, 80], user: [100, 17], model: [121, 62], mode: [186, 11], events: [200, 22], reward: [225, 52], logprob: [281, 52] };
 const GRID_HEIGHT = 335;
+let COLUMN = 16;  // pixels of a chunk, as the room allows
 const STOPS = ["0b0724", "2c115f", "721f81", "b63679", "f1605d", "feae76", "fcfdbf"].map((h) => [0, 2, 4].map((i) => parseInt(h.slice(i, i + 2), 16)));
 const OUTCOMES = { hit: "hit", wrong: "wrong words", missed: "missed", spurious: "spurious", shaping: "shaping" };
 
@@ -27,8 +28,10 @@ function spectrogram(audio, cells) {
   return canvas.toDataURL();
 }
 
-function episodeGrid(detail, cells, name) {
-  const chunks = detail.actions.length, width = chunks * COLUMN;
+function episodeGrid(detail, cells, name, room) {
+  const chunks = detail.actions.length;
+  COLUMN = Math.max(15, Math.min(26, Math.floor((room - 100) / Math.max(1, chunks))));
+  const width = chunks * COLUMN;
   const root = svg("svg", { width, height: GRID_HEIGHT, viewBox: `0 0 ${width} ${GRID_HEIGHT}`, "aria-hidden": "true" });
   const box = (lane, first, last, cls, inset = 0) => svg("rect", { class: cls, x: first * COLUMN + inset, y: LANES[lane][0], width: (last - first + 1) * COLUMN - 2 * inset, height: LANES[lane][1] });
   const middle = (lane) => LANES[lane][0] + LANES[lane][1] / 2;
@@ -65,8 +68,8 @@ function drawEvents(root, events, y) {
 
 function drawRewards(root, detail, [top, height]) {
   const all = [...detail.timing, ...detail.content].map(Math.abs), scale = (height / 2 - 2) / Math.max(1, ...all), zero = top + height / 2;
-  for (const [values, cls, shift] of [[detail.timing, "r-timing", 2], [detail.content, "r-content", 8]]) values.forEach((v, k) => {
-    if (v) root.append(svg("rect", { class: cls, x: k * COLUMN + shift, width: 6, y: v > 0 ? zero - v * scale : zero, height: Math.abs(v) * scale }));
+  for (const [values, cls, shift] of [[detail.timing, "r-timing", -6], [detail.content, "r-content", 0]]) values.forEach((v, k) => {
+    if (v) root.append(svg("rect", { class: cls, x: k * COLUMN + COLUMN / 2 + shift, width: 6, y: v > 0 ? zero - v * scale : zero, height: Math.abs(v) * scale }));
   });
   root.append(svg("line", { class: "rule", x1: 0, x2: detail.actions.length * COLUMN, y1: zero, y2: zero }));
 }

@@ -38,21 +38,21 @@ function counts(report) {
   const parts = report.parts.map((p) => ({ name: `step ${whole(p.step)}, saved episodes`, ...p, not_comparable: p.not_comparable }));
   const columns = [
     { name: "Compared", cell: (p) => p.name },
-    { name: "Re-scored now", num: true, cell: (p) => (p.episodes === null ? "—" : `${whole(p.rescored)} of ${whole(p.episodes)}`) },
     { name: "Tokens", num: true, cell: (p) => whole(p.num_tokens) },
     { name: "Tokens differ", num: true, cell: (p) => (p.num_tokens ? count(p.num_unequal) : "—") },
     { name: "Rows differ", num: true, cell: (p) => (p.num_tokens ? count(p.rows_unequal) : "—") },
-    { name: "Not comparable", num: true, cls: "optional", cell: (p) => (p.episodes === null ? "—" : whole(p.not_comparable)) },
+    { name: "Episodes re-scored", num: true, cls: "optional", cell: (p) => (p.episodes === null ? "—" : `${whole(p.rescored)} of ${whole(p.episodes)}`) },
+    report.not_comparable.episodes && { name: "Not comparable", num: true, cls: "optional", cell: (p) => (p.episodes === null ? "—" : whole(p.not_comparable)) },
     { name: "Weights that sampled", cls: "mono optional", cell: (p) => (p.checkpoint_digest ? p.checkpoint_digest.slice(0, 12) : "—") },
   ];
-  return paged("Sampler against learner", columns, [own, ...parts], 12);
+  return paged("Sampler against learner", columns.filter(Boolean), [own, ...parts], 12);
 }
 
 function runPage() {
-  facts([["Sampled tokens compared", whole(report.num_tokens)], ["tokens that differ", whole(report.num_unequal)], ["rows that differ", whole(report.rows_unequal)],
-    ...(report.verdict === "different" ? [["k1, nats", short(report.k1)], ["k3, nats", short(report.k3)], ["largest difference, nats", short(report.max_abs)]] : []),
-    ["steps on record", report.run.steps_planned ? `${whole(report.run.steps_recorded)} of ${whole(report.run.steps_planned)}` : whole(report.run.steps_recorded)],
-    ["contract", report.contract.run ?? "unknown", "mono"]]);
+  facts([[`Tokens ${report.basis === "records" ? "on record" : "re-scored"}`, whole(report.num_tokens)], ["Tokens that differ", whole(report.num_unequal)], ["Rows that differ", whole(report.rows_unequal)],
+    ...(report.verdict === "different" ? [["k1, nats", short(report.k1)], ["k3, nats", short(report.k3)], ["Largest difference, nats", short(report.max_abs)]] : []),
+    ["Steps on record", report.run.steps_planned ? `${whole(report.run.steps_recorded)} of ${whole(report.run.steps_planned)}` : whole(report.run.steps_recorded)],
+    ["Contract", report.contract.run ?? "unknown", "mono"]]);
   const conflicts = report.not_comparable, first = report.first_difference;
   const said = [
     first && card("The first difference", bullets([
@@ -70,8 +70,8 @@ function runPage() {
 }
 
 function comparePage() {
-  facts([["steps compared", whole(report.steps_compared)], ["steps that differ", whole(report.steps_unequal)], ["episodes compared", whole(report.episodes_compared)],
-    ["tokens compared", whole(report.num_tokens)], ["tokens that differ", whole(report.num_unequal)], ["contract", report.contract.a ?? "unknown", "mono"]]);
+  facts([["Steps compared", whole(report.steps_compared)], ["Steps that differ", whole(report.steps_unequal)], ["Episodes compared", whole(report.episodes_compared)],
+    ["Tokens compared", whole(report.num_tokens)], ["Tokens that differ", whole(report.num_unequal)], ["Contract", report.contract.a ?? "unknown", "mono"]]);
   const said = [
     report.first_step && card("The first step that differs", bullets([`Step ${whole(report.first_step.step)}: ${report.first_step.fields.join(", ")}.`])),
     report.reasons.length && card("Not comparable, which is not the same as not equal", bullets(report.reasons)),

@@ -38,7 +38,7 @@ def render(report: Mapping[str, Any], data: Mapping[str, Any], blocks: Sequence[
         "verdict": html.escape(report["verdict"]),
         "name": html.escape(NAMES[report["verdict"]]),
         "subject": html.escape(report["title"]),
-        "headline": html.escape(report["headline"]),
+        "headline": html.escape(report["headline"]).replace("full-vocabulary", "<span>full-vocabulary</span>"),
         "scope": html.escape(report["scope"]),
         "data": _json({"report": report, **data}),
         "blocks": "\n".join(f'<script type="text/plain" id="block-{i}">{b}</script>' for i, b in enumerate(blocks)),

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from kernels.errors import MetronomeError
+from model.recipe import read_recipe
 from rl.config import TrainConfig
 from rl.identity import Mismatch
-from rl.train import parse
 
 _EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
 _CHECKPOINT = re.compile(r"step_(\d{6,})")
@@ -114,7 +114,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
     try:
-        return parse(["--config", str(path)])[0]
+        return read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)]).config
     except (MetronomeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         gaps.append(f"This program cannot read the run's recipe ({first}): episodes cannot be re-scored or judged.")

@@ -50,7 +50,7 @@ def run_page(records: Records, parts: Sequence[Part]) -> tuple[dict[str, Any], s
 def machine(title: str, environment: Mapping[str, Any]) -> dict[str, Any]:
     """environment.json as a table."""
     rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in flat(environment)]
-    return {"title": title, "columns": ["", "value"], "rows": rows}
+    return {"title": title, "columns": ["Field", "Value"], "rows": rows}
 
 
 def write(folder: Path, report: Mapping[str, Any], page: str) -> None:

@@ -26,11 +26,12 @@ FLAGS = (
     "--no-first-run",
     "--hide-scrollbars",
 )
-TIMEOUT_S = 60.0
 
 
 def chromium() -> str | None:
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
 
 
 class Tab:
@@ -84,20 +85,25 @@ class Tab:
 
     def open(self, path: Path, width: int = 1280, height: int = 800, scheme: str = "light") -> float:
         """Opens a file; seconds until the page's script was done and two frames were painted."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.send("Page.navigate", url="about:blank")
-        self.run("new Promise(done => setTimeout(done, 50))")
-        self.events.clear()
+        self._go("about:blank")
         start = time.perf_counter()
-        self.send("Page.navigate", url=path.resolve().as_uri())
-        painted = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
-        while not self.run("document.documentElement.hasAttribute('data-ready')"):
-            if time.perf_counter() - start > TIMEOUT_S:
-                raise RuntimeError(f"{path} was not ready in {TIMEOUT_S} s; console: {self.console()}")
-            time.sleep(0.01)
-        self.run(painted)
-        return time.perf_counter() - start
+        self._go(path.resolve().as_uri())
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+        seconds = time.perf_counter() - start
+        if not self.run("document.documentElement.hasAttribute('data-ready')"):
+            raise RuntimeError(f"{path}: its script did not end; console: {self.console()}")
+        return seconds
+
+    def _go(self, url: str) -> None:
+        """Returns when the page has loaded and its script has run."""
+        self.events.clear()
+        self.send("Page.navigate", url=url)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._read())
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression, awaited."""
@@ -125,7 +131,9 @@ class Tab:
         return [url for url in asked[1:] if not url.startswith("data:")]
 
     def screenshot(self, path: Path, whole: bool = False) -> bytes:
-        data = base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole, **self._clip(whole))["data"])
+        data = base64.b64decode(
+            self.send("Page.captureScreenshot", captureBeyondViewport=whole, **self._clip(whole))["data"]
+        )
         path.write_bytes(data)
         return data
 
