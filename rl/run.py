@@ -166,10 +166,15 @@ class Run:
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
         self.display.summary(summary, self.folder.path)
-        if ranks.rank() == 0:
-            self.display.say(statement(audit(self.folder.path, AUDITED), self.folder.path / "audit"))
-            self.tracker.artifact(self.folder.path / "audit")
+        self.audit()
         self.tracker.close()
+
+    def audit(self) -> None:
+        """Writes audit/report.html and report.json, and says what they say."""
+        if ranks.rank() == 0:
+            folder = self.folder.path / "audit"
+            self.display.say(statement(audit(self.folder.path, AUDITED), folder))
+            self.tracker.artifact(folder)
 
     def alarmed(self, progress: Progress) -> bool:
         """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""

@@ -2,7 +2,7 @@
 
     python -m rl.audit --run runs/quickstart
     python -m rl.audit --compare runs/a runs/b [--out FOLDER]
-    python -m rl.audit --checkpoint runs/quickstart/checkpoints/step_000120/model --matrix [--out FOLDER]
+    python -m rl.audit --checkpoint runs/quickstart/checkpoints/step_000120 --matrix [--out FOLDER]
 
 The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
 two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.audit.matrix`).
@@ -32,9 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     if bool(given.checkpoint) != given.matrix:
         raise MetronomeError("--checkpoint and --matrix go together: name a checkpoint's folder and ask for its matrix")
     if given.checkpoint:
-        out = given.out or given.checkpoint.parent / "audit"
-        importlib.import_module("rl.audit.matrix").run(given.checkpoint, out)
+        measure(given.checkpoint, given.out)
         return
+    if given.run and given.out:
+        raise MetronomeError("--out: the report of a run goes to RUN/audit; leave --out away")
     if given.compare:
         first, second = given.compare
         out = given.out or first / "audit" / f"compare_{second.resolve().name}"
@@ -45,6 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(statement(report, out))
     if given.fail_on:
         fail(report)
+
+
+def measure(given: Path, out: Path | None) -> None:
+    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into its run's audit folder."""
+    folder = given / "model" if (given / "model").is_dir() else given
+    run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
+    matrix = importlib.import_module("rl.audit.matrix")
+    print("\n\n".join(matrix.shown(table) for table in matrix.run(folder, out or run / "audit")["tables"]))
 
 
 def parser() -> argparse.ArgumentParser:

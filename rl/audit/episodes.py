@@ -19,6 +19,7 @@ from model.tokenizer import load_tokenizer
 from reward.combine import score
 from reward.score import Outcome, RewardConfig, Score
 from rl.audit.rescore import Seen
+from rl.audit.verdict import exact
 from rollout.chunk import CHUNK_FRAMES
 from rollout.episode import Episode
 from rollout.scenarios.registry import facts_from_json
@@ -119,14 +120,9 @@ def _tokens(one: Seen, words: Mapping[int, str]) -> list[list[Any]]:
     # A file's columns may differ in length; such an episode is not comparable, and shown as far as all of them go.
     for chunk, at, row_class, p, q, token_differs, row_differs in zip(*(c.tolist() for c in columns), strict=False):
         token = int(e.tokens[at]) if 0 <= at < len(e.tokens) else -1
-        differs = _exact(q) if token_differs else None
-        out.append([chunk, words.get(token, f"#{token}"), row_class, _exact(p), differs, int(row_differs)])
+        differs = exact(q) if token_differs else None
+        out.append([chunk, words.get(token, f"#{token}"), row_class, exact(p), differs, int(row_differs)])
     return out
-
-
-def _exact(value: float) -> str:
-    """An fp32 value in the fewest digits (9) that always give back its bits."""
-    return f"{value:.9g}"
 
 
 def _plain(value: float) -> float | None:

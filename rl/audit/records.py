@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Records:
     summary: dict[str, Any]  # {} if the run did not finish
     episodes: dict[int, list[Path]]  # step -> its files, by rank
     checkpoints: dict[int, Path]  # finished steps -> folder
+    stopped: dict[str, Any]  # audit/difference.json, if the run's last step was not taken because bits differ
     gaps: list[str]  # what is missing or damaged, in sentences
 
     @property
@@ -56,8 +57,9 @@ class Records:
         return self.config.rl.steps if self.config else None
 
     def mismatch(self) -> Mismatch:
-        """The sum of what the run itself counted at each step."""
-        return Mismatch.total([_mismatch(record) for record in self.metrics])
+        """The sum of what the run itself counted at each step, a step that it refused to take included."""
+        refused = [self.stopped["mismatch"]] if self.stopped else []
+        return Mismatch.total([_mismatch(record) for record in (*self.metrics, *refused)])
 
     def sampled_with(self, step: int) -> str | None:
         """The digest that the run recorded of the weights before ``step``, None for its first one."""
@@ -92,6 +94,7 @@ def read(path: Path) -> Records:
             for p in (path / "checkpoints").glob("step_*")
             if (match := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()
         },
+        stopped={},
         gaps=gaps,
     )
     for file in sorted((path / "episodes").glob("step_*")):
@@ -100,7 +103,7 @@ def read(path: Path) -> Records:
     if not records.episodes:
         gaps.append("No episodes were saved, so that nothing can be re-scored.")
     _check_steps(records)
-    return records
+    return replace(records, stopped=_stopped(records))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -167,6 +170,26 @@ def _mismatch(record: dict[str, Any]) -> Mismatch:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _stopped(records: Records) -> dict[str, Any]:
+    """Why the run stopped, unless it took that step later on."""
+    path = records.path / "audit/difference.json"
+    if not path.is_file():
+        return {}
+    found = _json(path, records.gaps, "why the run stopped is unknown")
+    try:
+        step, counts = found["step"], [found["mismatch"][name] for name in COUNTS]
+        whole = all(type(value) is int and value >= 0 for value in (step, *counts))
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        records.gaps.append("difference.json does not say at which step bits differed, and in how many tokens.")
+        return {}
+    if records.metrics and records.metrics[-1]["step"] >= step:
+        records.gaps.append(f"Step {step} was once refused, because bits differed, and taken later on.")
+        return {}
+    return found
 
 
 def _check_steps(records: Records) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernels import dispatch
-from rl.audit.records import Records
+from rl.audit.records import COUNTS, Records
 from rl.audit.rescore import Part, Seen
 from rl.identity import Mismatch
 
@@ -54,7 +54,7 @@ def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
         "kind": "run",
         "verdict": verdict,
         "title": f"run {records.name}",
-        "headline": _headline(verdict, basis, counted, conflicts, len(seen), contradictions),
+        "headline": _stop(records) or _headline(verdict, basis, counted, conflicts, len(seen), contradictions),
         "scope": _scope(records, recorded, rescored, seen, basis),
         "basis": basis,
         **numbers(counted, verdict != "not_comparable"),
@@ -93,6 +93,11 @@ def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def exact(value: float) -> str:
+    """An fp32 value in the fewest digits (9) that always give back its bits."""
+    return f"{value:.9g}"
 
 
 def numbers(found: Mismatch, stated: bool) -> dict[str, float | int | None]:
@@ -148,7 +153,7 @@ def _headline(
         return f"{origin}0 of {counted.num_tokens:,} sampled tokens differ; full-vocabulary KL exactly 0 on every row."
     return (
         f"{origin}{tokens:,} of {counted.num_tokens:,} sampled tokens {'differs' if tokens == 1 else 'differ'}, and "
-        f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner are not the same function."
+        f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner disagree."
     )
 
 
@@ -170,6 +175,18 @@ def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, seen: Seque
         f"{first} The rest is the run's own record, made at each step before it learned: {recorded.num_unequal:,} of "
         f"{recorded.num_tokens:,} tokens and {recorded.rows_unequal:,} rows differ over {of}"
         f"{'' if records.summary else '; the run has not finished'}."
+    )
+
+
+def _stop(records: Records) -> str | None:
+    """The headline of a run that refused a step."""
+    if not records.stopped:
+        return None
+    counts = records.stopped["mismatch"]
+    tokens, unequal, rows = (counts[name] for name in COUNTS)
+    return (
+        f"The run stopped at step {records.stopped['step']:,}: {unequal:,} of {tokens:,} sampled tokens and {rows:,} "
+        "whole rows differed. Sampler and learner disagree."
     )
 
 
@@ -212,8 +229,8 @@ def first_difference(seen: Sequence[Seen]) -> dict[str, Any] | None:
             "position": position,
             "chunk": int(one.episode.chunk[place]),
             "token": int(one.episode.tokens[position]),
-            "sampler": repr(one.episode.logprob[place].item()),
-            "learner": repr(one.logprob[place].item()),
+            "sampler": exact(one.episode.logprob[place].item()),
+            "learner": exact(one.logprob[place].item()),
             "row_differs": bool(one.row_differs[place]),
         }
     return None
