@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(given: Path, out: Path | None) -> None:
-    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into its run's audit folder."""
+    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
     matrix = importlib.import_module("rl.audit.matrix")
