@@ -21,6 +21,7 @@ from model.config import preset
 from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks, watch
+from rl.audit.report import audit, statement
 from rl.config import TrainConfig
 from rl.display import Display
 from rl.environment import environment
@@ -37,6 +38,9 @@ from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
+
+AUDITED = 240
+"""Saved episodes that a run's end re-scores at most, a few seconds' worth; `python -m rl.audit` re-scores them all."""
 
 PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
@@ -151,7 +155,7 @@ class Run:
         return progress
 
     def finish(self, progress: Progress) -> None:
-        """The held-out result of the final weights, summary.json and the closing table."""
+        """The held-out result of the final weights, summary.json, the closing table and the audit's report."""
         after = self.examine()
         summary: dict[str, float | int | str] = {
             **progress.before.named("before"),
@@ -164,8 +168,16 @@ class Run:
             points = [*watch.evaluations(self.folder, progress.before), watch.point(progress.step, after)]
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
-        self.tracker.close()
         self.display.summary(summary, self.folder.path)
+        self.audit()
+        self.tracker.close()
+
+    def audit(self) -> None:
+        """Writes audit/report.html and report.json, and says what they say."""
+        if ranks.rank() == 0:
+            folder = self.folder.path / "audit"
+            self.display.say(statement(audit(self.folder.path, AUDITED), folder))
+            self.tracker.artifact(folder)
 
     def alarmed(self, progress: Progress) -> bool:
         """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""
