@@ -26,7 +26,7 @@ from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
-from rl.identity import Mismatch
+from rl.identity import Mismatch, NotEqualError
 from rl.learner import Learner
 from rl.reference import Reference
 from rl.tracking import Tracker
@@ -39,6 +39,9 @@ from rollout.vocabulary import Vocabulary
 
 PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
+
+DIFFERENCE = "audit/difference.json"
+"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnose`)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,11 @@ class Run:
         )
         learner, progress = self.resume() if self.resumes else self.begin()
         self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
-        self.finish(self.learn(learner, progress))
+        try:
+            self.finish(self.learn(learner, progress))
+        except NotEqualError as error:
+            self.folder.write_json(DIFFERENCE, error.difference)
+            raise
 
     def begin(self) -> tuple[Learner, Progress]:
         """Warm start, its held-out result, and the first checkpoint."""
