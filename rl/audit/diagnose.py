@@ -8,6 +8,7 @@ guesses made from these facts, and each says which fact it was made from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
@@ -75,7 +76,8 @@ class Diagnosis:
         return " ".join([found, *(f"Suspect: {suspect}." for suspect in self.suspects)])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with ``tables`` for a reader that knows nothing of this module."""
+        """Plain values for JSON (null for what is not finite), with ``tables`` for a reader that knows nothing of this
+        module."""
         growth = [[g.name, g.rows, g.rows_unequal, g.first_row, g.max_abs, g.sampler, g.learner] for g in self.growth]
         tables = [
             {
@@ -98,7 +100,18 @@ class Diagnosis:
             },
         ]
         first = None if self.first is None else asdict(self.first)
-        return {**asdict(self), "mismatch": self.mismatch.metrics(), "first": first, "tables": tables}
+        plain: dict[str, Any] = _plain(
+            {**asdict(self), "mismatch": self.mismatch.metrics(), "first": first, "tables": tables}
+        )
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failure(
