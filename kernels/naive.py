@@ -3,9 +3,10 @@ them. No row contract: the number of rows, the padding beside them and what came
 
 It is here to be measured beside ours, not to be trained with: no environment variable selects it, only
 `kernels.dispatch.substituted`, and its contract id is another one. The batch is padded to its longest sequence for
-`scaled_dot_product_attention` and `conv1d`, as usual; experts are looped over and added by `index_add_`; keys lie in
-the same pages as ours and are gathered for each call, about what a cache that grows by concatenation costs. Log-prob
-digests and counter-based noise are kept, so that sessions and comparisons work; a usual program has neither.
+`scaled_dot_product_attention` and `conv1d`, as usual; experts are looped over, their rows sorted, and added by
+`index_add_`; keys lie in the same pages as ours and are gathered for each call, about what a cache that grows by
+concatenation costs. Log-prob digests and counter-based noise are kept, so that sessions and comparisons work; a usual
+program has neither.
 """
 
 from __future__ import annotations
@@ -59,11 +60,10 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
     live = torch.is_grad_enabled()
     groups = [_stack(g, 1) for g in packed.groups] if live else list(packed.data.values())
     weights = [w for group in groups for w in group.unbind(0)]
-    out = x.new_zeros(len(expert), packed.rows)
-    for e in expert.unique().tolist():
-        mine = (expert == e).nonzero()[:, 0]
-        out[mine] = F.linear(x[mine // fan_out], weights[e])
-    return out
+    order = expert.argsort(stable=True)
+    mine = x[order // fan_out].split(torch.bincount(expert, minlength=packed.experts).tolist())
+    out = torch.cat([F.linear(rows, w) for rows, w in zip(mine, weights, strict=True) if len(rows)])
+    return torch.empty_like(out).index_copy(0, order, out)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -107,10 +107,9 @@ def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], else
         torch.set_num_threads(threads)
     yield cell("processes", "another process", elsewhere, together)
     for engine in ENGINES:
-        ours = sampled(side, engine, items, len(items))
-        one = sampled(side, engine, items, 1)
-        yield Cell(f"engine {engine}", f"{n} sessions against 1", side.name, side.dtype, sampled_apart(ours, one))
-        yield Cell(f"engine {engine}", "sampler against learner", side.name, side.dtype, learner_apart(side, ours))
+        many, single = (sampled(side, engine, items, slots) for slots in (len(items), 1))
+        yield Cell(f"engine {engine}", f"{n} sessions against 1", side.name, side.dtype, sampled_apart(many, single))
+        yield Cell(f"engine {engine}", "sampler against learner", side.name, side.dtype, learner_apart(side, many))
 
 
 def _reversed(side: Side, tokens: Sequence[Episode]) -> Scored:
@@ -169,7 +168,7 @@ def run(
     *,
     episodes: int = 8,
     completions: int = 1000,
-    long_completions: int = 200,
+    long_completions: int = 100,
     rounds: int = 5,
 ) -> dict[str, Any]:
     """Makes the matrix and the lesson's table of one model folder, writes out/matrix.json and returns its content.
@@ -215,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
     parser.add_argument("--out", type=Path, required=True, help="folder for matrix.json")
     parser.add_argument("--completions", type=int, default=1000)
-    parser.add_argument("--long-completions", type=int, default=200)
+    parser.add_argument("--long-completions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
     a = parser.parse_args(arguments)
     result = run(a.checkpoint, a.out, completions=a.completions, long_completions=a.long_completions, rounds=a.rounds)

@@ -33,7 +33,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert [row[0] for row in ends["rows"]] == [arm.name for arm in baseline.ARMS]
     by_name = {row[0]: dict(zip(ends["columns"], row, strict=True)) for row in ends["rows"]}
     assert by_name["ours"]["tokens unequal, %"] == by_name["ours"]["k3, worst step"] == by_name["ours"]["max abs"] == 0
-    bf16 = by_name["naive, bf16 sampler + importance weights"]
+    bf16 = by_name["bf16 sampler + importance weights"]
     assert bf16["tokens unequal, %"] > 0 and bf16["max abs"] > by_name["naive + importance weights"]["max abs"] > 0
     assert len(curves["rows"]) == 2 * len(baseline.ARMS)
     assert json.loads((tmp_path / "out" / "baseline.json").read_text()) == content

@@ -17,7 +17,7 @@ from model.config import preset
 from model.state import SessionState
 from model.transformer import InteractionModel
 from rl import loop
-from rl.audit import matrix
+from rl.audit import lesson, matrix
 from rl.audit.lesson import completions
 from rl.audit.sides import Side, _scatter, both, whole
 from rl.identity import NotEqualError
@@ -145,8 +145,10 @@ def test_completions_of_ours_are_one_under_any_load(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command_writes_the_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = matrix.run(folder, tmp_path, episodes=2, completions=3, long_completions=2, rounds=1)
+def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in (("GROUPS", 1), ("ROLLOUTS", 2), ("MOST_TOGETHER", 2), ("MOST_OTHERS", 1), ("LONG", 1)):
+        monkeypatch.setattr(lesson, name, small)
+    result = matrix.run(folder, tmp_path, episodes=2, completions=2, long_completions=0, rounds=1)
     assert json.loads((tmp_path / "matrix.json").read_text()) == result
     titles = [table["title"] for table in result["tables"]]
     assert titles[0] == "Invariance matrix" and "lesson" in titles[1] and len(titles) == 3
