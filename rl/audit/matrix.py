@@ -26,7 +26,7 @@ import torch
 from model.checkpoint import weights_digest
 from model.files import write_whole
 from rl.audit import lesson
-from rl.audit.sides import ENGINES, Cuts, Scored, Side, both, cached, first_of, joined, whole
+from rl.audit.sides import DTYPES, ENGINES, Cuts, Scored, Side, both, cached, first_of, joined, whole
 from rl.environment import environment
 from rl.identity import Mismatch
 from rl.learner import policy_gradient
@@ -142,14 +142,14 @@ def learner_apart(side: Side, episodes: Sequence[Episode], micro_batch: int = 8)
     return Scored(g.logprob, g.digest).against(stored)
 
 
-def _elsewhere(folder: Path, episodes: Path) -> list[tuple[Any, Any]]:
+def _elsewhere(folder: Path, episodes: Path, dtypes: Sequence[torch.dtype]) -> list[tuple[Any, Any]]:
     """In another process: `whole`, together, of every side; as arrays, which cross processes by value."""
     tokens = load_episodes(episodes)
-    scored = [whole(side, tokens, len(tokens)) for side in both(folder)]
+    scored = [whole(side, tokens, len(tokens)) for side in both(folder, dtypes)]
     return [(s.logprob.numpy(), s.digest.numpy()) for s in scored]
 
 
-def invariance(folder: Path, sides: Sequence[Side], count: int) -> list[Cell]:
+def invariance(folder: Path, sides: Sequence[Side], dtypes: Sequence[torch.dtype], count: int) -> list[Cell]:
     """The matrix over ``count`` episodes, whose tokens our first side samples."""
     items = scenarios(SpeechBank.load(), count)
     tokens = sampled(sides[0], "session", items, count)
@@ -157,7 +157,7 @@ def invariance(folder: Path, sides: Sequence[Side], count: int) -> list[Cell]:
         path = Path(temporary) / "episodes.safetensors"
         save_episodes(path, tokens)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            arrays = pool.apply(_elsewhere, (folder, path))
+            arrays = pool.apply(_elsewhere, (folder, path, dtypes))
     elsewhere = [Scored(torch.from_numpy(p), torch.from_numpy(d)) for p, d in arrays]
     return [c for side, other in zip(sides, elsewhere, strict=True) for c in cells(side, items, tokens, other)]
 
@@ -170,13 +170,14 @@ def run(
     completions: int = 1000,
     long_completions: int = 100,
     rounds: int = 5,
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> dict[str, Any]:
     """Makes the matrix and the lesson's table of one model folder, writes out/matrix.json and returns its content.
 
     ``episodes`` of the matrix; ``completions`` of one prompt at temperature 0, and of a long one; ``rounds`` of timing.
     Raises CheckpointError for a folder that holds no model."""
-    sides = both(checkpoint)
-    found = invariance(checkpoint, sides, episodes)
+    sides = both(checkpoint, dtypes)
+    found = invariance(checkpoint, sides, dtypes, episodes)
     table = {
         "title": "Invariance matrix",
         "columns": COLUMNS,

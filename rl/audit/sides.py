@@ -50,8 +50,8 @@ class Side:
         return dispatch.substituted(self.backend)
 
 
-def both(folder: Path) -> list[Side]:
-    return [Side.load(name, folder, dtype) for dtype in DTYPES for name in ("ours", "naive torch")]
+def both(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Side]:
+    return [Side.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
 
 
 def session_engine(side: Side, slots: int, max_tokens: int, temperature: float) -> Engine:
