@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,8 @@ def invariance(folder: Path, sides: Sequence[Side], dtypes: Sequence[torch.dtype
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "episodes.safetensors"
         save_episodes(path, tokens)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            arrays = pool.apply(_elsewhere, (folder, path, dtypes))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            arrays = pool.submit(_elsewhere, folder, path, dtypes).result()
     elsewhere = [Scored(torch.from_numpy(p), torch.from_numpy(d)) for p, d in arrays]
     return [c for side, other in zip(sides, elsewhere, strict=True) for c in cells(side, items, tokens, other)]
 
@@ -166,7 +167,7 @@ def run(
     checkpoint: Path,
     out: Path,
     *,
-    episodes: int = 8,
+    episodes: int = 4,
     completions: int = 1000,
     long_completions: int = 100,
     rounds: int = 5,
