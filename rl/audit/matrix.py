@@ -218,6 +218,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--completions", type=int, default=1000)
     parser.add_argument("--long-completions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     a = parser.parse_args(arguments)
-    result = run(a.checkpoint, a.out, completions=a.completions, long_completions=a.long_completions, rounds=a.rounds)
+    result = run(
+        a.checkpoint,
+        a.out,
+        completions=a.completions,
+        long_completions=a.long_completions,
+        rounds=a.rounds,
+        dtypes=[getattr(torch, name) for name in a.dtypes],
+    )
     print("\n\n".join(shown(table) for table in result["tables"]))
