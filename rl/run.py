@@ -27,7 +27,7 @@ from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
-from rl.identity import Mismatch
+from rl.identity import Mismatch, NotEqualError
 from rl.learner import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, plays_of_a_step, rollers
@@ -44,6 +44,9 @@ AUDITED = 240
 
 PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
+
+DIFFERENCE = "audit/difference.json"
+"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnose`)."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,14 @@ class Run:
             f"Run {self.config.name}: {sum(p.numel() for p in self.model.parameters()):,} parameters, {ranks.world()} "
             f"processes, backend {contract['backend']} ({contract['isa']}), contract {dispatch.contract_id()}"
         )
-        with rollers(self.config, self.model, self.engine) as self.roller:
-            learner, progress = self.resume() if self.resumes else self.begin()
-            self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
-            self.finish(self.learn(learner, progress))
+        try:
+            with rollers(self.config, self.model, self.engine) as self.roller:
+                learner, progress = self.resume() if self.resumes else self.begin()
+                self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
+                self.finish(self.learn(learner, progress))
+        except NotEqualError as error:
+            self.folder.write_json(DIFFERENCE, error.difference)
+            raise
 
     def begin(self) -> tuple[Learner, Progress]:
         """Warm start, its held-out result, and the first checkpoint."""
