@@ -74,11 +74,16 @@ class Writer:
         return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
 
     def demonstrations(
-        self, scenario: Scenario, words: Sequence[str], sizes: Sequence[int], faults: int, mistakes: int
+        self,
+        scenario: Scenario,
+        words: Sequence[str],
+        sizes: Sequence[int],
+        faults: int,
+        mistakes: int,
+        mistaken: Corruption,
     ) -> list[Played]:
         """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, of kinds and
-        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays with the mistakes that warm-start
-        demonstrations have."""
+        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along as ``mistaken`` says."""
         rng = generator("faults", scenario.id)
 
         def expert() -> np.random.Generator:
@@ -94,7 +99,7 @@ class Writer:
                 played = demonstrate(scenario, expert(), PERFECT, fault.edits)
                 plays.append(self.demonstration(scenario, played, fault.kind, fault.size_ms))
         for i in range(mistakes):
-            played = demonstrate(scenario, generator("mistakes", scenario.id, i), Corruption())
+            played = demonstrate(scenario, generator("mistakes", scenario.id, i), mistaken)
             plays.append(self.demonstration(scenario, played, "mistakes"))
         return plays
 

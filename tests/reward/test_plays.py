@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from reward.combine import score
 from reward.corrupt import FAULTS, FAULTS_OF
 from reward.model import AXES
+from reward.pairs import WIDE
 from reward.plays import Played, Writer, segment_preferences
-from reward.score import RewardConfig
+from reward.score import Outcome, RewardConfig
 from rollout.scenarios.base import Scenario
+from rollout.scenarios.demonstrate import Corruption, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
@@ -53,8 +56,24 @@ def test_each_axis_has_its_faults(item: Scenario) -> None:
     assert sorted(kind for kinds in FAULTS_OF.values() for kind in kinds) == sorted(FAULTS)
     assert set(FAULTS_OF) == set(AXES)
     writer = Writer(Vocabulary.build(256), 1, RewardConfig())
-    plays = writer.demonstrations(item, WORDS, (1, 3), faults=3, mistakes=1)
+    plays = writer.demonstrations(item, WORDS, (1, 3), faults=3, mistakes=1, mistaken=WIDE)
     swaps = [p for p in plays if p.source in FAULTS_OF["content"]]
     assert len(swaps) == 3 and plays[0].source == "expert" and plays[-1].source == "mistakes"
     assert len([p for p in plays if p.source in FAULTS_OF["timing"]]) >= 1
     assert all(p.total("content") < plays[0].total("content") for p in swaps)
+
+
+def test_plays_that_err_all_along_misplace_most_reminders() -> None:
+    """Those of warm start, the control, keep most of them inside the window."""
+    bank = SpeechBank.load()
+    share = {}
+    for name, mistaken in (("wide", WIDE), ("warm start", Corruption())):
+        hits = due = 0
+        for seed in range(20):
+            item = scenario("timespeak", "train", seed, bank, ScenarioConfig())
+            _, actions, facts = demonstrate(item, np.random.default_rng(seed), mistaken)
+            events = score(item.family, facts.to_json(), actions, RewardConfig()).events
+            reminders = [e.outcome for e in events if e.kind == "reminder"]
+            hits, due = hits + reminders.count(Outcome.HIT), due + len(reminders)
+        share[name] = hits / due
+    assert share["wide"] < 0.6 < share["warm start"]
