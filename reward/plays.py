@@ -83,7 +83,7 @@ class Writer:
         mistaken: Corruption,
     ) -> list[Played]:
         """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, of kinds and
-        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along as ``mistaken`` says."""
+        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along by ``mistaken``."""
         rng = generator("faults", scenario.id)
 
         def expert() -> np.random.Generator:
