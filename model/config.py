@@ -15,15 +15,27 @@ MEL_CHANNELS = 80
 MEL_BINS = 16
 AUDIO_TOKEN_ID = 2
 
-PRESETS = ("tiny", "base", "inkling_small")
+PRESETS = ("nano", "tiny", "base", "inkling_small")
 
 
 def preset(name: str) -> InklingConfig:
-    """A fresh config. tiny: 2.3M parameters, for CPUs. base: 125M. inkling_small: 276B, 12B active (meta device only).
+    """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.3M parameters, for CPUs.
+    base: 125M. inkling_small: 276B, 12B active (meta device only).
 
     Of inkling_small the two counts are published, and vocabulary, head width, experts and top-k are those of Inkling's
     default config; its width, depth, heads and expert width are our solution of the counts."""
     match name:
+        case "nano":
+            text = {
+                "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+                "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 32,
+                "layer_types": ["hybrid_sliding"] * 3 + ["hybrid"], "mlp_layer_types": ["dense"] * 4,
+                "sliding_window_size": 128, "rel_extent": 512, "d_rel": 16, "intermediate_size": 128,
+                "logits_mup_width_multiplier": 1.0, "max_position_embeddings": 32768,
+                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 6,
+            }  # fmt: skip
+            return _config(text, audio_token_id=AUDIO_TOKEN_ID)
         case "tiny":
             text = {
                 "vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4,

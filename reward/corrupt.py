@@ -83,9 +83,9 @@ def repeat(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dict[i
 
 
 def swap(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dict[int, Action] | None:
-    """n chunks of the utterance (all of a shorter one), from its start or at its end, hold other words."""
+    """n chunks of the utterance (all of a shorter one), anywhere in it, hold other words."""
     n = min(n, run.chunks)
-    first = run.start if rng.random() < 0.5 else run.end - n
+    first = run.start + int(rng.integers(run.chunks - n + 1))
     return {
         k: speak(*(expert.other(word, rng) for word in expert.actions[k].words)) if first <= k < first + n
         else expert.actions[k]
@@ -107,6 +107,8 @@ def talk_over(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dic
 FAULTS: dict[str, Corrupt] = {
     f.__name__: f for f in (shift, truncate, omit, repeat, swap, talk_over)
 }  # fmt: skip
+FAULTS_OF = {"timing": ("shift", "truncate", "omit", "repeat", "talk_over"), "content": ("swap",)}
+"""By the axis that they are meant to teach."""
 
 
 def corrupt(expert: Expert, kind: str, n: int, rng: np.random.Generator) -> Fault | None:

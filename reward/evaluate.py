@@ -66,7 +66,7 @@ class UnseenPolicy:
 @dataclass(frozen=True)
 class EvaluateConfig:
     json: str  # file for the results; the reliability plot gets its name with .png
-    models: tuple[str, ...] = ("runs/reward_timing/model", "runs/reward_content/model")
+    models: tuple[str, ...] = ("runs/reward_shared/model",)
     pairs: str = "runs/reward_pairs"
     seed: int = 0
     speech_dir: str | None = None

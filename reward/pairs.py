@@ -37,7 +37,7 @@ from reward.preference import Preference, save_preferences
 from reward.score import RewardConfig
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.demonstrate import PERFECT, demonstrate
+from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.scenarios.sound import generator
 from rollout.session import SessionEngine
@@ -49,6 +49,11 @@ FIRST_SEED = 2_000_000_000
 VOCABULARY_PLAYS = 16
 """Expert plays of each family whose words may be swapped for one another."""
 SLOTS = 48
+
+
+WIDE = Corruption(jitter=0.3)
+"""How such plays err: as demonstrations of warm start do, but most intervals are off by more than any window allows.
+A model that has seen single reminders misplaced, and no others, paid in full for one a third of its interval late."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,12 @@ class PolicyRecipe:
 class CorruptionRecipe:
     """Corruptions of expert play. Sizes are in chunks of 200 ms."""
 
-    train_scenarios: int = 700  # expert plays, families in turn
+    train_scenarios: int = 500  # expert plays, families in turn
     held_out_scenarios: int = 250
-    faults: int = 5  # tried on each expert play; some do not fit
-    mistakes: int = 2  # plays of each scenario with the mistakes of warm-start demonstrations
-    segments: int = 12  # stretches of these plays compared, an axis and scenario
+    faults: int = 4  # tried on each expert play for each axis; some do not fit
+    mistakes: int = 4  # plays of each scenario that err all along
+    mistaken: Corruption = WIDE
+    segments: int = 40  # stretches compared, an axis and scenario; of plays that are scored anyway
     train_sizes: tuple[int, ...] = (1, 3, 5, 8, 12, 20, 60)
     held_out_sizes: tuple[int, ...] = (2, 4, 6, 10, 16, 40)
 
@@ -77,12 +83,12 @@ class RolloutRecipe:
     """Groups of rollouts that are compared with one another."""
 
     policies: tuple[PolicyRecipe, ...] = ()
-    train_groups: int = 300
+    train_groups: int = 250
     held_out_groups: int = 40
     scenarios: int = 4  # of a group, families in turn
     rollouts: int = 2  # of each scenario, policies in turn
     wholes: int = 10  # pairs of whole conversations tried, an axis and group
-    segments: int = 20  # pairs of stretches tried, an axis and group
+    segments: int = 40  # pairs of stretches tried, an axis and group
     max_tokens: int = 512  # context of a session
 
 
@@ -129,7 +135,7 @@ class Maker:
         self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
         self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
         self.writer = Writer(self.vocabulary, config.words_per_chunk, config.reward)
-        self.words = self._words()
+        self.said, self.others = self._words()
 
     def split(self, split: Split) -> list[Preference]:
         """All preferences of a split; groups that share conversations stay together, otherwise in random order."""
@@ -147,19 +153,23 @@ class Maker:
         seed = FIRST_SEED + self.config.seed * 10_000_000 + index
         return scenario(family, split, seed, self.bank, self.config.scenarios)
 
-    def _words(self) -> tuple[str, ...]:
-        """What experts of all families say, and as many other words of the tokenizer."""
+    def _words(self) -> tuple[list[str], list[str]]:
+        """What experts of all families say, and all other words of the tokenizer that may be said."""
         said: set[str] = set()
         for index in range(VOCABULARY_PLAYS * len(FAMILIES)):
             item = self._scenario("train", index)
             _, actions, _ = demonstrate(item, generator("expert", item.id), PERFECT)
             said |= {word for action in actions for word in action.words}
         allowed = self.vocabulary.classes.allowed.any(0)
-        others = sorted(
-            w for w, i in self.vocabulary.ids.items() if allowed[i] and not w.startswith("<|") and w not in said
+        others = {w for w, i in self.vocabulary.ids.items() if allowed[i] and not w.startswith("<|")}
+        return sorted(said), sorted(others - said)
+
+    def _words_for(self, item: Scenario) -> tuple[str, ...]:
+        """What may be swapped in: every expert's words, and as many others, drawn for each scenario."""
+        drawn = generator("words", item.id).choice(
+            len(self.others), min(len(self.said), len(self.others)), replace=False
         )
-        drawn = generator("words", self.config.seed).choice(len(others), min(len(said), len(others)), replace=False)
-        return (*sorted(said), *(others[int(i)] for i in drawn))
+        return (*self.said, *(self.others[int(i)] for i in drawn))
 
     def _corrupted(self, split: Split) -> Iterator[list[Preference]]:
         recipe = self.config.corruptions
@@ -168,14 +178,19 @@ class Maker:
         for index in range(recipe.train_scenarios if train else recipe.held_out_scenarios):
             item = self._scenario(split, index)
             rng = generator("corrupted", item.id)
-            plays = self.writer.demonstrations(item, self.words, sizes, recipe.faults, recipe.mistakes)
+            plays = self.writer.demonstrations(
+                item, self._words_for(item), sizes, recipe.faults, recipe.mistakes, recipe.mistaken
+            )
             if len(plays) < 2:
                 continue
-            for axis in AXES:
-                yield [
+            yield [
+                preference
+                for axis in AXES
+                for preference in (
                     *fault_preferences(axis, plays),
                     *segment_preferences(axis, plays, recipe.segments, rng, aligned=True),
-                ]
+                )
+            ]
 
     def _rolled_out(self, split: Split) -> Iterator[list[Preference]]:
         recipe = self.config.rollouts
@@ -187,11 +202,14 @@ class Maker:
         for g in range(groups):
             group = plays[g * size : (g + 1) * size]
             rng = generator("rolled out", split, self.config.seed, g)
-            for axis in AXES:
-                yield [
+            yield [
+                preference
+                for axis in AXES
+                for preference in (
                     *whole_preferences(axis, group, recipe.wholes, rng),
                     *segment_preferences(axis, group, recipe.segments, rng, aligned=False),
-                ]
+                )
+            ]
 
     def _play_all(self, split: Split, groups: int) -> list[Played]:
         """Every group's rollouts, one group after another; the policy of a rollout is drawn by its place."""

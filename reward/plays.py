@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model.audio import DMel
 from reward.combine import score
-from reward.corrupt import FAULTS, Expert, corrupt
+from reward.corrupt import FAULTS_OF, Expert, corrupt
+from reward.model import AXES
 from reward.preference import Preference, Stretch
 from reward.score import RewardConfig
 from rollout.chunk import Action
@@ -73,10 +74,16 @@ class Writer:
         return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
 
     def demonstrations(
-        self, scenario: Scenario, words: Sequence[str], sizes: Sequence[int], faults: int, mistakes: int
+        self,
+        scenario: Scenario,
+        words: Sequence[str],
+        sizes: Sequence[int],
+        faults: int,
+        mistakes: int,
+        mistaken: Corruption,
     ) -> list[Played]:
-        """The expert's play of a scenario, then at most ``faults`` corruptions of it, of kinds and ``sizes`` (chunks)
-        drawn by the scenario's id, then ``mistakes`` plays with the mistakes that warm-start demonstrations have."""
+        """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, of kinds and
+        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along by ``mistaken``."""
         rng = generator("faults", scenario.id)
 
         def expert() -> np.random.Generator:
@@ -85,15 +92,14 @@ class Writer:
         audio, actions, facts = demonstrate(scenario, expert(), PERFECT)
         known = Expert.of(audio, actions, words)
         plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
-        kinds = list(FAULTS)
-        for _ in range(faults):
+        for kinds in [FAULTS_OF[axis] for axis in AXES for _ in range(faults)]:
             kind, size = kinds[int(rng.integers(len(kinds)))], int(sizes[int(rng.integers(len(sizes)))])
             fault = corrupt(known, kind, size, rng)
             if fault is not None:
                 played = demonstrate(scenario, expert(), PERFECT, fault.edits)
                 plays.append(self.demonstration(scenario, played, fault.kind, fault.size_ms))
         for i in range(mistakes):
-            played = demonstrate(scenario, generator("mistakes", scenario.id, i), Corruption())
+            played = demonstrate(scenario, generator("mistakes", scenario.id, i), mistaken)
             plays.append(self.demonstration(scenario, played, "mistakes"))
         return plays
 
@@ -154,22 +160,24 @@ def segment_preferences(
 ) -> Iterator[Preference]:
     """Up to ``count`` preferences between two stretches of equal length: they say *where* a reward belongs.
 
-    One of them holds a chunk that the rule rewards or punishes. ``aligned``: of two plays of one scenario, at the same
-    place; otherwise the other is anywhere, also in one and the same play."""
+    ``aligned``: of two plays of one scenario, at the same place, around a chunk that the rule rewards differently in
+    them. Otherwise one holds a chunk that the rule rewards or punishes, and the other is anywhere, also in one and the
+    same play."""
     for _ in range(count):
         a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=not aligned))
-        eventful = np.flatnonzero(a.rewards[axis])
+        shortest = min(a.scenario.chunks, b.scenario.chunks)
+        other = b.rewards[axis][:shortest] if aligned else np.float32(0)
+        eventful = np.flatnonzero(a.rewards[axis][:shortest] != other)
         if not len(eventful):
             continue
-        shortest = min(a.scenario.chunks, b.scenario.chunks)
         length = int(np.exp(rng.uniform(0.0, np.log(shortest))))  # many short ones: they are the most exact
         event = int(eventful[int(rng.integers(len(eventful)))])
         first, last = max(0, event - length + 1), min(event, shortest - length)
         if first > last:
             continue
         at = int(rng.integers(first, last + 1))
-        other = at if aligned else int(rng.integers(b.scenario.chunks - length + 1))
-        found = prefer(axis, "segments", (a, at, at + length), (b, other, other + length))
+        there = at if aligned else int(rng.integers(b.scenario.chunks - length + 1))
+        found = prefer(axis, "segments", (a, at, at + length), (b, there, there + length))
         if found is not None:
             yield found
 

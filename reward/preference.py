@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.errors import MetronomeError
@@ -82,9 +84,7 @@ def from_row(row: Mapping[str, Any]) -> Preference:
     sides = [
         Stretch(
             torch.from_numpy(np.asarray(row[f"{side}_ids"], np.int64)),
-            torch.frombuffer(bytearray(zlib.decompress(row[f"{side}_codes"])), dtype=torch.uint8).view(
-                -1, MEL_CHANNELS
-            ),
+            torch.from_numpy(_decompressed(row[f"{side}_codes"]).reshape(-1, MEL_CHANNELS).copy()),
             int(row[f"{side}_first"]),
             int(row[f"{side}_end"]),
         )
@@ -92,6 +92,12 @@ def from_row(row: Mapping[str, Any]) -> Preference:
     ]
     texts = {name: str(row[name]) for name in ("axis", "source", "family", "scenario")}
     return Preference(sides[0], sides[1], size_ms=int(row["size_ms"]), margin=float(row["margin"]), **texts)
+
+
+@lru_cache(maxsize=64)
+def _decompressed(codes: bytes) -> NDArray[np.uint8]:
+    """uint8 [A * 80]. Kept for a while: neighbouring pairs share their conversations."""
+    return np.frombuffer(zlib.decompress(codes), np.uint8)
 
 
 def save_preferences(folder: Path, splits: Mapping[str, Sequence[Preference]]) -> None:
@@ -155,7 +161,7 @@ def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
     for side in ("chosen", "rejected"):
         tokens = np.asarray(row[f"{side}_ids"])
         try:
-            codes = np.frombuffer(zlib.decompress(row[f"{side}_codes"]), np.uint8)
+            codes = _decompressed(row[f"{side}_codes"])
         except zlib.error as error:
             return f"{side}: the dMel codes are damaged ({error})"
         heard = int((tokens == audio).sum())

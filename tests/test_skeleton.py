@@ -75,7 +75,8 @@ def test_recipe_parses(path: Path) -> None:
     from reward.train import RewardTrainConfig
     from rl.config import TrainConfig
 
-    commands = {"reward_pairs": PairsConfig, "reward_pairs_again": PairsConfig, "reward_evaluate": EvaluateConfig}
+    commands = {"reward_backbone": TrainConfig, "reward_pairs": PairsConfig, "reward_evaluate": EvaluateConfig}
+    commands |= {"reward_pairs_again": PairsConfig}
     kind = commands.get(path.stem, RewardTrainConfig if path.stem.startswith("reward_") else TrainConfig)
     required = ["--json", "report.json"] if kind is EvaluateConfig else []
     read_recipe("command", "", kind, ["--config", str(path), *required])

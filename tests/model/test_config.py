@@ -53,7 +53,7 @@ def test_what_is_not_computed_is_refused(field: str, value: object, message: str
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="'huge' does not exist; choose one of tiny, base, inkling_small"):
+    with pytest.raises(ValueError, match="'huge' does not exist; choose one of nano, tiny, base, inkling_small"):
         preset("huge")
 
 
