@@ -217,13 +217,13 @@ def test_a_worker_that_answers_garbage_is_replaced(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kinds = ["noise", "pickle", "bit", "order", "missing", "another", "half", "exit"]
+    kinds = ["half", "exit", "noise", "pickle", "bit", "order", "missing", "another"]
     spoil(tmp_path, monkeypatch, *(line for kind in kinds for line in (kind, "", "")))  # two tasks, one of them again
     with closing(pool_of(model, 2)) as pool:
         for kind in kinds:
             before = set(pool.pids)
             for worker in pool._workers:
-                worker._timeout_s = 20 if kind == "half" else 300
+                worker._timeout_s = 10 if kind == "half" else 300
             assert differing(pool.roller(1.0).play(plays, SEED), expected) == set(), kind
             assert len(before & set(pool.pids)) == 1, kind
 
