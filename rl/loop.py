@@ -14,9 +14,10 @@ from model.checkpoint import weights_digest
 from model.transformer import InteractionModel
 from reward.source import AXES, Judged, RewardSource
 from rl import ranks, reference
+from rl.audit.diagnose import failure
 from rl.config import TrainConfig
 from rl.credit import token_weights
-from rl.identity import Mismatch, check_comparable, compare, failure
+from rl.identity import Mismatch, check_comparable, compare
 from rl.learner import Gradient, Learner, policy_gradient
 from rl.reference import Reference
 from rollout.episode import Episode, concatenate
@@ -69,7 +70,7 @@ def steps(
             config.rollout.temperature,
             config.rl.micro_batch,
         )
-        mismatch = audit(learner.model, episodes, gradient, step)
+        mismatch = audit(learner.model, episodes, gradient, step, config.rl.micro_batch)
         norm = learner.step(gradient)
         roller.publish()
         digest = weights_digest(learner.model)
@@ -103,12 +104,14 @@ def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
     return out
 
 
-def audit(model: InteractionModel, episodes: list[Episode], gradient: Gradient, step: int) -> Mismatch:
+def audit(
+    model: InteractionModel, episodes: list[Episode], gradient: Gradient, step: int, micro_batch: int
+) -> Mismatch:
     """Compares every sampled token of all ranks; raises NotEqualError on every rank when any bit differs."""
     mine = compare(concatenate(episodes, "logprob"), gradient.logprob, concatenate(episodes, "digest"), gradient.digest)
     error = None
     if mine.num_unequal or mine.rows_unequal:
-        error = failure(model, episodes, gradient.logprob, gradient.digest, gradient.owner, step)
+        error = failure(model, episodes, gradient.logprob, gradient.digest, gradient.owner, step, micro_batch)
     found = ranks.gather((mine, error))
     for _, problem in found:
         if problem is not None:

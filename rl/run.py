@@ -21,12 +21,13 @@ from model.config import preset
 from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks, watch
+from rl.audit.report import audit, statement
 from rl.config import TrainConfig
 from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
-from rl.identity import Mismatch
+from rl.identity import Mismatch, NotEqualError
 from rl.learner import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, plays_of_a_step, rollers
@@ -38,8 +39,14 @@ from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
 
+AUDITED = 240
+"""Saved episodes that a run's end re-scores at most, a few seconds' worth; `python -m rl.audit` re-scores them all."""
+
 PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
+
+DIFFERENCE = "audit/difference.json"
+"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnose`)."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,14 @@ class Run:
             f"Run {self.config.name}: {sum(p.numel() for p in self.model.parameters()):,} parameters, {ranks.world()} "
             f"processes, backend {contract['backend']} ({contract['isa']}), contract {dispatch.contract_id()}"
         )
-        with rollers(self.config, self.model, self.engine) as self.roller:
-            learner, progress = self.resume() if self.resumes else self.begin()
-            self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
-            self.finish(self.learn(learner, progress))
+        try:
+            with rollers(self.config, self.model, self.engine) as self.roller:
+                learner, progress = self.resume() if self.resumes else self.begin()
+                self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
+                self.finish(self.learn(learner, progress))
+        except NotEqualError as error:
+            self.folder.write_json(DIFFERENCE, error.difference)
+            raise
 
     def begin(self) -> tuple[Learner, Progress]:
         """Warm start, its held-out result, and the first checkpoint."""
@@ -151,7 +162,7 @@ class Run:
         return progress
 
     def finish(self, progress: Progress) -> None:
-        """The held-out result of the final weights, summary.json and the closing table."""
+        """The held-out result of the final weights, summary.json, the closing table and the audit's report."""
         after = self.examine()
         summary: dict[str, float | int | str] = {
             **progress.before.named("before"),
@@ -164,8 +175,16 @@ class Run:
             points = [*watch.evaluations(self.folder, progress.before), watch.point(progress.step, after)]
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
-        self.tracker.close()
         self.display.summary(summary, self.folder.path)
+        self.audit()
+        self.tracker.close()
+
+    def audit(self) -> None:
+        """Writes audit/report.html and report.json, and says what they say."""
+        if ranks.rank() == 0:
+            folder = self.folder.path / "audit"
+            self.display.say(statement(audit(self.folder.path, AUDITED), folder))
+            self.tracker.artifact(folder)
 
     def alarmed(self, progress: Progress) -> bool:
         """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""

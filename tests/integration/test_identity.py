@@ -44,7 +44,7 @@ def episodes(engine: SessionEngine, bank: SpeechBank) -> list[Episode]:
 def audit(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
     weights = [torch.ones(len(e.chunk)) for e in episodes]
     gradient = policy_gradient(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
-    return loop.audit(engine.model, episodes, gradient, step=7)
+    return loop.audit(engine.model, episodes, gradient, step=7, micro_batch=2)
 
 
 def test_every_sampled_token_is_equal(engine: SessionEngine, episodes: list[Episode]) -> None:
