@@ -46,7 +46,7 @@ def rollers(
     config: TrainConfig, model: InteractionModel, build: Callable[[float], Engine]
 ) -> Iterator[Callable[[float], Roller]]:
     """While the block runs, gives what rolls out at a temperature under the weights of that moment: an engine here, or
-    the recipe's workers. Ranks share one machine's cores."""
+    the recipe's workers. A machine's ranks share its cores."""
     rollout = config.rollout
     if not rollout.workers:
         yield lambda temperature: InProcess(build(temperature))
@@ -60,7 +60,7 @@ def rollers(
         max_tokens=rollout.max_tokens,
         words_per_chunk=rollout.words_per_chunk,
     )
-    even = max(1, len(os.sched_getaffinity(0)) // (ranks.world() * rollout.workers))
+    even = max(1, len(os.sched_getaffinity(0)) // (ranks.local_world() * rollout.workers))
     threads = even if rollout.worker_threads is None else rollout.worker_threads
     pool = WorkerPool(model, setup, workers=rollout.workers, threads=threads, timeout_s=rollout.worker_timeout_s)
     with closing(pool):

@@ -230,9 +230,7 @@ class _Process:
         """Sends it. When the time is up the process is killed, so that nobody waits for ever, not even in the middle
         of an answer."""
         self.asked = message
-        self._timer = threading.Timer(self._timeout_s, self._give_up)
-        self._timer.daemon = True
-        self._timer.start()
+        self._watch(message)
         with contextlib.suppress(OSError):  # it is dead, which `answer` will find
             self.connection.send(message)
 
@@ -257,9 +255,20 @@ class _Process:
         self.process.kill()
         return self.process.wait()
 
-    def _give_up(self) -> None:
-        self._late = True
-        self.process.kill()
+    def _watch(self, message: Setup | Task) -> None:
+        self._timer = threading.Timer(self._timeout_s, self._give_up, (message,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _give_up(self, message: Setup | Task) -> None:
+        if self.asked is not message:
+            return
+        with contextlib.suppress(OSError):  # closed: the pool has given up already
+            if self.connection.poll():  # there is an answer, but the pool is still reading another worker's
+                self._watch(message)
+            else:
+                self._late = True
+                self.process.kill()
 
     def _fate(self) -> str:
         """How it ended, when its connection has closed."""
