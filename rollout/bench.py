@@ -50,7 +50,7 @@ def serving(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def real_time(given: argparse.Namespace) -> dict[str, Any]:
-    results = bench_serving.measure_real_time(8 * given.rounds)
+    results = bench_serving.measure_real_time(20 * given.rounds)
     held = bench_serving.holds_real_time(results)
     print(f"{held} sessions hold real time")
     return {"sessions": held, "joining": [asdict(r) for r in results]}

@@ -31,9 +31,9 @@ WORDS = (1, 4)
 ENGINE_SESSIONS = (1, 32)
 SESSION_S = (10, 30, 60)
 WARM_TICKS = 10
-JOIN = 16
+JOIN = 64
 """Sessions that join at a time in `measure_real_time`."""
-MOST_SESSIONS = 512
+MOST_SESSIONS = 640
 
 
 @dataclass(frozen=True)
