@@ -43,7 +43,7 @@ function counts(report) {
     { name: "Rows differ", num: true, cell: (p) => (p.num_tokens ? count(p.rows_unequal) : "—") },
     { name: "Episodes re-scored", num: true, cls: "optional", cell: (p) => (p.episodes === null ? "—" : `${whole(p.rescored)} of ${whole(p.episodes)}`) },
     report.not_comparable.episodes && { name: "Not comparable", num: true, cls: "optional", cell: (p) => (p.episodes === null ? "—" : whole(p.not_comparable)) },
-    { name: "Weights that sampled", cls: "mono optional", cell: (p) => (p.checkpoint_digest ? p.checkpoint_digest.slice(0, 12) : "—") },
+    { name: "Weights", cls: "mono optional", cell: (p) => (p.checkpoint_digest ? p.checkpoint_digest.slice(0, 12) : "—") },
   ];
   return paged("Sampler against learner", columns.filter(Boolean), [own, ...parts], 12);
 }
@@ -75,7 +75,7 @@ function comparePage() {
   const said = [
     report.first_step && card("The first step that differs", bullets([`Step ${whole(report.first_step.step)}: ${report.first_step.fields.join(", ")}.`])),
     report.reasons.length && card("Not comparable, which is not the same as not equal", bullets(report.reasons)),
-    card("Recipes", report.recipe.length ? paged("Fields that differ", [{ name: "Field", cell: (r) => r.field }, { name: "A", cls: "mono", cell: (r) => r.a }, { name: "B", cls: "mono", cell: (r) => r.b }], report.recipe, 12) : bullets(["Equal but for the name and the place."])),
+    card(report.recipe.length ? "Recipes: fields that differ" : "Recipes", report.recipe.length ? paged("Fields that differ", [{ name: "Field", cell: (r) => r.field }, { name: "A", cls: "mono", cell: (r) => r.a }, { name: "B", cls: "mono", cell: (r) => r.b }], report.recipe, 12, { hideCaption: true }) : bullets(["Equal but for the name and the place."])),
     report.gaps.length && card("Gaps", bullets(report.gaps)),
   ];
   section("compared", "compared-body", el("div", { class: "columns" }, said.filter(Boolean)));
@@ -91,7 +91,7 @@ function start() {
     paged(t.title, t.columns.map((name, i) => ({ name, num: t.rows.every((r) => typeof r[i] === "number"), cell: (r) => (typeof r[i] === "number" ? short(r[i]) : r[i] ?? "") })), t.rows, 50),
     t.note ? el("p", { class: "note" }, t.note) : null]))) : null);
   const weights = comparison
-    ? [{ name: "Step", cell: (w) => whole(w.step) }, { name: "A", cls: "mono", cell: (w) => w.a ?? "—" }, { name: "B", cls: "mono", cell: (w) => w.b ?? "—" }, { name: "Same", cell: (w) => (w.a && w.b ? el("span", { class: w.a === w.b ? "good" : "bad" }, w.a === w.b ? "yes" : "no") : "—") }]
+    ? [{ name: "Step", cell: (w) => whole(w.step) }, { name: "A", cls: "mono", cell: (w) => (w.a ?? "—").slice(0, 16) }, { name: "B", cls: "mono", cell: (w) => (w.b ?? "—").slice(0, 16) }, { name: "Same", cell: (w) => (w.a && w.b ? el("span", { class: w.a === w.b ? "good" : "bad" }, w.a === w.b ? "yes" : "no") : "—") }]
     : [{ name: "After step", cell: (w) => whole(w.step) }, { name: "Digest of the weights", cls: "mono", cell: (w) => w.digest }];
   section("run", "run-body", el("div", { class: "columns" }, [
     el("div", { class: "card" }, paged("Weights", weights, report.weights, 12)),
