@@ -53,11 +53,14 @@ function runPage() {
     ...(report.verdict === "different" ? [["k1, nats", short(report.k1)], ["k3, nats", short(report.k3)], ["Largest difference, nats", short(report.max_abs)]] : []),
     ["Steps on record", report.run.steps_planned ? `${whole(report.run.steps_recorded)} of ${whole(report.run.steps_planned)}` : whole(report.run.steps_recorded)],
     ["Contract", report.contract.run ?? "unknown", "mono"]]);
-  const conflicts = report.not_comparable, first = report.first_difference;
+  const conflicts = report.not_comparable, first = report.first_difference, why = report.diagnosis;
   const said = [
     first && card("The first difference", bullets([
       `Step ${whole(first.step)}, episode ${first.episode}, token ${first.position} (chunk ${first.chunk}, id ${first.token}).`,
       `The sampler's log-prob is ${first.sampler}, the learner's ${first.learner}; the whole row ${first.row_differs ? "differs" : "is equal"}.`])),
+    why && card("Where sampler and learner part", bullets([
+      why.first ? `Step ${whole(why.step)}: the first result that differs is ${why.first.name}, at row ${why.first.first_row}, by ${short(why.first.max_abs)} at most; sampler: ${why.first.sampler}; learner: ${why.first.learner}.` : `Step ${whole(why.step)}, replayed: every op of sampler and learner gives equal bits.`,
+      ...why.suspects.map((s) => `Suspect: ${s}.`)])),
     (conflicts.episodes || conflicts.contradictions.length) && card("Not comparable, which is not the same as not equal", el("div", {}, [
       bullets([...conflicts.contradictions, ...Object.entries(conflicts.reasons).map(([reason, n]) => `${plural(n, "episode")}: other ${reason}.`)]),
       conflicts.episodes ? drawer(`The first ${conflicts.first.length} of them`, () => paged("Episodes that cannot be compared", [

@@ -30,7 +30,9 @@ def run_page(records: Records, parts: Sequence[Part]) -> tuple[dict[str, Any], s
     """(report.json's content, the page) of a run whose episodes were re-scored."""
     seen = [one for part in parts for one in part.seen]
     folder = records.path / "audit"
-    tables = [t for name in ("difference.json", "matrix.json") for t in pictures.tables(folder / name, records.gaps)]
+    tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
+    tables += next((pictures.plain_tables(p.diagnosis["tables"]) for p in parts if p.diagnosis), [])
+    tables += pictures.tables(folder / "matrix.json", records.gaps)
     shown = browser(seen, records.config.reward if records.config else None)
     if shown["omitted"]:
         records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(seen):,} episodes, to stay small.")

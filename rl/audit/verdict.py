@@ -84,6 +84,7 @@ def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
             "contradictions": contradictions,
         },
         "first_difference": first_difference(seen),
+        "diagnosis": _diagnosis(records, parts),
         "gaps": records.gaps,
         "cannot_show": list(CANNOT),
         "weights": [{"step": r["step"], "digest": r["weights_digest"]} for r in records.metrics],
@@ -195,6 +196,18 @@ def _steps(steps: Sequence[int]) -> str:
         return f"{len(steps)} steps from {steps[0]:,} to {steps[-1]:,}"
     listed = ", ".join(f"{s:,}" for s in steps)
     return f"step {listed}" if len(steps) == 1 else f"steps {listed}"
+
+
+def _diagnosis(records: Records, parts: Sequence[Part]) -> dict[str, Any] | None:
+    """The first op that differs and the suspects, of the step that the run refused or of the first one re-scored."""
+    found = [records.stopped] if records.stopped else [part.diagnosis for part in parts if part.diagnosis]
+    if not found or "suspects" not in found[0]:
+        return None
+    return {
+        "step": found[0]["step"],
+        "first": found[0].get("first"),
+        "suspects": [str(s) for s in found[0]["suspects"]],
+    }
 
 
 def _part(records: Records, part: Part) -> dict[str, Any]:
