@@ -91,7 +91,7 @@ function start() {
   (comparison ? comparePage : runPage)();
   section("pictures", "charts", [...data.charts.map((c) => curveChart(c, data.steps)), data.scatter && scatterChart(data.scatter)]);
   section("tables", "tables-body", data.tables.length ? el("div", { class: "stack" }, data.tables.map((t) => el("div", { class: "card" }, [
-    paged(t.title, t.columns.map((name, i) => ({ name, num: t.rows.every((r) => typeof r[i] === "number"), cell: (r) => (typeof r[i] === "number" ? short(r[i]) : r[i] ?? "") })), t.rows, 50),
+    paged(t.title, t.columns.map((name, i) => ({ name, num: t.rows.every((r) => typeof r[i] === "number"), cell: (r) => (typeof r[i] === "number" ? short(r[i]) : r[i] ?? "") })), t.rows, 16),
     t.note ? el("p", { class: "note" }, t.note) : null]))) : null);
   const weights = comparison
     ? [{ name: "Step", cell: (w) => whole(w.step) }, { name: "A", cls: "mono", cell: (w) => (w.a ?? "—").slice(0, 16) }, { name: "B", cls: "mono", cell: (w) => (w.b ?? "—").slice(0, 16) }, { name: "Same", cell: (w) => (w.a && w.b ? el("span", { class: w.a === w.b ? "good" : "bad" }, w.a === w.b ? "yes" : "no") : "—") }]
