@@ -38,7 +38,8 @@ def browser(seen: Sequence[Seen], rules: RewardConfig | None) -> dict[str, Any]:
     shown = sorted(range(len(seen)), key=lambda i: (seen[i].state != "different", i))[:SHOWN]
     kept = [seen[i] for i in sorted(shown)]
     words = _words()
-    rows, blocks = [], []
+    rows: list[dict[str, Any]] = []
+    blocks: list[str] = []
     for first in range(0, len(kept), BLOCK):
         cells: dict[str, int] = {}
         details = []

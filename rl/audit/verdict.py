@@ -103,11 +103,11 @@ def exact(value: float) -> str:
 
 def numbers(found: Mismatch, stated: bool) -> dict[str, float | int | None]:
     """Counts, and the estimates of the KL if there is one to state; what JSON has no number for is null."""
-    named = {name.removeprefix("mismatch/"): value for name, value in found.metrics().items()}
-    for name in ("k1", "k3", "max_abs"):
-        if not (stated and found.num_tokens and math.isfinite(named[name])):
-            named[name] = None  # type: ignore[assignment]
-    return named
+    stated = stated and found.num_tokens > 0
+    return {
+        name.removeprefix("mismatch/"): value if name in COUNTS or (stated and math.isfinite(value)) else None
+        for name, value in found.metrics().items()
+    }
 
 
 def _unequal(found: Mismatch) -> bool:
