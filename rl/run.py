@@ -101,6 +101,8 @@ class Run:
                 self.finish(self.learn(learner, progress))
         except NotEqualError as error:
             self.folder.write_json(DIFFERENCE, error.difference)
+            self.audit()
+            ranks.gather(None)  # the launcher stops the others as soon as one has ended badly
             raise
 
     def begin(self) -> tuple[Learner, Progress]:

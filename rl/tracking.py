@@ -43,7 +43,7 @@ class Tracker:
             self._queue.put((step, dict(metrics)))
 
     def artifact(self, folder: Path) -> None:
-        """A folder's files as an artifact of the folder's name."""
+        """A folder's files as an artifact of the folder's name; they must stay as they are."""
         if self._thread is not None:
             self._queue.put(folder)
 
@@ -71,7 +71,8 @@ class Tracker:
             while (item := self._queue.get()) is not None:
                 if isinstance(item, Path):
                     kept = wandb.Artifact(item.name, type="report")
-                    kept.add_dir(str(item))
+                    for file in (path for path in item.iterdir() if path.is_file()):
+                        kept.add_file(str(file), policy="immutable")  # no copy outside the run's folder
                     run.log_artifact(kept)
                 else:
                     run.log(item[1], step=item[0])

@@ -14,7 +14,6 @@ comparable*. Status 2 is also that of every input that cannot be read: in both c
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,8 @@ def measure(given: Path, out: Path | None) -> None:
     """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
-    matrix = importlib.import_module("rl.audit.matrix")
+    from rl.audit import matrix  # with all that it measures against: only where it is asked for
+
     print("\n\n".join(matrix.shown(table) for table in matrix.run(folder, out or run / "audit")["tables"]))
 
 

@@ -17,7 +17,7 @@ from kernels.errors import MetronomeError
 from rl.audit.page import render
 from rl.audit.pictures import chart, line
 from rl.audit.records import Records, flat, read
-from rl.audit.report import machine, write
+from rl.audit.report import machines, write
 from rl.audit.verdict import SCHEMA
 from rl.identity import unequal_bits
 from rollout.episode import TENSORS, Episode, load_episodes
@@ -53,7 +53,7 @@ def compare_runs(a: Path, b: Path, out: Path) -> dict[str, Any]:
         "scatter": None,
         "episodes": [],
         "tables": [],
-        "machines": [machine(f"Environment of {n}", r.environment) for n, r in (("A", first), ("B", second))],
+        "machines": [machines({"A": first.environment, "B": second.environment})],
         "recipes": [["Recipe of A", first.recipe_text], ["Recipe of B", second.recipe_text]],
     }
     write(out, report, render(report, data))

@@ -38,7 +38,8 @@ def browser(seen: Sequence[Seen], rules: RewardConfig | None) -> dict[str, Any]:
     shown = sorted(range(len(seen)), key=lambda i: (seen[i].state != "different", i))[:SHOWN]
     kept = [seen[i] for i in sorted(shown)]
     words = _words()
-    rows, blocks = [], []
+    rows: list[dict[str, Any]] = []
+    blocks: list[str] = []
     for first in range(0, len(kept), BLOCK):
         cells: dict[str, int] = {}
         details = []
@@ -115,11 +116,12 @@ def _tokens(one: Seen, words: Mapping[int, str]) -> list[list[Any]]:
     sampled token. Log-probs are text, because JSON has no NaN and a page must not round."""
     e = one.episode
     learner = e.logprob if one.logprob is None else one.logprob
+    tokens = e.tokens.tolist()
     columns = (e.chunk, e.sampled_at, e.row_class, e.logprob, learner, one.token_differs, one.row_differs)
     out: list[list[Any]] = []
     # A file's columns may differ in length; such an episode is not comparable, and shown as far as all of them go.
     for chunk, at, row_class, p, q, token_differs, row_differs in zip(*(c.tolist() for c in columns), strict=False):
-        token = int(e.tokens[at]) if 0 <= at < len(e.tokens) else -1
+        token = tokens[at] if 0 <= at < len(tokens) else -1
         differs = exact(q) if token_differs else None
         out.append([chunk, words.get(token, f"#{token}"), row_class, exact(p), differs, int(row_differs)])
     return out

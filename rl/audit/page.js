@@ -43,7 +43,7 @@ function counts(report) {
     { name: "Rows differ", num: true, cell: (p) => (p.num_tokens ? count(p.rows_unequal) : "—") },
     { name: "Episodes re-scored", num: true, cls: "optional", cell: (p) => (p.episodes === null ? "—" : `${whole(p.rescored)} of ${whole(p.episodes)}`) },
     report.not_comparable.episodes && { name: "Not comparable", num: true, cls: "optional", cell: (p) => (p.episodes === null ? "—" : whole(p.not_comparable)) },
-    { name: "Weights that sampled", cls: "mono optional", cell: (p) => (p.checkpoint_digest ? p.checkpoint_digest.slice(0, 12) : "—") },
+    { name: "Weights", cls: "mono optional", cell: (p) => (p.checkpoint_digest ? p.checkpoint_digest.slice(0, 12) : "—") },
   ];
   return paged("Sampler against learner", columns.filter(Boolean), [own, ...parts], 12);
 }
@@ -53,11 +53,14 @@ function runPage() {
     ...(report.verdict === "different" ? [["k1, nats", short(report.k1)], ["k3, nats", short(report.k3)], ["Largest difference, nats", short(report.max_abs)]] : []),
     ["Steps on record", report.run.steps_planned ? `${whole(report.run.steps_recorded)} of ${whole(report.run.steps_planned)}` : whole(report.run.steps_recorded)],
     ["Contract", report.contract.run ?? "unknown", "mono"]]);
-  const conflicts = report.not_comparable, first = report.first_difference;
+  const conflicts = report.not_comparable, first = report.first_difference, why = report.diagnosis;
   const said = [
     first && card("The first difference", bullets([
       `Step ${whole(first.step)}, episode ${first.episode}, token ${first.position} (chunk ${first.chunk}, id ${first.token}).`,
       `The sampler's log-prob is ${first.sampler}, the learner's ${first.learner}; the whole row ${first.row_differs ? "differs" : "is equal"}.`])),
+    why && card("Where sampler and learner part", bullets([
+      why.first ? `Step ${whole(why.step)}: the first result that differs is ${why.first.name}, at row ${why.first.first_row}, by ${short(why.first.max_abs)} at most; sampler: ${why.first.sampler}; learner: ${why.first.learner}.` : `Step ${whole(why.step)}, replayed: every op of sampler and learner gives equal bits.`,
+      ...why.suspects.map((s) => `Suspect: ${s}.`)])),
     (conflicts.episodes || conflicts.contradictions.length) && card("Not comparable, which is not the same as not equal", el("div", {}, [
       bullets([...conflicts.contradictions, ...Object.entries(conflicts.reasons).map(([reason, n]) => `${plural(n, "episode")}: other ${reason}.`)]),
       conflicts.episodes ? drawer(`The first ${conflicts.first.length} of them`, () => paged("Episodes that cannot be compared", [
@@ -75,7 +78,7 @@ function comparePage() {
   const said = [
     report.first_step && card("The first step that differs", bullets([`Step ${whole(report.first_step.step)}: ${report.first_step.fields.join(", ")}.`])),
     report.reasons.length && card("Not comparable, which is not the same as not equal", bullets(report.reasons)),
-    card("Recipes", report.recipe.length ? paged("Fields that differ", [{ name: "Field", cell: (r) => r.field }, { name: "A", cls: "mono", cell: (r) => r.a }, { name: "B", cls: "mono", cell: (r) => r.b }], report.recipe, 12) : bullets(["Equal but for the name and the place."])),
+    card(report.recipe.length ? "Recipes: fields that differ" : "Recipes", report.recipe.length ? paged("Fields that differ", [{ name: "Field", cell: (r) => r.field }, { name: "A", cls: "mono", cell: (r) => r.a }, { name: "B", cls: "mono", cell: (r) => r.b }], report.recipe, 12, { hideCaption: true }) : bullets(["Equal but for the name and the place."])),
     report.gaps.length && card("Gaps", bullets(report.gaps)),
   ];
   section("compared", "compared-body", el("div", { class: "columns" }, said.filter(Boolean)));
@@ -88,10 +91,10 @@ function start() {
   (comparison ? comparePage : runPage)();
   section("pictures", "charts", [...data.charts.map((c) => curveChart(c, data.steps)), data.scatter && scatterChart(data.scatter)]);
   section("tables", "tables-body", data.tables.length ? el("div", { class: "stack" }, data.tables.map((t) => el("div", { class: "card" }, [
-    paged(t.title, t.columns.map((name, i) => ({ name, num: t.rows.every((r) => typeof r[i] === "number"), cell: (r) => (typeof r[i] === "number" ? short(r[i]) : r[i] ?? "") })), t.rows, 50),
+    paged(t.title, t.columns.map((name, i) => ({ name, num: t.rows.every((r) => typeof r[i] === "number"), cell: (r) => (typeof r[i] === "number" ? short(r[i]) : r[i] ?? "") })), t.rows, 16),
     t.note ? el("p", { class: "note" }, t.note) : null]))) : null);
   const weights = comparison
-    ? [{ name: "Step", cell: (w) => whole(w.step) }, { name: "A", cls: "mono", cell: (w) => w.a ?? "—" }, { name: "B", cls: "mono", cell: (w) => w.b ?? "—" }, { name: "Same", cell: (w) => (w.a && w.b ? el("span", { class: w.a === w.b ? "good" : "bad" }, w.a === w.b ? "yes" : "no") : "—") }]
+    ? [{ name: "Step", cell: (w) => whole(w.step) }, { name: "A", cls: "mono", cell: (w) => (w.a ?? "—").slice(0, 16) }, { name: "B", cls: "mono", cell: (w) => (w.b ?? "—").slice(0, 16) }, { name: "Same", cell: (w) => (w.a && w.b ? el("span", { class: w.a === w.b ? "good" : "bad" }, w.a === w.b ? "yes" : "no") : "—") }]
     : [{ name: "After step", cell: (w) => whole(w.step) }, { name: "Digest of the weights", cls: "mono", cell: (w) => w.digest }];
   section("run", "run-body", el("div", { class: "columns" }, [
     el("div", { class: "card" }, paged("Weights", weights, report.weights, 12)),

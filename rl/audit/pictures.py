@@ -100,22 +100,26 @@ def scatter(seen: Sequence[Seen]) -> dict[str, Any] | None:
     }
 
 
+def plain_tables(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tables whose cells are numbers or text. Raises KeyError, TypeError or AttributeError for anything else."""
+    return [
+        {
+            "title": str(one["title"]),
+            "columns": [str(c) for c in one["columns"]],
+            "rows": [[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
+            "note": str(one.get("note", "")),
+        }
+        for one in found
+    ]
+
+
 def tables(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
     """``{"tables": [{"title", "columns", "rows", "note"}]}`` from a file that another part of the audit left, if it is
     there; what is not of that form becomes a gap."""
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(), parse_constant=str)["tables"]
-        return [
-            {
-                "title": str(one["title"]),
-                "columns": [str(c) for c in one["columns"]],
-                "rows": [[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
-                "note": str(one.get("note", "")),
-            }
-            for one in found
-        ]
+        return plain_tables(json.loads(path.read_text(), parse_constant=str)["tables"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         gaps.append(f"{path.name} holds no tables that can be shown ({error!r}).")
         return []

@@ -163,9 +163,9 @@ def _metrics(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
 
 def _mismatch(record: dict[str, Any]) -> Mismatch:
     """One record's counts; the sums are rebuilt from the means."""
-    tokens = record["mismatch/num_tokens"]
+    tokens, unequal, rows = (record[name] for name in COUNTS)
     k1, k3, largest = (_number(record.get(f"mismatch/{name}")) for name in ("k1", "k3", "max_abs"))
-    return Mismatch(*(record[name] for name in COUNTS), k1 * tokens, k3 * tokens, largest)
+    return Mismatch(tokens, unequal, rows, k1 * tokens, k3 * tokens, largest)
 
 
 def _number(value: Any) -> float:

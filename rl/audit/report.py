@@ -30,7 +30,9 @@ def run_page(records: Records, parts: Sequence[Part]) -> tuple[dict[str, Any], s
     """(report.json's content, the page) of a run whose episodes were re-scored."""
     seen = [one for part in parts for one in part.seen]
     folder = records.path / "audit"
-    tables = [t for name in ("difference.json", "matrix.json") for t in pictures.tables(folder / name, records.gaps)]
+    tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
+    tables += next((pictures.plain_tables(p.diagnosis["tables"]) for p in parts if p.diagnosis), [])
+    tables += pictures.tables(folder / "matrix.json", records.gaps)
     shown = browser(seen, records.config.reward if records.config else None)
     if shown["omitted"]:
         records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(seen):,} episodes, to stay small.")
@@ -41,16 +43,22 @@ def run_page(records: Records, parts: Sequence[Part]) -> tuple[dict[str, Any], s
         "scatter": pictures.scatter(seen),
         "episodes": shown["rows"],
         "tables": tables,
-        "machines": [machine("Environment", records.environment)],
+        "machines": [machines({"Value": records.environment})],
         "recipes": [["Recipe", records.recipe_text]],
     }
     return report, render(report, data, shown["blocks"])
 
 
-def machine(title: str, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """environment.json as a table."""
-    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in flat(environment)]
-    return {"title": title, "columns": ["Field", "Value"], "rows": rows}
+def machines(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """environment.json of one run or of several as a table, a column each."""
+    columns = [dict(flat(one)) for one in environments.values()]
+    fields = list(dict.fromkeys(name for one in columns for name in one))
+    rows = [[name, *(_said(one[name]) if name in one else "(absent)" for one in columns)] for name in fields]
+    return {"title": "Environment", "columns": ["Field", *environments], "rows": rows}
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def write(folder: Path, report: Mapping[str, Any], page: str) -> None:

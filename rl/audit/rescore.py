@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from kernels.errors import MetronomeError
 from model import checkpoint
 from model.config import MEL_BINS
 from model.transformer import InteractionModel
+from rl.audit.diagnose import diagnose
 from rl.audit.records import Records
 from rl.batch import collate, score_choices
 from rl.config import TrainConfig
@@ -98,6 +100,7 @@ class Part:
     step: int
     seen: list[Seen]
     weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
+    diagnosis: dict[str, Any] | None = None  # of its first difference, as `rl.audit.diagnose` gives it
 
     @property
     def mismatch(self) -> Mismatch:
@@ -128,7 +131,25 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[Part]:
         left = sum(one.state == "not_rescored" for one in seen)
         if left:
             records.gaps.append(f"Step {step}: {left} of {len(seen)} saved episodes were not re-scored, to save time.")
-        yield Part(step, seen, digest)
+        yield Part(step, seen, digest, _diagnosis(model, seen, records.config.rl.micro_batch))
+
+
+def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) -> dict[str, Any] | None:
+    """Which op parts sampler and learner, and the suspects, where a bit differs."""
+    scored = [one for one in seen if one.logprob is not None and one.digest is not None]
+    if all(one.state == "identical" for one in scored):
+        return None
+    lengths = torch.tensor([len(one.episode.logprob) for one in scored])
+    found = diagnose(
+        model,
+        [one.episode for one in scored],
+        torch.cat([one.logprob for one in scored if one.logprob is not None]),
+        torch.cat([one.digest for one in scored if one.digest is not None]),
+        torch.arange(len(scored)).repeat_interleave(lengths),
+        scored[0].step,
+        micro_batch,
+    )
+    return found.to_json()
 
 
 def _load(records: Records, step: int) -> list[Episode]:

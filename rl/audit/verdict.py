@@ -84,6 +84,7 @@ def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
             "contradictions": contradictions,
         },
         "first_difference": first_difference(seen),
+        "diagnosis": _diagnosis(records, parts),
         "gaps": records.gaps,
         "cannot_show": list(CANNOT),
         "weights": [{"step": r["step"], "digest": r["weights_digest"]} for r in records.metrics],
@@ -102,11 +103,11 @@ def exact(value: float) -> str:
 
 def numbers(found: Mismatch, stated: bool) -> dict[str, float | int | None]:
     """Counts, and the estimates of the KL if there is one to state; what JSON has no number for is null."""
-    named = {name.removeprefix("mismatch/"): value for name, value in found.metrics().items()}
-    for name in ("k1", "k3", "max_abs"):
-        if not (stated and found.num_tokens and math.isfinite(named[name])):
-            named[name] = None  # type: ignore[assignment]
-    return named
+    stated = stated and found.num_tokens > 0
+    return {
+        name.removeprefix("mismatch/"): value if name in COUNTS or (stated and math.isfinite(value)) else None
+        for name, value in found.metrics().items()
+    }
 
 
 def _unequal(found: Mismatch) -> bool:
@@ -195,6 +196,18 @@ def _steps(steps: Sequence[int]) -> str:
         return f"{len(steps)} steps from {steps[0]:,} to {steps[-1]:,}"
     listed = ", ".join(f"{s:,}" for s in steps)
     return f"step {listed}" if len(steps) == 1 else f"steps {listed}"
+
+
+def _diagnosis(records: Records, parts: Sequence[Part]) -> dict[str, Any] | None:
+    """The first op that differs and the suspects, of the step that the run refused or of the first one re-scored."""
+    found = [records.stopped] if records.stopped else [part.diagnosis for part in parts if part.diagnosis]
+    if not found or "suspects" not in found[0]:
+        return None
+    return {
+        "step": found[0]["step"],
+        "first": found[0].get("first"),
+        "suspects": [str(s) for s in found[0]["suspects"]],
+    }
 
 
 def _part(records: Records, part: Part) -> dict[str, Any]:

@@ -64,6 +64,9 @@ def test_run_again_and_resume_end_with_the_same_weights(tmp_path: Path) -> None:
     assert "Run folder:" in first.stdout and str(folder) in first.stdout
     found = summary(tmp_path, "first")
     assert found.keys() >= KEYS
+    assert "Audit: identical. 0 of" in first.stdout and (folder / "audit/report.html").is_file()
+    audited = json.loads((folder / "audit/report.json").read_text())
+    assert audited["rescored"]["episodes"] == 8 and audited["records"]["num_tokens"] == found["mismatch/num_tokens"]
     assert found["mismatch/num_tokens"] > 4 * 4 * 60
     assert found["mismatch/num_unequal"] == found["mismatch/rows_unequal"] == 0
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

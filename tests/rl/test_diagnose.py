@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -209,11 +210,17 @@ def test_the_loop_raises_with_the_whole_diagnosis(model: InteractionModel, monke
 
 
 def test_a_run_that_stops_leaves_the_diagnosis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"mismatch/num_tokens": 9, "mismatch/num_unequal": 2, "mismatch/rows_unequal": 3}
+    difference = {"step": 0, "mismatch": counts, "first": {"name": "layers.1.mlp"}, "suspects": [], "tables": []}
+
     def stops(*_: Any) -> None:
-        raise NotEqualError("not equal", {"first": "layers.1.mlp"})
+        raise NotEqualError("not equal", difference)
 
     monkeypatch.setattr(Run, "begin", lambda _: (SimpleNamespace(), SimpleNamespace(before=SimpleNamespace(score={}))))
     monkeypatch.setattr(Run, "learn", stops)
     with pytest.raises(NotEqualError):
         Run(TrainConfig(runs=str(tmp_path)), "name: quickstart\n", False).execute()
-    assert '"layers.1.mlp"' in (tmp_path / "quickstart" / DIFFERENCE).read_text()
+    assert json.loads((tmp_path / "quickstart" / DIFFERENCE).read_text()) == difference
+    report = json.loads((tmp_path / "quickstart/audit/report.json").read_text())
+    assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 2, 3)
+    assert report["diagnosis"]["first"]["name"] == "layers.1.mlp"

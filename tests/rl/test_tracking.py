@@ -22,10 +22,11 @@ ON = TrackingConfig(wandb=True)
 
 class Artifact:
     def __init__(self, name: str, type: str) -> None:
-        self.name, self.type, self.folders = name, type, []  # type: ignore[var-annotated]
+        self.name, self.type = name, type
+        self.files: list[tuple[str, str]] = []
 
-    def add_dir(self, folder: str) -> None:
-        self.folders.append(folder)
+    def add_file(self, path: str, policy: str) -> None:
+        self.files.append((path, policy))
 
 
 class FakeRun:
@@ -71,9 +72,12 @@ def test_metrics_arrive_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     tracker = Tracker(ON, "a", tmp_path, {"seed": 3})
     for step in range(20):
         tracker.log(step, {"reward/mean": step})
-    tracker.artifact(tmp_path / "audit")
+    report = tmp_path / "audit/report.html"
+    report.parent.mkdir()
+    report.write_text("a report")
+    tracker.artifact(report.parent)
     tracker.close()
-    assert [(a.name, a.type, a.folders) for a in run.artifacts] == [("audit", "report", [str(tmp_path / "audit")])]
+    assert [(a.name, a.type, a.files) for a in run.artifacts] == [("audit", "report", [(str(report), "immutable")])]
     assert run.logged == [(step, {"reward/mean": step}) for step in range(20)] and run.finished
     assert (asked["mode"], asked["name"], asked["config"], asked["dir"]) == ("offline", "a", {"seed": 3}, str(tmp_path))
 

@@ -113,8 +113,9 @@ class Tab:
         return found["result"].get("value")
 
     def press(self, key: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+        code = {"Tab": 9}.get(key, 0)  # the browser's own keys go by number, a page's by name
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def settle(self) -> None:
         """Until episodes are unpacked and drawn."""

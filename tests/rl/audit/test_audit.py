@@ -31,7 +31,8 @@ def checked(run: Path, at_most: int | None = None) -> Report:
     audit(run, at_most)
     report = json.loads((run / "audit/report.json").read_text())
     jsonschema.validate(report, json.loads((FOLDER / "schema.json").read_text()))
-    assert (run / "audit/report.html").read_text().startswith("<!doctype html>")
+    page = (run / "audit/report.html").read_text()
+    assert page.startswith("<!doctype html>") and ("How the difference grows" in page) == bool(report["diagnosis"])
     return report
 
 
@@ -64,6 +65,7 @@ def test_one_bit_of_one_log_prob_is_found(run: Path, bit: int) -> None:
     assert (first["step"], first["episode"], first["position"]) == (0, victim.name, int(victim.sampled_at[5]))
     assert first["sampler"] == f"{victim.logprob[5].item():.9g}" != first["learner"] and not first["row_differs"]
     assert report["max_abs"] > 0 and report["k3"] >= 0
+    assert report["diagnosis"]["first"] is None and "record was changed" in report["diagnosis"]["suspects"][0]
 
 
 def test_one_row_digest_is_found(run: Path) -> None:
@@ -159,8 +161,10 @@ def test_what_the_run_itself_counted_is_kept(run: Path) -> None:
 
 def test_a_run_that_stopped_because_bits_differ(run: Path) -> None:
     counts = {"mismatch/num_tokens": 280, "mismatch/num_unequal": 12, "mismatch/rows_unequal": 14}
+    growth = {"title": "How the difference grows", "columns": ["op"], "rows": [["linear"]], "note": ""}
+    found = {"first": {"name": "layers.0"}, "suspects": ["linear ran on torch"], "tables": [growth]}
     (run / "audit").mkdir()
-    (run / "audit/difference.json").write_text(json.dumps({"step": 2, "mismatch": counts, "tables": []}))
+    (run / "audit/difference.json").write_text(json.dumps({"step": 2, "mismatch": counts, **found}))
     (run / "summary.json").unlink()
     report = checked(run)
     assert (report["verdict"], report["num_unequal"], report["rescored"]["num_unequal"]) == ("different", 12, 0)
@@ -249,10 +253,10 @@ def test_tables_of_other_parts_are_shown(run: Path) -> None:
     table = {"title": "Matrix & co", "columns": ["what", "k3"], "rows": [["naive", 0.25]], "note": "here"}
     (run / "audit").mkdir()
     (run / "audit/matrix.json").write_text(json.dumps({"tables": [table]}))
-    (run / "audit/difference.json").write_text(json.dumps({"tables": [{"title": "no rows"}]}))
+    (run / "audit/difference.json").write_text(json.dumps({"tables": [{"title": "no counts"}]}))
     report = checked(run)
     assert "Matrix \\u0026 co" in (run / "audit/report.html").read_text()
-    assert any("difference.json holds no tables" in gap for gap in report["gaps"])
+    assert any("difference.json does not say at which step" in gap for gap in report["gaps"])
 
 
 def test_the_schema_refuses_what_is_no_report(run: Path) -> None:
