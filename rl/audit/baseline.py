@@ -230,7 +230,8 @@ def picture(results: Sequence[Result]) -> bytes:
 def run(
     folder: Path, out: Path, steps: int, *, evaluated: int = 48, groups: int = 4, rollouts: int = 6
 ) -> dict[str, Any]:
-    """All runs, one after the other; writes out/baseline.json and out/baseline.png and returns the former's content.
+    """All runs, one after the other; writes out/baseline.json and out/baseline.png after each and returns the former's
+    content.
 
     ``evaluated``: held-out scenarios of each family, before and after; ``groups``, ``rollouts``: of a step."""
     config = TrainConfig(
@@ -240,9 +241,9 @@ def run(
     for arm in ARMS:
         results.append(train(arm, config, folder, bank))
         print(f"{arm.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
-    content = {"checkpoint": str(folder), "environment": environment(), "tables": tables(results)}
-    write_whole(out / "baseline.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-    write_whole(out / "baseline.png", picture(results))
+        content = {"checkpoint": str(folder), "environment": environment(), "tables": tables(results)}
+        write_whole(out / "baseline.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        write_whole(out / "baseline.png", picture(results))
     return content
 
 
