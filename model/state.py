@@ -10,6 +10,7 @@ the policy had seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +25,19 @@ class ContextFull(RuntimeError):
     """A session was asked to hold more rows than ``max_tokens``."""
 
 
+Windows = Tensor | Callable[[Tensor, Tensor, Segments], Tensor]
+"""Convolution windows of one op, the last three inputs of each slot, oldest first: a tensor [slots, 3, C], or whoever
+keeps them elsewhere, called as ``(x, taps, segments)`` to convolve and to remember."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """One layer of every slot. Convolution windows hold the last three inputs, oldest first."""
+    """One layer of every slot."""
 
     kv: PagedKV
-    kv_conv: Tensor  # [slots, 3, 2 * H_kv * D]: k and v, side by side
-    attn_conv: Tensor  # [slots, 3, width]
-    mlp_conv: Tensor  # [slots, 3, width]
+    kv_conv: Windows  # C = 2 * H_kv * D: k and v, side by side
+    attn_conv: Windows  # C = width
+    mlp_conv: Windows  # C = width
 
 
 class _Pages:
@@ -114,6 +120,7 @@ class SessionState:
         self._pages = {w: _Pages(counts[w], slots, max_pages, w) for w in dict.fromkeys(windows)}
         past, width = CONV_TAPS - 1, text.hidden_size
         self.layers: list[LayerState] = []
+        self._pasts: list[tuple[Tensor, ...]] = []  # every layer's convolution windows
         for i, window in enumerate(windows):
             _, kv_heads, head = shapes.heads(text, i)
             pages = counts[window]
@@ -122,8 +129,9 @@ class SessionState:
                 value=torch.zeros(pages, kv_heads, SPLIT_TOKENS, head, dtype=dtype),
                 table=self._pages[window].table,
             )
-            windows_of = (torch.zeros(slots, past, c, dtype=dtype) for c in (2 * kv_heads * head, width, width))
-            self.layers.append(LayerState(kv, *windows_of))
+            pasts = tuple(torch.zeros(slots, past, c, dtype=dtype) for c in (2 * kv_heads * head, width, width))
+            self.layers.append(LayerState(kv, *pasts))
+            self._pasts.append(pasts)
         self._windows = windows
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
@@ -157,11 +165,11 @@ class SessionState:
         length = self.length(slot)
         twin = self.open()
         copies = {window: pages.fork(slot, twin, length) for window, pages in self._pages.items()}
-        for window, layer in zip(self._windows, self.layers, strict=True):
+        for window, layer, pasts in zip(self._windows, self.layers, self._pasts, strict=True):
             if (copy := copies[window]) is not None:
                 layer.kv.key[copy[1]] = layer.kv.key[copy[0]]
                 layer.kv.value[copy[1]] = layer.kv.value[copy[0]]
-            for past in (layer.kv_conv, layer.attn_conv, layer.mlp_conv):
+            for past in pasts:
                 past[twin] = past[slot]
         self._length[twin] = length
         return twin

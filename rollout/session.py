@@ -67,6 +67,17 @@ class Session:
         self.digest.append(digest)
         self.tokens.append(token)
 
+    def hear(self, past: Tensor, codes: Tensor, audio: int) -> None:
+        """Adds one chunk's audio rows: ``past`` [800] are its last samples, ``codes`` uint8 [CHUNK_FRAMES, 80]."""
+        self.past = past
+        self.codes.append(codes)
+        self.tokens += [audio] * CHUNK_FRAMES
+
+    def act(self, action: Action) -> None:
+        """Ends the micro-turn."""
+        self.actions.append(action)
+        self.chunks += 1
+
     def episode(self, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
         """The record so far, as the learner and the rewards read it."""
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
@@ -87,6 +98,34 @@ class Session:
             logprob=torch.tensor(self.logprob, dtype=torch.float32),
             digest=torch.tensor(self.digest),
         )
+
+
+def hear(sessions: Sequence[Session], chunks: Tensor, dmel: DMel, audio: int) -> Tensor:
+    """Every session hears its chunk, fp32 [S, 3200]; ``audio`` is the audio token. Returns the dMel codes uint8
+    [S, CHUNK_FRAMES, 80]."""
+    samples = torch.cat((torch.stack([s.past for s in sessions]), chunks), 1)
+    codes = dmel.continued(samples)
+    for i, session in enumerate(sessions):
+        session.hear(samples[i, -(WINDOW - HOP) :], codes[i], audio)
+    return codes
+
+
+def check_append(sessions: Sequence[Session], chunks: Tensor, most_rows: int, max_tokens: int) -> None:
+    """What every engine refuses before a session has moved: a wrong shape or dtype, a closed session, and one whose
+    context of ``max_tokens`` rows has no room for a micro-turn of ``most_rows``."""
+    if chunks.shape != (len(sessions), CHUNK_SAMPLES) or chunks.dtype != torch.float32:
+        raise ValueError(
+            f"append: chunks must be float32 [{len(sessions)}, {CHUNK_SAMPLES}], not {chunks.dtype} "
+            f"{list(chunks.shape)}"
+        )
+    for session in sessions:
+        session.check_open()
+    for session in sessions:
+        if max_tokens - session.fed < most_rows:
+            raise ContextFull(
+                f"session in slot {session.slot} holds {session.fed} of at most {max_tokens} tokens; one more "
+                f"micro-turn may need {most_rows}. Close it, or make the engine with more max_tokens"
+            )
 
 
 class SessionEngine:
@@ -161,25 +200,8 @@ class SessionEngine:
 
         Raises ValueError for a wrong shape, dtype or a closed session, ContextFull when a sequence would outgrow its
         context; then no session has moved."""
-        if chunks.shape != (len(sessions), CHUNK_SAMPLES) or chunks.dtype != torch.float32:
-            raise ValueError(
-                f"append: chunks must be float32 [{len(sessions)}, {CHUNK_SAMPLES}], not {chunks.dtype} "
-                f"{list(chunks.shape)}"
-            )
-        for session in sessions:
-            session.check_open()
-        for session in sessions:
-            if self.state.rows_left(session.slot) < self.most_rows:
-                raise ContextFull(
-                    f"session in slot {session.slot} holds {session.fed} of at most {self.state.max_tokens} tokens; "
-                    f"another micro-turn may need {self.most_rows}. Close it, or make the engine with more max_tokens"
-                )
-        samples = torch.cat((torch.stack([s.past for s in sessions]), chunks), 1)
-        codes = self.dmel.continued(samples)
-        for i, session in enumerate(sessions):
-            session.past = samples[i, -(WINDOW - HOP) :]
-            session.codes.append(codes[i])
-            session.tokens += [self.vocabulary.audio] * CHUNK_FRAMES
+        check_append(sessions, chunks, self.most_rows, self.state.max_tokens)
+        codes = hear(sessions, chunks, self.dmel, self.vocabulary.audio)
         hidden = self._feed(sessions, codes.flatten(0, 1))
         listen = self.vocabulary.listen
         mode = self._sample(sessions, hidden, MODE)
@@ -205,8 +227,7 @@ class SessionEngine:
             for m, said in zip(mode, words, strict=True)
         ]
         for session, action in zip(sessions, actions, strict=True):
-            session.actions.append(action)
-            session.chunks += 1
+            session.act(action)
         return actions
 
     def stats(self) -> dict[str, float | int]:
