@@ -313,9 +313,11 @@ def _audio(place: int, codes: Tensor) -> Any:
         PlaceholderRange,
     )
 
+    from rollout.vllm.policy import CODES
+
     name = hashlib.blake2b(codes.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
     return MultiModalFeatureSpec(
-        data=MultiModalKwargsItem({"codes": MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
+        data=MultiModalKwargsItem({CODES: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
         modality="audio",
         identifier=name,
         mm_position=PlaceholderRange(offset=place, length=CHUNK_FRAMES),

@@ -38,6 +38,11 @@ CACHE_LAYER = "model.layers.0"
 CLASSES = "classes.safetensors"
 """In the model's folder: which tokens each row class allows, bool [3, V] under ``allowed``."""
 
+CODES = "address"
+"""What vLLM calls a chunk's codes. It drops the data of items that lie behind a session's computed rows, unless they
+have a field of this name (meant for items in shared memory); without them a preempted session could not be recomputed
+and vLLM would stop with an encoder cache miss."""
+
 Record = tuple[int, float, int, bytes]
 """What sampling one token leaves: token, log-prob, digest of the row, bytes of the hidden state (empty: not wanted)."""
 
@@ -111,7 +116,7 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
 
     def embed_multimodal(self, **kwargs: object) -> Tensor:
         """codes uint8 [N, 4, 80] -> [N, 4, D]."""
-        codes = kwargs["codes"]
+        codes = kwargs[CODES]
         assert isinstance(codes, Tensor)
         rows = self.models[0].model.audio_tower(codes.flatten(0, 1))
         return rows.view(*codes.shape[:2], self.width)
