@@ -10,6 +10,8 @@ import hashlib
 import importlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -33,6 +35,18 @@ def use_backend(name: str) -> None:
     """Switches the backend. Weights packed before must be packed anew: packs of another backend raise."""
     global _active
     _active = _load(name)
+
+
+@contextmanager
+def substituted(module: ModuleType) -> Iterator[None]:
+    """Runs the ops through ``module`` until the block ends, however it ends: for an observer, or for what a measurement
+    compares with. Weights packed by another backend must be packed anew."""
+    global _active
+    before, _active = backend(), module
+    try:
+        yield
+    finally:
+        _active = before
 
 
 def _load(name: str) -> ModuleType:

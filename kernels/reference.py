@@ -167,7 +167,8 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def _digest(logp: Tensor) -> Tensor:
+def digest(logp: Tensor) -> Tensor:
+    """int64 [T] of a log-prob row's bits, as `kernels.ops.logprob` defines it."""
     bits = logp.detach().float().view(torch.int32).long() & U32
     return _mix((torch.arange(logp.shape[1]) << 32) | bits).sum(1)
 
@@ -182,7 +183,15 @@ def logprob(
         raise ValueError(f"token: row {row} has token {int(token[row])}, which its class {int(row_class[row])} forbids")
     safe = logp.masked_fill(~mask, 0)  # 0 * -inf would be NaN, in the sum and in its gradient
     entropy = -sum_last(exp(safe).masked_fill(~mask, 0) * safe)
-    return logp.gather(1, token[:, None])[:, 0], entropy, _digest(logp)
+    return logp.gather(1, token[:, None])[:, 0], entropy, digest(logp)
+
+
+def gumbel(key: Tensor, vocab: int) -> Tensor:
+    """float64 [T, V], the noise that `kernels.ops.sample` adds for int64 keys [T]."""
+    counter = torch.arange(1, vocab + 1) * (GOLDEN - 2**64)
+    upper = (_mix(key[:, None] + counter) >> 40) & (2**24 - 1)
+    # float64: n + 0.5 for n >= 2^23 has no fp32 form, and rounding up to u = 1 would make infinite noise.
+    return -torch.log(-torch.log((upper.double() + 0.5) / 2**24))
 
 
 @torch.no_grad()
@@ -193,9 +202,6 @@ def sample(
     if temperature == 0:
         score = logits.masked_fill(~mask, -torch.inf)
     else:
-        counter = torch.arange(1, logits.shape[1] + 1) * (GOLDEN - 2**64)
-        upper = (_mix(key[:, None] + counter) >> 40) & (2**24 - 1)
-        # float64: n + 0.5 for n >= 2^23 has no fp32 form, and rounding up to u = 1 would make infinite noise.
-        score = logp - torch.log(-torch.log((upper.double() + 0.5) / 2**24)).to(logp.dtype)
+        score = logp + gumbel(key, logits.shape[1]).to(logp.dtype)
     token = (score == score.amax(1, keepdim=True)).int().argmax(1)  # of equal scores the lowest id
-    return token, logp.gather(1, token[:, None])[:, 0], _digest(logp)
+    return token, logp.gather(1, token[:, None])[:, 0], digest(logp)

@@ -72,8 +72,12 @@ def save(model: InteractionModel, folder: Path | str) -> None:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
         config["dtype"] = str(model.dtype).removeprefix("torch.")
         (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors | model.passthrough, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights(model) | model.passthrough, temporary / WEIGHTS, metadata={"format": "pt"})
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """What the model computes with, by name, as safetensors stores it."""
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionModel:

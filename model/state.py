@@ -10,15 +10,17 @@ the policy had seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import InklingConfig
+from transformers import InklingConfig, InklingTextConfig
 
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PagedKV, Segments
 from model import config as shapes
+from model.memory import check_room
 
 
 class ContextFull(RuntimeError):
@@ -106,7 +108,7 @@ class SessionState:
         """``max_tokens``: rows a session can hold. ``max_rows``: rows in one call, over all sessions.
 
         The latter bounds the pages that sliding layers need beyond their window while a call runs. Longer prefills go
-        in several calls, to the same bits."""
+        in several calls, to the same bits. Raises MetronomeError when there is no memory for all this."""
         if slots < 1 or max_tokens < 1 or max_rows < 1:
             raise ValueError(f"SessionState: slots {slots}, max_tokens {max_tokens}, max_rows {max_rows} must be >= 1")
         text = config.text_config
@@ -117,21 +119,20 @@ class SessionState:
             slots * max_pages, -(-max_rows // SPLIT_TOKENS)
         )
         windows = [shapes.window(text, i) for i in range(text.num_hidden_layers)]
+        sizes = [_layer_sizes(text, i, counts[window], slots) for i, window in enumerate(windows)]
+        check_room(
+            sum(math.prod(size) for layer in sizes for size in layer) * dtype.itemsize,
+            f"{slots} sessions of up to {max_tokens} tokens",
+            "lower the number of slots (rl.groups, rl.rollouts) or of tokens (rollout.max_tokens)",
+        )
         self._pages = {w: _Pages(counts[w], slots, max_pages, w) for w in dict.fromkeys(windows)}
-        past, width = CONV_TAPS - 1, text.hidden_size
         self.layers: list[LayerState] = []
-        self._pasts: list[tuple[Tensor, ...]] = []  # every layer's convolution windows
-        for i, window in enumerate(windows):
-            _, kv_heads, head = shapes.heads(text, i)
-            pages = counts[window]
-            kv = PagedKV(
-                key=torch.zeros(pages, kv_heads, head, SPLIT_TOKENS, dtype=dtype),
-                value=torch.zeros(pages, kv_heads, SPLIT_TOKENS, head, dtype=dtype),
-                table=self._pages[window].table,
-            )
-            pasts = tuple(torch.zeros(slots, past, c, dtype=dtype) for c in (2 * kv_heads * head, width, width))
-            self.layers.append(LayerState(kv, *pasts))
-            self._pasts.append(pasts)
+        self._pasts: list[list[Tensor]] = []  # every layer's convolution windows
+        for window, layer in zip(windows, sizes, strict=True):
+            # Written to, not only asked for: the system hands out memory when it is first touched, not before.
+            key, value, *past = (torch.empty(size, dtype=dtype).zero_() for size in layer)
+            self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
+            self._pasts.append(past)
         self._windows = windows
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
@@ -217,6 +218,13 @@ class SessionState:
             self._decode = (list(slots), torch.tensor(slots, dtype=torch.int32), offset)
         start = torch.tensor(starts, dtype=torch.int32)
         return Segments(self._decode[1], start, self._decode[2], start)
+
+
+def _layer_sizes(text: InklingTextConfig, layer: int, pages: int, slots: int) -> list[tuple[int, ...]]:
+    """Of keys, values and the three convolutions' windows."""
+    _, kv_heads, head = shapes.heads(text, layer)
+    past = [(slots, CONV_TAPS - 1, columns) for columns in (2 * kv_heads * head, text.hidden_size, text.hidden_size)]
+    return [(pages, kv_heads, head, SPLIT_TOKENS), (pages, kv_heads, SPLIT_TOKENS, head), *past]
 
 
 def pages_per_slot(window: int | None, max_pages: int) -> int:

@@ -73,6 +73,9 @@ class RolloutConfig:
     temperature: float = 1.0
     words_per_chunk: int = 1
     max_tokens: int = 512  # context of a session
+    workers: int = 0  # processes beside each learner process that roll out; 0 rolls out in the learner's own
+    worker_threads: int | None = None  # of each; None is an even share of the cores
+    worker_timeout_s: float = 120.0  # to get ready, and for a share of a step; then another one plays it
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from statistics import fmean
 
 from reward.source import RewardSource
 from rl import ranks
-from rollout.engine import Engine
-from rollout.play import Play, play
+from rollout.play import Play
+from rollout.roller import Roller
 from rollout.scenarios.base import Scenario
 
 
@@ -27,9 +27,9 @@ class HeldOut:
         return named(f"eval/{when}", self.score) | named(f"proxy/{when}", self.proxy)
 
 
-def evaluate(engine: Engine, scenarios: Sequence[Scenario], source: RewardSource, seed: int) -> HeldOut:
+def evaluate(roller: Roller, scenarios: Sequence[Scenario], source: RewardSource, seed: int) -> HeldOut:
     """Every rank plays its share of the scenarios; the result is the same on all, and for any number of ranks."""
-    episodes = play(engine, [Play(scenarios[i], 0) for i in ranks.share(len(scenarios))], seed)
+    episodes = roller.play([Play(scenarios[i], 0) for i in ranks.share(len(scenarios))], seed)
     judged = source.judge(episodes)
     scores = [(e.family, s.value, s.tight) for e, s in zip(episodes, judged.scores, strict=True)]
     proxies = [(e.family, p.total) for e, p in zip(episodes, judged.proxy, strict=bool(judged.proxy))]

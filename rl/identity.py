@@ -1,22 +1,20 @@
 """The identity check: the learner must give every sampled token the very bits that the sampler gave it.
 
 Two failures are told apart. *Not comparable*: the episodes come from other weights or another contract, so that no
-statement is possible. *Not equal*: same weights, same contract, other bits; training stops and `locate` names the first
-activation that differs. Nothing here averages before it compares.
+statement is possible. *Not equal*: same weights, same contract, other bits; training stops and `rl.audit.diagnose`
+names the first op whose results differ. Nothing here averages before it compares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from kernels.layout import Segments
-from model.state import SessionState
-from model.transformer import InteractionModel
 from rollout.episode import Episode
 
 
@@ -26,6 +24,12 @@ class NotComparableError(MetronomeError):
 
 class NotEqualError(MetronomeError):
     """Same weights and contract, other bits. The sampler and the learner are not the same function."""
+
+    def __init__(self, message: str, difference: dict[str, Any] | None = None) -> None:
+        """``difference``: what `rl.audit.diagnose` found, as plain values. Optional, since pickling (ranks exchange
+        errors) makes the error from its message and sets the rest afterwards."""
+        super().__init__(message)
+        self.difference = difference
 
 
 @dataclass(frozen=True)
@@ -99,63 +103,3 @@ def compare(
         k3_sum=float((d.expm1() - d).sum()),
         max_abs=float(d.abs().max()) if d.numel() else 0.0,
     )
-
-
-def failure(
-    model: InteractionModel,
-    episodes: Sequence[Episode],
-    learner_logprob: Tensor,
-    learner_digest: Tensor,
-    owner: Tensor,
-    step: int,
-) -> NotEqualError:
-    """The error to raise when `compare` found a difference: names step, episode, token, both values and the first
-    activation that differs. Arrays are [N], packed as the episodes are; owner says which episode a token belongs to."""
-    rollout_logprob = torch.cat([e.logprob for e in episodes])
-    wrong = unequal_bits(rollout_logprob, learner_logprob) | (torch.cat([e.digest for e in episodes]) != learner_digest)
-    first = int(wrong.nonzero()[0])
-    episode = episodes[int(owner[first])]
-    within = first - int((owner < owner[first]).sum())
-    position = int(episode.sampled_at[within])
-    return NotEqualError(
-        f"step {step}, episode {episode.name}, token {position} (chunk {int(episode.chunk[within])}, id "
-        f"{int(episode.tokens[position])}): the sampler's log-prob {rollout_logprob[first].item()!r} is not the "
-        f"learner's {learner_logprob[first].item()!r}; {int(wrong.sum())} of {wrong.numel()} tokens differ. "
-        f"{locate(model, episode)} The step was not taken; the last checkpoint stands."
-    )
-
-
-@torch.no_grad()
-def locate(model: InteractionModel, episode: Episode) -> str:
-    """Replays the episode as a session would and as the learner does, and says where they part."""
-    length = int(episode.sampled_at[-1])
-    whole: list[tuple[str, Tensor]] = []
-    model(episode.tokens[:length], episode.codes, Segments.build([0], [0], [length]), None, whole)
-    pieces = replay(model, episode)
-    for i, (name, learner) in enumerate(whole):
-        session = torch.cat([piece[i][1] for piece in pieces])
-        differs = (learner != session).flatten(1).any(1)
-        if differs.any():
-            row = int(differs.nonzero()[0])
-            gap = (learner[row].float() - session[row].float()).abs().max().item()
-            return f"The first activation that differs is {name} at row {row} (largest gap {gap:.3e})."
-    return (
-        "Replayed alone, all activations agree: the difference comes from what ran beside the episode, or from weights "
-        "that changed between sampling and learning."
-    )
-
-
-def replay(model: InteractionModel, episode: Episode) -> list[list[tuple[str, Tensor]]]:
-    """Feeds the episode's tokens in the cuts in which its session fed them; one list of named activations a call."""
-    state = SessionState(model.config, 1, len(episode.tokens), model.dtype)
-    slot = state.open()
-    pieces: list[list[tuple[str, Tensor]]] = []
-    begin, heard = 0, 0
-    for end in episode.sampled_at.tolist():
-        tokens = episode.tokens[begin:end]
-        audio_rows = int((tokens == model.config.audio_token_id).sum())
-        captured: list[tuple[str, Tensor]] = []
-        model(tokens, episode.codes[heard : heard + audio_rows], state.extend([slot], [end - begin]), state, captured)
-        pieces.append(captured)
-        begin, heard = end, heard + audio_rows
-    return pieces

@@ -14,14 +14,15 @@ from model.checkpoint import weights_digest
 from model.transformer import InteractionModel
 from reward.source import AXES, Judged, RewardSource
 from rl import ranks, reference
+from rl.audit.diagnose import failure
 from rl.config import TrainConfig
 from rl.credit import token_weights
-from rl.identity import Mismatch, check_comparable, compare, failure
+from rl.identity import Mismatch, check_comparable, compare
 from rl.learner import Gradient, Learner, policy_gradient
 from rl.reference import Reference
-from rollout.engine import Engine
 from rollout.episode import Episode, concatenate
-from rollout.play import Play, play
+from rollout.play import Play
+from rollout.roller import Roller
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
@@ -39,7 +40,7 @@ class StepResult:
 def steps(
     config: TrainConfig,
     bank: SpeechBank,
-    engine: Engine,
+    roller: Roller,
     learner: Learner,
     source: RewardSource,
     start: Reference | None,
@@ -54,7 +55,7 @@ def steps(
     digest = weights_digest(learner.model)
     for step in range(first, config.rl.steps):
         clock = time.perf_counter()
-        episodes = play(engine, plays(config, bank, step), config.seed)
+        episodes = roller.play(plays(config, bank, step), config.seed)
         rollout_s = time.perf_counter() - clock
         judged = source.judge(episodes)
         judge_s = time.perf_counter() - clock - rollout_s
@@ -69,9 +70,9 @@ def steps(
             config.rollout.temperature,
             config.rl.micro_batch,
         )
-        mismatch = audit(learner.model, episodes, gradient, step)
+        mismatch = audit(learner.model, episodes, gradient, step, config.rl.micro_batch)
         norm = learner.step(gradient)
-        engine.publish()
+        roller.publish()
         digest = weights_digest(learner.model)
         total_s = time.perf_counter() - clock
         yield StepResult(
@@ -103,12 +104,14 @@ def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
     return out
 
 
-def audit(model: InteractionModel, episodes: list[Episode], gradient: Gradient, step: int) -> Mismatch:
+def audit(
+    model: InteractionModel, episodes: list[Episode], gradient: Gradient, step: int, micro_batch: int
+) -> Mismatch:
     """Compares every sampled token of all ranks; raises NotEqualError on every rank when any bit differs."""
     mine = compare(concatenate(episodes, "logprob"), gradient.logprob, concatenate(episodes, "digest"), gradient.digest)
     error = None
     if mine.num_unequal or mine.rows_unequal:
-        error = failure(model, episodes, gradient.logprob, gradient.digest, gradient.owner, step)
+        error = failure(model, episodes, gradient.logprob, gradient.digest, gradient.owner, step, micro_batch)
     found = ranks.gather((mine, error))
     for _, problem in found:
         if problem is not None:

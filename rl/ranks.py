@@ -60,12 +60,18 @@ def agree(what: str, value: str) -> None:
 
 
 def sum_in_order(mine: Tensor) -> Tensor:
-    """The ranks' tensors added in rank order, so that every rank holds the same bits; [n] -> [n]."""
+    """The ranks' tensors added in rank order, so that every rank holds the same bits; [n] -> [n].
+
+    Each rank adds one slice for all, then the slices are gathered: a rank receives about twice its tensor, however
+    many ranks there are. Which rank adds an element does not enter its sum."""
     if world() == 1:
         return mine
-    parts = [torch.empty_like(mine) for _ in range(world())]
-    dist.all_gather(parts, mine)
-    total = parts[0]
-    for part in parts[1:]:
+    slice_size = -(-len(mine) // world())
+    padded = torch.nn.functional.pad(mine, (0, slice_size * world() - len(mine)))
+    received = torch.empty_like(padded)
+    dist.all_to_all_single(received, padded)
+    total, *rest = received.view(world(), slice_size)
+    for part in rest:
         total += part
-    return total
+    dist.all_gather_into_tensor(padded, total)
+    return padded[: len(mine)]

@@ -21,14 +21,16 @@ from model.config import preset
 from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks, watch
+from rl.audit.report import audit, statement
 from rl.config import TrainConfig
 from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
-from rl.identity import Mismatch
+from rl.identity import Mismatch, NotEqualError
 from rl.learner import Learner
 from rl.reference import Reference
+from rl.rollers import check_workers, plays_of_a_step, rollers
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
 from rollout.engine import Engine
@@ -38,8 +40,14 @@ from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
 
+AUDITED = 240
+"""Saved episodes that a run's end re-scores at most, a few seconds' worth; `python -m rl.audit` re-scores them all."""
+
 PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
+
+DIFFERENCE = "audit/difference.json"
+"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnose`)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Run:
         self._start = time.perf_counter()
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
+        check_workers(config)
         self.source = RewardSource.load(config.reward, config.source)
         self.config = config
         self.resumes = resume
@@ -87,9 +96,14 @@ class Run:
             f"Run {self.config.name}: {sum(p.numel() for p in self.model.parameters()):,} parameters, {ranks.world()} "
             f"processes, backend {contract['backend']} ({contract['isa']}), contract {dispatch.contract_id()}"
         )
-        learner, progress = self.resume() if self.resumes else self.begin()
-        self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
-        self.finish(self.learn(learner, progress))
+        try:
+            with rollers(self.config, self.model, self.engine) as self.roller:
+                learner, progress = self.resume() if self.resumes else self.begin()
+                self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
+                self.finish(self.learn(learner, progress))
+        except NotEqualError as error:
+            self.folder.write_json(DIFFERENCE, error.difference)
+            raise
 
     def begin(self) -> tuple[Learner, Progress]:
         """Warm start, its held-out result, and the first checkpoint."""
@@ -121,18 +135,18 @@ class Run:
     def learn(self, learner: Learner, progress: Progress) -> Progress:
         """RL from where ``progress`` stands to the recipe's last step, with evaluations, records and checkpoints."""
         rl = self.config.rl
-        engine = self.engine(self.config.rollout.temperature)
+        roller = self.roller(self.config.rollout.temperature)
         during = self.held_out[: self.config.eval.during * len(FAMILIES)]
         first = rl.steps if progress.stopped else progress.step
         with self.display.phase("RL", rl.steps, first) as phase:
             phase.held_out(progress.before.score[""])
-            for result in loop.steps(self.config, self.bank, engine, learner, self.source, self.reference(), first):
+            for result in loop.steps(self.config, self.bank, roller, learner, self.source, self.reference(), first):
                 done = progress.step + 1
                 mismatch = Mismatch.total([progress.mismatch, result.mismatch])
                 progress = replace(progress, step=done, mismatch=mismatch, wall_s=self.wall_s())
                 metrics = dict(result.metrics)
                 if done % rl.evaluate_every == 0 and done < rl.steps:
-                    found = evaluate(engine, during, self.source, self.config.seed)
+                    found = evaluate(roller, during, self.source, self.config.seed)
                     metrics |= found.named("held_out")
                     phase.held_out(found.score[""])
                 self.folder.append_metrics(metrics)
@@ -150,7 +164,7 @@ class Run:
         return progress
 
     def finish(self, progress: Progress) -> None:
-        """The held-out result of the final weights, summary.json and the closing table."""
+        """The held-out result of the final weights, summary.json, the closing table and the audit's report."""
         after = self.examine()
         summary: dict[str, float | int | str] = {
             **progress.before.named("before"),
@@ -163,8 +177,16 @@ class Run:
             points = [*watch.evaluations(self.folder, progress.before), watch.point(progress.step, after)]
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
-        self.tracker.close()
         self.display.summary(summary, self.folder.path)
+        self.audit()
+        self.tracker.close()
+
+    def audit(self) -> None:
+        """Writes audit/report.html and report.json, and says what they say."""
+        if ranks.rank() == 0:
+            folder = self.folder.path / "audit"
+            self.display.say(statement(audit(self.folder.path, AUDITED), folder))
+            self.tracker.artifact(folder)
 
     def alarmed(self, progress: Progress) -> bool:
         """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""
@@ -184,8 +206,8 @@ class Run:
     def examine(self) -> HeldOut:
         """The held-out result, sampled at the training temperature, and the greedy one beside it under ``greedy``: a
         policy that is right less than half of the time is silent when greedy, so that neither tells the whole."""
-        result = evaluate(self.engine(self.config.rollout.temperature), self.held_out, self.source, self.config.seed)
-        greedy = evaluate(self.engine(0.0), self.held_out, self.source, self.config.seed)
+        result = evaluate(self.roller(self.config.rollout.temperature), self.held_out, self.source, self.config.seed)
+        greedy = evaluate(self.roller(0.0), self.held_out, self.source, self.config.seed)
         return replace(result, score=result.score | {"greedy": greedy.score[""]})
 
     def engine(self, temperature: float) -> Engine:
@@ -227,8 +249,7 @@ def build_model(config: TrainConfig) -> InteractionModel:
 def build_engine(config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary, temperature: float) -> Engine:
     """An engine with room for all of this rank's rollouts of a step. Raises MetronomeError when vLLM is asked for and
     not there."""
-    slots = max(1, len(ranks.share(config.rl.groups))) * config.rl.rollouts
-    rollout = config.rollout
+    rollout, slots = config.rollout, plays_of_a_step(config)
     if rollout.engine == "vllm":
         from rollout.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
 

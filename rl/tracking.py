@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 CLOSE_TIMEOUT_S = 20.0
 
+Record = tuple[int, dict[str, float | int | str]]
+
 
 @dataclass(frozen=True)
 class TrackingConfig:
@@ -28,7 +30,7 @@ class Tracker:
     """Owns the thread and, through it, the wandb run. Without ``config.wandb`` every method does nothing."""
 
     def __init__(self, config: TrackingConfig, name: str, folder: Path, recipe: Mapping[str, Any]) -> None:
-        self._queue: queue.SimpleQueue[tuple[int, dict[str, float | int | str]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Record | Path | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if config.wandb:
             self._thread = threading.Thread(
@@ -39,6 +41,11 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         if self._thread is not None:
             self._queue.put((step, dict(metrics)))
+
+    def artifact(self, folder: Path) -> None:
+        """A folder's files as an artifact of the folder's name."""
+        if self._thread is not None:
+            self._queue.put(folder)
 
     def close(self) -> None:
         """Waits a limited time for what is still queued."""
@@ -62,7 +69,12 @@ class Tracker:
                 settings=wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True),
             )
             while (item := self._queue.get()) is not None:
-                run.log(item[1], step=item[0])
+                if isinstance(item, Path):
+                    kept = wandb.Artifact(item.name, type="report")
+                    kept.add_dir(str(item))
+                    run.log_artifact(kept)
+                else:
+                    run.log(item[1], step=item[0])
             run.finish()
         # Broad on purpose, and the only such place: what a tracking library may raise is open-ended, and none of it is
         # a reason to lose a training run.

@@ -1,14 +1,12 @@
-"""``python -m rollout.bench --json FILE``: speed of this project's decoding beside transformers', on this machine.
+"""``python -m rollout.bench --json FILE``: speed of decoding and serving on this machine; ``--only`` runs some parts.
 
-Two comparisons, each alternating its engines in one process at equal weights, so that a busy moment of the machine hits
-all of them:
+- ``text``: decoding beside transformers' (`rollout.bench_text`);
+- ``turns``, ``serving``, ``real_time``, ``engines``: streaming sessions (`rollout.bench_serving`);
+- ``overhead``: what a micro-turn costs besides computing, and whether memory grows (`rollout.bench_overhead`);
+- ``sharing``: a group's rollouts as forks of one session (`rollout.bench_sharing`), by the policy of ``--checkpoint``.
 
-1. Text: tokens a second of ours (fp32 and bf16) and of `InklingForCausalLM.generate` (fp32), 1, 8 and 32 sequences of
-   64 prompt and 64 sampled tokens, on a 12.6M-parameter Inkling. Sampling is over all tokens at temperature 1.
-2. Micro-turns: milliseconds from 200 ms of audio to the action, in a session that is already 10, 30 and 60 s long,
-   beside the same model when it is sent the whole prefix again.
-
-The median over rounds is reported. Not measured here: quality, and speech synthesis.
+A machine differs from minute to minute, so engines that are compared alternate in one process. Not measured here:
+quality, and speech synthesis.
 """
 
 from __future__ import annotations
@@ -17,203 +15,98 @@ import argparse
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import InklingConfig, InklingForCausalLM, InklingTextConfig
 
-from kernels import dispatch, ops
-from kernels.layout import Segments
-from model.config import preset
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model import checkpoint
 from model.files import write_whole
-from model.state import SessionState
-from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_SAMPLES
-from rollout.sampler import token_key
-from rollout.session import SessionEngine
-from rollout.vocabulary import Vocabulary
+from rollout import bench_crowd, bench_overhead, bench_serving, bench_sharing, bench_text
 
-PROMPT_TOKENS = 64
-SAMPLED_TOKENS = 64
-SESSIONS = (1, 8, 32)
-SESSION_S = (10, 30, 60)
-CHUNKS_A_SECOND = 5
-NO_CODES = torch.empty(0, 80, dtype=torch.uint8)
+NO_VLLM = "left out: vLLM is not installed"
 
 
-@dataclass(frozen=True)
-class TextSpeed:
-    """Sampled tokens a second, all sequences together."""
-
-    sessions: int
-    ours_fp32: float
-    ours_bf16: float
-    transformers_fp32: float
-
-    @property
-    def times(self) -> float:
-        return self.ours_fp32 / self.transformers_fp32
+def text(given: argparse.Namespace) -> list[dict[str, Any]]:
+    return [asdict(r) | {"times": r.times} for r in bench_text.measure_text(given.rounds)]
 
 
-@dataclass(frozen=True)
-class TurnSpeed:
-    """Latency of one micro-turn, at ``session_s`` seconds into a session."""
-
-    session_s: int
-    session_ms: float
-    resend_ms: float  # the whole prefix through the same model again
+def turns(given: argparse.Namespace) -> list[dict[str, Any]]:
+    return [asdict(r) for r in bench_serving.measure_turns(4 * given.rounds)]
 
 
-def text_config() -> InklingTextConfig:
-    return InklingTextConfig(
-        vocab_size=1024, hidden_size=256, num_hidden_layers=6,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-        swa_num_attention_heads=8, swa_num_key_value_heads=4, swa_head_dim=32, moe_intermediate_size=256,
-        n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, logits_mup_width_multiplier=1.0,
-        max_position_embeddings=4096,
-    )  # fmt: skip
+def overhead(given: argparse.Namespace) -> dict[str, Any]:
+    growth = bench_overhead.measure_growth(100 * given.rounds)
+    return {"time": asdict(bench_overhead.measure_overhead(60 * given.rounds)), "growth": asdict(growth)}
 
 
-def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalLM]:
-    """(ours in fp32, ours in bf16, transformers' in fp32), with one set of weights."""
-    text = text_config()
-    config = InklingConfig(text_config=text, audio_config={"mel_vocab_size": 16}, audio_token_id=1024)  # no token
-    ours = InteractionModel(config)
-    ours.init_weights(0)
-    theirs = InklingForCausalLM(text).eval()
-    named = {
-        name.replace("model.language_model.", "model."): weight
-        for name, weight in ours.state_dict().items()
-        if not name.startswith("model.audio_tower.")
-    }
-    theirs.load_state_dict(named)
-    half = InteractionModel(config, torch.bfloat16)
-    half.load_state_dict(ours.state_dict())
-    ours.pack()
-    half.pack()
-    return ours, half, theirs
+def serving(given: argparse.Namespace) -> list[dict[str, Any]]:
+    shapes = bench_serving.measure_shapes(20 * given.rounds)
+    return [{"words_per_chunk": r.words_per_chunk} | asdict(r.served) for r in shapes]
 
 
-@torch.inference_mode()
-def generate(model: InteractionModel, prompt: Tensor) -> Tensor:
-    """prompt int64 [S, P] -> sampled int64 [S, SAMPLED_TOKENS]."""
-    sessions, length = prompt.shape
-    state = SessionState(model.config, sessions, length + SAMPLED_TOKENS, model.dtype, max_rows=prompt.numel())
-    slots = [state.open() for _ in range(sessions)]
-    hidden = model(prompt.flatten(), NO_CODES, state.extend(slots, [length] * sessions), state)
-    hidden = hidden[length - 1 :: length]
-    allowed = torch.ones(1, model.vocab, dtype=torch.bool)
-    row_class = torch.zeros(sessions, dtype=torch.int64)
-    one = [1] * sessions
-    sampled = []
-    for position in range(SAMPLED_TOKENS):
-        keys = torch.tensor([token_key(slot, 0, position) for slot in slots])
-        token, _, _ = ops.sample(model.logits(hidden), 1.0, keys, allowed, row_class)
-        sampled.append(token)
-        if position + 1 < SAMPLED_TOKENS:
-            hidden = model(token, NO_CODES, state.extend(slots, one), state)
-    return torch.stack(sampled, 1)
+def real_time(given: argparse.Namespace) -> dict[str, Any]:
+    results = bench_serving.measure_real_time(8 * given.rounds)
+    held = bench_serving.holds_real_time(results)
+    print(f"{held} sessions hold real time")
+    return {"sessions": held, "joining": [asdict(r) for r in results]}
 
 
-@torch.inference_mode()
-def generate_transformers(model: InklingForCausalLM, prompt: Tensor) -> Tensor:
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        min_new_tokens=SAMPLED_TOKENS,
-        max_new_tokens=SAMPLED_TOKENS,
-        pad_token_id=0,
-    )
-    return out[:, prompt.shape[1] :]
+def engines(given: argparse.Namespace) -> list[dict[str, Any]] | str:
+    if not bench_serving.has_vllm():
+        print(NO_VLLM)
+        return NO_VLLM
+    results = bench_serving.measure_engines(given.rounds, 20, bench_serving.vllm_engine)
+    return [asdict(r) | {"times": r.times} for r in results]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+def sharing(given: argparse.Namespace) -> dict[str, Any]:
+    if given.checkpoint is None:
+        model = bench_crowd.tiny_model()
+    else:
+        model = checkpoint.load(given.checkpoint, torch.float32)
+        model.pack()
+    result = bench_sharing.measure_sharing(model, given.rounds)
+    return asdict(result) | {"times": result.times, "checkpoint": str(given.checkpoint)}
 
 
-def measure_text(rounds: int) -> list[TextSpeed]:
-    ours, half, theirs = text_models()
-    results = []
-    for sessions in SESSIONS:
-        prompt = torch.randint(8, 1024, (sessions, PROMPT_TOKENS), generator=torch.Generator().manual_seed(sessions))
-        engines = (
-            partial(generate, ours, prompt),
-            partial(generate, half, prompt),
-            partial(generate_transformers, theirs, prompt),
-        )
-        for engine in engines:
-            assert engine().shape == (sessions, SAMPLED_TOKENS)  # and warm
-        taken = [[seconds(engine) for engine in engines] for _ in range(rounds)]
-        rates = (sessions * SAMPLED_TOKENS / statistics.median(column) for column in zip(*taken, strict=True))
-        results.append(TextSpeed(sessions, *rates))
-        last = results[-1]
-        print(
-            f"{sessions:3d} sequences: ours fp32 {last.ours_fp32:8.0f}, bf16 {last.ours_bf16:8.0f}, transformers fp32 "
-            f"{last.transformers_fp32:6.0f} tokens/s; ours (fp32) {last.times:.1f} times transformers"
-        )
-    return results
-
-
-def measure_turns(rounds: int) -> list[TurnSpeed]:
-    """The tiny model, one session that mostly listens to noise."""
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(0)
-    model.pack()
-    turns = SESSION_S[-1] * CHUNKS_A_SECOND + rounds * len(SESSION_S)
-    engine = SessionEngine(model, Vocabulary.build(model.vocab), slots=1, max_tokens=8 * turns)
-    session = engine.open(key=1)
-    noise = torch.Generator().manual_seed(0)
-    results = []
-    for length_s in SESSION_S:
-        while session.chunks < length_s * CHUNKS_A_SECOND:
-            engine.append([session], 0.05 * torch.randn(1, CHUNK_SAMPLES, generator=noise))
-        taken = []
-        for _ in range(rounds):
-            chunk = 0.05 * torch.randn(1, CHUNK_SAMPLES, generator=noise)
-            persistent = seconds(partial(engine.append, [session], chunk))
-            taken.append((persistent, seconds(partial(resend, model, session.tokens, session.codes))))
-        persistent_ms, resend_ms = (1000 * statistics.median(column) for column in zip(*taken, strict=True))
-        results.append(TurnSpeed(length_s, persistent_ms, resend_ms))
-        print(f"{length_s:3d} s in: micro-turn {persistent_ms:6.2f} ms, sending the prefix again {resend_ms:7.1f} ms")
-    return results
-
-
-@torch.inference_mode()
-def resend(model: InteractionModel, tokens: list[int], codes: list[Tensor]) -> Tensor:
-    """Logits after the whole sequence, computed from nothing."""
-    segments = Segments.build([0], [0], [len(tokens)])
-    return model.logits(model(torch.tensor(tokens), torch.cat(codes), segments)[-1:])
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "text": text,
+    "turns": turns,
+    "overhead": overhead,
+    "serving": serving,
+    "real_time": real_time,
+    "engines": engines,
+    "sharing": sharing,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rollout.bench", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each engine (the median counts)")
-    arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error(f"--rounds is {arguments.rounds}; it must be at least 1")
-    text = measure_text(arguments.rounds)
-    turns = measure_turns(4 * arguments.rounds)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
+    parser.add_argument("--checkpoint", type=Path, help="policy of the part sharing (default: random weights)")
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error(f"--rounds is {given.rounds}; it must be at least 1")
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads",
         "contract": dispatch.contract(),
-        "rounds": arguments.rounds,
-        "text": [asdict(r) | {"times": r.times} for r in text],
-        "micro_turn": [asdict(r) for r in turns],
+        "rounds": given.rounds,
     }
-    write_whole(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
-    print(f"written to {arguments.json}")
+    try:
+        for part in given.only:
+            print(f"-- {part}", flush=True)
+            report[part] = PARTS[part](given)
+    except MetronomeError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    write_whole(given.json, (json.dumps(report, indent=2) + "\n").encode())
+    print(f"written to {given.json}")
 
 
 if __name__ == "__main__":

@@ -35,14 +35,16 @@ class Engine(Protocol):
         MetronomeError when none is free."""
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and another key; its bits are those of a separate one."""
+        """A session with the same past and another key; its bits are those of a separate one. Sessions with one past
+        may be computed once, for as long as they hear and say the same. Raises MetronomeError when none is free."""
 
     def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
         """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did. The records
         of the sessions then hold the sampled tokens, their log-probs and row digests.
 
-        Raises ValueError for a wrong shape, dtype or a closed session, ContextFull when one would outgrow its context;
-        then no session has moved."""
+        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
+        ContextFull when one would outgrow its context; then no session has moved. After any other error the sessions of
+        the call are closed, so that none goes on from half a micro-turn."""
 
     def close(self, session: Session) -> None:
         """Gives the session's memory back; its record stays readable. Closing twice is an error."""

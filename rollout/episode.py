@@ -60,8 +60,8 @@ class Episode:
         return f"{self.scenario}#{self.rollout}"
 
 
-def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
-    """Writes episodes as one safetensors file, whole or not at all; `load_episodes` reads it back."""
+def pack_episodes(episodes: Sequence[Episode]) -> bytes:
+    """Episodes in safetensors' format; `unpack_episodes` reads them back."""
     tensors = {f"{i}.{name}": getattr(e, name).contiguous() for i, e in enumerate(episodes) for name in TENSORS}
     header = [
         {
@@ -76,23 +76,37 @@ def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
         }
         for e in episodes
     ]
-    write_whole(path, safetensors.torch.save(tensors, metadata={"episodes": json.dumps(header)}))
+    return safetensors.torch.save(tensors, metadata={"episodes": json.dumps(header)})
+
+
+def unpack_episodes(data: bytes) -> list[Episode]:
+    """Raises ValueError when ``data`` is cut short or not what `pack_episodes` made."""
+    try:
+        tensors: dict[str, Any] = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")  # of the JSON header that follows, with the metadata in it
+        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["episodes"])
+        return [
+            Episode(
+                **{k: v for k, v in fields.items() if k != "actions"},
+                actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in fields["actions"]),
+                **{name: tensors[f"{i}.{name}"] for name in TENSORS},
+            )
+            for i, fields in enumerate(header)
+        ]
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
+    """Writes episodes as one file, whole or not at all; `load_episodes` reads it back."""
+    write_whole(path, pack_episodes(episodes))
 
 
 def load_episodes(path: Path) -> list[Episode]:
     """Raises MetronomeError when the file is missing, cut short or not a file of episodes."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["episodes"])
-            return [
-                Episode(
-                    **{k: v for k, v in fields.items() if k != "actions"},
-                    actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in fields["actions"]),
-                    **{name: file.get_tensor(f"{i}.{name}") for name in TENSORS},
-                )
-                for i, fields in enumerate(header)
-            ]
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        return unpack_episodes(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise MetronomeError(
             f"{path}: cannot be read as a file of episodes ({error}). Roll the episodes out again, or delete the file."
         ) from error

@@ -35,15 +35,21 @@ class _Live:
 def play(engine: Engine, plays: Sequence[Play], seed: int) -> list[Episode]:
     """Rolls every play out to its scenario's last chunk. A session that ends makes room for the next play at once.
 
-    By the row contract the result does not depend on how many run together."""
+    Rollouts of one scenario that begin together are forks of one session, which an engine may compute once for as long
+    as they hear and say the same. By the row contract the result does not depend on that, nor on how many run
+    together."""
     waiting = list(enumerate(plays))[::-1]
     live: list[_Live] = []
     done: dict[int, Episode] = {}
     while waiting or live:
+        begun: dict[str, Session] = {}
         while waiting and engine.free:
             place, item = waiting.pop()
-            key = session_key(seed, item.scenario.id, item.rollout)
-            live.append(_Live(place, item.scenario.user(), engine.open(key)))
+            name = item.scenario.id
+            key = session_key(seed, name, item.rollout)
+            session = engine.fork(begun[name], key) if name in begun else engine.open(key)
+            begun.setdefault(name, session)
+            live.append(_Live(place, item.scenario.user(), session))
         audio = torch.from_numpy(np.stack([one.user.next_chunk(one.heard) for one in live]))
         for one, action in zip(live, engine.append([one.session for one in live], audio), strict=True):
             one.heard = action

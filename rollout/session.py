@@ -5,14 +5,20 @@ A `SessionEngine` owns the weights' packed copies, the KV pages and the convolut
 positions they are (continuous batching), prefills the new rows in one forward pass and decodes until every session has
 ended its micro-turn. By the row contract of `kernels.ops` the batch a session rides in cannot change its bits.
 
+A fork shares its origin's memory and computation for as long as the two say and hear the same: the row of log-probs is
+computed once and every session draws its own token from it by its own key. Where tokens or sound differ they part, and
+only then is memory copied.
+
 Knows nothing of scenarios or rewards. Not here: self audio and video rows (their place in a micro-turn is before the
 mode token; they come with the voice and the video tower).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,7 +41,7 @@ from rollout.vocabulary import Vocabulary
 class Session:
     """One open sequence. ``tokens[:fed]`` have been through the model; the rest go in with the next chunk."""
 
-    slot: int
+    slot: int  # in the engine's state; sessions that have the same past may share it
     key: int  # 64-bit sampling key (rollout.sampler.session_key)
     temperature: float
     weights_digest: str
@@ -79,7 +85,9 @@ class Session:
         self.chunks += 1
 
     def episode(self, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
-        """The record so far, as the learner and the rewards read it."""
+        """The record so far, as the learner and the rewards read it. ValueError after a micro-turn that failed."""
+        if len(self.codes) > self.chunks:
+            raise ValueError(f"the session was closed by an error inside chunk {self.chunks}; it is no whole episode")
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
         return Episode(
             scenario=scenario,
@@ -100,30 +108,21 @@ class Session:
         )
 
 
-def hear(sessions: Sequence[Session], chunks: Tensor, dmel: DMel, audio: int) -> Tensor:
-    """Every session hears its chunk, fp32 [S, 3200]; ``audio`` is the audio token. Returns the dMel codes uint8
-    [S, CHUNK_FRAMES, 80]."""
-    samples = torch.cat((torch.stack([s.past for s in sessions]), chunks), 1)
-    codes = dmel.continued(samples)
-    for i, session in enumerate(sessions):
-        session.hear(samples[i, -(WINDOW - HOP) :], codes[i], audio)
-    return codes
-
-
 def check_append(sessions: Sequence[Session], chunks: Tensor, most_rows: int, max_tokens: int) -> None:
-    """What every engine refuses before a session has moved: a wrong shape or dtype, a closed session, and one whose
-    context of ``max_tokens`` rows has no room for a micro-turn of ``most_rows``."""
+    """What every engine refuses before a session has moved: a wrong shape or dtype, a session that is closed or comes
+    twice, and one whose context of ``max_tokens`` rows has no room for a micro-turn of ``most_rows``."""
     if chunks.shape != (len(sessions), CHUNK_SAMPLES) or chunks.dtype != torch.float32:
         raise ValueError(
             f"append: chunks must be float32 [{len(sessions)}, {CHUNK_SAMPLES}], not {chunks.dtype} "
             f"{list(chunks.shape)}"
         )
+    if len({id(session) for session in sessions}) != len(sessions):
+        raise ValueError("append: a session comes twice in one call")
     for session in sessions:
         session.check_open()
-    for session in sessions:
         if max_tokens - session.fed < most_rows:
             raise ContextFull(
-                f"session in slot {session.slot} holds {session.fed} of at most {max_tokens} tokens; one more "
+                f"session in slot {session.slot} holds {session.fed} of at most {max_tokens} tokens; another "
                 f"micro-turn may need {most_rows}. Close it, or make the engine with more max_tokens"
             )
 
@@ -158,60 +157,104 @@ class SessionEngine:
         self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk  # of one micro-turn: unfed tokens, audio, words
         self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=slots * self.most_rows)
         self.weights_digest = checkpoint.weights_digest(model)
+        self._riders = [0] * slots  # open sessions in each slot
+        self._open = 0
+        self._rows = 0  # that went through the model
+        self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
 
     @property
     def free(self) -> int:
-        return self.state.free_slots
+        return self.state.slots - self._open  # a fork needs no slot yet, but may from the next token on
 
     def publish(self) -> None:
         """Takes over the model's new weights. Every session must be closed: its keys belong to the old ones."""
-        if self.state.open_slots:
-            raise MetronomeError(
-                f"weights were changed under {self.state.open_slots} open sessions; close them before publishing"
-            )
+        if self._open:
+            raise MetronomeError(f"weights were changed under {self._open} open sessions; close them before publishing")
         self.model.repack()
         self.weights_digest = checkpoint.weights_digest(self.model)
 
     def open(self, key: int) -> Session:
         """A new session that has heard nothing. Raises MetronomeError when every slot is taken."""
-        return Session(
-            slot=self.state.open(),
-            key=key,
-            temperature=self.temperature,
-            weights_digest=self.weights_digest,
-            tokens=[self.vocabulary.bos],
-            past=torch.zeros(WINDOW - HOP),
+        self._check_free()
+        return self._enter(
+            Session(
+                slot=self.state.open(),
+                key=key,
+                temperature=self.temperature,
+                weights_digest=self.weights_digest,
+                tokens=[self.vocabulary.bos],
+                past=torch.zeros(WINDOW - HOP),
+            )
         )
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and another key; what it does from here on equals a separate session's bits."""
+        """A session with the same past and another key; what it does from here on equals a separate session's bits.
+        Costs nothing until the two differ. Raises MetronomeError when every slot is taken."""
         session.check_open()
-        return session.forked(self.state.fork(session.slot), key)
+        self._check_free()
+        return self._enter(session.forked(session.slot, key))
 
     def close(self, session: Session) -> None:
         """Gives the slot back. Closing twice is an error; the session's record stays readable."""
         session.check_open()
-        self.state.close(session.slot)
         session.closed = True
+        self._open -= 1
+        self._riders[session.slot] -= 1
+        if not self._riders[session.slot]:
+            self.state.close(session.slot)
 
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
         """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did.
 
-        Raises ValueError for a wrong shape, dtype or a closed session, ContextFull when a sequence would outgrow its
-        context; then no session has moved."""
+        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
+        ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
+        sessions of the call are closed: none goes on from half a micro-turn."""
         check_append(sessions, chunks, self.most_rows, self.state.max_tokens)
-        codes = hear(sessions, chunks, self.dmel, self.vocabulary.audio)
-        hidden = self._feed(sessions, codes.flatten(0, 1))
-        listen = self.vocabulary.listen
-        mode = self._sample(sessions, hidden, MODE)
+        if any(self._riders[s.slot] > 1 for s in sessions):
+            self._part(sessions, [row.tobytes() for row in chunks.numpy()])
+        heard = {s.slot: (s.past, chunk) for s, chunk in zip(sessions, chunks.unbind(), strict=True)}
+        samples = torch.cat([part for sound in heard.values() for part in sound]).view(len(heard), -1)
+        codes = self.dmel.continued(samples)
+        try:
+            rest, rows = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
+            place = {slot: i for i, slot in enumerate(heard)}
+            for session in sessions:
+                row = place[session.slot]
+                session.hear(rest[row], rows[row], self.vocabulary.audio)
+            return self._act(sessions, codes.flatten(0, 1))
+        except BaseException:
+            for session in sessions:
+                self.close(session)
+            raise
+
+    def stats(self) -> dict[str, float | int]:
+        return {
+            "sessions_open": self._open,
+            "sessions_free": self.free,
+            "slots_used": self.state.open_slots,
+            "rows": self._rows,
+        }
+
+    def _check_free(self) -> None:
+        if not self.free:
+            raise MetronomeError(
+                f"all {self.state.slots} slots are open; close a session or make the engine with more slots"
+            )
+
+    def _enter(self, session: Session) -> Session:
+        self._riders[session.slot] += 1
+        self._open += 1
+        return session
+
+    def _act(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
+        """The micro-turn after its audio ``codes`` [4 x slots, 80]: mode, words."""
+        mode, listen = self._next(sessions, codes, MODE), self.vocabulary.listen
         words: list[list[int]] = [[] for _ in sessions]
         speaking = [i for i, token in enumerate(mode) if token != listen]
         while speaking:
             said = len(words[speaking[0]])  # equal for all that still speak
-            now = [sessions[i] for i in speaking]
-            hidden = self._feed(now, None)
-            tokens = self._sample(now, hidden, NEXT_TEXT if said else FIRST_TEXT)
+            tokens = self._next([sessions[i] for i in speaking], self._no_codes, NEXT_TEXT if said else FIRST_TEXT)
             goes_on = []
             for i, token in zip(speaking, tokens, strict=True):
                 if token == self.vocabulary.end:
@@ -230,32 +273,48 @@ class SessionEngine:
             session.act(action)
         return actions
 
-    def stats(self) -> dict[str, float | int]:
-        return {"sessions_open": self.state.open_slots, "sessions_free": self.state.free_slots}
-
-    def _feed(self, sessions: Sequence[Session], codes: Tensor | None) -> Tensor:
-        """Runs every session's unfed tokens; returns the hidden state of each one's last row, [S, D]."""
-        lengths = [len(s.tokens) - s.fed for s in sessions]
-        tokens = torch.tensor([t for s in sessions for t in s.tokens[s.fed :]])
-        segments = self.state.extend([s.slot for s in sessions], lengths)
-        if codes is None:
-            codes = torch.empty(0, self.model.config.audio_config.n_mel_bins, dtype=torch.uint8)
-        hidden = self.model(tokens, codes, segments, self.state)
-        for session, length in zip(sessions, lengths, strict=True):
-            session.fed += length
-        return hidden[segments.offset[1:] - 1]
-
-    def _sample(self, sessions: Sequence[Session], hidden: Tensor, row_class: int) -> list[int]:
-        """Samples one token for each session and books it."""
+    def _next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
+        """Runs the unfed tokens, once for each slot; samples and books the next token of every session."""
+        leads = {s.slot: s for s in sessions}
+        unfed = [s.tokens[s.fed :] for s in leads.values()]
+        lengths = [len(tokens) for tokens in unfed]
+        segments = self.state.extend(list(leads), lengths)
+        self._rows += segments.rows
+        hidden = self.model(torch.tensor([t for tokens in unfed for t in tokens]), codes, segments, self.state)
+        if len(leads) == 1:
+            hidden = hidden[-1:]
+        elif segments.rows > len(leads):
+            hidden = hidden[torch.tensor([end - 1 for end in accumulate(lengths)])]
+        logits = self.model.logits(hidden)
+        if len(leads) < len(sessions):
+            place = {slot: i for i, slot in enumerate(leads)}
+            rows = torch.tensor([place[s.slot] for s in sessions])
+            hidden, logits = hidden[rows], logits[rows]
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
         classes = torch.full((len(sessions),), row_class)
-        token, logprob, digest = self.vocabulary.classes.sample(
-            self.model.logits(hidden), keys, classes, self.temperature
-        )
-        tokens = token.tolist()
+        sampled, logprob, digest = self.vocabulary.classes.sample(logits, keys, classes, self.temperature)
+        tokens = sampled.tolist()
         for session, t, p, d in zip(sessions, tokens, logprob.tolist(), digest.tolist(), strict=True):
+            session.fed = len(session.tokens)
             session.book(t, row_class, p, d)
         if self.keep_hidden:
-            for session, row in zip(sessions, hidden, strict=True):
+            for session, row in zip(sessions, hidden.unbind(), strict=True):
                 session.hidden.append(row)
+        if len(leads) < len(sessions):
+            self._part(sessions, tokens)
         return tokens
+
+    def _part(self, sessions: Sequence[Session], kinds: Sequence[int | bytes]) -> None:
+        """Sessions that share a slot go on apart where ``kinds`` differ: the first kind keeps the slot, if all of the
+        slot's sessions are here, and each other kind gets a copy."""
+        here = Counter(s.slot for s in sessions)
+        whole = {slot for slot, count in here.items() if count == self._riders[slot]}
+        slots: dict[tuple[int, int | bytes], int] = {}
+        for session, kind in zip(sessions, kinds, strict=True):
+            origin = session.slot
+            if (origin, kind) not in slots:
+                slots[origin, kind] = origin if origin in whole else self.state.fork(origin)
+                whole.discard(origin)
+            session.slot = slots[origin, kind]
+            self._riders[origin] -= 1
+            self._riders[session.slot] += 1

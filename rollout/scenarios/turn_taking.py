@@ -11,6 +11,7 @@ starts there. A turn begins only if it, and a whole reply to it, fit into what i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -76,7 +77,8 @@ class TurnTakingFacts:
     reply: tuple[str, ...] = REPLY
 
     def to_json(self) -> dict[str, Any]:
-        return {"family": FAMILY, **asdict(self)}
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists for tuples, as when it is read back
+        return {"family": FAMILY, **plain}
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> TurnTakingFacts:

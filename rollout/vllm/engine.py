@@ -17,7 +17,7 @@ from model.audio import HOP, WINDOW, DMel
 from model.logprob import NEXT_TEXT
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_FRAMES, Action
-from rollout.session import Session, check_append, hear
+from rollout.session import Session, check_append
 from rollout.vllm.core import shared_core
 from rollout.vocabulary import Vocabulary
 
@@ -104,20 +104,21 @@ class VllmEngine:
     def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
         """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did.
 
-        Raises ValueError for a wrong shape, dtype or a closed session, ContextFull when a sequence would outgrow its
-        context; then no session has moved."""
+        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
+        ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
+        sessions of the call are closed: none goes on from half a micro-turn."""
         check_append(sessions, chunks, self.most_rows, self.max_tokens)
-        hear(sessions, chunks, self.dmel, self.vocabulary.audio)
-        for session in sessions:
-            self._add(session)
-        slots = [session.slot for session in sessions]
-        sampled = self.core.run(slots)
-        records = self.core.records(slots)
-        actions = []
-        for session, tokens, record in zip(sessions, sampled, records, strict=True):
-            self._book(session, tokens, record)
-            actions.append(self._act(session, tokens))
-        return actions
+        samples = torch.cat((torch.stack([session.past for session in sessions]), chunks), 1)
+        codes = self.dmel.continued(samples)
+        try:
+            for session, sound, heard in zip(sessions, samples, codes, strict=True):
+                session.hear(sound[-(WINDOW - HOP) :], heard, self.vocabulary.audio)
+                self._add(session)
+            return self._act(sessions)
+        except BaseException:
+            for session in sessions:
+                self.close(session)
+            raise
 
     def stats(self) -> dict[str, float | int]:
         return {"sessions_open": len(self.core.begun), "sessions_free": self.free, "steps": self.core.steps}
@@ -149,10 +150,17 @@ class VllmEngine:
                 session.hidden.append(torch.frombuffer(bytearray(hidden), dtype=self.core.model.dtype))
         session.fed = len(session.tokens) - 1  # vLLM drops the last one, to be fed again
 
-    def _act(self, session: Session, tokens: list[int]) -> Action:
-        words = [token for token in tokens[1:] if token != self.vocabulary.end]
-        if len(words) == self.words_per_chunk:
-            session.tokens.append(self.vocabulary.end)  # the turn is full: forced, not sampled
-        action = Action(self.vocabulary.modes[tokens[0]], tuple(self.vocabulary.words[w] for w in words))
-        session.act(action)
-        return action
+    def _act(self, sessions: Sequence[Session]) -> list[Action]:
+        """The micro-turn after its audio: what vLLM sampled, booked."""
+        slots = [session.slot for session in sessions]
+        sampled = self.core.run(slots)
+        actions = []
+        for session, tokens, record in zip(sessions, sampled, self.core.records(slots), strict=True):
+            self._book(session, tokens, record)
+            words = [token for token in tokens[1:] if token != self.vocabulary.end]
+            if len(words) == self.words_per_chunk:
+                session.tokens.append(self.vocabulary.end)  # the turn is full: forced, not sampled
+            action = Action(self.vocabulary.modes[tokens[0]], tuple(self.vocabulary.words[w] for w in words))
+            session.act(action)
+            actions.append(action)
+        return actions

@@ -17,6 +17,7 @@ from rl.learner import policy_gradient
 from rl.run import build_engine, build_model
 from rollout.episode import Episode
 from rollout.play import play
+from rollout.roller import InProcess
 from rollout.session import SessionEngine
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
@@ -43,7 +44,7 @@ def episodes(engine: SessionEngine, bank: SpeechBank) -> list[Episode]:
 def audit(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
     weights = [torch.ones(len(e.chunk)) for e in episodes]
     gradient = policy_gradient(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
-    return loop.audit(engine.model, episodes, gradient, step=7)
+    return loop.audit(engine.model, episodes, gradient, step=7, micro_batch=2)
 
 
 def test_every_sampled_token_is_equal(engine: SessionEngine, episodes: list[Episode]) -> None:
@@ -102,7 +103,7 @@ def test_loop_refuses_episodes_of_other_weights(
     engine: SessionEngine, bank: SpeechBank, monkeypatch: pytest.MonkeyPatch, episodes: list[Episode]
 ) -> None:
     stale = [replace(e, weights_digest="0" * 32) for e in episodes]
-    monkeypatch.setattr(loop, "play", lambda *_: stale)
+    monkeypatch.setattr(InProcess, "play", lambda *_: stale)
     learner, source = SimpleNamespace(model=engine.model), RewardSource(CONFIG.reward, "rules", [])
     with pytest.raises(NotComparableError, match="Publish the learner's weights"):
-        next(loop.steps(CONFIG, bank, engine, learner, source, None, first=0))
+        next(loop.steps(CONFIG, bank, InProcess(engine), learner, source, None, first=0))

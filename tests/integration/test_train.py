@@ -47,6 +47,15 @@ def summary(tmp_path: Path, name: str) -> dict[str, float | str]:
     return json.loads((tmp_path / "runs" / name / "summary.json").read_text())
 
 
+def without_time(found: dict[str, float | str]) -> dict[str, float | str]:
+    return {name: value for name, value in found.items() if name != "wall_s"}
+
+
+def digests(folder: Path) -> list[str]:
+    """Of the weights after each step."""
+    return [json.loads(line)["weights_digest"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_run_again_and_resume_end_with_the_same_weights(tmp_path: Path) -> None:
     first = launch(tmp_path, "--name", "first")
@@ -71,16 +80,19 @@ def test_run_again_and_resume_end_with_the_same_weights(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr[-3000:]
     assert summary(tmp_path, "second")["weights_digest"] == found["weights_digest"]
 
+    workers = launch(tmp_path, "--name", "workers", "--rollout.workers", "2")
+    assert workers.returncode == 0, workers.stderr[-3000:]
+    assert without_time(summary(tmp_path, "workers")) == without_time(found)
+    assert digests(tmp_path / "runs" / "workers") == digests(folder)
+
     cut = tmp_path / "runs" / "second"
     shutil.rmtree(cut / "checkpoints" / "step_000004")  # as if the run had been killed in its fourth step
     (cut / "summary.json").unlink()
     resumed = launch(tmp_path, "--name", "second", "--resume", "true")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     after = summary(tmp_path, "second")
-    assert {k: v for k, v in after.items() if k != "wall_s"} == {k: v for k, v in found.items() if k != "wall_s"}
-    assert [json.loads(line)["weights_digest"] for line in (cut / "metrics.jsonl").read_text().splitlines()] == [
-        m["weights_digest"] for m in metrics
-    ]
+    assert without_time(after) == without_time(found)
+    assert digests(cut) == digests(folder)
 
     other = launch(tmp_path, "--name", "other", "--seed", "1")  # the control: another seed, other weights
     assert other.returncode == 0, other.stderr[-3000:]

@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``main()`` of a command module holding ``body`` in two launched processes."""
+def launch(folder: Path, body: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``main()`` of a command module holding ``body`` in launched processes."""
     (folder / "some_command.py").write_text(body)
     (folder / "start.py").write_text("from model.startup import run_command\nrun_command('some_command')\n")
     config = str(ROOT / "configs/accelerate/cpu.yaml")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config]
     return subprocess.run(
-        [*command, "-m", "start"],
+        [*command, "--num_processes", str(processes), "-m", "start"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "METRONOME_BACKEND": "reference"} | environment,
         capture_output=True,
@@ -35,7 +35,7 @@ def test_an_error_of_every_process_is_told_once(tmp_path: Path) -> None:
         tmp_path, "from kernels.errors import MetronomeError\ndef main(): raise MetronomeError('no such recipe')"
     )
     assert done.returncode != 0
-    assert done.stderr.count("\nerror: no such recipe\n") == 1 and "error (process 1)" not in done.stderr
+    assert ("\n" + done.stderr).count("\nerror: no such recipe\n") == 1 and "error (process 1)" not in done.stderr
     assert "error: no such recipe" in done.stderr.splitlines()[-2], "the launcher's report ends with it"
 
 
@@ -60,6 +60,30 @@ def main():
     assert done.returncode != 0
     assert "error (process 1): disk full" in done.stderr if failing else "error: disk full" in done.stderr
     assert "ended unexpectedly" not in done.stderr and "gloo" not in done.stderr
+
+
+def test_ranks_tensors_are_added_in_rank_order(tmp_path: Path) -> None:
+    """Three ranks: the order of two cannot be told from a sum."""
+    done = launch(
+        tmp_path,
+        """
+import torch
+import torch.distributed as dist
+from rl import ranks
+
+def main():
+    ranks.join()
+    mine = torch.randn(1003, generator=torch.Generator().manual_seed(ranks.rank()))
+    first, second, third = ranks.gather(mine)
+    found = ranks.sum_in_order(mine)
+    assert torch.equal(found, first + second + third)
+    assert not torch.equal(found, third + second + first)
+    assert torch.equal(mine, (first, second, third)[ranks.rank()]), "the rank's own tensor stays as it was"
+    ranks.leave()
+""",
+        processes=3,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_deepspeed_compiles_nothing_and_steps_as_adamw_does(tmp_path: Path) -> None:

@@ -20,10 +20,22 @@ ROOT = Path(__file__).resolve().parents[2]
 ON = TrackingConfig(wandb=True)
 
 
+class Artifact:
+    def __init__(self, name: str, type: str) -> None:
+        self.name, self.type, self.folders = name, type, []  # type: ignore[var-annotated]
+
+    def add_dir(self, folder: str) -> None:
+        self.folders.append(folder)
+
+
 class FakeRun:
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.finished = False
+        self.artifacts: list[Artifact] = []
+
+    def log_artifact(self, artifact: Artifact) -> None:
+        self.artifacts.append(artifact)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self.logged.append((step, metrics))
@@ -36,6 +48,7 @@ def install(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
     fake.Settings = dict  # type: ignore[attr-defined]
+    fake.Artifact = Artifact  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
 
 
@@ -58,7 +71,9 @@ def test_metrics_arrive_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     tracker = Tracker(ON, "a", tmp_path, {"seed": 3})
     for step in range(20):
         tracker.log(step, {"reward/mean": step})
+    tracker.artifact(tmp_path / "audit")
     tracker.close()
+    assert [(a.name, a.type, a.folders) for a in run.artifacts] == [("audit", "report", [str(tmp_path / "audit")])]
     assert run.logged == [(step, {"reward/mean": step}) for step in range(20)] and run.finished
     assert (asked["mode"], asked["name"], asked["config"], asked["dir"]) == ("offline", "a", {"seed": 3}, str(tmp_path))
 
@@ -99,7 +114,8 @@ def test_the_real_library_writes_offline(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rl.tracking import *; "
         "t = Tracker(TrackingConfig(wandb=True), 'a', Path(sys.argv[1]), {'seed': 0}); "
-        "[t.log(s, {'reward/mean': 0.5}) for s in range(3)]; t.close()"
+        "[t.log(s, {'reward/mean': 0.5}) for s in range(3)]; p = Path(sys.argv[1]) / 'audit'; p.mkdir(); "
+        "(p / 'report.html').write_text('a report'); t.artifact(p); t.close()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120

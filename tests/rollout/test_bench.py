@@ -1,35 +1,104 @@
-"""The bench compares what it says it compares: one set of weights, and tokens really sampled."""
+"""The bench compares what it says it compares: one set of weights, tokens really sampled, counts that see a leak."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.layout import Segments
-from rollout import bench
+from rollout import bench, bench_overhead, bench_serving, bench_text
+from rollout.bench_crowd import Crowd, Served, embedded, served, tiny_model
+from rollout.chunk import Action
+from rollout.session import Session, SessionEngine
 
 
 @torch.no_grad()
 def test_both_models_are_one_function() -> None:
-    ours, _, theirs = bench.text_models()
+    ours, _, theirs = bench_text.text_models()
     assert 12.4e6 < sum(weight.numel() for weight in theirs.parameters()) < 12.8e6
     tokens = torch.randint(8, 1024, (40,), generator=torch.Generator().manual_seed(0))
     wanted = theirs(input_ids=tokens[None]).logits[0]
-    got = ours.logits(ours(tokens, bench.NO_CODES, Segments.build([0], [0], [40])))
+    got = ours.logits(ours(tokens, bench_text.NO_CODES, Segments.build([0], [0], [40])))
     assert (got - wanted).abs().max() / wanted.abs().max() < 1e-5
+
+
+def test_a_crowd_is_served_as_many_chunks_as_it_counts() -> None:
+    crowd = Crowd(embedded(tiny_model(), 3, 20, words_per_chunk=2))
+    crowd.join(3)
+    found = served(crowd, 6)
+    assert [s.chunks for s in crowd.sessions] == [6, 6, 6]
+    assert found.sessions == 3 and 1 < found.tokens_per_chunk <= 3
+    assert found.tokens_per_s == pytest.approx(found.chunks_per_s * found.tokens_per_chunk)
+    assert 0 < found.p50_ms <= found.p99_ms
+    assert len({tuple(s.tokens) for s in crowd.sessions}) == 3
+    crowd.leave()
+    assert crowd.engine.free == 3
+
+
+def test_real_time_is_held_by_those_below_the_limit() -> None:
+    def row(sessions: int, p99_ms: float) -> Served:
+        return Served(sessions, 1.0, p99_ms, 1.0, 1.0, 1.0)
+
+    assert bench_serving.holds_real_time([row(16, 90), row(32, 199), row(48, 201)]) == 32
+    assert bench_serving.holds_real_time([row(16, 300)]) == 0
+
+
+class Leaking(SessionEngine):
+    """Keeps four small tensors a chunk."""
+
+    kept: list[Tensor]
+
+    def append(self, sessions: list[Session], chunks: Tensor) -> list[Action]:
+        self.kept = [*vars(self).get("kept", []), *(torch.zeros(1) for _ in range(4))]
+        return super().append(sessions, chunks)
+
+
+def test_growth_sees_a_leak_of_a_few_small_tensors_a_chunk() -> None:
+    model = tiny_model()
+    chunks = 200
+    flat = bench_overhead.growth(embedded(model, 1, 300), chunks)
+    assert not flat.state_moved
+    assert flat.heap_bytes_per_chunk < 120  # 8 bytes a token
+    assert flat.python_blocks < 3 * chunks
+    engine = embedded(model, 1, 300)
+    engine.__class__ = Leaking
+    leaking = bench_overhead.growth(engine, chunks)
+    assert leaking.heap_bytes_per_chunk > 480
+    assert leaking.python_blocks > 3 * chunks
+
+
+def test_overhead_is_a_part_of_the_chunk() -> None:
+    found = bench_overhead.measure_overhead(20)
+    assert 0 < found.overhead_ms < found.chunk_ms
 
 
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SESSIONS": (1, 2), "SESSION_S": (1, 2), "SAMPLED_TOKENS": 4}.items():
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(sys, "argv", ["rollout.bench", "--json", str(tmp_path / "b.json"), "--rounds", "1"])
+    monkeypatch.setattr(bench_text, "SESSIONS", (1, 2))
+    monkeypatch.setattr(bench_text, "SAMPLED_TOKENS", 4)
+    for name, value in {"SESSIONS": (1, 2), "SESSION_S": (1, 2), "MOST_SESSIONS": 4, "JOIN": 2}.items():
+        monkeypatch.setattr(bench_serving, name, value)
+    parts = [part for part in bench.PARTS if part != "engines"]
+    monkeypatch.setattr(
+        sys, "argv", ["rollout.bench", "--json", str(tmp_path / "b.json"), "--rounds", "1", "--only", *parts]
+    )
     bench.main()
     report = json.loads((tmp_path / "b.json").read_text())
     assert [row["sessions"] for row in report["text"]] == [1, 2]
     assert all(row["ours_fp32"] > 0 and row["transformers_fp32"] > 0 for row in report["text"])
-    assert [row["session_s"] for row in report["micro_turn"]] == [1, 2]
+    assert [row["session_s"] for row in report["turns"]] == [1, 2]
+    assert [(row["words_per_chunk"], row["sessions"]) for row in report["serving"]] == [(1, 1), (1, 2), (4, 1), (4, 2)]
+    assert [row["sessions"] for row in report["real_time"]["joining"]] == [2, 4]
+    assert report["overhead"]["growth"]["state_moved"] is False
+    assert 0 < report["sharing"]["shared_rows"] < report["sharing"]["separate_rows"]
+
+
+def test_vllm_is_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_serving.importlib.util, "find_spec", lambda name: None)
+    assert bench.engines(argparse.Namespace(rounds=1)) == "left out: vLLM is not installed"

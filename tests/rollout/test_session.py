@@ -197,8 +197,13 @@ def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: Interactio
         engine.append([session], sound(0, 0)[None].double())
     with pytest.raises(ValueError, match="3200"):
         engine.append([session], torch.zeros(1, 1600))
-    with pytest.raises(RuntimeError, match="1 slots are open"):
-        engine.open(1)
+    with pytest.raises(ValueError, match="twice"):
+        engine.append([session, session], torch.zeros(2, CHUNK_SAMPLES))
+    with pytest.raises(ValueError, match="NaN"):
+        engine.append([session], torch.full((1, CHUNK_SAMPLES), torch.nan))
+    for one_more in (lambda: engine.open(1), lambda: engine.fork(session, 1)):
+        with pytest.raises(MetronomeError, match="all 1 slots are open"):
+            one_more()
     with pytest.raises(MetronomeError, match="1 open sessions"):
         engine.publish()
     engine.close(session)

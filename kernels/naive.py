@@ -1,0 +1,196 @@
+"""What one would have without this project: the same ops by the library's own calls, as transformers' Inkling makes
+them. No row contract: the number of rows, the padding beside them and what came from a cache may change bits.
+
+It is here to be measured beside ours, not to be trained with: no environment variable selects it, only
+`kernels.dispatch.substituted`, and its contract id is another one. The batch is padded to its longest sequence for
+`scaled_dot_product_attention` and `conv1d`, as usual; experts are looped over, their rows sorted, and added by
+`index_add_`; keys lie in the same pages as ours and are gathered for each call, about what a cache that grows by
+concatenation costs. Log-prob digests and counter-based noise are kept, so that sessions and comparisons work; a usual
+program has neither.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PackedExperts, PackedLinear, PagedKV, Segments
+from kernels.reference import digest, gumbel
+
+NAME = "naive"
+
+
+def contract() -> dict[str, str | int]:
+    return {"isa": "torch", "row_contract": "none", "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+# ---- linear ops ----
+
+
+def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
+    packed = PackedLinear.build(parts)
+    repack(packed)
+    return packed
+
+
+def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
+    packed = PackedExperts.build(groups)
+    repack(packed)
+    return packed
+
+
+@torch.no_grad()
+def repack(packed: PackedLinear | PackedExperts) -> None:
+    """Stacks what has several parts, so that inference need not."""
+    stacks = [_stack(packed.parts, 0)] if isinstance(packed, PackedLinear) else [_stack(g, 1) for g in packed.groups]
+    packed.data = {str(i): stack for i, stack in enumerate(stacks)}
+
+
+def _stack(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
+    weight = _stack(packed.parts, 0) if torch.is_grad_enabled() else packed.data["0"]
+    return F.linear(x.to(out_dtype), weight.to(out_dtype))
+
+
+def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
+    live = torch.is_grad_enabled()
+    groups = [_stack(g, 1) for g in packed.groups] if live else list(packed.data.values())
+    weights = [w for group in groups for w in group.unbind(0)]
+    order = expert.argsort(stable=True)
+    mine = x[order // fan_out].split(torch.bincount(expert, minlength=packed.experts).tolist())
+    out = torch.cat([F.linear(rows, w) for rows, w in zip(mine, weights, strict=True) if len(rows)])
+    return torch.empty_like(out).index_copy(0, order, out)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
+    rows, choices = weight.shape
+    owner = torch.arange(rows).repeat_interleave(choices)
+    return y.new_zeros(rows, y.shape[1]).index_add_(0, owner, (y * weight.reshape(-1, 1)).to(y.dtype))
+
+
+# ---- rows and sequences ----
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _padded(segments: Segments) -> tuple[Tensor, Tensor, int]:
+    """Where the T packed rows stand in a padded batch: (segment [T], row within it [T], longest)."""
+    length = segments.offset.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(length)), length)
+    return owner, torch.arange(segments.rows) - segments.offset[:-1].long()[owner], int(length.max())
+
+
+def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
+    owner, within, longest = _padded(segments)
+    past, slot = CONV_TAPS - 1, segments.slot.long()
+    padded = x.new_zeros(len(slot), past + longest, x.shape[1])
+    if state is not None:
+        padded[:, :past] = state[slot] * (segments.start > 0)[:, None, None]
+    padded = padded.index_put((owner, within + past), x)
+    taps = weight.to(x.dtype)[:, None]
+    out = F.conv1d(padded.transpose(1, 2), taps, groups=x.shape[1]).transpose(1, 2)[owner, within]
+    if state is not None:
+        last = segments.offset.diff().long()[:, None] + torch.arange(past)
+        state[slot] = padded[torch.arange(len(slot))[:, None], last]
+    return x + out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    rel_proj: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    tau: Tensor | None,
+    cache: PagedKV | None,
+) -> Tensor:
+    owner, within, longest = _padded(segments)
+    start, sequences = segments.start.long(), len(segments.start)
+    groups = q.shape[1] // k.shape[1]
+    if cache is None:
+        key, value = (_batch(t, owner, within, sequences, longest).transpose(1, 2) for t in (k, v))  # [S, H_kv, L, D]
+    else:
+        key, value = _through_pages(k, v, cache, segments, owner)
+    if tau is not None:
+        q, rel = (t * tau[:, None, None].to(t.dtype) for t in (q, rel))
+    query = _batch(q, owner, within, sequences, longest).transpose(1, 2)
+    by_distance = _batch(rel, owner, within, sequences, longest) @ rel_proj  # [S, Q, H, extent]
+    distance = (start[:, None] + torch.arange(longest))[:, :, None] - torch.arange(key.shape[2])  # [S, Q, L]
+    extent = rel_proj.shape[1]
+    index = distance.clamp(0, extent - 1)[:, :, None].expand(-1, -1, q.shape[1], -1)
+    bias = by_distance.gather(3, index).transpose(1, 2)
+    bias = bias.masked_fill((distance >= extent)[:, None], 0.0)
+    unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    bias = bias.masked_fill(unseen[:, None], -torch.inf)
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2)[owner, within]
+
+
+def _batch(x: Tensor, owner: Tensor, within: Tensor, sequences: int, longest: int) -> Tensor:
+    """[T, H, D] -> [S, longest, H, D], zeros where a sequence is shorter."""
+    return x.new_zeros(sequences, longest, *x.shape[1:]).index_put((owner, within), x)
+
+
+def _through_pages(k: Tensor, v: Tensor, cache: PagedKV, segments: Segments, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes the new keys and values, then gathers every sequence, padded to the longest: [S, H_kv, L, D] each."""
+    position, table = segments.position.long(), cache.table[segments.slot.long()].long()
+    page, place = table[owner, position // SPLIT_TOKENS], position % SPLIT_TOKENS
+    cache.key[page, :, :, place] = k
+    cache.value[page, :, place] = v
+    longest = int(position.max()) + 1
+    pages = table[:, : -(-longest // SPLIT_TOKENS)].clamp(min=0)
+    key = cache.key[pages].permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, :longest]
+    value = cache.value[pages].permute(0, 2, 1, 3, 4).flatten(2, 3)[:, :, :longest]
+    return key, value
+
+
+def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:
+    experts = logits.shape[1] - shared
+    chosen = torch.topk(logits[:, :experts].sigmoid() + bias, top_k, dim=1).indices
+    always = torch.arange(experts, experts + shared).expand(len(logits), shared)
+    expert = torch.cat([chosen, always], dim=1)
+    return expert.to(torch.int32), F.logsigmoid(logits.gather(1, expert)).softmax(1)
+
+
+def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
+    offset = torch.arange(codes.shape[1]) * bins
+    return F.embedding(codes.long() + offset, table).sum(1)
+
+
+# ---- log-probabilities ----
+
+
+def logprob(
+    logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = allowed[row_class]
+    logp = F.log_softmax((logits / temperature).masked_fill(~mask, -torch.inf), dim=1)
+    safe = logp.masked_fill(~mask, 0)
+    entropy = -(safe.exp().masked_fill(~mask, 0) * safe).sum(1)
+    return logp.gather(1, token[:, None])[:, 0], entropy, digest(logp)
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.masked_fill(~allowed[row_class], -torch.inf)
+    logp = F.log_softmax(logits / (temperature or 1.0), dim=1)
+    token = (logits if temperature == 0 else logp + gumbel(key, logits.shape[1]).to(logp.dtype)).argmax(1)
+    return token, logp.gather(1, token[:, None])[:, 0], digest(logp)

@@ -1,0 +1,259 @@
+"""``python -m rl.audit.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
+
+One recipe, one checkpoint and one seed, several runs side by side: ours (`rl.loop`, exact or stopped), naive torch
+(`kernels.naive`), whose sampler and learner differ in their last bits, and a bf16 sampler with an fp32 learner, which
+differ a thousand times as much, as where rollouts run in lower precision. The latter with truncated importance weights:
+every token's advantage is multiplied by min(p_learner / p_sampler, CAP) (Yao et al. 2025, "truncated importance
+sampling"; TRL's ``token_truncate``), and once without. The mismatch is reported here, not fatal; that is why this is a
+program of its own and no option of `rl.train`. Writes FOLDER/baseline.json and baseline.png: reward and mismatch at
+each step, and the held-out score.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("rl.audit.baseline")
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch, naive
+from model import checkpoint
+from model.files import write_whole
+from model.transformer import InteractionModel
+from reward.source import RewardSource
+from rl import loop, ranks
+from rl.batch import collate, score_choices
+from rl.config import EvalConfig, RLConfig, TrainConfig
+from rl.credit import token_weights
+from rl.environment import environment
+from rl.evaluate import evaluate
+from rl.identity import compare
+from rl.learner import Learner, policy_gradient
+from rl.run import build_engine
+from rollout.episode import Episode, concatenate
+from rollout.roller import InProcess, Roller
+from rollout.scenarios.registry import FAMILIES, scenario
+from rollout.speech import SpeechBank
+from rollout.vocabulary import Vocabulary
+
+CAP = 2.0
+RATIO_MEAN, RATIO_MAX, TRUNCATED = "ratio/mean", "ratio/max", "ratio/truncated"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the runs."""
+
+    name: str
+    naive: bool = False  # naive torch's ops in sampler and learner; else our kernels
+    sampler: torch.dtype = torch.float32  # the learner's is always fp32
+    weights: bool = False  # truncated importance weights
+
+    @property
+    def exact(self) -> bool:
+        return not self.naive and self.sampler == torch.float32
+
+    def backend(self) -> AbstractContextManager[None]:
+        return dispatch.substituted(naive) if self.naive else nullcontext()
+
+
+ARMS = (
+    Arm("ours"),
+    Arm("naive + importance weights", naive=True, weights=True),
+    Arm("bf16 sampler + importance weights", sampler=torch.bfloat16, weights=True),
+    Arm("bf16 sampler", sampler=torch.bfloat16),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    arm: str
+    records: list[dict[str, Any]]  # one a step, with the names of metrics.jsonl
+    before: float  # held-out score
+    after: float
+    wall_s: float
+
+
+def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Result:
+    """One run from the checkpoint; the caller has joined a world of processes (`rl.ranks`)."""
+    with arm.backend():
+        model = checkpoint.load(folder, torch.float32)
+        sampling = model if arm.sampler == torch.float32 else checkpoint.load(folder, arm.sampler)
+        vocabulary = Vocabulary.build(model.vocab)
+        roller = InProcess(build_engine(config, sampling, vocabulary, config.rollout.temperature))
+        source = RewardSource.load(config.reward, config.source)
+        held_out = [
+            scenario(family, "held_out", i, bank, config.scenarios)
+            for i in range(config.eval.scenarios)
+            for family in FAMILIES
+        ]
+        before = evaluate(roller, held_out, source, config.seed).score[""]
+        learner = Learner(model, config.rl.optim, config.rl.steps)
+        clock = time.perf_counter()
+        if arm.exact:
+            records = [step.metrics for step in loop.steps(config, bank, roller, learner, source, None, first=0)]
+        else:
+            records = list(_inexact(arm, config, bank, roller, learner, source, sampling))
+        wall_s = time.perf_counter() - clock
+        return Result(arm.name, records, before, evaluate(roller, held_out, source, config.seed).score[""], wall_s)
+
+
+def _inexact(
+    arm: Arm,
+    config: TrainConfig,
+    bank: SpeechBank,
+    roller: Roller,
+    learner: Learner,
+    source: RewardSource,
+    sampling: InteractionModel,
+) -> Iterator[dict[str, Any]]:
+    """`rl.loop.steps` without its promise: the mismatch is recorded, and importance weights stand in for equality."""
+    classes, micro_batch = Vocabulary.build(learner.model.vocab).classes, config.rl.micro_batch
+    for step in range(config.rl.steps):
+        episodes = roller.play(loop.plays(config, bank, step), config.seed)
+        judged = source.judge(episodes)
+        weights = token_weights(episodes, judged.acting, [], config.rl)
+        extra: dict[str, float] = {}
+        if arm.weights:
+            ratio = ratios(learner.model, episodes, micro_batch)
+            weights = truncated(weights, ratio)
+            every = torch.cat(ratio)
+            extra = {
+                RATIO_MEAN: float(every.mean()),
+                RATIO_MAX: float(every.max()),
+                TRUNCATED: float((every > CAP).float().mean()),
+            }
+        g = policy_gradient(learner.model, episodes, weights, classes, config.rollout.temperature, micro_batch)
+        found = compare(concatenate(episodes, "logprob"), g.logprob, concatenate(episodes, "digest"), g.digest)
+        norm = learner.step(g)
+        if sampling is not learner.model:
+            sampling.load_state_dict(learner.model.state_dict())
+        roller.publish()
+        yield {"step": step, **loop.rewards(judged), **found.metrics(), **extra, "policy/grad_norm": norm}
+
+
+@torch.no_grad()
+def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: int) -> list[Tensor]:
+    """p_learner / p_sampler of every sampled token, fp32 [N_e] an episode, from a forward pass of the learner."""
+    classes, found = Vocabulary.build(model.vocab).classes, []
+    for first in range(0, len(episodes), micro_batch):
+        some = episodes[first : first + micro_batch]
+        logprob, _, _ = score_choices(model, collate(some), classes, some[0].temperature)
+        found.append((logprob - concatenate(some, "logprob")).exp())
+    return list(torch.cat(found).split([len(e.chunk) for e in episodes]))
+
+
+def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor]:
+    """advantage * min(ratio, CAP), token by token."""
+    return [w * r.clamp(max=CAP) for w, r in zip(weights, ratio, strict=True)]
+
+
+def tables(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """What came out, and the curves."""
+    ends, curves = [], []
+    for r in results:
+        k3 = [record["mismatch/k3"] for record in r.records]
+        tokens = sum(record["mismatch/num_tokens"] for record in r.records)
+        unequal = sum(record["mismatch/num_unequal"] for record in r.records)
+        last = r.records[-10:]
+        score = sum(record["reward/score"] for record in last) / len(last)
+        largest = max(record["mismatch/max_abs"] for record in r.records)
+        ends.append(
+            [r.arm, r.before, r.after, score, 100 * unequal / tokens, sum(k3) / len(k3), max(k3), largest, r.wall_s]
+        )
+        for x in r.records:
+            ratio = [x.get(RATIO_MAX, ""), x.get(TRUNCATED, "")]
+            columns = ("step", "reward/score", "reward/mean", "mismatch/num_unequal", "mismatch/k3", "mismatch/max_abs")
+            curves.append([r.arm, *(x[c] for c in columns), *ratio])
+    return [
+        {
+            "title": "Naive torch with importance weights beside ours",
+            "columns": [
+                "run", "held-out before", "held-out after", "score, last 10 steps", "tokens unequal, %", "k3, mean",
+                "k3, worst step", "max abs", "seconds",
+            ],
+            "rows": ends,
+            "note": (
+                f"One checkpoint, recipe and seed; {len(results[0].records)} steps. Runs part by chance as soon as one "
+                "token differs: one seed says nothing of which way is better. Seconds are of one run after the other."
+            ),
+        },
+        {
+            "title": "Reward and mismatch at each step",
+            "columns": ["run", "step", "score", "reward", "unequal", "k3", "max abs", "largest ratio", "truncated"],
+            "rows": curves,
+            "note": f"Ratios p_learner / p_sampler of tokens, truncated at {CAP:g}, where importance weights are used.",
+        },
+    ]  # fmt: skip
+
+
+def picture(results: Sequence[Result]) -> bytes:
+    """PNG: score and k3 by step."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    exact = []
+    for i, r in enumerate(results):
+        steps = [x["step"] for x in r.records]
+        score = [x["reward/score"] for x in r.records]
+        smooth = [sum(score[max(0, s - 4) : s + 1]) / len(score[max(0, s - 4) : s + 1]) for s in range(len(score))]
+        left.plot(steps, smooth, color=f"C{i}", label=f"{r.arm} (held out {r.before:.2f} → {r.after:.2f})")
+        k3 = [x["mismatch/k3"] for x in r.records]
+        if any(k3):
+            right.plot(steps, k3, color=f"C{i}", label=r.arm)
+        else:
+            exact.append(r.arm)
+    left.set(xlabel="step", ylabel="score, mean of 5 steps", title="Reward")
+    left.legend(fontsize=7)
+    right.set(xlabel="step", ylabel="k3, nats a token", yscale="log", title="Sampler against learner")
+    right.legend(fontsize=7, title=f"exactly 0 at every step: {', '.join(exact)}" if exact else None, title_fontsize=7)
+    out = BytesIO()
+    figure.savefig(out, dpi=120)
+    return out.getvalue()
+
+
+def run(
+    folder: Path, out: Path, steps: int, *, evaluated: int = 48, groups: int = 4, rollouts: int = 6
+) -> dict[str, Any]:
+    """All runs, one after the other; writes out/baseline.json and out/baseline.png and returns the former's content.
+
+    ``evaluated``: held-out scenarios of each family, before and after; ``groups``, ``rollouts``: of a step."""
+    config = TrainConfig(
+        rl=RLConfig(steps=steps, groups=groups, rollouts=rollouts), eval=EvalConfig(scenarios=evaluated)
+    )
+    bank, results = SpeechBank.load(), []
+    for arm in ARMS:
+        results.append(train(arm, config, folder, bank))
+        print(f"{arm.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
+    content = {"checkpoint": str(folder), "environment": environment(), "tables": tables(results)}
+    write_whole(out / "baseline.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(out / "baseline.png", picture(results))
+    return content
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="rl.audit.baseline", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--out", type=Path, required=True, help="folder for baseline.json and baseline.png")
+    a = parser.parse_args(arguments)
+    ranks.join()
+    try:
+        run(a.checkpoint, a.out, a.steps)
+    finally:
+        ranks.leave()

@@ -1,0 +1,80 @@
+"""The audit as a command.
+
+    python -m rl.audit --run runs/quickstart
+    python -m rl.audit --compare runs/a runs/b [--out FOLDER]
+    python -m rl.audit --checkpoint runs/quickstart/checkpoints/step_000120 --matrix [--out FOLDER]
+
+The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
+two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.audit.matrix`).
+
+Exit status 0, whatever the verdict; with ``--fail-on mismatch`` 1 when it is *different*, 2 when it is *not
+comparable*. Status 2 is also that of every input that cannot be read: in both cases there is no statement to rely on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import MetronomeError
+from rl.audit.compare import compare_runs
+from rl.audit.report import audit, statement
+
+STATUS = {"identical": 0, "different": 1, "not_comparable": 2}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Raises SystemExit with the status that ``--fail-on`` asks for, MetronomeError for a folder that will not do."""
+    given = parser().parse_args(arguments)
+    if bool(given.checkpoint) != given.matrix:
+        raise MetronomeError("--checkpoint and --matrix go together: name a checkpoint's folder and ask for its matrix")
+    if given.checkpoint:
+        measure(given.checkpoint, given.out)
+        return
+    if given.run and given.out:
+        raise MetronomeError("--out: the report of a run goes to RUN/audit; leave --out away")
+    if given.compare:
+        first, second = given.compare
+        out = given.out or first / "audit" / f"compare_{second.resolve().name}"
+        report = compare_runs(first, second, out)
+    else:
+        out = given.run / "audit"
+        report = audit(given.run)
+    print(statement(report, out))
+    if given.fail_on:
+        fail(report)
+
+
+def measure(given: Path, out: Path | None) -> None:
+    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
+    folder = given / "model" if (given / "model").is_dir() else given
+    run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
+    matrix = importlib.import_module("rl.audit.matrix")
+    print("\n\n".join(matrix.shown(table) for table in matrix.run(folder, out or run / "audit")["tables"]))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rl.audit", description="Says whether sampler and learner are equal."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, metavar="RUN", help="a run's folder; the report goes to RUN/audit")
+    what.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("RUN_A", "RUN_B"), help="are these one run, bit for bit?"
+    )
+    what.add_argument("--checkpoint", type=Path, metavar="CKPT", help="a checkpoint's folder, with --matrix")
+    parser.add_argument(
+        "--matrix", action="store_true", help="measure what the checkpoint's log-probs are invariant to"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where --compare and --matrix write")
+    parser.add_argument("--fail-on", choices=["mismatch"], help="status 1 when different, 2 when not comparable")
+    return parser
+
+
+def fail(report: dict[str, Any]) -> None:
+    status = STATUS[report["verdict"]]
+    if status:
+        sys.exit(status)

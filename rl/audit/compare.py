@@ -1,0 +1,216 @@
+"""Are two runs the same run, bit for bit? Their weights' digests at each step, what else their records hold, and their
+saved episodes: tokens, audio, positions, masks, log-probs and row digests.
+
+Seconds are not compared: two runs of one recipe take different times. Runs under two contracts are not comparable, and
+runs that share no step have nothing to compare; both are said as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.errors import MetronomeError
+from rl.audit.page import render
+from rl.audit.pictures import chart, line
+from rl.audit.records import Records, flat, read
+from rl.audit.report import machine, write
+from rl.audit.verdict import SCHEMA
+from rl.identity import unequal_bits
+from rollout.episode import TENSORS, Episode, load_episodes
+
+PLACE = ("name", "runs", "tracking")
+"""What a recipe says of where a run is kept; it enters no result."""
+
+
+def compare_runs(a: Path, b: Path, out: Path) -> dict[str, Any]:
+    """Writes report.html and report.json into ``out`` and returns the latter. Raises MetronomeError when a folder is
+    not a run's."""
+    first, second = read(a), read(b)
+    report = comparison(first, second)
+    steps = sorted({r["step"] for records in (first, second) for r in records.metrics})
+    both = [{r["step"]: r for r in records.metrics} for records in (first, second)]
+    curves = [
+        chart(
+            title,
+            unit,
+            [line(name, [found.get(s, {}) for s in steps], key) for name, found in zip("AB", both, strict=True)],
+            note,
+        )
+        for title, unit, key, note in (
+            ("Reward of an episode", "", "reward/mean", "Where only one curve is seen, the other lies beneath it."),
+            ("Score by the rules", "%", "reward/score", ""),
+            ("Entropy of the policy", "nats a token", "policy/entropy", ""),
+            ("Seconds of a step", "s", "time/step_s", "Time is shown, not compared."),
+        )
+    ]
+    data = {
+        "steps": steps,
+        "charts": [c for c in curves if c["lines"]],
+        "scatter": None,
+        "episodes": [],
+        "tables": [],
+        "machines": [machine(f"Environment of {n}", r.environment) for n, r in (("A", first), ("B", second))],
+        "recipes": [["Recipe of A", first.recipe_text], ["Recipe of B", second.recipe_text]],
+    }
+    write(out, report, render(report, data))
+    return report
+
+
+def comparison(a: Records, b: Records) -> dict[str, Any]:
+    """report.json of two runs."""
+    reasons = _reasons(a, b)
+    steps_a, steps_b = ({r["step"]: r for r in records.metrics} for records in (a, b))
+    common = [] if reasons else sorted(steps_a.keys() & steps_b.keys())
+    unequal = [(step, fields) for step in common if (fields := _fields(steps_a[step], steps_b[step]))]
+    episodes = _Episodes()
+    for step in [] if reasons else sorted(a.episodes.keys() & b.episodes.keys()):
+        episodes.add(_by_name(a, step), _by_name(b, step), step)
+    reasons += episodes.reasons
+    if not reasons and not common and not episodes.compared:
+        reasons.append("The runs have no step and no saved episode in common.")
+    final = [records.summary.get("weights_digest") for records in (a, b)]
+    ends_apart = all(final) and final[0] != final[1] and steps_a.keys() == steps_b.keys()
+    verdict = "identical"
+    if reasons:
+        verdict = "not_comparable"
+    elif unequal or episodes.unequal or ends_apart:
+        verdict = "different"
+    recipe_a, recipe_b = dict(flat(a.recipe)), dict(flat(b.recipe))
+    return {
+        "schema": SCHEMA,
+        "kind": "comparison",
+        "verdict": verdict,
+        "title": f"runs {a.name} (A) and {b.name} (B)",
+        "headline": _headline(verdict, len(common), unequal, episodes, reasons),
+        "scope": _scope(a, b, len(common), episodes),
+        "num_tokens": episodes.tokens,
+        "num_unequal": episodes.tokens_unequal,
+        "rows_unequal": episodes.rows_unequal,
+        "steps_compared": len(common),
+        "steps_unequal": len(unequal),
+        "first_step": {"step": unequal[0][0], "fields": unequal[0][1]} if unequal else None,
+        "episodes_compared": episodes.compared,
+        "episodes_unequal": episodes.unequal,
+        "episode_fields": episodes.fields,
+        "recipe": [
+            {"field": name, "a": _said(recipe_a, name), "b": _said(recipe_b, name)}
+            for name in sorted(recipe_a.keys() | recipe_b.keys())
+            if name.split(".")[0] not in PLACE and _said(recipe_a, name) != _said(recipe_b, name)
+        ],
+        "contract": {"a": a.contract_id, "b": b.contract_id},
+        "reasons": reasons,
+        "gaps": [f"{side}: {gap}" for side, records in (("A", a), ("B", b)) for gap in records.gaps],
+        "weights": [
+            {"step": s, "a": _digest(steps_a.get(s)), "b": _digest(steps_b.get(s))}
+            for s in sorted(steps_a.keys() | steps_b.keys())
+        ],
+    }
+
+
+def _reasons(a: Records, b: Records) -> list[str]:
+    if a.contract_id is None or b.contract_id is None:
+        return ["The contract of a run is unknown: its environment.json is missing or damaged."]
+    if a.contract_id == b.contract_id:
+        return []
+    fields_a, fields_b = (dict(flat(r.environment.get("contract") or {})) for r in (a, b))
+    parts = [
+        f"{name} {_said(fields_a, name)} and {_said(fields_b, name)}"
+        for name in sorted(fields_a.keys() | fields_b.keys())
+        if _said(fields_a, name) != _said(fields_b, name)
+    ]
+    return [
+        f"A ran under contract {a.contract_id}, B under {b.contract_id}: {'; '.join(parts) or 'no field is known'}."
+    ]
+
+
+def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Which fields of a step's two records differ, of those that both have."""
+    return [name for name in a if name in b and not name.startswith("time/") and a[name] != b[name]]
+
+
+def _said(fields: Mapping[str, Any], name: str) -> str:
+    return str(fields[name]) if name in fields else "(absent)"
+
+
+def _digest(record: Mapping[str, Any] | None) -> str | None:
+    return None if record is None else record["weights_digest"]
+
+
+def _by_name(records: Records, step: int) -> dict[str, Episode]:
+    """A step's saved episodes, of however many processes; a damaged file becomes a gap."""
+    found: dict[str, Episode] = {}
+    for file in records.episodes[step]:
+        try:
+            found |= {e.name: e for e in load_episodes(file)}
+        except MetronomeError as error:
+            records.gaps.append(f"Step {step}: {error}")
+    return found
+
+
+class _Episodes:
+    """Counts over the saved episodes that both runs have."""
+
+    def __init__(self) -> None:
+        self.compared = self.unequal = self.tokens = self.tokens_unequal = self.rows_unequal = 0
+        self.fields: dict[str, int] = {}  # in how many episodes each field differs
+        self.reasons: list[str] = []
+
+    def add(self, a: Mapping[str, Episode], b: Mapping[str, Episode], step: int) -> None:
+        for name in [name for name in a if name in b]:
+            x, y = a[name], b[name]
+            if x.contract_id != y.contract_id:
+                self.reasons.append(
+                    f"Step {step}, episode {name}: A's is of contract {x.contract_id}, B's of {y.contract_id}."
+                )
+                continue
+            self.compared += 1
+            differs = [f for f in TENSORS if not _same(getattr(x, f), getattr(y, f))]
+            differs += [f for f in ("seed", "temperature", "weights_digest") if getattr(x, f) != getattr(y, f)]
+            self.unequal += bool(differs)
+            for field in differs:
+                self.fields[field] = self.fields.get(field, 0) + 1
+            if not {"tokens", "codes", "sampled_at", "row_class"} & set(differs):  # else other inputs: nothing to count
+                self.tokens += len(x.logprob)
+                if len(x.logprob) == len(y.logprob) and len(x.digest) == len(y.digest):
+                    self.tokens_unequal += int(unequal_bits(x.logprob, y.logprob).sum())
+                    self.rows_unequal += int((x.digest != y.digest).sum())
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in shape, type and bits."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return not bool(unequal_bits(a, b).any()) if a.dtype == torch.float32 else torch.equal(a, b)
+
+
+def _headline(
+    verdict: str, common: int, unequal: Sequence[tuple[int, list[str]]], episodes: _Episodes, reasons: Sequence[str]
+) -> str:
+    if verdict == "not_comparable":
+        return f"Not comparable. {reasons[0]}"
+    if verdict == "identical":
+        return f"One run, bit for bit: {common:,} steps and {episodes.compared:,} saved episodes are equal."
+    if unequal:
+        step, fields = unequal[0]
+        first = f"The first is step {step:,}, in {', '.join(fields[:4])}{' …' if len(fields) > 4 else ''}."
+        return f"Not the same run: {len(unequal):,} of {common:,} steps differ. {first}"
+    return (
+        f"Not the same run: {episodes.unequal:,} of {episodes.compared:,} saved episodes differ, or the final weights."
+    )
+
+
+def _scope(a: Records, b: Records, common: int, episodes: _Episodes) -> str:
+    only = [
+        f"{len(r.metrics) - common:,} steps of {side} alone"
+        for side, r in (("A", a), ("B", b))
+        if len(r.metrics) > common
+    ]
+    return (
+        f"Compared: the records of {common:,} steps that both have (weights' digest, rewards, mismatch, entropy; not "
+        f"times), and {episodes.compared:,} saved episodes with {episodes.tokens:,} sampled tokens. "
+        f"{'Not compared: ' + ' and '.join(only) + '.' if only else 'Neither run has a step that the other lacks.'}"
+    )  # fmt: skip

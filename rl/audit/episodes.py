@@ -1,0 +1,149 @@
+"""Episodes as the page's browser reads them: a short row each for the list, and the whole in blocks opened on demand.
+
+A block holds the episodes of some rollouts as gzip'd JSON. Rollouts of one scenario hear the same audio until the user
+reacts, so a block keeps each chunk of dMel codes once, as 320 hexadecimal digits (4 frames x 80 channels, 16 bins).
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from model.tokenizer import load_tokenizer
+from reward.combine import score
+from reward.score import Outcome, RewardConfig, Score
+from rl.audit.rescore import Seen
+from rl.audit.verdict import exact
+from rollout.chunk import CHUNK_FRAMES
+from rollout.episode import Episode
+from rollout.scenarios.registry import facts_from_json
+from rollout.scenarios.timespeak import TimespeakFacts
+
+SHOWN = 5000
+"""Episodes in a page at most: about 1 to 3 kB each."""
+BLOCK = 24
+"""Episodes in a block: opening one decodes so many."""
+
+
+def browser(seen: Sequence[Seen], rules: RewardConfig | None) -> dict[str, Any]:
+    """{"rows": one a shown episode, "blocks": base64 text of each block, "omitted": episodes left out}.
+
+    Left out are the last ones, but never one that differs. ``rules`` None: nothing is judged."""
+    shown = sorted(range(len(seen)), key=lambda i: (seen[i].state != "different", i))[:SHOWN]
+    kept = [seen[i] for i in sorted(shown)]
+    words = _words()
+    rows, blocks = [], []
+    for first in range(0, len(kept), BLOCK):
+        cells: dict[str, int] = {}
+        details = []
+        for place, one in enumerate(kept[first : first + BLOCK]):
+            judged = _judge(one.episode, rules)
+            rows.append(_row(one, judged) | {"block": len(blocks), "place": place})
+            details.append(_detail(one, judged, words, cells))
+        packed = gzip.compress(json.dumps({"cells": list(cells), "episodes": details}).encode(), 6, mtime=0)
+        blocks.append(base64.b64encode(packed).decode())
+    return {"rows": rows, "blocks": blocks, "omitted": len(seen) - len(kept)}
+
+
+def _words() -> dict[int, str]:
+    vocabulary: dict[str, int] = load_tokenizer().get_vocab()
+    return {i: word for word, i in vocabulary.items()}
+
+
+def _judge(episode: Episode, rules: RewardConfig | None) -> Score | None:
+    """The rules' score; None where an episode's facts cannot be read by them (they come from a file)."""
+    if rules is None:
+        return None
+    try:
+        return score(episode.family, episode.facts, episode.actions, rules)
+    except (KeyError, ValueError, TypeError, IndexError):
+        return None
+
+
+def _row(one: Seen, judged: Score | None) -> dict[str, Any]:
+    outcomes = [event.outcome for event in judged.events] if judged else []
+    return {
+        "step": one.step,
+        "name": one.episode.name,
+        "family": one.episode.family,
+        "state": one.state,
+        "said": " ".join(word for action in one.episode.actions for word in action.words),
+        "score": _plain(judged.value) if judged else None,
+        "timing": _plain(judged.timing.sum()) if judged else None,
+        "content": _plain(judged.content.sum()) if judged else None,
+        "tokens": len(one.episode.logprob),
+        "unequal": int(one.token_differs.sum()),
+        "rows": int(one.row_differs.sum()),
+        "missed": outcomes.count(Outcome.MISSED) + outcomes.count(Outcome.WRONG),
+        "spurious": outcomes.count(Outcome.SPURIOUS),
+    }
+
+
+def _detail(one: Seen, judged: Score | None, words: Mapping[int, str], cells: dict[str, int]) -> dict[str, Any]:
+    episode = one.episode
+    return {
+        "why_not": one.why_not[1] if one.why_not else None,
+        "audio": _audio(episode.codes, cells),
+        "actions": [[action.mode.value, *action.words] for action in episode.actions],
+        "user": _user(episode.facts),
+        "events": [
+            [e.chunk, e.kind, e.outcome.value, e.due, _plain(e.timing), _plain(e.content)]
+            for e in (judged.events if judged else ())
+        ],
+        "timing": [_plain(v) for v in judged.timing] if judged else None,
+        "content": [_plain(v) for v in judged.content] if judged else None,
+        "tokens": _tokens(one, words),
+    }
+
+
+def _audio(codes: Tensor, cells: dict[str, int]) -> list[int]:
+    """The index in ``cells`` of each chunk's codes; a last chunk that is not whole is left out."""
+    digits = codes.clamp(max=15).numpy().tobytes().hex()[1::2]  # one hexadecimal digit a code
+    size = CHUNK_FRAMES * codes.shape[-1]
+    chunks = [digits[i : i + size] for i in range(0, len(digits) - size + 1, size)]
+    return [cells.setdefault(chunk, len(cells)) for chunk in chunks]
+
+
+def _tokens(one: Seen, words: Mapping[int, str]) -> list[list[Any]]:
+    """[chunk, text, class, sampler's log-prob, learner's where it differs, whether the row's digest differs] of each
+    sampled token. Log-probs are text, because JSON has no NaN and a page must not round."""
+    e = one.episode
+    learner = e.logprob if one.logprob is None else one.logprob
+    columns = (e.chunk, e.sampled_at, e.row_class, e.logprob, learner, one.token_differs, one.row_differs)
+    out: list[list[Any]] = []
+    # A file's columns may differ in length; such an episode is not comparable, and shown as far as all of them go.
+    for chunk, at, row_class, p, q, token_differs, row_differs in zip(*(c.tolist() for c in columns), strict=False):
+        token = int(e.tokens[at]) if 0 <= at < len(e.tokens) else -1
+        differs = exact(q) if token_differs else None
+        out.append([chunk, words.get(token, f"#{token}"), row_class, exact(p), differs, int(row_differs)])
+    return out
+
+
+def _plain(value: float) -> float | None:
+    value = float(value)
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _user(facts: Mapping[str, Any]) -> list[list[Any]]:
+    """What the user did, as [first chunk, last chunk, kind, words]; nothing where the facts cannot be read."""
+    try:
+        read = facts_from_json(facts)
+        if isinstance(read, TimespeakFacts):
+            spans: list[list[Any]] = [[read.request_start, read.request_end, "request", f"… {read.number} seconds"]]
+            if read.stop_start is not None:
+                spans.append([read.stop_start, read.stop_end, "stop", "goodbye"])
+            return spans
+        spans = []
+        for turn in read.turns:
+            kind = "interruption" if turn.interrupts else "turn"
+            spans.append([turn.start, turn.end, kind, "interrupts" if turn.interrupts else "speaks"])
+            spans += [[first, last, "pause", "pauses"] for first, last in turn.pauses]
+        return spans
+    except (KeyError, ValueError, TypeError):
+        return []

@@ -1,0 +1,57 @@
+"""One self-contained HTML file: template, style and script from this folder, and the data inside it.
+
+Whatever comes from a run (words, names, recipes) is hostile: Python escapes what it puts into HTML, the data is JSON
+whose ``<`` is written ``\\u003c``, and the script only ever sets text, never HTML. A content security policy that names
+the hashes of this style and this script has the browser refuse every other one, and every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+SCRIPTS = ("dom.js", "charts.js", "grid.js", "episodes.js", "page.js")
+NAMES = {"identical": "Identical", "different": "Different", "not_comparable": "Not comparable"}
+
+
+def render(report: Mapping[str, Any], data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
+    """``report``: report.json. ``data``: what else the script draws. ``blocks``: base64 text of `episodes.browser`."""
+    style = (FOLDER / "page.css").read_text()
+    body = "\n".join((FOLDER / name).read_text() for name in SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{body}}})();\n'
+    title = f"{NAMES[report['verdict']]} · {report['title']} · Metronome audit"
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "title": html.escape(title),
+        "policy": html.escape(policy),
+        "style": style,
+        "verdict": html.escape(report["verdict"]),
+        "name": html.escape(NAMES[report["verdict"]]),
+        "subject": html.escape(report["title"]),
+        "headline": html.escape(report["headline"]).replace("full-vocabulary", "<span>full-vocabulary</span>"),
+        "scope": html.escape(report["scope"]),
+        "data": _json({"report": report, **data}),
+        "blocks": "\n".join(f'<script type="text/plain" id="block-{i}">{b}</script>' for i, b in enumerate(blocks)),
+        "script": script,
+    }
+    # In one pass, so that nothing inside a part is taken for a place.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], (FOLDER / "page.html").read_text())
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,121 @@
+"""What the page draws, as plain numbers: curves over steps, and sampler against learner. The drawing is `charts.js`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl.audit.records import Records
+from rl.audit.rescore import Seen
+
+CELLS = 96
+"""The log-prob picture counts tokens in CELLS x CELLS cells."""
+POINTS = 2000
+"""Differing tokens that are drawn one by one; beyond that they are only counted."""
+
+Record = Mapping[str, Any]
+
+
+def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
+    """The charts of a run; ``rescored``: the steps of which episodes were re-scored."""
+    metrics, found = records.metrics, records.mismatch()
+    if not metrics:
+        return []
+    unequal = chart(
+        "Unequal tokens at each step",
+        "tokens",
+        [line("log-probs that differ", metrics, "mismatch/num_unequal"),
+         line("rows that differ", metrics, "mismatch/rows_unequal")],
+        f"The run's own count, before each optimizer step: {found.num_unequal:,} of {found.num_tokens:,}. "
+        "Diamonds: steps of which episodes were re-scored for this audit.",
+    ) | {"marks": list(rescored)}  # fmt: skip
+    out = [unequal]
+    if found.k3_sum:
+        names = [line("k3", metrics, "mismatch/k3"), line("k1", metrics, "mismatch/k1")]
+        out.append(chart("Mismatch KL", "nats a token", names, "Sampler against learner at equal weights."))
+    rewards = [line(name, metrics, f"reward/{name}") for name in ("mean", "timing", "content")]
+    rewards += [line("learned", metrics, "proxy/mean")]
+    scores = [line("training rollouts", metrics, "reward/score"), line("held-out", metrics, "eval/held_out")]
+    out += [
+        chart("Reward of an episode", "", rewards, "Mean over a step's rollouts: timing and content by the rules."),
+        chart("Score by the rules", "%", scores, "Share of what was due that was done right."),
+        chart("Entropy of the policy", "nats a token", [line("entropy", metrics, "policy/entropy")], ""),
+        chart("Where a step's time went", "s", _times(metrics), "Seconds of a step, stacked.") | {"stacked": True},
+    ]
+    return [one for one in out if one["lines"]]
+
+
+def chart(title: str, unit: str, lines: Iterable[dict[str, Any] | None], note: str) -> dict[str, Any]:
+    return {"title": title, "unit": unit, "lines": [one for one in lines if one], "note": note}
+
+
+def line(name: str, metrics: Sequence[Record], key: str) -> dict[str, Any] | None:
+    """One value a record, null where it has none; nothing if none has."""
+    values = [_number(record.get(key)) for record in metrics]
+    return {"name": name, "values": values} if any(v is not None for v in values) else None
+
+
+def _times(metrics: Sequence[Record]) -> list[dict[str, Any] | None]:
+    named = [("rollout", "time/rollout_s"), ("judge", "time/judge_s"), ("learner", "time/learner_s")]
+    return [line(name, metrics, key) for name, key in named]
+
+
+def _number(value: Any) -> float | None:
+    """Six digits are enough to draw."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}")
+
+
+def scatter(seen: Sequence[Seen]) -> dict[str, Any] | None:
+    """Sampler's log-probs against the learner's: counts of tokens by cell, and the differing ones by themselves."""
+    scored = [one for one in seen if one.logprob is not None]
+    if not scored:
+        return None
+    sampler = torch.cat([one.episode.logprob for one in scored]).double()
+    learner = torch.cat([one.logprob for one in scored if one.logprob is not None]).double()
+    differs = torch.cat([one.token_differs for one in scored])
+    finite = sampler.isfinite() & learner.isfinite()
+    sampler, learner, differs = sampler[finite], learner[finite], differs[finite]
+    low = min(float(sampler.min()), float(learner.min()), -1.0) if len(sampler) else -1.0
+    high = max(float(sampler.max()), float(learner.max()), 0.0) if len(sampler) else 0.0
+    edges = np.linspace(low, high, CELLS + 1)
+    counts, _, _ = np.histogram2d(sampler.numpy(), learner.numpy(), bins=(edges, edges))
+    x, y = counts.nonzero()
+    places = differs.nonzero().flatten()[:POINTS]
+    return {
+        "low": low,
+        "high": high,
+        "cells": CELLS,
+        "counts": np.stack([x, y, counts[x, y]], 1).astype(int).tolist(),
+        "tokens": len(sampler),
+        "differing": int(differs.sum()),
+        "points": torch.stack([sampler[places], learner[places]], 1).tolist(),
+    }
+
+
+def tables(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
+    """``{"tables": [{"title", "columns", "rows", "note"}]}`` from a file that another part of the audit left, if it is
+    there; what is not of that form becomes a gap."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(), parse_constant=str)["tables"]
+        return [
+            {
+                "title": str(one["title"]),
+                "columns": [str(c) for c in one["columns"]],
+                "rows": [[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
+                "note": str(one.get("note", "")),
+            }
+            for one in found
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        gaps.append(f"{path.name} holds no tables that can be shown ({error!r}).")
+        return []

@@ -1,0 +1,202 @@
+"""What a run's folder says of itself, read without trusting it: whatever is missing or damaged becomes a stated gap.
+
+`rl.folder` refuses a folder with half a line in it, because a run must not go on from there; an audit has to say what
+the rest proves. Nothing here compares anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kernels.errors import MetronomeError
+from model.recipe import read_recipe
+from rl.config import TrainConfig
+from rl.identity import Mismatch
+
+_EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
+_CHECKPOINT = re.compile(r"step_(\d{6,})")
+COUNTS = ("mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal")
+
+
+@dataclass(frozen=True)
+class Records:
+    """A run's folder. Steps are RL steps, counted from 0; the checkpoint of step n holds the weights that step n
+    samples with."""
+
+    path: Path
+    recipe: dict[str, Any]  # config.yaml as it stands
+    recipe_text: str
+    config: TrainConfig | None  # the same as this program reads it; None if it cannot
+    environment: dict[str, Any]  # {} if the run left none
+    metrics: list[dict[str, Any]]  # one record a step, steps growing
+    summary: dict[str, Any]  # {} if the run did not finish
+    episodes: dict[int, list[Path]]  # step -> its files, by rank
+    checkpoints: dict[int, Path]  # finished steps -> folder
+    stopped: dict[str, Any]  # audit/difference.json, if the run's last step was not taken because bits differ
+    gaps: list[str]  # what is missing or damaged, in sentences
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name", self.path.name))
+
+    @property
+    def contract_id(self) -> str | None:
+        found = self.environment.get("contract_id")
+        return None if found is None else str(found)
+
+    @property
+    def planned_steps(self) -> int | None:
+        return self.config.rl.steps if self.config else None
+
+    def mismatch(self) -> Mismatch:
+        """The sum of what the run itself counted at each step, a step that it refused to take included."""
+        refused = [self.stopped["mismatch"]] if self.stopped else []
+        return Mismatch.total([_mismatch(record) for record in (*self.metrics, *refused)])
+
+    def sampled_with(self, step: int) -> str | None:
+        """The digest that the run recorded of the weights before ``step``, None for its first one."""
+        return next((str(r["weights_digest"]) for r in self.metrics if r["step"] == step - 1), None)
+
+
+def read(path: Path) -> Records:
+    """Raises MetronomeError when ``path`` is not a run's folder or its recipe is not YAML."""
+    if not path.is_dir():
+        raise MetronomeError(f"{path}: there is no such folder; name a run's folder, such as runs/quickstart")
+    if not (path / "config.yaml").is_file():
+        raise MetronomeError(f"{path} is not a run's folder (no config.yaml); name one, such as runs/quickstart")
+    try:
+        text = (path / "config.yaml").read_text()
+        recipe = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MetronomeError(f"{path / 'config.yaml'}: not a recipe ({error}); restore the file") from error
+    if not isinstance(recipe, dict):
+        raise MetronomeError(f"{path / 'config.yaml'}: not a recipe; restore the file")
+    gaps: list[str] = []
+    records = Records(
+        path=path,
+        recipe=recipe,
+        recipe_text=text,
+        config=_config(path / "config.yaml", gaps),
+        environment=_json(path / "environment.json", gaps, "the run's environment and contract are unknown"),
+        metrics=_metrics(path / "metrics.jsonl", gaps),
+        summary=_json(path / "summary.json", gaps, "the run has not finished"),
+        episodes={},
+        checkpoints={
+            int(match[1]): p
+            for p in (path / "checkpoints").glob("step_*")
+            if (match := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()
+        },
+        stopped={},
+        gaps=gaps,
+    )
+    for file in sorted((path / "episodes").glob("step_*")):
+        if match := _EPISODES.fullmatch(file.name):
+            records.episodes.setdefault(int(match[1]), []).append(file)
+    if not records.episodes:
+        gaps.append("No episodes were saved, so that nothing can be re-scored.")
+    _check_steps(records)
+    return replace(records, stopped=_stopped(records))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as (dotted name, value)."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
+    try:
+        return read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)]).config
+    except (MetronomeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        gaps.append(f"This program cannot read the run's recipe ({first}): episodes cannot be re-scored or judged.")
+        return None
+
+
+def _json(path: Path, gaps: list[str], otherwise: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(), parse_constant=str)
+        if isinstance(found, dict):
+            return found
+        problem = "holds no object"
+    except FileNotFoundError:
+        problem = "is missing"
+    except ValueError as error:
+        problem = f"is damaged ({error})"
+    gaps.append(f"{path.name} {problem}: {otherwise}.")
+    return {}
+
+
+def _metrics(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    if not lines:
+        gaps.append("metrics.jsonl is missing or empty: the run recorded no step.")
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line, parse_constant=str)
+            counts = [record[name] for name in COUNTS]
+            whole = isinstance(record["weights_digest"], str) and all(
+                type(count) is int and count >= 0 for count in (record["step"], *counts)
+            )
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            gaps.append(f"metrics.jsonl, line {number}: not a whole record of a step; it is left out.")
+        elif found and record["step"] <= found[-1]["step"]:
+            gaps.append(f"metrics.jsonl, line {number}: step {record['step']} comes again; it is left out.")
+        else:
+            found.append(record)
+    return found
+
+
+def _mismatch(record: dict[str, Any]) -> Mismatch:
+    """One record's counts; the sums are rebuilt from the means."""
+    tokens = record["mismatch/num_tokens"]
+    k1, k3, largest = (_number(record.get(f"mismatch/{name}")) for name in ("k1", "k3", "max_abs"))
+    return Mismatch(*(record[name] for name in COUNTS), k1 * tokens, k3 * tokens, largest)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _stopped(records: Records) -> dict[str, Any]:
+    """Why the run stopped, unless it took that step later on."""
+    path = records.path / "audit/difference.json"
+    if not path.is_file():
+        return {}
+    found = _json(path, records.gaps, "why the run stopped is unknown")
+    try:
+        step, counts = found["step"], [found["mismatch"][name] for name in COUNTS]
+        whole = all(type(value) is int and value >= 0 for value in (step, *counts))
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        records.gaps.append("difference.json does not say at which step bits differed, and in how many tokens.")
+        return {}
+    if records.metrics and records.metrics[-1]["step"] >= step:
+        records.gaps.append(f"Step {step} was once refused, because bits differed, and taken later on.")
+        return {}
+    return found
+
+
+def _check_steps(records: Records) -> None:
+    steps = [r["step"] for r in records.metrics]
+    planned = records.planned_steps
+    missing = len(range(steps[-1] + 1)) - len(steps) if steps else 0
+    if missing:
+        records.gaps.append(f"The records lack {missing} of the steps up to {steps[-1]}.")
+    if planned is not None and steps and steps[-1] + 1 < planned and not records.summary:
+        records.gaps.append(f"The recipe plans {planned:,} steps; the records end with step {steps[-1]:,}.")

@@ -1,0 +1,66 @@
+"""The whole audit of a run, and its two files: report.json for programs, report.html for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from model.files import write_whole
+from rl.audit import pictures
+from rl.audit.episodes import browser
+from rl.audit.page import render
+from rl.audit.records import Records, flat, read
+from rl.audit.rescore import Part, rescore
+from rl.audit.verdict import run_report
+
+
+def audit(run: Path, at_most: int | None = None) -> dict[str, Any]:
+    """Re-scores the run's saved episodes (``at_most`` so many), writes RUN/audit/report.html and report.json, returns
+    the latter. Raises MetronomeError when ``run`` is not a run's folder."""
+    records = read(run)
+    parts = list(rescore(records, at_most))
+    report, page = run_page(records, parts)
+    write(run / "audit", report, page)
+    return report
+
+
+def run_page(records: Records, parts: Sequence[Part]) -> tuple[dict[str, Any], str]:
+    """(report.json's content, the page) of a run whose episodes were re-scored."""
+    seen = [one for part in parts for one in part.seen]
+    folder = records.path / "audit"
+    tables = [t for name in ("difference.json", "matrix.json") for t in pictures.tables(folder / name, records.gaps)]
+    shown = browser(seen, records.config.reward if records.config else None)
+    if shown["omitted"]:
+        records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(seen):,} episodes, to stay small.")
+    report = run_report(records, parts)
+    data = {
+        "steps": [record["step"] for record in records.metrics],
+        "charts": pictures.curves(records, [p.step for p in parts if p.mismatch.num_tokens]),
+        "scatter": pictures.scatter(seen),
+        "episodes": shown["rows"],
+        "tables": tables,
+        "machines": [machine("Environment", records.environment)],
+        "recipes": [["Recipe", records.recipe_text]],
+    }
+    return report, render(report, data, shown["blocks"])
+
+
+def machine(title: str, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """environment.json as a table."""
+    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in flat(environment)]
+    return {"title": title, "columns": ["Field", "Value"], "rows": rows}
+
+
+def write(folder: Path, report: Mapping[str, Any], page: str) -> None:
+    write_whole(folder / "report.html", page.encode())
+    write_whole(folder / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+
+
+def statement(report: Mapping[str, Any], folder: Path) -> str:
+    """What a terminal shows of it."""
+    lines = [f"Audit: {report['verdict'].replace('_', ' ')}. {report['headline']}", report["scope"]]
+    if report["gaps"]:
+        lines.append(f"What could not be compared, and other gaps: {len(report['gaps'])}, listed in the report.")
+    return "\n".join([*lines, f"Audit report: {(folder / 'report.html').resolve()}"])

@@ -1,0 +1,212 @@
+"""Scores a run's saved episodes once more: the learner's forward pass, the weights of the checkpoint that sampled them.
+
+An episode is first asked whether it can be compared at all. Its contract must be this program's, its weights those of
+the checkpoint (their digest is taken anew from the file), its temperature the recipe's; and its tokens, positions and
+masks must be those that a session makes of its audio and its actions. An episode that fails here gets no log-probs and
+enters no count: other inputs are not a mismatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.config import MEL_BINS
+from model.transformer import InteractionModel
+from rl.audit.records import Records
+from rl.batch import collate, score_choices
+from rl.config import TrainConfig
+from rl.identity import Mismatch, compare, unequal_bits
+from rollout.chunk import CHUNK_FRAMES
+from rollout.episode import Episode, load_episodes
+from rollout.transcript import write_transcript
+from rollout.vocabulary import Vocabulary
+
+DTYPES = {
+    "tokens": torch.int64,
+    "codes": torch.uint8,
+    "sampled_at": torch.int64,
+    "row_class": torch.int64,
+    "chunk": torch.int64,
+    "logprob": torch.float32,
+    "digest": torch.int64,
+}
+
+
+class Reason(StrEnum):
+    """Why an episode cannot be compared."""
+
+    CONTRACT = "contract"
+    WEIGHTS = "weights"
+    TEMPERATURE = "temperature"
+    TOKENS = "tokens"
+    POSITIONS = "positions"
+    MASKS = "masks"
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A saved episode and what the learner says of its N sampled tokens, if it was asked."""
+
+    step: int
+    episode: Episode
+    why_not: tuple[Reason, str] | None = None  # not comparable
+    logprob: Tensor | None = None  # fp32 [N], the learner's; None where nothing was re-scored
+    digest: Tensor | None = None  # int64 [N]
+
+    @property
+    def state(self) -> str:
+        """identical, different, not_comparable or not_rescored"""
+        if self.why_not:
+            return "not_comparable"
+        if self.logprob is None:
+            return "not_rescored"
+        return "different" if bool((self.token_differs | self.row_differs).any()) else "identical"
+
+    @property
+    def token_differs(self) -> Tensor:
+        """bool [N]: the log-prob's bits are not the learner's."""
+        if self.logprob is None:
+            return torch.zeros(len(self.episode.logprob), dtype=torch.bool)
+        return unequal_bits(self.episode.logprob, self.logprob)
+
+    @property
+    def row_differs(self) -> Tensor:
+        """bool [N]: the digest of the whole row is not the learner's."""
+        if self.digest is None:
+            return torch.zeros(len(self.episode.logprob), dtype=torch.bool)
+        return self.episode.digest != self.digest
+
+    @property
+    def mismatch(self) -> Mismatch:
+        if self.logprob is None or self.digest is None:
+            return Mismatch.total([])
+        return compare(self.episode.logprob, self.logprob, self.episode.digest, self.digest)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The saved episodes of one step."""
+
+    step: int
+    seen: list[Seen]
+    weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
+
+    @property
+    def mismatch(self) -> Mismatch:
+        return Mismatch.total([one.mismatch for one in self.seen])
+
+
+def rescore(records: Records, at_most: int | None = None) -> Iterator[Part]:
+    """One part for each step with saved episodes; notes gaps in ``records.gaps``. ``at_most``: re-score no more
+    episodes than that, an equal share of each step's."""
+    share = None if at_most is None else max(1, at_most // max(1, len(records.episodes)))
+    for step in sorted(records.episodes):
+        episodes = _load(records, step)
+        if not episodes or records.config is None:
+            yield Part(step, [Seen(step, e) for e in episodes], None)
+            continue
+        model = _policy(records, step)
+        if model is None:
+            seen = [Seen(step, e, _other_contract(e)) for e in episodes]
+            yield Part(step, seen, None)
+            continue
+        digest = checkpoint.weights_digest(model)
+        vocabulary = Vocabulary.build(model.vocab)
+        seen = [Seen(step, e, incomparable(e, digest, vocabulary, records.config)) for e in episodes]
+        places = [i for i, one in enumerate(seen) if one.why_not is None][:share]
+        scored = _score(model, vocabulary, [seen[i] for i in places], records.config.rl.micro_batch)
+        for i, one in zip(places, scored, strict=True):
+            seen[i] = one
+        left = sum(one.state == "not_rescored" for one in seen)
+        if left:
+            records.gaps.append(f"Step {step}: {left} of {len(seen)} saved episodes were not re-scored, to save time.")
+        yield Part(step, seen, digest)
+
+
+def _load(records: Records, step: int) -> list[Episode]:
+    episodes: list[Episode] = []
+    for file in records.episodes[step]:
+        try:
+            episodes += load_episodes(file)
+        except MetronomeError as error:
+            records.gaps.append(f"Step {step}: {error}")
+    return episodes
+
+
+def _policy(records: Records, step: int) -> InteractionModel | None:
+    """The model that sampled ``step``, from the run's checkpoint; None, and a gap, if there is none."""
+    if step not in records.checkpoints:
+        records.gaps.append(
+            f"Step {step}: no checkpoint holds the weights that sampled its episodes; they were not re-scored."
+        )
+        return None
+    try:
+        return checkpoint.load(records.checkpoints[step] / "model").requires_grad_(False)
+    except MetronomeError as error:
+        records.gaps.append(f"Step {step}: {error}; its episodes were not re-scored.")
+        return None
+
+
+def _other_contract(episode: Episode) -> tuple[Reason, str] | None:
+    here = dispatch.contract_id()
+    if episode.contract_id == here:
+        return None
+    return Reason.CONTRACT, f"sampled under contract {episode.contract_id}; this program's is {here}"
+
+
+def incomparable(
+    episode: Episode, digest: str, vocabulary: Vocabulary, config: TrainConfig
+) -> tuple[Reason, str] | None:
+    """Why the learner with the weights ``digest`` can say nothing of the episode, or None."""
+    if found := _other_contract(episode):
+        return found
+    if episode.weights_digest != digest:
+        return Reason.WEIGHTS, f"sampled from weights {episode.weights_digest}; the checkpoint's are {digest}"
+    if episode.temperature != config.rollout.temperature:
+        return (
+            Reason.TEMPERATURE,
+            f"sampled at temperature {episode.temperature}; the recipe's is {config.rollout.temperature}",
+        )
+    return _other_layout(episode, vocabulary, config.rollout.words_per_chunk)
+
+
+def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int) -> tuple[Reason, str] | None:
+    """Compares the episode with the sequence that a session makes of the same audio and actions."""
+    if wrong := [name for name, kind in DTYPES.items() if getattr(episode, name).dtype != kind]:
+        return Reason.TOKENS, f"its {', '.join(wrong)} are of other types than a session's"
+    if episode.codes.numel() and int(episode.codes.max()) >= MEL_BINS:
+        return Reason.TOKENS, f"its audio has codes above {MEL_BINS - 1}"
+    try:
+        codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
+        made = write_transcript(codes, episode.actions, vocabulary, words_per_chunk)
+    except (ValueError, RuntimeError) as error:
+        return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
+    if not torch.equal(episode.tokens, made.tokens):
+        return Reason.TOKENS, "its tokens are not those of its audio and actions"
+    sizes = {len(t) for t in (episode.logprob, episode.digest, made.chunk)}
+    same = torch.equal(episode.sampled_at, made.sampled_at) and torch.equal(episode.chunk, made.chunk)
+    if not same or len(sizes) > 1:
+        return Reason.POSITIONS, "its sampled positions are not where the model chose"
+    if not torch.equal(episode.row_class, made.row_class):
+        return Reason.MASKS, "its masks are not those under which the model chose"
+    return None
+
+
+@torch.inference_mode()
+def _score(model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[Seen], micro_batch: int) -> Iterator[Seen]:
+    """By the row contract the number of episodes in a pass does not enter the result."""
+    for first in range(0, len(seen), micro_batch):
+        some = seen[first : first + micro_batch]
+        batch = collate([one.episode for one in some])
+        logprob, _, digest = score_choices(model, batch, vocabulary.classes, some[0].episode.temperature)
+        lengths = [len(one.episode.chunk) for one in some]
+        for one, p, d in zip(some, logprob.split(lengths), digest.split(lengths), strict=True):
+            yield replace(one, logprob=p, digest=d)

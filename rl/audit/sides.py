@@ -1,0 +1,161 @@
+"""What the matrix compares: our kernels and naive torch, each with one checkpoint's weights, and ways to score tokens.
+
+A `Side` is a model whose weights are packed for one backend; `active` runs the ops through that backend. Every way to
+score gives the log-prob and row digest of the same sampled tokens, so that two ways can be compared bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch, naive
+from model import checkpoint
+from model.state import SessionState
+from model.transformer import InteractionModel
+from rl.batch import collate, score_choices
+from rl.identity import Mismatch, compare
+from rollout.engine import Engine
+from rollout.episode import Episode
+from rollout.session import SessionEngine
+from rollout.vocabulary import Vocabulary
+
+DTYPES = (torch.float32, torch.bfloat16)
+SPARE_SLOTS = 4  # of a session state: for forks and for sessions that scatter the pages
+
+
+@dataclass(frozen=True)
+class Side:
+    name: str  # "ours" or "naive torch"
+    dtype: str  # "float32" or "bfloat16"
+    model: InteractionModel
+    vocabulary: Vocabulary
+    backend: ModuleType
+
+    @staticmethod
+    def load(name: str, folder: Path, dtype: torch.dtype) -> Side:
+        backend = {"ours": dispatch.backend(), "naive torch": naive}[name]
+        with dispatch.substituted(backend):
+            model = checkpoint.load(folder, dtype)
+        short = str(dtype).removeprefix("torch.")
+        return Side(name, short, model, Vocabulary.build(model.vocab), backend)
+
+    def active(self) -> AbstractContextManager[None]:
+        return dispatch.substituted(self.backend)
+
+
+def both(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Side]:
+    return [Side.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
+
+
+def session_engine(side: Side, slots: int, max_tokens: int, temperature: float) -> Engine:
+    return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+
+
+ENGINES: dict[str, Callable[[Side, int, int, float], Engine]] = {"session": session_engine}
+"""Every engine there is, by name; each gets a row of its own in the matrix."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-prob fp32 [N] and row digest int64 [N] of the sampled tokens of some episodes, one episode after another."""
+
+    logprob: Tensor
+    digest: Tensor
+
+    def against(self, other: Scored) -> Mismatch:
+        return compare(other.logprob, self.logprob, other.digest, self.digest)
+
+
+def whole(side: Side, episodes: Sequence[Episode], together: int = 1) -> Scored:
+    """Without a cache, ``together`` episodes in one pass."""
+    with torch.no_grad(), side.active():
+        parts = []
+        for first in range(0, len(episodes), together):
+            batch = collate(episodes[first : first + together])
+            logprob, _, digest = score_choices(side.model, batch, side.vocabulary.classes, episodes[0].temperature)
+            parts.append((logprob, digest))
+    logprobs, digests = zip(*parts, strict=True)
+    return Scored(torch.cat(logprobs), torch.cat(digests))
+
+
+def first_of(side: Side, episodes: Sequence[Episode]) -> Scored:
+    """The first episode's tokens, with all episodes in one pass."""
+    scored, n = whole(side, episodes, len(episodes)), len(episodes[0].sampled_at)
+    return Scored(scored.logprob[:n], scored.digest[:n])
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    return Scored(torch.cat([p.logprob for p in parts]), torch.cat([p.digest for p in parts]))
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How sessions are fed: rows of each call, all sessions in lockstep; 0 is everything in one call."""
+
+    rows: int = 0
+    micro_turns: bool = False  # cut where the sessions sampled, instead
+    fork_at: int = 0  # each session goes on in a fork from this row; 0 for none
+    scattered: bool = False  # the pages lie in another order
+
+
+def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
+    """Through a session's cache."""
+    longest = max(int(e.sampled_at[-1]) for e in episodes)
+    slots = 2 * len(episodes) + SPARE_SLOTS
+    with torch.no_grad(), side.active():
+        model = side.model
+        state = SessionState(model.config, slots, longest, model.dtype, max_rows=len(episodes) * longest)
+        if cuts.scattered:
+            _scatter(state, longest)
+        mine = [state.open() for _ in episodes]
+        ends = [_ends(e, cuts) for e in episodes]
+        hidden: list[list[Tensor]] = [[] for _ in episodes]
+        fed, heard = [0] * len(episodes), [0] * len(episodes)
+        for call in range(max(map(len, ends))):
+            turn = [e for e in range(len(episodes)) if call < len(ends[e])]
+            tokens, codes, lengths = [], [], []
+            for e in turn:
+                if cuts.fork_at and fed[e] == cuts.fork_at:
+                    mine[e] = state.fork(mine[e])
+                tokens.append(episodes[e].tokens[fed[e] : ends[e][call]])
+                audio = int((tokens[-1] == model.audio_token_id).sum())
+                codes.append(episodes[e].codes[heard[e] : heard[e] + audio])
+                lengths.append(ends[e][call] - fed[e])
+                fed[e], heard[e] = ends[e][call], heard[e] + audio
+            out = model(torch.cat(tokens), torch.cat(codes), state.extend([mine[e] for e in turn], lengths), state)
+            for e, rows in zip(turn, out.split(lengths), strict=True):
+                hidden[e].append(rows)
+        rows = torch.cat([torch.cat(h)[e.sampled_at - 1] for h, e in zip(hidden, episodes, strict=True)])
+        batch = collate(episodes)
+        logprob, _, digest = side.vocabulary.classes.score(
+            model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
+        )
+    return Scored(logprob, digest)
+
+
+def _ends(episode: Episode, cuts: Cuts) -> list[int]:
+    """Where each call's rows of an episode end; the last row is that of its last sampled token."""
+    last = int(episode.sampled_at[-1])
+    if cuts.micro_turns:
+        return episode.sampled_at.tolist()
+    marks = set(range(cuts.rows, last, cuts.rows)) if cuts.rows else set()
+    if 0 < cuts.fork_at < last:
+        marks.add(cuts.fork_at)
+    return [*sorted(marks), last]
+
+
+def _scatter(state: SessionState, rows: int) -> None:
+    """Leaves the free pages in another order: sessions take some by turns and end in another order."""
+    slots = [state.open() for _ in range(SPARE_SLOTS)]
+    for _ in range(rows // 16):
+        for slot in slots:
+            state.extend([slot], [16])
+    for slot in (slots[2], slots[0], slots[3], slots[1]):
+        state.close(slot)

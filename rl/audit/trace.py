@@ -1,0 +1,216 @@
+"""What one episode's rows were at every op, in the ways in which sampler and learner compute them.
+
+`sampler` feeds the episodes as their sessions were fed, in lockstep, each row through the cache; `learner` packs them
+as the learner does, under autograd. Both keep the rows of one episode only, so that a trace is a few dozen megabytes
+whatever ran beside it. An op is named by the parameters it reads ("layers.1.mlp.experts.down_proj (expert_linear)"),
+or, where it reads none, by the block it stands in ("layers.1.mlp (moe_combine)"); the activations that the model itself
+names ("layers.1.mlp") are entries too, for what torch computes between the ops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels.layout import PackedExperts, PackedLinear
+from kernels.observe import Call, observed
+from model.logprob import TokenClasses
+from model.state import SessionState
+from model.transformer import Capture, InteractionModel
+from rl.batch import collate
+from rollout.episode import Episode
+from rollout.sampler import session_key, token_key
+
+_UNNAMED = re.compile(r"\.(weight|conv1d\.weight|e_score_correction_bias|rel_logits_proj\.proj)$")
+_BLOCK = re.compile(r"layers\.\d+\.(self_attn|mlp)|layers\.\d+|\w+")
+LOGPROB, DIGEST = "log-prob", "row digest"
+
+
+@dataclass
+class Entry:
+    """One op, or one activation named by the model, at the T rows of an episode (at its N sampled tokens in the head;
+    at its audio rows in the audio tower)."""
+
+    op: str  # name in `kernels.ops`; "" for what is no op's result
+    function: str
+    pieces: list[Tensor] = field(default_factory=list)  # each [rows, width], of one call
+    calls: list[int] = field(default_factory=list)  # rows of the whole call that each row was computed in
+    weights: list[Tensor] = field(default_factory=list)  # of moe_combine: [rows, J], what it weighed by
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat(self.pieces)
+
+
+class Trace:
+    """Owns the entries, in order of execution."""
+
+    def __init__(self, model: InteractionModel) -> None:
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {tensor.data_ptr(): _short(name) for name, tensor in named}
+        self.entries: dict[str, Entry] = {}
+        self._block = "embed"
+        self._rows, self._mine, self._audio = 0, slice(0, 0), slice(0, 0)
+
+    def begin(self, rows: int, mine: slice, audio: slice) -> None:
+        """Of a call over ``rows`` rows the ``mine`` are kept; ``audio``: which of the call's audio rows these are."""
+        self._rows, self._mine, self._audio = rows, mine, audio
+
+    def see(self, call: Call) -> None:
+        if call.op in ("sample", "logprob"):  # their results are added as log-prob and digest
+            return
+        place = self._place(call)
+        weights = call.arguments[1] if call.op == "moe_combine" else None
+        for i, result in enumerate(call.results):
+            suffix = f" result {i}" if i else ""
+            self._keep(f"{place} ({call.op}){suffix}", call.op, call.function, result, weights)
+
+    def activations(self, captured: Capture) -> None:
+        """Adds what the model named in one call, in the place where it was computed: `forward` calls `append`."""
+        for name, value in captured:
+            self._keep(name, "", "", value, None)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """values [rows] of this call."""
+        self._keep(name, "", "", values, None)
+
+    def _keep(self, name: str, op: str, function: str, value: Tensor, weights: Tensor | None) -> None:
+        fan_out, rest = divmod(value.shape[0], self._rows)
+        mine = self._mine
+        if rest or not fan_out:  # a row for each audio token only
+            fan_out, mine = 1, self._audio
+        if mine.stop == mine.start:
+            return
+        entry = self.entries.setdefault(name, Entry(op, function))
+        part = value.detach()[mine.start * fan_out : mine.stop * fan_out]
+        entry.pieces.append(part.reshape(mine.stop - mine.start, -1).clone())
+        entry.calls += [self._rows] * (mine.stop - mine.start)
+        if weights is not None:
+            entry.weights.append(weights.detach()[mine].clone())
+
+    def _place(self, call: Call) -> str:
+        known = [self._names[t.data_ptr()] for t in _tensors(call) if t.data_ptr() in self._names]
+        if not known:
+            return self._block
+        self._block = found[0] if (found := _BLOCK.match(known[0])) else known[0]
+        if len(known) == 1:
+            return known[0]
+        leaves = "+".join(name.rsplit(".", 1)[1] for name in known)
+        return f"{known[0].rsplit('.', 1)[0]}.{leaves}"
+
+
+class _Activations(list):  # type: ignore[type-arg]
+    """The list that the model's forward appends its named activations to, passed on at once to keep their order."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def append(self, named: tuple[str, Tensor]) -> None:
+        self._trace.activations([named])
+
+
+def _short(name: str) -> str:
+    return _UNNAMED.sub("", name.removeprefix("model.").removeprefix("language_model."))
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    """The arguments among which an op's parameters are; of experts the routed ones stand for all."""
+    found: list[Tensor] = []
+    for argument in call.arguments:
+        match argument:
+            case Tensor():
+                found.append(argument)
+            case PackedLinear():
+                found += argument.parts
+            case PackedExperts():
+                found.append(argument.groups[0][0])
+    return found
+
+
+@torch.no_grad()
+def sampler(model: InteractionModel, episodes: Sequence[Episode], mine: int, classes: TokenClasses) -> Trace:
+    """Episode ``mine``, replayed beside the others: micro-turn by micro-turn, each sampling step one call, as in
+    `SessionEngine.append` when all sessions began together. Draws with the episodes' own keys."""
+    trace, state = Trace(model), _state(model, episodes)
+    slots = [state.open() for _ in episodes]
+    fed, heard = [0] * len(episodes), [0] * len(episodes)
+    for chunk, turn in _turns(episodes):
+        tokens, codes, lengths, audio = [], [], [], []
+        for e, position in turn:
+            tokens.append(episodes[e].tokens[fed[e] : position])
+            lengths.append(position - fed[e])
+            audio.append(int((tokens[-1] == model.audio_token_id).sum()))
+            codes.append(episodes[e].codes[heard[e] : heard[e] + audio[-1]])
+            fed[e], heard[e] = position, heard[e] + audio[-1]
+        segments = state.extend([slots[e] for e, _ in turn], lengths)
+        at = next((i for i, (e, _) in enumerate(turn) if e == mine), len(turn))
+        trace.begin(sum(lengths), _part(lengths, at), _part(audio, at))
+        with observed(trace.see):
+            hidden = model(torch.cat(tokens), torch.cat(codes), segments, state, _Activations(trace))
+            trace.begin(len(turn), _part([1] * len(turn), at), slice(0, 0))
+            logits = model.logits(hidden[segments.offset[1:].long() - 1])
+            _draw(trace, episodes, turn, chunk, logits, classes)
+    return trace
+
+
+def _draw(
+    trace: Trace,
+    episodes: Sequence[Episode],
+    turn: Sequence[tuple[int, int]],
+    chunk: int,
+    logits: Tensor,
+    classes: TokenClasses,
+) -> None:
+    keys, row_class = [], []
+    for e, position in turn:
+        episode = episodes[e]
+        keys.append(token_key(session_key(episode.seed, episode.scenario, episode.rollout), chunk, position))
+        row_class.append(episode.row_class[episode.sampled_at == position])
+    _, logprob, digest = classes.sample(logits, torch.tensor(keys), torch.cat(row_class), episodes[0].temperature)
+    trace.add(LOGPROB, logprob)
+    trace.add(DIGEST, digest)
+
+
+def learner(model: InteractionModel, episodes: Sequence[Episode], mine: int, classes: TokenClasses) -> Trace:
+    """Episode ``mine`` as the learner computes it in one forward pass with the others, under autograd."""
+    trace, batch = Trace(model), collate(episodes)
+    lengths = [int(e.sampled_at[-1]) for e in episodes]
+    audio = [len(e.codes) for e in episodes]
+    trace.begin(len(batch.tokens), _part(lengths, mine), _part(audio, mine))
+    with observed(trace.see):
+        hidden = model(batch.tokens, batch.codes, batch.segments, None, _Activations(trace))
+        sampled = [len(e.sampled_at) for e in episodes]
+        trace.begin(len(batch.row), _part(sampled, mine), slice(0, 0))
+        logits = model.logits(hidden[batch.row])
+        logprob, _, digest = classes.score(logits, batch.target, batch.row_class, episodes[0].temperature)
+        trace.add(LOGPROB, logprob)
+        trace.add(DIGEST, digest)
+    return trace
+
+
+def _state(model: InteractionModel, episodes: Sequence[Episode]) -> SessionState:
+    longest = max(len(e.tokens) for e in episodes)
+    rows = sum(int(e.sampled_at.diff(prepend=torch.tensor([0])).max()) for e in episodes)
+    return SessionState(model.config, len(episodes), longest, model.dtype, max_rows=rows)
+
+
+def _turns(episodes: Sequence[Episode]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """The calls of a lockstep replay: (chunk, [(episode, position of the token that the call samples)])."""
+    calls: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for e, episode in enumerate(episodes):
+        within, before = 0, -1
+        for chunk, position in zip(episode.chunk.tolist(), episode.sampled_at.tolist(), strict=True):
+            within, before = (within + 1 if chunk == before else 0), chunk
+            calls.setdefault((chunk, within), []).append((e, position))
+    return [(chunk, calls[chunk, within]) for chunk, within in sorted(calls)]
+
+
+def _part(lengths: Sequence[int], at: int) -> slice:
+    """The rows of segment ``at``; none for a segment that is not there."""
+    first = sum(lengths[:at])
+    return slice(first, first + lengths[at]) if at < len(lengths) else slice(0, 0)

@@ -1,0 +1,236 @@
+"""The verdict of an audit, in words and as JSON (`schema.json`): it claims no more than what was compared.
+
+- *different*: a bit differs, among the tokens re-scored now or by the run's own records;
+- *not_comparable*: no difference was seen, but saved episodes contradict what they would have to be compared with
+  (other contract, weights, temperature, tokens, positions or masks), or there was nothing to compare at all; no KL is
+  stated;
+- *identical*: something was compared, and nothing of the above.
+
+What is merely missing (a deleted checkpoint, a damaged file) narrows the statement and is listed as a gap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from kernels import dispatch
+from rl.audit.records import COUNTS, Records
+from rl.audit.rescore import Part, Seen
+from rl.identity import Mismatch
+
+SCHEMA = "metronome.audit/1"
+LISTED = 100
+"""Episodes that are named one by one when they cannot be compared; beyond that they are counted."""
+
+CANNOT = (
+    "Episodes that were not saved cannot be re-scored: for them there is only what the run counted at each step.",
+    "Equal rows are shown by equal 64-bit digests of each row of log-probabilities; the rows themselves are not kept. "
+    "Two different rows share a digest by chance once in 2^64.",
+    "Where bits differ, k1 and k3 are estimates from sampled tokens: the exact KL would need the sampler's whole rows.",
+    "The model has no voice yet: its lane shows its words.",
+)
+
+
+def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
+    """report.json of one run."""
+    recorded = records.mismatch()
+    seen = [one for part in parts for one in part.seen]
+    rescored = Mismatch.total([part.mismatch for part in parts])
+    conflicts = [one for one in seen if one.why_not]
+    contradictions = _contradictions(records, parts)
+    basis, counted = "none", Mismatch.total([])
+    if rescored.num_tokens:
+        basis, counted = "rescored", rescored
+    elif recorded.num_tokens:
+        basis, counted = "records", recorded
+    verdict = _verdict(rescored, recorded, bool(conflicts or contradictions))
+    if verdict == "different" and not _unequal(counted):
+        basis, counted = "records", recorded
+    return {
+        "schema": SCHEMA,
+        "kind": "run",
+        "verdict": verdict,
+        "title": f"run {records.name}",
+        "headline": _stop(records) or _headline(verdict, basis, counted, conflicts, len(seen), contradictions),
+        "scope": _scope(records, recorded, rescored, seen, basis),
+        "basis": basis,
+        **numbers(counted, verdict != "not_comparable"),
+        "run": {
+            "name": records.name,
+            "finished": bool(records.summary),
+            "steps_recorded": len(records.metrics),
+            "steps_planned": records.planned_steps,
+            "weights_digest": _text(records.summary.get("weights_digest")),
+        },
+        "contract": {
+            "run": records.contract_id,
+            "here": dispatch.contract_id(),
+            "episodes": sorted({one.episode.contract_id for one in seen}),
+        },
+        "records": {"steps": len(records.metrics), **numbers(recorded, True)},
+        "rescored": {
+            "episodes": sum(one.logprob is not None for one in seen),
+            "saved_episodes": len(seen),
+            **numbers(rescored, True),
+        },
+        "parts": [_part(records, part) for part in parts],
+        "not_comparable": {
+            "episodes": len(conflicts),
+            "reasons": dict(Counter(str(one.why_not[0]) for one in conflicts if one.why_not)),
+            "first": [_conflict(one) for one in conflicts[:LISTED]],
+            "contradictions": contradictions,
+        },
+        "first_difference": first_difference(seen),
+        "gaps": records.gaps,
+        "cannot_show": list(CANNOT),
+        "weights": [{"step": r["step"], "digest": r["weights_digest"]} for r in records.metrics],
+        "environment": records.environment,
+    }
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def exact(value: float) -> str:
+    """An fp32 value in the fewest digits (9) that always give back its bits."""
+    return f"{value:.9g}"
+
+
+def numbers(found: Mismatch, stated: bool) -> dict[str, float | int | None]:
+    """Counts, and the estimates of the KL if there is one to state; what JSON has no number for is null."""
+    named = {name.removeprefix("mismatch/"): value for name, value in found.metrics().items()}
+    for name in ("k1", "k3", "max_abs"):
+        if not (stated and found.num_tokens and math.isfinite(named[name])):
+            named[name] = None  # type: ignore[assignment]
+    return named
+
+
+def _unequal(found: Mismatch) -> bool:
+    return bool(found.num_unequal or found.rows_unequal)
+
+
+def _verdict(rescored: Mismatch, recorded: Mismatch, conflict: bool) -> str:
+    if _unequal(rescored) or _unequal(recorded):
+        return "different"
+    if conflict or not (rescored.num_tokens or recorded.num_tokens):
+        return "not_comparable"
+    return "identical"
+
+
+def _contradictions(records: Records, parts: Sequence[Part]) -> list[str]:
+    """Where the weights in a checkpoint are not those whose digest the run recorded."""
+    found = [
+        f"The checkpoint of step {part.step} holds weights {part.weights_digest}; the run recorded {recorded}."
+        for part in parts
+        if part.weights_digest and (recorded := records.sampled_with(part.step)) not in (None, part.weights_digest)
+    ]
+    last, final = (records.metrics or [{}])[-1].get("weights_digest"), records.summary.get("weights_digest")
+    if last and final and last != final:
+        found.append(f"The run's summary names the final weights {final}; its last record says {last}.")
+    return found
+
+
+def _headline(
+    verdict: str, basis: str, counted: Mismatch, conflicts: Sequence[Seen], saved: int, contradictions: Sequence[str]
+) -> str:
+    origin = "By the run's own records, " if basis == "records" else ""
+    if verdict == "not_comparable":
+        if not conflicts and contradictions:
+            return f"Not comparable: the run contradicts itself. {contradictions[0]} No KL is stated."
+        if not conflicts:
+            return "Nothing could be compared: the run left no record and no episode that can be re-scored."
+        reasons = Counter(str(one.why_not[0]) for one in conflicts if one.why_not)
+        return (
+            f"Not comparable: {len(conflicts):,} of {saved:,} saved episodes differ in "
+            f"{', '.join(reasons)} from what they would be compared with. No KL is stated."
+        )
+    tokens, rows = counted.num_unequal, counted.rows_unequal
+    if verdict == "identical":
+        return f"{origin}0 of {counted.num_tokens:,} sampled tokens differ; full-vocabulary KL exactly 0 on every row."
+    return (
+        f"{origin}{tokens:,} of {counted.num_tokens:,} sampled tokens {'differs' if tokens == 1 else 'differ'}, and "
+        f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner disagree."
+    )
+
+
+def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, seen: Sequence[Seen], basis: str) -> str:
+    count = sum(one.logprob is not None for one in seen)
+    steps = sorted({one.step for one in seen if one.logprob is not None})
+    if count:
+        first = (
+            f"Re-scored now by the learner's forward pass: {count:,} of {len(seen):,} saved episodes "
+            f"({rescored.num_tokens:,} tokens, {_steps(steps)})."
+        )
+    else:
+        first = "Nothing was re-scored now."
+    if not recorded.num_tokens:
+        return f"{first} The run left no records of its own."
+    planned = records.planned_steps
+    of = f"{len(records.metrics):,} steps" if records.summary else f"{len(records.metrics):,} of {planned or '?'} steps"
+    return (
+        f"{first} The rest is the run's own record, made at each step before it learned: {recorded.num_unequal:,} of "
+        f"{recorded.num_tokens:,} tokens and {recorded.rows_unequal:,} rows differ over {of}"
+        f"{'' if records.summary else '; the run has not finished'}."
+    )
+
+
+def _stop(records: Records) -> str | None:
+    """The headline of a run that refused a step."""
+    if not records.stopped:
+        return None
+    counts = records.stopped["mismatch"]
+    tokens, unequal, rows = (counts[name] for name in COUNTS)
+    return (
+        f"The run stopped at step {records.stopped['step']:,}: {unequal:,} of {tokens:,} sampled tokens and {rows:,} "
+        "whole rows differed. Sampler and learner disagree."
+    )
+
+
+def _steps(steps: Sequence[int]) -> str:
+    if len(steps) > 6:
+        return f"{len(steps)} steps from {steps[0]:,} to {steps[-1]:,}"
+    listed = ", ".join(f"{s:,}" for s in steps)
+    return f"step {listed}" if len(steps) == 1 else f"steps {listed}"
+
+
+def _part(records: Records, part: Part) -> dict[str, Any]:
+    states = Counter(one.state for one in part.seen)
+    return {
+        "step": part.step,
+        "episodes": len(part.seen),
+        "rescored": states["identical"] + states["different"],
+        "not_comparable": states["not_comparable"],
+        **numbers(part.mismatch, True),
+        "checkpoint_digest": part.weights_digest,
+        "recorded_digest": records.sampled_with(part.step),
+    }
+
+
+def _conflict(one: Seen) -> dict[str, Any]:
+    assert one.why_not is not None
+    reason, text = one.why_not
+    return {"step": one.step, "episode": one.episode.name, "reason": str(reason), "text": text}
+
+
+def first_difference(seen: Sequence[Seen]) -> dict[str, Any] | None:
+    """The first sampled token whose bits differ, in the order of steps, episodes and positions."""
+    for one in seen:
+        if one.state != "different" or one.logprob is None:
+            continue
+        place = int((one.token_differs | one.row_differs).nonzero()[0])
+        position = int(one.episode.sampled_at[place])
+        return {
+            "step": one.step,
+            "episode": one.episode.name,
+            "position": position,
+            "chunk": int(one.episode.chunk[place]),
+            "token": int(one.episode.tokens[position]),
+            "sampler": exact(one.episode.logprob[place].item()),
+            "learner": exact(one.logprob[place].item()),
+            "row_differs": bool(one.row_differs[place]),
+        }
+    return None

@@ -1,0 +1,71 @@
+"""Who rolls out in a run, by its recipe: an engine in the learner's process, or worker processes beside it."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from kernels.errors import MetronomeError
+from model.transformer import InteractionModel
+from rl import ranks
+from rl.config import TrainConfig
+from rollout.engine import Engine
+from rollout.roller import InProcess, Roller
+from rollout.speech import DEFAULT_FOLDER
+from rollout.task import Setup
+from rollout.workers import WorkerPool
+
+
+def check_workers(config: TrainConfig) -> None:
+    """Raises MetronomeError for rollout workers that cannot be or would have nothing to do."""
+    rollout, plays = config.rollout, plays_of_a_step(config)
+    if not 0 <= rollout.workers <= plays:
+        raise MetronomeError(
+            f"rollout.workers is {rollout.workers}: give 0, to roll out in the learner's process, or at most {plays}, "
+            "one for each rollout of its share of a step"
+        )
+    if rollout.workers and rollout.engine == "vllm":
+        raise MetronomeError(
+            "rollout.workers are processes of the embedded engine: with rollout.engine vllm give rollout.workers 0"
+        )
+    if rollout.worker_threads is not None and rollout.worker_threads < 1:
+        raise MetronomeError(f"rollout.worker_threads is {rollout.worker_threads}: give each worker at least 1")
+    if not 0 < rollout.worker_timeout_s < threading.TIMEOUT_MAX:
+        raise MetronomeError(
+            f"rollout.worker_timeout_s is {rollout.worker_timeout_s}: give the seconds after which a worker hangs"
+        )
+
+
+def plays_of_a_step(config: TrainConfig) -> int:
+    """This rank's share."""
+    return max(1, len(ranks.share(config.rl.groups))) * config.rl.rollouts
+
+
+@contextmanager
+def rollers(
+    config: TrainConfig, model: InteractionModel, build: Callable[[float], Engine]
+) -> Iterator[Callable[[float], Roller]]:
+    """While the block runs, gives what rolls out at a temperature under the weights of that moment: an engine here, or
+    the recipe's workers. Ranks share one machine's cores."""
+    rollout = config.rollout
+    if not rollout.workers:
+        yield lambda temperature: InProcess(build(temperature))
+        return
+    setup = Setup(
+        config=model.config,
+        dtype=model.dtype,
+        speech_dir=str(Path(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir).absolute()),
+        scenarios=config.scenarios,
+        slots=math.ceil(plays_of_a_step(config) / rollout.workers),
+        max_tokens=rollout.max_tokens,
+        words_per_chunk=rollout.words_per_chunk,
+    )
+    even = max(1, len(os.sched_getaffinity(0)) // (ranks.world() * rollout.workers))
+    threads = even if rollout.worker_threads is None else rollout.worker_threads
+    pool = WorkerPool(model, setup, workers=rollout.workers, threads=threads, timeout_s=rollout.worker_timeout_s)
+    with closing(pool):
+        yield pool.roller

@@ -1,0 +1,77 @@
+"""``python -m rl.traffic --preset inkling_small``: bytes that cross the network in one step of a run on many machines.
+
+Arithmetic from shapes; nothing is allocated and nothing is measured. Learner processes each hold the whole model and
+sample their share of the groups (data parallel). Two placements of the engines are shown: beside the learner, where new
+weights never leave the machine, and on machines of their own, which receive the weights and send episodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+
+from model import config as shapes
+from model.audio import HOP, SAMPLE_RATE_HZ
+from model.config import MEL_CHANNELS
+from model.info import parameter_counts
+from rl.config import RLConfig
+from rollout.chunk import CHUNK_FRAMES
+from rollout.episode import TENSORS
+
+FRAMES_A_SECOND = SAMPLE_RATE_HZ // HOP
+
+
+def episode_tensors(seconds: int, words: int) -> dict[str, torch.Tensor]:
+    """Tensors of an episode's shape on the meta device: a mode token a chunk of 200 ms, and for each chunk that speaks
+    one word and an end token."""
+    frames, chunks = seconds * FRAMES_A_SECOND, seconds * FRAMES_A_SECOND // CHUNK_FRAMES
+    sampled = chunks + words
+    with torch.device("meta"):
+        per_token = {name: torch.empty(sampled, dtype=torch.int64) for name in TENSORS}
+        return per_token | {
+            "tokens": torch.empty(1 + frames + sampled + words, dtype=torch.int64),
+            "codes": torch.empty(frames, MEL_CHANNELS, dtype=torch.uint8),
+            "logprob": torch.empty(sampled, dtype=torch.float32),
+        }
+
+
+def episode_bytes(seconds: int, words: int) -> int:
+    """Bytes of one `Episode`'s tensors; names, facts and actions are some hundred more."""
+    return sum(t.nbytes for t in episode_tensors(seconds, words).values())
+
+
+def traffic(parameters: int, learners: int, episodes: int, episode: int) -> Iterator[tuple[str, int]]:
+    """(what, bytes) for one step; ``episode`` bytes each, weights in bf16, gradients in fp32."""
+    gradient = 4 * parameters
+    yield "gradients into each learner, added in rank order", 2 * (learners - 1) * gradient // learners
+    yield "weights into each machine of engines, none if beside a learner", 2 * parameters
+    yield "episodes from the engines' machines to the learners, all together", episodes * episode
+
+
+def main() -> None:
+    rl = RLConfig()
+    parser = argparse.ArgumentParser(prog="python -m rl.traffic", description=__doc__.split("\n\n", 1)[0])
+    parser.add_argument("--preset", choices=shapes.PRESETS, required=True)
+    parser.add_argument("--learners", type=int, default=16, help="learner processes, each with the whole model")
+    parser.add_argument("--groups", type=int, default=rl.groups, help="scenarios a step")
+    parser.add_argument("--rollouts", type=int, default=rl.rollouts, help="rollouts of each scenario")
+    parser.add_argument("--seconds", type=int, default=60, help="length of an episode")
+    parser.add_argument("--words", type=int, default=60, help="words the model says in an episode, one a chunk")
+    given = parser.parse_args()
+    for name in ("learners", "groups", "rollouts", "seconds"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} is {getattr(given, name)}; it must be at least 1")
+    most = given.seconds * FRAMES_A_SECOND // CHUNK_FRAMES
+    if not 0 <= given.words <= most:
+        parser.error(f"--words is {given.words}; with one a chunk, {given.seconds} s hold 0 to {most}")
+    total, _ = parameter_counts(shapes.preset(given.preset))
+    episode = episode_bytes(given.seconds, given.words)
+    print(f"{given.preset}: {total:,} parameters; an episode of {given.seconds} s is {episode:,} bytes")
+    for what, size in traffic(total, given.learners, given.groups * given.rollouts, episode):
+        print(f"{size:26,d}  {what}")
+
+
+if __name__ == "__main__":
+    main()

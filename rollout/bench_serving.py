@@ -1,0 +1,162 @@
+"""Serving shapes: small prefills and 1 to 5 decode steps in turn, for one session and for many.
+
+- `measure_shapes`: latency and throughput at 1, 8, 32 and 128 sessions, with up to one word a chunk (the quickstart's)
+  and up to four (1 to 5 sampled tokens).
+- `measure_real_time`: sessions join until a chunk in a hundred takes longer than the 200 ms that it lasts.
+- `measure_turns`: one session of 10, 30 and 60 s, beside the same model when it is sent the whole prefix again.
+- `measure_engines`: this engine and vLLM's, both with our model, kernels and weights, at 1 and 32 sessions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.layout import Segments
+from model.transformer import InteractionModel
+from rollout.bench_crowd import Crowd, Served, embedded, most_tokens, served, tiny_model
+from rollout.chunk import CHUNK_MS, CHUNKS_PER_SECOND
+from rollout.engine import Engine
+from rollout.vocabulary import Vocabulary
+
+SESSIONS = (1, 8, 32, 128)
+WORDS = (1, 4)
+ENGINE_SESSIONS = (1, 32)
+SESSION_S = (10, 30, 60)
+WARM_TICKS = 10
+JOIN = 16
+"""Sessions that join at a time in `measure_real_time`."""
+MOST_SESSIONS = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Serving of the alternation of prefill and decode, with up to ``words_per_chunk`` words."""
+
+    words_per_chunk: int
+    served: Served
+
+
+@dataclass(frozen=True)
+class TurnSpeed:
+    """Latency of one micro-turn, at ``session_s`` seconds into a session."""
+
+    session_s: int
+    session_ms: float
+    resend_ms: float  # the whole prefix through the same model again
+
+
+@dataclass(frozen=True)
+class EngineSpeed:
+    """Two engines at equal weights; a tick's median latency."""
+
+    sessions: int
+    embedded_ms: float
+    vllm_ms: float
+
+    @property
+    def times(self) -> float:
+        return self.vllm_ms / self.embedded_ms
+
+
+def measure_shapes(ticks: int) -> list[Shape]:
+    model = tiny_model()
+    shapes = []
+    for words in WORDS:
+        print(f"micro-turns of up to {words} words, all sessions at once:")
+        for sessions in SESSIONS:
+            crowd = Crowd(embedded(model, sessions, WARM_TICKS + ticks, words))
+            crowd.join(sessions)
+            served(crowd, WARM_TICKS)
+            shapes.append(Shape(words, served(crowd, ticks)))
+            print(shapes[-1].served)
+    return shapes
+
+
+def measure_real_time(ticks: int) -> list[Served]:
+    """`JOIN` more sessions every ``ticks`` micro-turns, until a tick's p99 is above `CHUNK_MS`. Those that came first
+    are minutes old by then. The last result but one is what holds real time."""
+    crowd = Crowd(embedded(tiny_model(), MOST_SESSIONS, ticks * MOST_SESSIONS // JOIN))
+    results: list[Served] = []
+    while len(crowd.sessions) < MOST_SESSIONS and not (results and results[-1].p99_ms > CHUNK_MS):
+        crowd.join(JOIN)
+        results.append(served(crowd, ticks))
+        print(results[-1])
+    return results
+
+
+def holds_real_time(results: list[Served]) -> int:
+    """The most sessions whose p99 stayed within a chunk's length."""
+    return max((r.sessions for r in results if r.p99_ms <= CHUNK_MS), default=0)
+
+
+def measure_turns(rounds: int) -> list[TurnSpeed]:
+    """One session that has been there for a while; both ways alternate."""
+    model = tiny_model()
+    crowd = Crowd(embedded(model, 1, SESSION_S[-1] * CHUNKS_PER_SECOND + rounds * len(SESSION_S)))
+    crowd.join(1)
+    session = crowd.sessions[0]
+    results = []
+    for length_s in SESSION_S:
+        while session.chunks < length_s * CHUNKS_PER_SECOND:
+            crowd.tick()
+        taken = [(crowd.tick(), resend_s(model, session.tokens, session.codes)) for _ in range(rounds)]
+        results.append(TurnSpeed(length_s, *(1000 * statistics.median(column) for column in zip(*taken, strict=True))))
+        last = results[-1]
+        print(f"{length_s:3d} s in: micro-turn {last.session_ms:6.2f} ms, the prefix again {last.resend_ms:7.1f} ms")
+    return results
+
+
+@torch.inference_mode()
+def resend_s(model: InteractionModel, tokens: list[int], codes: list[Tensor]) -> float:
+    """Seconds to the logits after the whole sequence, computed from nothing."""
+    begin = time.perf_counter()
+    segments = Segments.build([0], [0], [len(tokens)])
+    model.logits(model(torch.tensor(tokens), torch.cat(codes), segments)[-1:])
+    return time.perf_counter() - begin
+
+
+def measure_engines(
+    rounds: int, ticks: int, other: Callable[[InteractionModel, int, int], Engine]
+) -> list[EngineSpeed]:
+    """``other(model, slots, ticks)`` makes the engine to compare with. Rounds of ``ticks`` micro-turns alternate, so
+    that a busy moment of the machine hits both."""
+    model = tiny_model()
+    results = []
+    for sessions in ENGINE_SESSIONS:
+        length = WARM_TICKS + rounds * ticks
+        crowds = [Crowd(make(model, sessions, length)) for make in (embedded, other)]
+        for crowd in crowds:
+            crowd.join(sessions)
+            served(crowd, WARM_TICKS)
+        taken = [[served(crowd, ticks).p50_ms for crowd in crowds] for _ in range(rounds)]
+        for crowd in crowds:
+            crowd.leave()
+        results.append(EngineSpeed(sessions, *(statistics.median(column) for column in zip(*taken, strict=True))))
+        last = results[-1]
+        print(
+            f"{sessions:3d} sessions: embedded {last.embedded_ms:7.2f} ms a tick, vLLM {last.vllm_ms:7.2f} ms, "
+            f"{last.times:.1f} times ours"
+        )
+    return results
+
+
+def has_vllm() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("vllm", "rollout.vllm"))
+
+
+def vllm_engine(model: InteractionModel, slots: int, ticks: int) -> Engine:
+    """vLLM's engine in this process, with the room that `embedded` has."""
+    vocabulary, max_tokens = Vocabulary.build(model.vocab), most_tokens(ticks, words_per_chunk=1)
+    core = importlib.import_module("rollout.vllm.core").Core(model, vocabulary, slots=slots, max_tokens=max_tokens)
+    engine: Engine = importlib.import_module("rollout.vllm.engine").VllmEngine(
+        core, vocabulary, slots=slots, max_tokens=max_tokens
+    )
+    return engine

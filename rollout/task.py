@@ -1,0 +1,133 @@
+"""What a pool of rollout workers and its workers say to each other: how plays become tasks, and answers are checked.
+
+Messages to a worker are pickled by the pool; answers travel behind a checksum and are checked field by field, so that a
+worker whose memory or connection is damaged is found out before an episode of it is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import InklingConfig
+
+from model.config import MEL_CHANNELS
+from rollout.chunk import CHUNK_FRAMES
+from rollout.episode import Episode
+from rollout.scenarios.registry import ScenarioConfig
+from rollout.speech import Split
+
+CHECKSUM_BYTES = hashlib.sha256().digest_size
+READY = -1
+"""Number of the answer to `Setup`; tasks count from 0."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The first message: everything that stays the same while a worker lives."""
+
+    config: InklingConfig
+    dtype: torch.dtype
+    speech_dir: str
+    scenarios: ScenarioConfig
+    slots: int  # sessions at once
+    max_tokens: int  # context of each
+    words_per_chunk: int
+    number: int = READY
+
+
+class Wanted(NamedTuple):
+    """One play of a task: which scenario, and the rollout's index in its group."""
+
+    family: str
+    split: Split
+    seed: int
+    rollout: int
+    chunks: int  # that the scenario lasts
+
+    @property
+    def scenario(self) -> str:
+        """The scenario's id."""
+        return f"{self.family}/{self.split}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Every later message."""
+
+    number: int
+    plays: tuple[Wanted, ...]
+    seed: int  # of the run
+    temperature: float
+    weights_digest: str  # what the weights in shared memory must come to
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to the message with that number."""
+
+    number: int
+    contract_id: str
+    episodes: bytes = b""  # packed
+    error: Exception | None = None
+
+
+def seal(reply: Reply) -> bytes:
+    """As bytes behind their SHA-256."""
+    body = pickle.dumps(reply)
+    return hashlib.sha256(body).digest() + body
+
+
+def unseal(data: bytes) -> Reply:
+    """Raises ValueError for anything but what `seal` made; nothing else is ever unpickled."""
+    body = data[CHECKSUM_BYTES:]
+    if hashlib.sha256(body).digest() != data[:CHECKSUM_BYTES]:
+        raise ValueError(f"the checksum of {len(data)} bytes is wrong")
+    reply: Reply = pickle.loads(body)
+    return reply
+
+
+def cuts(plays: Sequence[Wanted], workers: int, slots: int) -> list[int]:
+    """Cuts plays into tasks of about ``slots``, as many for each worker; returns [0, …, len(plays)]. A group's rollouts
+    stay together unless there are fewer groups than workers."""
+    starts = [i for i, wanted in enumerate(plays) if i == 0 or wanted.scenario != plays[i - 1].scenario]
+    if len(starts) < workers:
+        starts = list(range(len(plays)))
+    tasks = min(len(starts), workers * math.ceil(len(plays) / (workers * slots)))
+    return [starts[len(starts) * k // tasks] for k in range(tasks)] + [len(plays)]
+
+
+def check(episode: Episode, wanted: Wanted, task: Task, contract_id: str) -> None:
+    """Raises ValueError unless the episode is of the play, weights and contract asked for and its tensors have their
+    form."""
+    tokens, audio, sampled = len(episode.tokens), wanted.chunks * CHUNK_FRAMES, len(episode.sampled_at)
+    expected = {
+        "scenario": wanted.scenario,
+        "rollout": wanted.rollout,
+        "seed": task.seed,
+        "temperature": task.temperature,
+        "contract_id": contract_id,
+        "weights_digest": task.weights_digest,
+    }
+    for name, value in expected.items():
+        if getattr(episode, name) != value:
+            raise ValueError(f"an episode's {name} is {getattr(episode, name)!r}, not {value!r}")
+    forms = {
+        "tokens": (torch.int64, (tokens,)),
+        "codes": (torch.uint8, (audio, MEL_CHANNELS)),
+        "logprob": (torch.float32, (sampled,)),
+        **dict.fromkeys(("sampled_at", "row_class", "chunk", "digest"), (torch.int64, (sampled,))),
+    }
+    for name, (dtype, shape) in forms.items():
+        tensor = getattr(episode, name)
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(f"an episode's {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+    if len(episode.actions) != wanted.chunks or not wanted.chunks <= sampled < tokens:
+        raise ValueError(f"an episode of {wanted.chunks} chunks has {len(episode.actions)} actions, {sampled} samples")
+    if not 0 < int(episode.sampled_at.min()) <= int(episode.sampled_at.max()) < tokens:
+        raise ValueError(f"an episode samples outside its {tokens} tokens")

@@ -1,0 +1,84 @@
+"""A small run's folder, written as a run writes it: two steps of four episodes each, fresh weights for trained ones;
+and what tampers with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import checkpoint
+from rl import loop
+from rl.environment import environment
+from rl.folder import RunFolder
+from rl.run import build_engine, build_model
+from rl.train import parse
+from rollout.episode import Episode, load_episodes, save_episodes
+from rollout.play import play
+from rollout.speech import SpeechBank
+from rollout.vocabulary import Vocabulary
+
+STEPS = 2
+RECIPE = {"name": "small", "rl.steps": STEPS, "rl.groups": 2, "rl.rollouts": 2, "rl.micro_batch": 3}
+
+
+def make(runs: Path) -> Path:
+    config, _, text = parse([part for name, value in RECIPE.items() for part in (f"--{name}", str(value))])
+    folder, bank, before = RunFolder.create(runs, config.name, text), SpeechBank.load(), 0
+    folder.write_json("environment.json", environment())
+    digest = ""
+    for step in range(STEPS + 1):
+        model = build_model(replace(config, seed=step))
+        digest = checkpoint.weights_digest(model)
+        checkpoint.save(model, folder.checkpoint_path(step) / "model")
+        if step:
+            folder.append_metrics(record(step - 1, digest, before))
+        if step < STEPS:
+            engine = build_engine(config, model, Vocabulary.build(model.vocab), 1.0)
+            episodes = play(engine, loop.plays(config, bank, step), config.seed)
+            before = sum(len(e.chunk) for e in episodes)
+            for rank in (0, 1):
+                name = f"episodes/step_{step:06d}.rank_{rank}.safetensors"
+                save_episodes(folder.path / name, episodes[2 * rank : 2 * rank + 2])
+    folder.write_json("summary.json", {"weights_digest": digest, "wall_s": 1.0})
+    return folder.path
+
+
+def record(step: int, digest: str, tokens: int) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    counts = {"num_tokens": tokens, "num_unequal": 0, "rows_unequal": 0, "k1": 0.0, "k3": 0.0, "max_abs": 0.0}
+    rest = {"reward/mean": 0.5 + step, "reward/timing": 0.25, "reward/content": 0.25 + step, "reward/score": 0.5}
+    rest |= {
+        "policy/entropy": 0.1,
+        "time/rollout_s": 0.7,
+        "time/judge_s": 0.01,
+        "time/learner_s": 1.0,
+        "time/step_s": 1.8,
+    }
+    return {"step": step, "weights_digest": digest, **rest, **{f"mismatch/{k}": v for k, v in counts.items()}}
+
+
+def first_file(run: Path) -> Path:
+    return run / "episodes/step_000000.rank_0.safetensors"
+
+
+def tamper(path: Path, change: Callable[[Episode], Episode], which: Sequence[int] = (0,)) -> None:
+    """Replaces some of a file's episodes."""
+    episodes = load_episodes(path)
+    save_episodes(path, [change(e) if i in which else e for i, e in enumerate(episodes)])
+
+
+def changed(values: torch.Tensor, place: int, value: float | int) -> torch.Tensor:
+    out = values.clone()
+    out[place] = value
+    return out
+
+
+def flip(values: torch.Tensor, place: int, bit: int = 0) -> torch.Tensor:
+    """One bit of one fp32 value flipped."""
+    bits = values.clone().view(torch.int32)
+    bits[place] ^= 1 << bit if bit < 31 else -(1 << 31)
+    return bits.view(torch.float32)

@@ -1,0 +1,223 @@
+"""The page in a real browser: quiet, self-contained, quick, usable without a mouse, and deaf to hostile words."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl.audit.compare import compare_runs
+from rl.audit.records import Records, read
+from rl.audit.report import audit, run_page
+from rl.audit.rescore import Part, Seen, rescore
+from rollout.chunk import Action, Mode
+from tests.rl.audit.browser import Tab, chromium, tab
+from tests.rl.audit.runs import first_file, flip, record, tamper
+
+SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (1920, 1080)}
+OPENS_IN_S = 2.0
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{script}}\u2028'\"&"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium() is None, reason="there is no chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    program = chromium()
+    assert program is not None
+    with tab(program, tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page(made: Path) -> Path:
+    audit(made)
+    return made / "audit/report.html"
+
+
+def quiet(browser: Tab) -> bool:
+    assert browser.console() == []
+    assert browser.requests() == []
+    return True
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_opens_without_a_word_or_a_request(browser: Tab, page: Path, tmp_path: Path, size: str, scheme: str) -> None:
+    browser.open(page, *SIZES[size], scheme)
+    browser.settle()
+    assert quiet(browser)
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out sideways"
+    assert "0 of" in browser.run("document.querySelector('h1').textContent")
+    assert browser.run("document.querySelectorAll('.chart svg path').length") >= 8
+    assert browser.run("document.querySelectorAll('.detail .grid svg image').length") == 1
+    bright = browser.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+    assert (sum(bright) > 600) == (scheme == "light")
+    assert len(browser.screenshot(tmp_path / f"{size}-{scheme}.png", whole=True)) > 50_000
+
+
+def test_what_devtools_would_have_seen(browser: Tab, page: Path, tmp_path: Path) -> None:
+    """The control: a page that complains and asks for something is caught; our own policy would have refused both."""
+    loud = tmp_path / "loud.html"
+    loud.write_text(
+        "<!doctype html><html data-ready><script>console.error('oh'); fetch('http://127.0.0.1:9/').catch(() => 0)"
+        "</script></html>"
+    )
+    browser.open(loud)
+    browser.settle()
+    assert any("oh" in line for line in browser.console()) and browser.requests() == ["http://127.0.0.1:9/"]
+    text = page.read_text().replace(
+        "</main>", "<script>window.hacked = 1</script><img src='http://127.0.0.1:9/'></main>"
+    )
+    refused = tmp_path / "refused.html"
+    refused.write_text(text)
+    browser.open(refused)
+    browser.settle()
+    assert browser.run("window.hacked") is None and "Content Security Policy" in "".join(browser.console())
+
+
+def test_search_filters_and_order(browser: Tab, page: Path) -> None:
+    browser.open(page)
+    browser.settle()
+    rows = "[...document.querySelectorAll('table.rows tbody tr')].map(r => r.cells[0].textContent)"
+    assert len(browser.run(rows)) == 8
+    set_value = "const e = document.querySelector('{}'); e.value = '{}'; e.dispatchEvent(new Event('{}'))"
+    browser.run("(() => {" + set_value.format(".search input", "turn_taking #1", "input") + "})()")
+    found = browser.run(rows)
+    assert found and all("turn_taking" in name and name.endswith("#1") for name in found)
+    browser.run("(() => {" + set_value.format(".search input", "no such words", "input") + "})()")
+    assert browser.run(rows) == [] and "0 of 8" in browser.run("document.querySelector('#episodes .hint').textContent")
+    assert quiet(browser)
+
+
+def test_usable_by_keyboard_and_screen_reader(browser: Tab, page: Path) -> None:
+    browser.open(page)
+    browser.settle()
+    browser.press("Tab")
+    assert browser.run("document.activeElement.className") == "skip"
+    browser.run("document.querySelector('.lanes').focus()")
+    for _ in range(3):
+        browser.press("ArrowRight")
+    assert browser.run("document.querySelector('.detail .readout').textContent").startswith("Chunk 2, 0.4 to 0.6 s")
+    browser.run("document.querySelector('.plot[tabindex]').focus()")
+    browser.press("Home")
+    assert browser.run("document.querySelector('.chart .readout').textContent").startswith(
+        "Step 0: log-probs that differ 0"
+    )
+    browser.run("document.querySelectorAll('table.rows button')[4].focus()")
+    wanted = browser.run("document.activeElement.textContent")
+    browser.run("document.activeElement.click()")
+    browser.settle()
+    assert browser.run("document.activeElement.textContent").startswith(wanted), "the episode's title has the focus"
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    roles = [node["role"]["value"] for node in nodes if not node["ignored"]]
+    assert {"main", "navigation", "banner", "contentinfo", "search", "table", "columnheader", "rowheader"} <= set(roles)
+    assert roles.count("region") >= 4
+    named = ("button", "link", "combobox", "searchbox", "table", "group", "image")
+    shown = [n for n in nodes if not n["ignored"] and n["role"]["value"] in named]
+    assert len(shown) > 20 and [n["role"]["value"] for n in shown if not n.get("name", {}).get("value")] == []
+
+
+def test_the_theme_can_be_chosen(browser: Tab, page: Path) -> None:
+    browser.open(page, scheme="light")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = browser.run(colour)
+    for _ in range(2):
+        browser.run("document.getElementById('theme').click()")
+    assert browser.run("document.getElementById('theme').textContent") == "Theme: dark"
+    assert browser.run(colour) != light
+    browser.open(page, scheme="light")
+    assert browser.run("document.getElementById('theme').textContent") == "Theme: dark", "kept"
+    browser.run("document.getElementById('theme').click()")
+
+
+def test_words_names_and_recipes_are_only_text(browser: Tab, run: Path) -> None:
+    def hostile(episode):  # type: ignore[no-untyped-def]
+        actions = (Action(Mode.SPEAK, (HOSTILE,)), *episode.actions[1:])
+        return replace(episode, scenario=f"{episode.family}/train/{HOSTILE}", actions=actions)
+
+    tamper(first_file(run), hostile)
+    recipe = (run / "config.yaml").read_text().replace("name: small", f"name: {json.dumps(HOSTILE)}")
+    (run / "config.yaml").write_text(recipe)
+    environment = json.loads((run / "environment.json").read_text()) | {"processor": HOSTILE}
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "audit").mkdir()
+    table = {"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "note": HOSTILE}
+    (run / "audit/matrix.json").write_text(json.dumps({"tables": [table]}))
+    assert audit(run)["verdict"] == "not_comparable"
+    assert "<script>window" not in (run / "audit/report.html").read_text()
+    browser.open(run / "audit/report.html")
+    browser.settle()
+    assert quiet(browser)
+    assert browser.run("window.hacked") is None
+    assert browser.run("document.querySelectorAll('img').length") == 0
+    shown = browser.run("document.body.innerText")
+    assert shown.count("</script><script>window.hacked=1</script>") >= 4
+
+
+def test_a_difference_is_shown(browser: Tab, run: Path, tmp_path: Path) -> None:
+    tamper(first_file(run), lambda e: replace(e, logprob=flip(e.logprob, 5, 20)), which=[1])
+    audit(run)
+    browser.open(run / "audit/report.html")
+    browser.settle()
+    assert quiet(browser)
+    assert browser.run("document.querySelector('#verdict').className") == "verdict different"
+    assert browser.run("document.querySelectorAll('.grid .p-differs').length") == 1
+    assert "1 log-prob and 0 whole rows" in browser.run("document.querySelector('.detail').innerText")
+    assert browser.run("document.querySelector('.detail td .bad').textContent") == "token differs"
+    browser.screenshot(tmp_path / "different.png", whole=True)
+
+
+def test_a_comparison_opens(browser: Tab, run: Path, made: Path, tmp_path: Path) -> None:
+    compare_runs(made, run, tmp_path / "out")
+    browser.open(tmp_path / "out/report.html")
+    browser.settle()
+    assert quiet(browser)
+    assert "One run, bit for bit" in browser.run("document.querySelector('h1').textContent")
+    assert browser.run("document.getElementById('episodes').hidden")
+
+
+def large(records: Records, steps: int, episodes: int) -> tuple[Records, list[Part]]:
+    """As a long run would leave them: the audio of every scenario is another one, six rollouts share it."""
+    metrics = [record(step, f"{step:032x}", 3000) for step in range(steps)]
+    for one in metrics:
+        one["reward/mean"] = (one["step"] * 7919 % 1000) / 250 - one["step"] / steps
+    seen = [one for part in rescore(records) for one in part.seen]
+    generator, many = torch.Generator().manual_seed(0), []
+    for i in range(episodes):
+        source = seen[i % len(seen)]
+        if i % 6 == 0:
+            noise = torch.randint(-1, 2, source.episode.codes.shape, generator=generator)
+        codes = (source.episode.codes.long() + noise).clamp(0, 15).to(torch.uint8)
+        named = replace(source.episode, scenario=f"{source.episode.family}/train/{i // 6}", rollout=i % 6, codes=codes)
+        many.append(Seen(i // 48, named, None, source.logprob, source.digest))
+    parts = [Part(step, [one for one in many if one.step == step], None) for step in sorted({one.step for one in many})]
+    return replace(records, metrics=metrics), parts
+
+
+def test_ten_thousand_steps_and_five_thousand_episodes_open_in_two_seconds(
+    browser: Tab, made: Path, tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
+    records, parts = large(read(made), 10_000, 5_000)
+    start = time.perf_counter()
+    report, text = run_page(records, parts)
+    built_s = time.perf_counter() - start
+    assert (report["rescored"]["episodes"], len(report["weights"])) == (5_000, 10_000)
+    path = tmp_path / "large.html"
+    path.write_text(text)
+    seconds = min(browser.open(path) for _ in range(3))
+    browser.settle()
+    record_property("page_mb", len(text) / 1e6)
+    print(f"{len(text) / 1e6:.1f} MB, built in {built_s:.1f} s, opens in {seconds:.2f} s")
+    assert quiet(browser)
+    assert "of 5,000" in browser.run("document.querySelector('#episodes .pager').textContent")
+    assert browser.run("document.querySelectorAll('.detail .grid svg image').length") == 1
+    assert seconds <= OPENS_IN_S

@@ -1,0 +1,161 @@
+"""The matrix on a small model: nothing of ours changes a bit, naive torch does, and the counting itself is right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from model import checkpoint
+from model.config import preset
+from model.state import SessionState
+from model.transformer import InteractionModel
+from rl import loop
+from rl.audit import lesson, matrix
+from rl.audit.lesson import completions
+from rl.audit.sides import Side, _scatter, whole
+from rl.identity import NotEqualError
+from rl.learner import policy_gradient
+from rollout.chunk import CHUNK_SAMPLES, Action
+from rollout.episode import Episode
+from rollout.scenarios.base import Scenario, User
+
+CHUNKS = 14
+
+
+class NoFacts:
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+
+class NoiseUser(User):
+    def __init__(self, seed: int) -> None:
+        super().__init__(CHUNKS)
+        self._noise = np.random.default_rng(seed)
+
+    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
+        return self._noise.standard_normal(CHUNK_SAMPLES, dtype=np.float32) / 10
+
+    def facts(self) -> NoFacts:
+        return NoFacts()
+
+
+@dataclass(frozen=True)
+class Noise(Scenario):
+    def user(self) -> User:
+        return NoiseUser(self.seed)
+
+
+ITEMS = [Noise("noise", "train", i, CHUNKS) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = InteractionModel(preset("tiny"))
+    model.init_weights(5)
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    checkpoint.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(folder: Path) -> list[Episode]:
+    return matrix.sampled(Side.load("ours", folder, torch.float32), "session", ITEMS, len(ITEMS))
+
+
+def cells(side: Side, tokens: list[Episode]) -> list[matrix.Cell]:
+    return list(matrix.cells(side, ITEMS, tokens, whole(side, tokens, len(tokens))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
+    folder: Path, tokens: list[Episode], dtype: torch.dtype
+) -> None:
+    sampled = sum(len(e.sampled_at) for e in tokens)
+    ours = cells(Side.load("ours", folder, dtype), tokens)
+    for cell in ours:
+        m = cell.mismatch
+        assert (m.num_unequal, m.rows_unequal, m.k1_sum, m.k3_sum, m.max_abs) == (0, 0, 0, 0, 0), cell
+        assert m.num_tokens >= (sampled if not cell.axis.startswith("engine") else 3 * CHUNKS)
+    axes = list(dict.fromkeys(cell.axis for cell in ours))
+    assert axes == [
+        "batch size", "order", "neighbours", "chunk cuts", "cached or recomputed", "forked prefix", "page layout",
+        "threads", "processes", "engine session",
+    ]  # fmt: skip
+    theirs = {(c.axis, c.setting): c.mismatch for c in cells(Side.load("naive torch", folder, dtype), tokens)}
+    assert theirs.keys() == {(c.axis, c.setting) for c in ours}
+    for found in (
+        theirs["chunk cuts", "1 rows a call against all"],
+        theirs["engine session", "sampler against learner"],
+    ):
+        assert found.num_unequal and found.rows_unequal and found.max_abs > 0 and found.k3_sum >= 0
+
+
+def test_naive_torch_cannot_pass_for_exact(folder: Path) -> None:
+    """Whoever trains with it meets the identity check."""
+    side = Side.load("naive torch", folder, torch.float32)
+    episodes = matrix.sampled(side, "session", ITEMS, len(ITEMS))
+    with side.active(), pytest.raises(NotEqualError, match=r"kernels\.naive|depends on"):
+        weights = [torch.ones(len(e.chunk)) for e in episodes]
+        g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, 2)
+        loop.audit(side.model, episodes, g, step=0, micro_batch=2)
+
+
+def test_samplings_that_part_count_from_where_they_part(tokens: list[Episode]) -> None:
+    one = tokens[0]
+    n = len(one.sampled_at)
+    assert matrix.sampled_apart([one], [one]).num_unequal == 0
+    other = one.tokens.clone()
+    other[one.sampled_at[n - 3]] += 1
+    logprob = one.logprob.clone()
+    logprob[0] = torch.nextafter(logprob[0], torch.tensor(0.0))
+    logprob[n - 1] += 1  # after the parting: no number of a comparison
+    found = matrix.sampled_apart([replace(one, tokens=other, logprob=logprob)], [one])
+    assert (found.num_tokens, found.num_unequal, found.rows_unequal) == (n, 4, 3)
+    assert 0 < found.max_abs < 1e-5
+
+
+def test_scattered_pages_lie_elsewhere(folder: Path) -> None:
+    config = checkpoint.load(folder).config
+    tables = []
+    for scatter in (False, True):
+        state = SessionState(config, 8, 300, torch.float32)
+        if scatter:
+            _scatter(state, 300)
+        slot = state.open()
+        state.extend([slot], [300])
+        tables.append(state.layers[-1].kv.table[slot].tolist())
+    assert tables[0] != tables[1]
+
+
+def test_completions_of_ours_are_one_under_any_load(folder: Path) -> None:
+    heard = torch.randn(6, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(1)) / 10
+    others = [torch.randn(9, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(s)) / 10 for s in (2, 3)]
+    ours, naive = (
+        completions(Side.load(name, folder, torch.float32), heard, others, 40) for name in ("ours", "naive torch")
+    )
+    assert (ours.count, ours.distinct, ours.distinct_rows, ours.chunks) == (40, 1, 1, 6)
+    assert naive.count == 40 and naive.distinct_rows > 1 and naive.distinct >= 1
+
+
+@pytest.mark.slow
+def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in (("GROUPS", 1), ("ROLLOUTS", 2), ("MOST_TOGETHER", 2), ("MOST_OTHERS", 1), ("LONG", 1)):
+        monkeypatch.setattr(lesson, name, small)
+    result = matrix.run(
+        folder, tmp_path, episodes=2, completions=2, long_completions=0, rounds=1, dtypes=[torch.float32]
+    )
+    assert json.loads((tmp_path / "matrix.json").read_text()) == result
+    titles = [table["title"] for table in result["tables"]]
+    assert titles[0] == "Invariance matrix" and "lesson" in titles[1] and len(titles) == 3
+    for table in result["tables"]:
+        assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
+        assert table["title"] in matrix.shown(table)
+    assert {row[2] for row in result["tables"][0]["rows"]} == {"ours", "naive torch"}
+    assert all(row[5] == 0 for row in result["tables"][0]["rows"] if row[2] == "ours")

@@ -1,0 +1,100 @@
+"""Whole steps of RL while workers are killed at random moments: not one bit of an episode or a weight changes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from reward.source import RewardSource
+from rl import loop
+from rl.config import RLConfig, TrainConfig
+from rl.learner import Learner
+from rl.rollers import rollers
+from rl.run import build_engine, build_model
+from rollout.episode import Episode
+from rollout.play import Play
+from rollout.speech import SpeechBank
+from rollout.vocabulary import Vocabulary
+from rollout.workers import ATTEMPTS, PoolRoller, WorkerPool
+
+CONFIG = TrainConfig(rl=RLConfig(steps=8, groups=2, rollouts=3))
+KILLS_A_STEP = ATTEMPTS - 1  # fewer than make the pool give up, whomever they hit
+
+
+class Killed:
+    """A roller whose workers are killed while they play, at moments drawn from a seed."""
+
+    def __init__(self, roller: PoolRoller, seed: int) -> None:
+        self.roller, self.random, self.kills = roller, random.Random(seed), 0
+
+    def publish(self) -> None:
+        self.roller.publish()
+
+    def play(self, plays: list[Play], seed: int) -> list[Episode]:
+        done = threading.Event()
+        killer = threading.Thread(target=self._kill, args=(self.roller.pool, done))
+        killer.start()
+        try:
+            return self.roller.play(plays, seed)
+        finally:
+            done.set()
+            killer.join()
+
+    def _kill(self, pool: WorkerPool, done: threading.Event) -> None:
+        for _ in range(KILLS_A_STEP):
+            # The first ones while all are at their task, later ones also while their successors start.
+            if done.wait(self.random.choice([0.02, 0.3, 1.0, 4.0]) * self.random.random()):
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.random.choice(pool.pids), signal.SIGKILL)
+                self.kills += 1
+
+
+def train(bank: SpeechBank, workers: int, seed: int = 0, kill: bool = False) -> tuple[list[loop.StepResult], int]:
+    """Every step's result, and how many workers were killed."""
+    config = replace(CONFIG, seed=seed, rollout=replace(CONFIG.rollout, workers=workers, worker_threads=1))
+    model = build_model(CONFIG)
+    vocabulary = Vocabulary.build(model.vocab)
+    learner = Learner(model, config.rl.optim, config.rl.steps)
+    source = RewardSource(config.reward, "rules", [])
+    with rollers(config, model, lambda t: build_engine(config, model, vocabulary, t)) as roller_at:
+        roller, kills = roller_at(1.0), 0
+        if kill:
+            assert isinstance(roller, PoolRoller)
+            roller = Killed(roller, seed=7)
+        results = list(loop.steps(config, bank, roller, learner, source, None, 0))
+        if isinstance(roller, Killed):
+            kills = roller.kills
+    return results, kills
+
+
+def differing(one: list[loop.StepResult], other: list[loop.StepResult]) -> Iterator[str]:
+    """Every field of every episode, and every step's weights, that differ."""
+    for step, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a.metrics["weights_digest"] != b.metrics["weights_digest"]:
+            yield f"weights after step {step}"
+        for x, y in zip(a.episodes, b.episodes, strict=True):
+            for name in (field.name for field in fields(Episode)):
+                u, v = getattr(x, name), getattr(y, name)
+                if not (torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v):
+                    yield f"{name} of {x.name} in step {step}"
+
+
+@pytest.mark.slow
+def test_killing_workers_changes_no_bit(world: None) -> None:
+    bank = SpeechBank.load()
+    alone, _ = train(bank, workers=0)
+    killed, kills = train(bank, workers=2, kill=True)
+    assert kills >= 30
+    assert list(differing(alone, killed)) == []
+    assert len({result.metrics["weights_digest"] for result in killed}) == CONFIG.rl.steps
+    other, _ = train(bank, workers=0, seed=1)
+    assert len(list(differing(alone, other))) > CONFIG.rl.steps * 6, "the control: another seed is seen"

@@ -1,0 +1,114 @@
+"""Messages between a pool and its workers: where plays are cut, and what is not taken for an answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollout.chunk import LISTEN
+from rollout.episode import TENSORS, Episode, pack_episodes, unpack_episodes
+from rollout.task import Reply, Task, Wanted, check, cuts, seal, unseal
+
+WANTED = Wanted("timespeak", "train", 3, 1, chunks=2)
+TASK = Task(0, (WANTED,), seed=5, temperature=0.7, weights_digest="d")
+EPISODE = Episode(
+    scenario="timespeak/train/3",
+    rollout=1,
+    seed=5,
+    temperature=0.7,
+    contract_id="c",
+    weights_digest="d",
+    facts={"family": "timespeak", "window": [0.1, 1 / 3]},
+    actions=(LISTEN, LISTEN),
+    tokens=torch.tensor([1, 2, 2, 2, 2, 3, 2, 2, 2, 2, 3]),
+    codes=torch.arange(8 * 80, dtype=torch.int64).remainder(16).to(torch.uint8).reshape(8, 80),
+    sampled_at=torch.tensor([5, 10]),
+    row_class=torch.tensor([0, 0]),
+    chunk=torch.tensor([0, 1]),
+    logprob=torch.tensor([-0.5, -1 / 3]),
+    digest=torch.tensor([2**63 - 1, -(2**63)]),
+)
+
+
+@given(
+    groups=st.lists(st.integers(1, 6), max_size=12),
+    workers=st.integers(1, 5),
+    slots=st.integers(1, 12),
+)
+def test_cuts_cover_all_plays_once_and_keep_groups_together(groups: list[int], workers: int, slots: int) -> None:
+    plays = [Wanted("timespeak", "train", g, r, 60) for g, size in enumerate(groups) for r in range(size)]
+    places = cuts(plays, workers, slots)
+    assert places[-1] == len(plays) and (not plays or places[0] == 0)
+    assert all(a < b for a, b in pairwise(places))
+    assert len(places) - 1 >= min(workers, len(plays)), "every worker has something to do"
+    if len(groups) >= workers:
+        assert all(plays[i].rollout == 0 for i in places[:-1])
+
+
+def test_cuts_of_a_step_and_of_an_evaluation() -> None:
+    step = [Wanted("timespeak", "train", g, r, 60) for g in range(8) for r in range(6)]
+    assert cuts(step, 2, 24) == [0, 24, 48]
+    assert cuts(step, 3, 16) == [0, 12, 30, 48]
+    assert cuts(step[:6], 4, 2) == [0, 1, 3, 4, 6]
+    held_out = [Wanted("timespeak", "held_out", i, 0, 60) for i in range(100)]
+    assert cuts(held_out, 2, 24) == [0, 16, 33, 50, 66, 83, 100]
+
+
+def test_an_episode_comes_back_as_it_was() -> None:
+    (back,) = unpack_episodes(unseal(seal(Reply(0, "c", pack_episodes([EPISODE])))).episodes)
+    for name in TENSORS:
+        assert getattr(back, name).dtype == getattr(EPISODE, name).dtype
+        assert torch.equal(getattr(back, name), getattr(EPISODE, name)), name
+    assert (back.facts, back.actions, back.temperature) == (EPISODE.facts, EPISODE.actions, EPISODE.temperature)
+    check(back, WANTED, TASK, "c")
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 200, -1])
+def test_one_wrong_bit_is_no_answer(place: int) -> None:
+    data = bytearray(seal(Reply(0, "c", pack_episodes([EPISODE]))))
+    data[place] ^= 1
+    with pytest.raises(ValueError, match="checksum"):
+        unseal(bytes(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\0" * 32, bytes(range(256))])
+def test_noise_is_no_answer(data: bytes) -> None:
+    with pytest.raises(ValueError, match="checksum"):
+        unseal(data)
+
+
+def test_a_cut_file_is_no_episodes() -> None:
+    data = pack_episodes([EPISODE])
+    for wrong in (data[:-1], data[:7], b"", data + b"\0"):
+        with pytest.raises(ValueError):
+            unpack_episodes(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scenario": "timespeak/train/4"}, "scenario"),
+        ({"rollout": 0}, "rollout"),
+        ({"seed": 6}, "seed"),
+        ({"temperature": 1.0}, "temperature"),
+        ({"contract_id": "e"}, "contract_id"),
+        ({"weights_digest": "e"}, "weights_digest"),
+        ({"actions": (LISTEN,)}, "1 actions"),
+        ({"tokens": EPISODE.tokens.int()}, "tokens is torch.int32"),
+        ({"codes": EPISODE.codes[:-1]}, r"codes is torch.uint8 \[7, 80\]"),
+        ({"logprob": EPISODE.logprob.double()}, "logprob is torch.float64"),
+        ({"logprob": EPISODE.logprob[:1]}, r"logprob is torch.float32 \[1\]"),
+        ({"digest": EPISODE.digest[:1]}, "digest"),
+        ({"sampled_at": torch.tensor([5, 11])}, "outside its 11 tokens"),
+        ({"sampled_at": torch.tensor([0, 10])}, "outside its 11 tokens"),
+        ({name: getattr(EPISODE, name)[:1] for name in TENSORS if name not in ("tokens", "codes")}, "1 samples"),
+    ],
+)
+def test_an_episode_of_something_else_is_no_answer(change: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check(replace(EPISODE, **change), WANTED, TASK, "c")
