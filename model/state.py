@@ -127,12 +127,12 @@ class SessionState:
         )
         self._pages = {w: _Pages(counts[w], slots, max_pages, w) for w in dict.fromkeys(windows)}
         self.layers: list[LayerState] = []
-        self._pasts: list[list[Tensor]] = []  # every layer's convolution windows
+        self.pasts: list[list[Tensor]] = []  # every layer's convolution windows
         for window, layer in zip(windows, sizes, strict=True):
             # Written to, not only asked for: the system hands out memory when it is first touched, not before.
             key, value, *past = (torch.empty(size, dtype=dtype).zero_() for size in layer)
             self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
-            self._pasts.append(past)
+            self.pasts.append(past)
         self._windows = windows
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
@@ -166,7 +166,7 @@ class SessionState:
         length = self.length(slot)
         twin = self.open()
         copies = {window: pages.fork(slot, twin, length) for window, pages in self._pages.items()}
-        for window, layer, pasts in zip(self._windows, self.layers, self._pasts, strict=True):
+        for window, layer, pasts in zip(self._windows, self.layers, self.pasts, strict=True):
             if (copy := copies[window]) is not None:
                 layer.kv.key[copy[1]] = layer.kv.key[copy[0]]
                 layer.kv.value[copy[1]] = layer.kv.value[copy[0]]

@@ -79,7 +79,8 @@ def view_pages(raw: Tensor, config: InklingConfig, dtype: torch.dtype) -> list[P
         end = begin + pages * math.prod(shape)
         views.append(memory[begin:end].view(pages, *shape))
         begin = end
-    return [Pages(*views[i : i + 2], (views[i + 2], views[i + 3], views[i + 4])) for i in range(0, len(views), 5)]
+    layers = zip(*(views[i::5] for i in range(5)), strict=True)
+    return [Pages(key, value, (kv, attn, mlp)) for key, value, kv, attn, mlp in layers]
 
 
 @dataclass(frozen=True)
