@@ -33,7 +33,7 @@ pytest.importorskip("vllm")
 
 from rollout.vllm.engine import VllmEngine  # noqa: E402
 
-SESSIONS, CHUNKS = 16, 26
+SESSIONS, CHUNKS = 16, 20
 SIZES = {"slots": 20, "max_tokens": 320, "words_per_chunk": 3, "keep_hidden": True}
 SMALL_STEP = 24
 """Rows in one step: sixteen chunks of audio take several, and a page of a fork's past too."""
