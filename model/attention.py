@@ -16,7 +16,7 @@ from kernels import ops
 from kernels.layout import CONV_TAPS, PackedLinear, Segments
 from model import config as shapes
 from model.embed import Weight
-from model.state import LayerState
+from model.state import LayerState, Windows
 
 
 class ShortConv(nn.Module):
@@ -29,6 +29,13 @@ class ShortConv(nn.Module):
     def taps(self) -> Tensor:
         """[C, 4], differentiable."""
         return self.conv1d.weight.view(-1, CONV_TAPS)
+
+
+def short_conv(x: Tensor, taps: Tensor, segments: Segments, past: Windows | None) -> Tensor:
+    """`kernels.ops.short_conv`, wherever the windows are kept."""
+    if past is None or isinstance(past, Tensor):
+        return ops.short_conv(x, taps, segments, past)
+    return past(x, taps, segments)
 
 
 @dataclass(slots=True)
@@ -99,7 +106,7 @@ class Attention(nn.Module):
         w, rows, head = self.packed, x.shape[0], self.head_dim
         q, kv, rel = ops.linear(x, w.qkvr).split(self.columns, 1)
         taps = self._kv_taps() if torch.is_grad_enabled() else w.kv_taps
-        kv = ops.short_conv(kv, taps, segments, None if state is None else state.kv_conv).view(rows, -1, head)
+        kv = short_conv(kv, taps, segments, None if state is None else state.kv_conv).view(rows, -1, head)
         k, v = kv[:, : self.kv_heads], kv[:, self.kv_heads :]
         out = ops.attention(
             ops.rms_norm(q.view(rows, -1, head), w.q_norm, self.eps),

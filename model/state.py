@@ -11,6 +11,7 @@ the policy had seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +27,19 @@ class ContextFull(RuntimeError):
     """A session was asked to hold more rows than ``max_tokens``."""
 
 
+Windows = Tensor | Callable[[Tensor, Tensor, Segments], Tensor]
+"""Convolution windows of one op, the last three inputs of each slot, oldest first: a tensor [slots, 3, C], or whoever
+keeps them elsewhere, called as ``(x, taps, segments)`` to convolve and to remember."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """One layer of every slot. Convolution windows hold the last three inputs, oldest first."""
+    """One layer of every slot."""
 
     kv: PagedKV
-    kv_conv: Tensor  # [slots, 3, 2 * H_kv * D]: k and v, side by side
-    attn_conv: Tensor  # [slots, 3, width]
-    mlp_conv: Tensor  # [slots, 3, width]
+    kv_conv: Windows  # C = 2 * H_kv * D: k and v, side by side
+    attn_conv: Windows  # C = width
+    mlp_conv: Windows  # C = width
 
 
 class _Pages:
@@ -121,10 +127,12 @@ class SessionState:
         )
         self._pages = {w: _Pages(counts[w], slots, max_pages, w) for w in dict.fromkeys(windows)}
         self.layers: list[LayerState] = []
+        self.pasts: list[list[Tensor]] = []  # every layer's convolution windows
         for window, layer in zip(windows, sizes, strict=True):
             # Written to, not only asked for: the system hands out memory when it is first touched, not before.
             key, value, *past = (torch.empty(size, dtype=dtype).zero_() for size in layer)
             self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
+            self.pasts.append(past)
         self._windows = windows
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
@@ -158,11 +166,11 @@ class SessionState:
         length = self.length(slot)
         twin = self.open()
         copies = {window: pages.fork(slot, twin, length) for window, pages in self._pages.items()}
-        for window, layer in zip(self._windows, self.layers, strict=True):
+        for window, layer, pasts in zip(self._windows, self.layers, self.pasts, strict=True):
             if (copy := copies[window]) is not None:
                 layer.kv.key[copy[1]] = layer.kv.key[copy[0]]
                 layer.kv.value[copy[1]] = layer.kv.value[copy[0]]
-            for past in (layer.kv_conv, layer.attn_conv, layer.mlp_conv):
+            for past in pasts:
                 past[twin] = past[slot]
         self._length[twin] = length
         return twin

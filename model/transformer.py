@@ -12,7 +12,7 @@ The forward reads packed copies of the weights: call `pack` once after loading a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from transformers import InklingConfig
 from kernels import ops
 from kernels.layout import PackedLinear, Segments
 from model import config as shapes
-from model.attention import Attention, ShortConv
+from model.attention import Attention, ShortConv, short_conv
 from model.embed import AudioTower, TextEmbedding, Weight
 from model.moe import DenseMLP, MixtureOfExperts
 from model.state import LayerState, SessionState
@@ -89,11 +89,11 @@ class Layer(nn.Module):
         h = w.attention(ops.rms_norm(x, w.attn_norm, self.eps), segments, state, tau)
         if capture is not None:
             capture.append((f"{self.name}.self_attn", h))
-        x = x + ops.short_conv(h, attn_taps, segments, attn_past)
+        x = x + short_conv(h, attn_taps, segments, attn_past)
         h = w.mlp(ops.rms_norm(x, w.mlp_norm, self.eps))
         if capture is not None:
             capture.append((f"{self.name}.mlp", h))
-        x = x + ops.short_conv(h, mlp_taps, segments, mlp_past)
+        x = x + short_conv(h, mlp_taps, segments, mlp_past)
         if capture is not None:
             capture.append((self.name, x))
         return x
@@ -191,17 +191,27 @@ class InteractionModel(nn.Module):
 
         ``segments`` is what ``state.extend`` returned, or, without state, whole sequences. ``capture`` collects
         (name, [T, D]) after each sub-block, to find the first layer where two runs differ."""
-        if self.head is None:
-            raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
         if tokens.shape[0] != segments.rows:
             raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
         x = self._embed(tokens, codes)
         if capture is not None:
             capture.append(("embed", x))
+        return self.run(x, segments, None if state is None else state.layers, capture)
+
+    def run(
+        self,
+        x: Tensor,
+        segments: Segments,
+        layers: Sequence[LayerState] | None = None,
+        capture: Capture | None = None,
+    ) -> Tensor:
+        """`forward` from the embedded rows x [T, D] on; ``layers`` is the state of each layer."""
+        if self.head is None:
+            raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
         tau = None if self.tau is None else self.tau[segments.position]
         for i, layer in enumerate(self.layers):
             layer_tau = tau if layer.window is None else None
-            x = layer.run(x, segments, None if state is None else state.layers[i], layer_tau, capture)
+            x = layer.run(x, segments, None if layers is None else layers[i], layer_tau, capture)
         hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier
 

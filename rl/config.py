@@ -69,6 +69,7 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    engine: Literal["session", "vllm"] = "session"  # embedded, or vLLM in the learner's process; the same bits
     temperature: float = 1.0
     words_per_chunk: int = 1
     max_tokens: int = 512  # context of a session

@@ -28,6 +28,10 @@ def check_workers(config: TrainConfig) -> None:
             f"rollout.workers is {rollout.workers}: give 0, to roll out in the learner's process, or at most {plays}, "
             "one for each rollout of its share of a step"
         )
+    if rollout.workers and rollout.engine == "vllm":
+        raise MetronomeError(
+            "rollout.workers are processes of the embedded engine: with rollout.engine vllm give rollout.workers 0"
+        )
     if rollout.worker_threads is not None and rollout.worker_threads < 1:
         raise MetronomeError(f"rollout.worker_threads is {rollout.worker_threads}: give each worker at least 1")
     if not 0 < rollout.worker_timeout_s < threading.TIMEOUT_MAX:

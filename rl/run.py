@@ -33,6 +33,7 @@ from rl.reference import Reference
 from rl.rollers import check_workers, plays_of_a_step, rollers
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
+from rollout.engine import Engine
 from rollout.episode import save_episodes
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.session import SessionEngine
@@ -82,6 +83,7 @@ class Run:
         self.tracker = Tracker(tracking, config.name, self.folder.path, asdict(config))
         self.model = build_model(config)
         self.vocabulary = Vocabulary.build(self.model.vocab)
+        self._engines: dict[float, Engine] = {}  # by temperature
         self.held_out = [
             scenario(family, "held_out", i, self.bank, config.scenarios)
             for i in range(config.eval.scenarios)
@@ -210,8 +212,13 @@ class Run:
         greedy = evaluate(self.roller(0.0), self.held_out, self.source, self.config.seed)
         return replace(result, score=result.score | {"greedy": greedy.score[""]})
 
-    def engine(self, temperature: float) -> SessionEngine:
-        return build_engine(self.config, self.model, self.vocabulary, temperature)
+    def engine(self, temperature: float) -> Engine:
+        """The run's engine of this temperature, with the model's weights as they are now."""
+        if temperature in self._engines:
+            self._engines[temperature].publish()
+        else:
+            self._engines[temperature] = build_engine(self.config, self.model, self.vocabulary, temperature)
+        return self._engines[temperature]
 
     def wall_s(self) -> float:
         return self._earlier_s + time.perf_counter() - self._start
@@ -241,17 +248,28 @@ def build_model(config: TrainConfig) -> InteractionModel:
     return model
 
 
-def build_engine(
-    config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary, temperature: float
-) -> SessionEngine:
-    """An engine with room for all of this rank's rollouts of a step."""
+def build_engine(config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary, temperature: float) -> Engine:
+    """An engine with room for all of this rank's rollouts of a step. Raises MetronomeError when vLLM is asked for and
+    not there."""
+    rollout, slots = config.rollout, plays_of_a_step(config)
+    if rollout.engine == "vllm":
+        from rollout.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
+
+        return VllmEngine(
+            model,
+            vocabulary,
+            slots=slots,
+            max_tokens=rollout.max_tokens,
+            temperature=temperature,
+            words_per_chunk=rollout.words_per_chunk,
+        )
     return SessionEngine(
         model,
         vocabulary,
-        slots=plays_of_a_step(config),
-        max_tokens=config.rollout.max_tokens,
+        slots=slots,
+        max_tokens=rollout.max_tokens,
         temperature=temperature,
-        words_per_chunk=config.rollout.words_per_chunk,
+        words_per_chunk=rollout.words_per_chunk,
     )
 
 

@@ -138,8 +138,8 @@ def growth(engine: SessionEngine, chunks: int) -> Growth:
 
 
 def _addresses(engine: SessionEngine) -> list[int]:
-    layers = engine.state.layers
-    return [x.data_ptr() for s in layers for x in (s.kv.key, s.kv.value, s.kv_conv, s.attn_conv, s.mlp_conv)]
+    layers = zip(engine.state.layers, engine.state.pasts, strict=True)
+    return [x.data_ptr() for layer, pasts in layers for x in (layer.kv.key, layer.kv.value, *pasts)]
 
 
 class _MallInfo(ctypes.Structure):

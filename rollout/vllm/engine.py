@@ -1,0 +1,166 @@
+"""vLLM as an engine of streaming sessions: the scale-out one, bit for bit the embedded one.
+
+A session is one resumable vLLM request. A micro-turn is its next input: the last sampled token, which vLLM drops at the
+end of each input, a forced end, the chunk's audio; then vLLM samples until the turn ends. A fork is a new request that
+brings the whole past with it with its first input; vLLM's prefix cache spares it what is in full pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+from model.audio import HOP, WINDOW, DMel
+from model.logprob import NEXT_TEXT
+from model.transformer import InteractionModel
+from rollout.chunk import CHUNK_FRAMES, Action
+from rollout.session import Session, check_append
+from rollout.vllm.core import shared_core
+from rollout.vocabulary import Vocabulary
+
+
+class VllmEngine:
+    """Sessions of one model in vLLM; see `rollout.session.SessionEngine` for the first arguments, `Core` for the rest.
+    Engines of one model that differ in temperature only share one vLLM."""
+
+    def __init__(
+        self,
+        model: InteractionModel,
+        vocabulary: Vocabulary,
+        *,
+        slots: int,
+        max_tokens: int,
+        temperature: float = 1.0,
+        words_per_chunk: int = 1,
+        keep_hidden: bool = False,
+        worker_process: bool = False,
+        prefix_cache: bool = True,
+        prefill_tokens: int = 2048,
+        pages: int | None = None,
+    ) -> None:
+        if temperature < 0 or words_per_chunk < 1:
+            raise ValueError(f"need temperature >= 0 and words_per_chunk >= 1, got {temperature}, {words_per_chunk}")
+        self.core = shared_core(
+            model,
+            vocabulary,
+            slots=slots,
+            max_tokens=max_tokens,
+            worker_process=worker_process,
+            prefix_cache=prefix_cache,
+            prefill_tokens=prefill_tokens,
+            pages=pages,
+        )
+        self.vocabulary = vocabulary
+        self.dmel = DMel.build()
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.words_per_chunk = words_per_chunk
+        self.keep_hidden = keep_hidden
+        self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk
+
+    @property
+    def weights_digest(self) -> str:
+        return self.core.weights_digest
+
+    @property
+    def free(self) -> int:
+        return self.core.free
+
+    def publish(self) -> None:
+        """Takes over the model's new weights. Every session must be closed: its keys belong to the old ones."""
+        if self.core.begun:
+            raise MetronomeError(
+                f"weights were changed under {len(self.core.begun)} open sessions; close them before publishing"
+            )
+        self.core.model.repack()
+        self.core.publish()
+
+    def open(self, key: int) -> Session:
+        """A new session that has heard nothing. Raises MetronomeError when every slot is taken."""
+        return Session(
+            slot=self.core.take(),
+            key=key,
+            temperature=self.temperature,
+            weights_digest=self.weights_digest,
+            tokens=[self.vocabulary.bos],
+            past=torch.zeros(WINDOW - HOP),
+        )
+
+    def fork(self, session: Session, key: int) -> Session:
+        """A session with the same past and another key."""
+        session.check_open()
+        return session.forked(self.core.take(), key)
+
+    def close(self, session: Session) -> None:
+        """Gives the slot back. Closing twice is an error; the session's record stays readable."""
+        session.check_open()
+        self.core.drop(session.slot)
+        session.closed = True
+
+    @torch.inference_mode()
+    def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
+        """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did.
+
+        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
+        ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
+        sessions of the call are closed: none goes on from half a micro-turn."""
+        check_append(sessions, chunks, self.most_rows, self.max_tokens)
+        samples = torch.cat((torch.stack([session.past for session in sessions]), chunks), 1)
+        codes = self.dmel.continued(samples)
+        try:
+            for session, sound, heard in zip(sessions, samples, codes, strict=True):
+                session.hear(sound[-(WINDOW - HOP) :], heard, self.vocabulary.audio)
+                self._add(session)
+            return self._act(sessions)
+        except BaseException:
+            for session in sessions:
+                self.close(session)
+            raise
+
+    def stats(self) -> dict[str, float | int]:
+        return {"sessions_open": len(self.core.begun), "sessions_free": self.free, "steps": self.core.steps}
+
+    def _add(self, session: Session) -> None:
+        """Hands vLLM what it does not have yet: everything, the first time."""
+        begin = session.fed if self.core.begun[session.slot] else 0
+        tokens = session.tokens[begin:]
+        heard = [place for place, token in enumerate(tokens) if token == self.vocabulary.audio][::CHUNK_FRAMES]
+        ask = {
+            "key": session.key,
+            "chunk": session.chunks,
+            "temperature": self.temperature,
+            "keep_hidden": self.keep_hidden,
+        }
+        codes = session.codes[len(session.codes) - len(heard) :]
+        stop = [self.vocabulary.listen, self.vocabulary.end]
+        heard_codes = list(zip(heard, codes, strict=True))
+        self.core.add(session.slot, tokens, heard_codes, ask, most_tokens=1 + self.words_per_chunk, stop=stop)
+
+    def _book(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
+        """Adds the turn's sampled tokens to the session's record."""
+        for i, token in enumerate(tokens):
+            drawn, logprob, digest, hidden = record[len(session.tokens)]
+            if drawn != token:
+                raise MetronomeError(f"vLLM returned token {token} where our sampler drew {drawn}")
+            session.book(token, min(i, NEXT_TEXT), logprob, digest)
+            if self.keep_hidden:
+                session.hidden.append(torch.frombuffer(bytearray(hidden), dtype=self.core.model.dtype))
+        session.fed = len(session.tokens) - 1  # vLLM drops the last one, to be fed again
+
+    def _act(self, sessions: Sequence[Session]) -> list[Action]:
+        """The micro-turn after its audio: what vLLM sampled, booked."""
+        slots = [session.slot for session in sessions]
+        sampled = self.core.run(slots)
+        actions = []
+        for session, tokens, record in zip(sessions, sampled, self.core.records(slots), strict=True):
+            self._book(session, tokens, record)
+            words = [token for token in tokens[1:] if token != self.vocabulary.end]
+            if len(words) == self.words_per_chunk:
+                session.tokens.append(self.vocabulary.end)  # the turn is full: forced, not sampled
+            action = Action(self.vocabulary.modes[tokens[0]], tuple(self.vocabulary.words[w] for w in words))
+            session.act(action)
+            actions.append(action)
+        return actions
