@@ -41,9 +41,9 @@ from reward.plays import rule_rewards
 from reward.preference import Preference, Stretch, from_row, load_preferences
 from reward.score import RewardConfig
 from reward.trainable import stretch_scores
+from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
 

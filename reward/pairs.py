@@ -35,12 +35,12 @@ from reward.model import AXES
 from reward.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
 from reward.preference import Preference, save_preferences
 from reward.score import RewardConfig
+from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
 from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.scenarios.sound import generator
-from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank, Split
 from rollout.vocabulary import Vocabulary
 

@@ -34,9 +34,9 @@ from rl.config import TrainConfig
 from rl.display import Display
 from rl.folder import RunFolder
 from rl.train import parse
+from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, scenario
-from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
 

@@ -33,10 +33,10 @@ from rl.reference import Reference
 from rl.rollers import check_workers, plays_of_a_step, rollers
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
+from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.episode import save_episodes
 from rollout.scenarios.registry import FAMILIES, scenario
-from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
 

@@ -1,6 +1,6 @@
 """What the rest of the program knows of an engine: something that holds streaming sessions of one model.
 
-`rollout.session.SessionEngine` is the one embedded in this process. An engine is built around a model and a
+`rollout.embedded.SessionEngine` is the one embedded in this process. An engine is built around a model and a
 temperature; `publish` takes over that model's weights as they are now. Every engine is bit for bit the learner: same
 kernels, same sampling keys, same contract.
 """

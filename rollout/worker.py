@@ -21,10 +21,10 @@ import safetensors.torch
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.transformer import InteractionModel
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode, pack_episodes
 from rollout.play import Play, play
 from rollout.scenarios.registry import scenario
-from rollout.session import SessionEngine
 from rollout.speech import SpeechBank
 from rollout.task import Reply, Setup, Task, seal
 from rollout.vocabulary import Vocabulary

@@ -21,9 +21,9 @@ from model.state import SessionState
 from model.transformer import InteractionModel
 from rl.batch import collate, score_choices
 from rl.identity import Mismatch, compare
+from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.episode import Episode
-from rollout.session import SessionEngine
 from rollout.vocabulary import Vocabulary
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -23,7 +23,7 @@ from rollout.vocabulary import Vocabulary
 
 
 class VllmEngine:
-    """Sessions of one model in vLLM; see `rollout.session.SessionEngine` for the first arguments, `Core` for the rest.
+    """Sessions of one model in vLLM; see `rollout.embedded.SessionEngine` for the first arguments, `Core` for the rest.
     Engines of one model that differ in temperature only share one vLLM."""
 
     def __init__(

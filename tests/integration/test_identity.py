@@ -15,10 +15,10 @@ from rl.config import RLConfig, TrainConfig
 from rl.identity import Mismatch, NotComparableError, NotEqualError
 from rl.learner import policy_gradient
 from rl.run import build_engine, build_model
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import play
 from rollout.roller import InProcess
-from rollout.session import SessionEngine
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 

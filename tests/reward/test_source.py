@@ -14,10 +14,10 @@ from reward.combine import score
 from reward.model import RewardModel
 from reward.score import RewardConfig
 from reward.source import RewardSource, SourceConfig
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.session import SessionEngine
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 

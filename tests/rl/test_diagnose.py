@@ -26,9 +26,9 @@ from rl.config import TrainConfig
 from rl.identity import NotEqualError
 from rl.learner import Gradient, policy_gradient
 from rl.run import DIFFERENCE, Run
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.sampler import session_key
-from rollout.session import SessionEngine
 from rollout.vocabulary import Vocabulary
 
 CHUNKS = 16  # about 110 rows: past the first split of keys

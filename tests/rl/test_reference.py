@@ -17,10 +17,10 @@ from rl import reference
 from rl.config import RLConfig
 from rl.credit import token_weights
 from rl.reference import Reference
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.session import SessionEngine
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 from tests.rl.test_identity import episode as small_episode

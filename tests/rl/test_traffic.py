@@ -11,8 +11,8 @@ from model.config import preset
 from model.transformer import InteractionModel
 from rl.traffic import episode_bytes, main, traffic
 from rollout.chunk import CHUNK_SAMPLES, Mode
+from rollout.embedded import SessionEngine
 from rollout.episode import TENSORS
-from rollout.session import SessionEngine
 from rollout.vocabulary import Vocabulary
 
 

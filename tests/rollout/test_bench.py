@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from kernels.layout import Segments
-from rollout import bench, bench_overhead, bench_serving, bench_text
-from rollout.bench_crowd import Crowd, Served, embedded, served, tiny_model
+from rollout.bench import __main__ as bench
+from rollout.bench import overhead, serving, text, workers
+from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
 from rollout.chunk import Action
-from rollout.session import Session, SessionEngine
+from rollout.embedded import SessionEngine
+from rollout.session import Session
 
 
 @torch.no_grad()
 def test_both_models_are_one_function() -> None:
-    ours, _, theirs = bench_text.text_models()
+    ours, _, theirs = text.text_models()
     assert 12.4e6 < sum(weight.numel() for weight in theirs.parameters()) < 12.8e6
     tokens = torch.randint(8, 1024, (40,), generator=torch.Generator().manual_seed(0))
     wanted = theirs(input_ids=tokens[None]).logits[0]
-    got = ours.logits(ours(tokens, bench_text.NO_CODES, Segments.build([0], [0], [40])))
+    got = ours.logits(ours(tokens, text.NO_CODES, Segments.build([0], [0], [40])))
     assert (got - wanted).abs().max() / wanted.abs().max() < 1e-5
 
 
@@ -45,8 +47,8 @@ def test_real_time_is_held_by_those_below_the_limit() -> None:
     def row(sessions: int, p99_ms: float) -> Served:
         return Served(sessions, 1.0, p99_ms, 1.0, 1.0, 1.0)
 
-    assert bench_serving.holds_real_time([row(16, 90), row(32, 199), row(48, 201)]) == 32
-    assert bench_serving.holds_real_time([row(16, 300)]) == 0
+    assert serving.holds_real_time([row(16, 90), row(32, 199), row(48, 201)]) == 32
+    assert serving.holds_real_time([row(16, 300)]) == 0
 
 
 class Leaking(SessionEngine):
@@ -62,28 +64,29 @@ class Leaking(SessionEngine):
 def test_growth_sees_a_leak_of_a_few_small_tensors_a_chunk() -> None:
     model = tiny_model()
     chunks = 200
-    flat = bench_overhead.growth(embedded(model, 1, 300), chunks)
+    flat = overhead.growth(embedded(model, 1, 300), chunks)
     assert not flat.state_moved
     assert flat.heap_bytes_per_chunk < 120  # 8 bytes a token
     assert flat.python_blocks < 3 * chunks
     engine = embedded(model, 1, 300)
     engine.__class__ = Leaking
-    leaking = bench_overhead.growth(engine, chunks)
+    leaking = overhead.growth(engine, chunks)
     assert leaking.heap_bytes_per_chunk > 480
     assert leaking.python_blocks > 3 * chunks
 
 
 def test_overhead_is_a_part_of_the_chunk() -> None:
-    found = bench_overhead.measure_overhead(20)
+    found = overhead.measure_overhead(20)
     assert 0 < found.overhead_ms < found.chunk_ms
 
 
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_text, "SESSIONS", (1, 2))
-    monkeypatch.setattr(bench_text, "SAMPLED_TOKENS", 4)
+    monkeypatch.setattr(text, "SESSIONS", (1, 2))
+    monkeypatch.setattr(text, "SAMPLED_TOKENS", 4)
     for name, value in {"SESSIONS": (1, 2), "SESSION_S": (1, 2), "MOST_SESSIONS": 4, "JOIN": 2}.items():
-        monkeypatch.setattr(bench_serving, name, value)
+        monkeypatch.setattr(serving, name, value)
+    monkeypatch.setattr(workers, "IDLE_S", 0.5)
     parts = [part for part in bench.PARTS if part != "engines"]
     monkeypatch.setattr(
         sys, "argv", ["rollout.bench", "--json", str(tmp_path / "b.json"), "--rounds", "1", "--only", *parts]
@@ -96,9 +99,10 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["words_per_chunk"], row["sessions"]) for row in report["serving"]] == [(1, 1), (1, 2), (4, 1), (4, 2)]
     assert [row["sessions"] for row in report["real_time"]["joining"]] == [2, 4]
     assert report["overhead"]["growth"]["state_moved"] is False
+    assert report["workers"]["episodes_that_differ"] == 0
     assert 0 < report["sharing"]["shared_rows"] < report["sharing"]["separate_rows"]
 
 
 def test_vllm_is_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_serving.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "missing_vllm", lambda: "vLLM is not installed")
     assert bench.engines(argparse.Namespace(rounds=1)) == "left out: vLLM is not installed"

@@ -14,10 +14,10 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model.config import preset
 from model.transformer import InteractionModel
-from rollout.bench_overhead import heap_bytes
+from rollout.bench.overhead import heap_bytes
 from rollout.chunk import CHUNK_SAMPLES
+from rollout.embedded import SessionEngine
 from rollout.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
-from rollout.session import SessionEngine
 from rollout.vocabulary import Vocabulary
 
 MAX_CHUNKS = 12

@@ -14,10 +14,11 @@ from model.transformer import InteractionModel
 from rl.batch import collate, score_choices
 from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES, Mode
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.rows import pack
 from rollout.sampler import session_key
-from rollout.session import Session, SessionEngine
+from rollout.session import Session
 from rollout.transcript import write_transcript
 from rollout.vocabulary import Vocabulary
 

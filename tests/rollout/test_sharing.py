@@ -11,13 +11,14 @@ from torch import Tensor
 
 from model.config import preset
 from model.transformer import InteractionModel
-from rollout.bench_sharing import Separate
+from rollout.bench.sharing import Separate
 from rollout.chunk import CHUNK_SAMPLES
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
 from rollout.sampler import session_key
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.session import Session, SessionEngine
+from rollout.session import Session
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 

@@ -22,11 +22,11 @@ from model.config import preset
 from model.state import ContextFull
 from model.transformer import InteractionModel
 from rollout import workers
-from rollout.bench_workers import cpu_s
+from rollout.bench.workers import cpu_s
+from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.task import Setup
 from rollout.vocabulary import Vocabulary

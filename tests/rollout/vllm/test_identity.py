@@ -23,9 +23,10 @@ from model.transformer import InteractionModel
 from rl.batch import collate, score_choices
 from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES
+from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.sampler import session_key
-from rollout.session import Session, SessionEngine
+from rollout.session import Session
 from rollout.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.vllm

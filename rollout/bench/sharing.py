@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from model.transformer import InteractionModel
-from rollout.bench_text import seconds
+from rollout.bench.text import seconds
+from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.session import Session, SessionEngine
+from rollout.session import Session
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 

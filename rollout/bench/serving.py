@@ -4,16 +4,12 @@
   and up to four (1 to 5 sampled tokens).
 - `measure_real_time`: sessions join until a chunk in a hundred takes longer than the 200 ms that it lasts.
 - `measure_turns`: one session of 10, 30 and 60 s, beside the same model when it is sent the whole prefix again.
-- `measure_engines`: this engine and vLLM's, both with our model, kernels and weights, at 1 and 32 sessions.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +17,11 @@ from torch import Tensor
 
 from kernels.layout import Segments
 from model.transformer import InteractionModel
-from rollout.bench_crowd import Crowd, Served, embedded, most_tokens, served, tiny_model
+from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
 from rollout.chunk import CHUNK_MS, CHUNKS_PER_SECOND
-from rollout.engine import Engine
-from rollout.vocabulary import Vocabulary
 
 SESSIONS = (1, 8, 32, 128)
 WORDS = (1, 4)
-ENGINE_SESSIONS = (1, 32)
 SESSION_S = (10, 30, 60)
 WARM_TICKS = 10
 JOIN = 64
@@ -51,19 +44,6 @@ class TurnSpeed:
     session_s: int
     session_ms: float
     resend_ms: float  # the whole prefix through the same model again
-
-
-@dataclass(frozen=True)
-class EngineSpeed:
-    """Two engines at equal weights; a tick's median latency."""
-
-    sessions: int
-    embedded_ms: float
-    vllm_ms: float
-
-    @property
-    def times(self) -> float:
-        return self.vllm_ms / self.embedded_ms
 
 
 def measure_shapes(ticks: int) -> list[Shape]:
@@ -121,42 +101,3 @@ def resend_s(model: InteractionModel, tokens: list[int], codes: list[Tensor]) ->
     segments = Segments.build([0], [0], [len(tokens)])
     model.logits(model(torch.tensor(tokens), torch.cat(codes), segments)[-1:])
     return time.perf_counter() - begin
-
-
-def measure_engines(
-    rounds: int, ticks: int, other: Callable[[InteractionModel, int, int], Engine]
-) -> list[EngineSpeed]:
-    """``other(model, slots, ticks)`` makes the engine to compare with. Rounds of ``ticks`` micro-turns alternate, so
-    that a busy moment of the machine hits both."""
-    model = tiny_model()
-    results = []
-    for sessions in ENGINE_SESSIONS:
-        length = WARM_TICKS + rounds * ticks
-        crowds = [Crowd(make(model, sessions, length)) for make in (embedded, other)]
-        for crowd in crowds:
-            crowd.join(sessions)
-            served(crowd, WARM_TICKS)
-        taken = [[served(crowd, ticks).p50_ms for crowd in crowds] for _ in range(rounds)]
-        for crowd in crowds:
-            crowd.leave()
-        results.append(EngineSpeed(sessions, *(statistics.median(column) for column in zip(*taken, strict=True))))
-        last = results[-1]
-        print(
-            f"{sessions:3d} sessions: embedded {last.embedded_ms:7.2f} ms a tick, vLLM {last.vllm_ms:7.2f} ms, "
-            f"{last.times:.1f} times ours"
-        )
-    return results
-
-
-def has_vllm() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("vllm", "rollout.vllm"))
-
-
-def vllm_engine(model: InteractionModel, slots: int, ticks: int) -> Engine:
-    """vLLM's engine in this process, with the room that `embedded` has."""
-    vocabulary, max_tokens = Vocabulary.build(model.vocab), most_tokens(ticks, words_per_chunk=1)
-    core = importlib.import_module("rollout.vllm.core").Core(model, vocabulary, slots=slots, max_tokens=max_tokens)
-    engine: Engine = importlib.import_module("rollout.vllm.engine").VllmEngine(
-        core, vocabulary, slots=slots, max_tokens=max_tokens
-    )
-    return engine

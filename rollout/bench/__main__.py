@@ -1,9 +1,11 @@
 """``python -m rollout.bench --json FILE``: speed of decoding and serving on this machine; ``--only`` runs some parts.
 
-- ``text``: decoding beside transformers' (`rollout.bench_text`);
-- ``turns``, ``serving``, ``real_time``, ``engines``: streaming sessions (`rollout.bench_serving`);
-- ``overhead``: what a micro-turn costs besides computing, and whether memory grows (`rollout.bench_overhead`);
-- ``sharing``: a group's rollouts as forks of one session (`rollout.bench_sharing`), by the policy of ``--checkpoint``.
+- ``text``: decoding beside transformers' (`rollout.bench.text`);
+- ``turns``, ``serving``, ``real_time``: streaming sessions (`rollout.bench.serving`);
+- ``overhead``: what a micro-turn costs besides computing, and whether memory grows (`rollout.bench.overhead`);
+- ``sharing``: a group's rollouts as forks of one session (`rollout.bench.sharing`), by the policy of ``--checkpoint``;
+- ``workers``: rollout processes beside the learner (`rollout.bench.workers`), by the same policy;
+- ``engines``: the embedded engine beside vLLM's (`rollout.bench.engines`).
 
 A machine differs from minute to minute, so engines that are compared alternate in one process. Not measured here:
 quality, and speech synthesis.
@@ -26,52 +28,63 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model import checkpoint
 from model.files import write_whole
-from rollout import bench_crowd, bench_overhead, bench_serving, bench_sharing, bench_text
-
-NO_VLLM = "left out: vLLM is not installed"
+from model.transformer import InteractionModel
+from rollout.bench import crowd
+from rollout.bench.engines import measure_engines, missing_vllm
+from rollout.bench.overhead import measure_growth, measure_overhead
+from rollout.bench.serving import holds_real_time, measure_real_time, measure_shapes, measure_turns
+from rollout.bench.sharing import measure_sharing
+from rollout.bench.text import measure_text
+from rollout.bench.workers import measure_workers
 
 
 def text(given: argparse.Namespace) -> list[dict[str, Any]]:
-    return [asdict(r) | {"times": r.times} for r in bench_text.measure_text(given.rounds)]
+    return [asdict(r) | {"times": r.times} for r in measure_text(given.rounds)]
 
 
 def turns(given: argparse.Namespace) -> list[dict[str, Any]]:
-    return [asdict(r) for r in bench_serving.measure_turns(4 * given.rounds)]
+    return [asdict(r) for r in measure_turns(4 * given.rounds)]
 
 
 def overhead(given: argparse.Namespace) -> dict[str, Any]:
-    growth = bench_overhead.measure_growth(100 * given.rounds)
-    return {"time": asdict(bench_overhead.measure_overhead(60 * given.rounds)), "growth": asdict(growth)}
+    growth = measure_growth(100 * given.rounds)
+    return {"time": asdict(measure_overhead(60 * given.rounds)), "growth": asdict(growth)}
 
 
 def serving(given: argparse.Namespace) -> list[dict[str, Any]]:
-    shapes = bench_serving.measure_shapes(20 * given.rounds)
+    shapes = measure_shapes(20 * given.rounds)
     return [{"words_per_chunk": r.words_per_chunk} | asdict(r.served) for r in shapes]
 
 
 def real_time(given: argparse.Namespace) -> dict[str, Any]:
-    results = bench_serving.measure_real_time(20 * given.rounds)
-    held = bench_serving.holds_real_time(results)
+    results = measure_real_time(20 * given.rounds)
+    held = holds_real_time(results)
     print(f"{held} sessions hold real time")
     return {"sessions": held, "joining": [asdict(r) for r in results]}
 
 
 def engines(given: argparse.Namespace) -> list[dict[str, Any]] | str:
-    if not bench_serving.has_vllm():
-        print(NO_VLLM)
-        return NO_VLLM
-    results = bench_serving.measure_engines(given.rounds, 20, bench_serving.vllm_engine)
-    return [asdict(r) | {"times": r.times} for r in results]
+    if missing := missing_vllm():
+        print(f"left out: {missing}")
+        return f"left out: {missing}"
+    return [asdict(r) | {"times": r.times} for r in measure_engines(given.rounds, 20)]
 
 
 def sharing(given: argparse.Namespace) -> dict[str, Any]:
-    if given.checkpoint is None:
-        model = bench_crowd.tiny_model()
-    else:
-        model = checkpoint.load(given.checkpoint, torch.float32)
-        model.pack()
-    result = bench_sharing.measure_sharing(model, given.rounds)
+    result = measure_sharing(policy(given), given.rounds)
     return asdict(result) | {"times": result.times, "checkpoint": str(given.checkpoint)}
+
+
+def workers(given: argparse.Namespace) -> dict[str, Any]:
+    return measure_workers(policy(given), given.rounds) | {"checkpoint": str(given.checkpoint)}
+
+
+def policy(given: argparse.Namespace) -> InteractionModel:
+    if given.checkpoint is None:
+        return crowd.tiny_model()
+    model = checkpoint.load(given.checkpoint, torch.float32)
+    model.pack()
+    return model
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -80,8 +93,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "overhead": overhead,
     "serving": serving,
     "real_time": real_time,
-    "engines": engines,
     "sharing": sharing,
+    "workers": workers,
+    "engines": engines,
 }
 
 
@@ -90,7 +104,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each engine (the median counts)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
-    parser.add_argument("--checkpoint", type=Path, help="policy of the part sharing (default: random weights)")
+    parser.add_argument("--checkpoint", type=Path, help="policy of sharing and workers (default: random weights)")
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error(f"--rounds is {given.rounds}; it must be at least 1")

@@ -16,9 +16,10 @@ import torch
 from model.config import preset
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_SAMPLES
+from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.sampler import session_key
-from rollout.session import Session, SessionEngine
+from rollout.session import Session
 from rollout.vocabulary import Vocabulary
 
 

@@ -1,7 +1,7 @@
-"""``python -m rollout.bench_workers --checkpoint FOLDER --json FILE``: what rollout workers gain and cost here.
+"""What rollout workers gain and cost on this machine.
 
 - A step's rollouts (8 groups of 6, as in the quickstart) by an engine in this process with all cores' threads, and by
-  1, 2, … workers that share the cores; every set of episodes is compared with the first, bit for bit.
+  1 and 2 workers that share the cores; every set of episodes is compared with the first, bit for bit.
 - Publishing changed weights: what the learner waits for, and what a worker's next task takes longer for loading them.
 - Processor time of the idle workers.
 
@@ -10,28 +10,23 @@ Engines take turns, so that a busy moment of the machine hits all of them; the m
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from kernels import dispatch
 from model import checkpoint
-from model.files import write_whole
 from model.transformer import InteractionModel
+from rollout.bench.text import seconds
+from rollout.embedded import SessionEngine
 from rollout.episode import TENSORS, Episode
 from rollout.play import Play
 from rollout.roller import InProcess, Roller
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.session import SessionEngine
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.task import Setup
 from rollout.vocabulary import Vocabulary
@@ -39,24 +34,12 @@ from rollout.workers import WorkerPool
 
 GROUPS, ROLLOUTS, MAX_TOKENS = 8, 6, 512
 IDLE_S = 5.0
+SIZES = (1, 2)
+"""Workers of the pools."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rollout.bench_workers", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="policy: a folder in transformers' format")
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="sizes of pools")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (the median counts)")
-    arguments = parser.parse_args()
-    if arguments.rounds < 1 or min(arguments.workers) < 1:
-        parser.error("--rounds and --workers must be at least 1")
-    report = measure(arguments.checkpoint, arguments.workers, arguments.rounds)
-    write_whole(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
-    print(f"written to {arguments.json}")
-
-
-def measure(policy: Path, sizes: list[int], rounds: int) -> dict[str, object]:
-    model = checkpoint.load(policy)
+def measure_workers(model: InteractionModel, rounds: int) -> dict[str, object]:
+    """``model``: the policy, packed."""
     vocabulary = Vocabulary.build(model.vocab)
     cores = len(os.sched_getaffinity(0))
     bank = SpeechBank.load()
@@ -64,7 +47,7 @@ def measure(policy: Path, sizes: list[int], rounds: int) -> dict[str, object]:
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS)
     with ExitStack() as stack:
-        pools = {size: stack.enter_context(closing(pool_of(model, size, cores))) for size in sizes}
+        pools = {size: stack.enter_context(closing(pool_of(model, size, cores))) for size in SIZES}
         rollers: dict[int, Roller] = {0: InProcess(engine), **{n: pool.roller(1.0) for n, pool in pools.items()}}
         first = [roller.play(plays, 0) for roller in rollers.values()]  # also warms up
         unequal = sum(not equal(a, b) for episodes in first[1:] for a, b in zip(first[0], episodes, strict=True))
@@ -72,7 +55,7 @@ def measure(policy: Path, sizes: list[int], rounds: int) -> dict[str, object]:
         rollout_s = dict(zip(rollers, map(statistics.median, zip(*taken, strict=True)), strict=True))
         for size, value in rollout_s.items():
             print(f"{size} workers: {value:.3f} s, {value / rollout_s[0]:.2f} times this process alone")
-        pool = pools[sizes[0]]
+        pool = pools[SIZES[0]]
         publish_ms, load_ms = publishing(model, pool, plays[0], rounds)
         print(f"publishing {publish_ms:.1f} ms, loading {load_ms:.1f} ms; {unequal} episodes differ")
         before = [cpu_s(pid) for pool in pools.values() for pid in pool.pids]
@@ -80,10 +63,7 @@ def measure(policy: Path, sizes: list[int], rounds: int) -> dict[str, object]:
         idle_s = sum(cpu_s(pid) for pool in pools.values() for pid in pool.pids) - sum(before)
         print(f"{len(before)} idle workers used {idle_s:.2f} s of processor time in {IDLE_S:.0f} s")
     return {
-        "machine": f"{platform.machine()}, {cores} processors",
-        "contract": dispatch.contract(),
-        "threads": {"0": torch.get_num_threads(), **{str(n): max(1, cores // n) for n in sizes}},
-        "rounds": rounds,
+        "threads": {"0": torch.get_num_threads(), **{str(n): max(1, cores // n) for n in SIZES}},
         "rollout_s": {str(n): value for n, value in rollout_s.items()},
         "episodes_that_differ": unequal,
         "weights_bytes": sum(tensor.nbytes for tensor in checkpoint.weights(model).values()),
@@ -124,17 +104,7 @@ def equal(one: Episode, other: Episode) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def cpu_s(pid: int) -> float:
     """Processor time that a process has used, all threads, user and system."""
     numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
-
-
-if __name__ == "__main__":
-    main()

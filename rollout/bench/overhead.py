@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rollout.bench_crowd import Crowd, embedded, tiny_model
-from rollout.session import SessionEngine
+from rollout.bench.crowd import Crowd, embedded, tiny_model
+from rollout.embedded import SessionEngine
 
 WARM_TICKS = 20
 SETTLED_TICKS = 100

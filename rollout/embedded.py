@@ -1,0 +1,227 @@
+"""The embedded engine: persistent sequences that hear 200 ms at a time and answer each micro-turn, in this process.
+
+A `SessionEngine` owns the weights' packed copies, the KV pages and the convolution windows of all its sessions; a
+`Session` is one growing sequence. ``append`` takes one chunk of audio for any subset of the open sessions, at whatever
+positions they are (continuous batching), prefills the new rows in one forward pass and decodes until every session has
+ended its micro-turn. By the row contract of `kernels.ops` the batch a session rides in cannot change its bits.
+
+A fork shares its origin's memory and computation for as long as the two say and hear the same: the row of log-probs is
+computed once and every session draws its own token from it by its own key. Where tokens or sound differ they part, and
+only then is memory copied.
+
+Knows nothing of scenarios or rewards. Not here: self audio and video rows (their place in a micro-turn is before the
+mode token; they come with the voice and the video tower).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.audio import HOP, WINDOW, DMel
+from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
+from model.state import SessionState
+from model.transformer import InteractionModel
+from rollout.chunk import CHUNK_FRAMES, Action
+from rollout.sampler import token_key
+from rollout.session import Session, check_append
+from rollout.vocabulary import Vocabulary
+
+
+class SessionEngine:
+    """Embedded engine: sessions of one model in this process.
+
+    slots: sessions open at once; max_tokens: context of each (memory for all is allocated here, once);
+    words_per_chunk: most text tokens a micro-turn may say (after the last one the turn ends by itself);
+    keep_hidden: whether a session's record holds the hidden state that each token was sampled from (for heads on it).
+    """
+
+    def __init__(
+        self,
+        model: InteractionModel,
+        vocabulary: Vocabulary,
+        *,
+        slots: int,
+        max_tokens: int,
+        temperature: float = 1.0,
+        words_per_chunk: int = 1,
+        keep_hidden: bool = False,
+    ) -> None:
+        if temperature < 0 or words_per_chunk < 1:
+            raise ValueError(f"need temperature >= 0 and words_per_chunk >= 1, got {temperature}, {words_per_chunk}")
+        self.model = model
+        self.vocabulary = vocabulary
+        self.dmel = DMel.build()
+        self.temperature = temperature
+        self.words_per_chunk = words_per_chunk
+        self.keep_hidden = keep_hidden
+        self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk  # of one micro-turn: unfed tokens, audio, words
+        self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=slots * self.most_rows)
+        self.weights_digest = checkpoint.weights_digest(model)
+        self._riders = [0] * slots  # open sessions in each slot
+        self._open = 0
+        self._rows = 0  # that went through the model
+        self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
+
+    @property
+    def free(self) -> int:
+        return self.state.slots - self._open  # a fork needs no slot yet, but may from the next token on
+
+    def publish(self) -> None:
+        """Takes over the model's new weights. Every session must be closed: its keys belong to the old ones."""
+        if self._open:
+            raise MetronomeError(f"weights were changed under {self._open} open sessions; close them before publishing")
+        self.model.repack()
+        self.weights_digest = checkpoint.weights_digest(self.model)
+
+    def open(self, key: int) -> Session:
+        """A new session that has heard nothing. Raises MetronomeError when every slot is taken."""
+        self._check_free()
+        return self._enter(
+            Session(
+                slot=self.state.open(),
+                key=key,
+                temperature=self.temperature,
+                weights_digest=self.weights_digest,
+                tokens=[self.vocabulary.bos],
+                past=torch.zeros(WINDOW - HOP),
+            )
+        )
+
+    def fork(self, session: Session, key: int) -> Session:
+        """A session with the same past and another key; what it does from here on equals a separate session's bits.
+        Costs nothing until the two differ. Raises MetronomeError when every slot is taken."""
+        session.check_open()
+        self._check_free()
+        return self._enter(session.forked(session.slot, key))
+
+    def close(self, session: Session) -> None:
+        """Gives the slot back. Closing twice is an error; the session's record stays readable."""
+        session.check_open()
+        session.closed = True
+        self._open -= 1
+        self._riders[session.slot] -= 1
+        if not self._riders[session.slot]:
+            self.state.close(session.slot)
+
+    @torch.inference_mode()
+    def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
+        """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did.
+
+        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
+        ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
+        sessions of the call are closed: none goes on from half a micro-turn."""
+        check_append(sessions, chunks, self.most_rows, self.state.max_tokens)
+        if any(self._riders[s.slot] > 1 for s in sessions):
+            self._part(sessions, [row.tobytes() for row in chunks.numpy()])
+        heard = {s.slot: (s.past, chunk) for s, chunk in zip(sessions, chunks.unbind(), strict=True)}
+        samples = torch.cat([part for sound in heard.values() for part in sound]).view(len(heard), -1)
+        codes = self.dmel.continued(samples)
+        try:
+            rest, rows = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
+            place = {slot: i for i, slot in enumerate(heard)}
+            for session in sessions:
+                row = place[session.slot]
+                session.hear(rest[row], rows[row], self.vocabulary.audio)
+            return self._act(sessions, codes.flatten(0, 1))
+        except BaseException:
+            for session in sessions:
+                self.close(session)
+            raise
+
+    def stats(self) -> dict[str, float | int]:
+        return {
+            "sessions_open": self._open,
+            "sessions_free": self.free,
+            "slots_used": self.state.open_slots,
+            "rows": self._rows,
+        }
+
+    def _check_free(self) -> None:
+        if not self.free:
+            raise MetronomeError(
+                f"all {self.state.slots} slots are open; close a session or make the engine with more slots"
+            )
+
+    def _enter(self, session: Session) -> Session:
+        self._riders[session.slot] += 1
+        self._open += 1
+        return session
+
+    def _act(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
+        """The micro-turn after its audio ``codes`` [4 x slots, 80]: mode, words."""
+        mode, listen = self._next(sessions, codes, MODE), self.vocabulary.listen
+        words: list[list[int]] = [[] for _ in sessions]
+        speaking = [i for i, token in enumerate(mode) if token != listen]
+        while speaking:
+            said = len(words[speaking[0]])  # equal for all that still speak
+            tokens = self._next([sessions[i] for i in speaking], self._no_codes, NEXT_TEXT if said else FIRST_TEXT)
+            goes_on = []
+            for i, token in zip(speaking, tokens, strict=True):
+                if token == self.vocabulary.end:
+                    continue
+                words[i].append(token)
+                if said + 1 == self.words_per_chunk:
+                    sessions[i].tokens.append(self.vocabulary.end)  # the turn is full: forced, not sampled
+                else:
+                    goes_on.append(i)
+            speaking = goes_on
+        actions = [
+            Action(self.vocabulary.modes[m], tuple(self.vocabulary.words[w] for w in said))
+            for m, said in zip(mode, words, strict=True)
+        ]
+        for session, action in zip(sessions, actions, strict=True):
+            session.act(action)
+        return actions
+
+    def _next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
+        """Runs the unfed tokens, once for each slot; samples and books the next token of every session."""
+        leads = {s.slot: s for s in sessions}
+        unfed = [s.tokens[s.fed :] for s in leads.values()]
+        lengths = [len(tokens) for tokens in unfed]
+        segments = self.state.extend(list(leads), lengths)
+        self._rows += segments.rows
+        hidden = self.model(torch.tensor([t for tokens in unfed for t in tokens]), codes, segments, self.state)
+        if len(leads) == 1:
+            hidden = hidden[-1:]
+        elif segments.rows > len(leads):
+            hidden = hidden[torch.tensor([end - 1 for end in accumulate(lengths)])]
+        logits = self.model.logits(hidden)
+        if len(leads) < len(sessions):
+            place = {slot: i for i, slot in enumerate(leads)}
+            rows = torch.tensor([place[s.slot] for s in sessions])
+            hidden, logits = hidden[rows], logits[rows]
+        keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
+        classes = torch.full((len(sessions),), row_class)
+        sampled, logprob, digest = self.vocabulary.classes.sample(logits, keys, classes, self.temperature)
+        tokens = sampled.tolist()
+        for session, t, p, d in zip(sessions, tokens, logprob.tolist(), digest.tolist(), strict=True):
+            session.fed = len(session.tokens)
+            session.book(t, row_class, p, d)
+        if self.keep_hidden:
+            for session, row in zip(sessions, hidden.unbind(), strict=True):
+                session.hidden.append(row)
+        if len(leads) < len(sessions):
+            self._part(sessions, tokens)
+        return tokens
+
+    def _part(self, sessions: Sequence[Session], kinds: Sequence[int | bytes]) -> None:
+        """Sessions that share a slot go on apart where ``kinds`` differ: the first kind keeps the slot, if all of the
+        slot's sessions are here, and each other kind gets a copy."""
+        here = Counter(s.slot for s in sessions)
+        whole = {slot for slot, count in here.items() if count == self._riders[slot]}
+        slots: dict[tuple[int, int | bytes], int] = {}
+        for session, kind in zip(sessions, kinds, strict=True):
+            origin = session.slot
+            if (origin, kind) not in slots:
+                slots[origin, kind] = origin if origin in whole else self.state.fork(origin)
+                whole.discard(origin)
+            session.slot = slots[origin, kind]
+            self._riders[origin] -= 1
+            self._riders[session.slot] += 1
