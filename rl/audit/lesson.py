@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl.audit.sides import ENGINES, Side, whole
+from rl.audit.sides import Side, session_engine, whole
 from rl.identity import Mismatch, compare
 from rl.learner import policy_gradient
 from rollout.chunk import LISTEN
@@ -73,7 +73,7 @@ def completions(side: Side, heard: Tensor, others: Sequence[Tensor], count: int)
     digests: set[tuple[int, ...]] = set()
     rows = 0
     with side.active():
-        engine = ENGINES["session"](side, MOST_TOGETHER + MOST_OTHERS, longest, 0.0)
+        engine = session_engine(side, MOST_TOGETHER + MOST_OTHERS, longest, 0.0)
         while (made := sum(seen.values())) < count:
             mine = min(load.randint(1, MOST_TOGETHER), count - made)
             ahead = load.randint(0, MOST_AHEAD)
@@ -136,7 +136,7 @@ def measured(sides: Sequence[Side], rounds: int) -> list[Measured]:
 
 
 def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
-    engine = ENGINES["session"](side, len(plays), 512, 1.0)
+    engine = session_engine(side, len(plays), 512, 1.0)
     clock = [time.perf_counter()]
     episodes = play(engine, plays, SEED)
     clock.append(time.perf_counter())

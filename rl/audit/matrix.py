@@ -27,7 +27,7 @@ import torch
 from model.checkpoint import weights_digest
 from model.files import write_whole
 from rl.audit import lesson
-from rl.audit.sides import DTYPES, ENGINES, Cuts, Scored, Side, both, cached, first_of, joined, whole
+from rl.audit.sides import DTYPES, Cuts, Scored, Side, both, cached, engines, first_of, joined, whole
 from rl.environment import environment
 from rl.identity import Mismatch
 from rl.learner import policy_gradient
@@ -68,7 +68,7 @@ def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
 def sampled(side: Side, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:
     """One rollout of each scenario at temperature 1, ``slots`` at a time."""
     with side.active():
-        return play(ENGINES[engine](side, slots, 1024, 1.0), [Play(item, 0) for item in items], SEED)
+        return play(engines(side)[engine](side, slots, 1024, 1.0), [Play(item, 0) for item in items], SEED)
 
 
 def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored) -> Iterator[Cell]:
@@ -107,7 +107,7 @@ def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], else
     finally:
         torch.set_num_threads(threads)
     yield cell("processes", "another process", elsewhere, together)
-    for engine in ENGINES:
+    for engine in engines(side):
         many, single = (sampled(side, engine, items, slots) for slots in (len(items), 1))
         yield Cell(f"engine {engine}", f"{n} sessions against 1", side.name, side.dtype, sampled_apart(many, single))
         yield Cell(f"engine {engine}", "sampler against learner", side.name, side.dtype, learner_apart(side, many))

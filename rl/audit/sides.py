@@ -24,6 +24,7 @@ from rl.identity import Mismatch, compare
 from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.episode import Episode
+from rollout.vllm.core import missing
 from rollout.vocabulary import Vocabulary
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -58,8 +59,19 @@ def session_engine(side: Side, slots: int, max_tokens: int, temperature: float) 
     return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
 
 
-ENGINES: dict[str, Callable[[Side, int, int, float], Engine]] = {"session": session_engine}
-"""Every engine there is, by name; each gets a row of its own in the matrix."""
+def vllm_engine(side: Side, slots: int, max_tokens: int, temperature: float) -> Engine:
+    from rollout.vllm.engine import VllmEngine
+
+    return VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+
+
+def engines(side: Side) -> dict[str, Callable[[Side, int, int, float], Engine]]:
+    """Every engine there is for a side, by name; each gets a row of its own. vLLM, where installed, runs our kernels
+    only."""
+    found: dict[str, Callable[[Side, int, int, float], Engine]] = {"session": session_engine}
+    if side.name == "ours" and missing() is None:
+        found["vllm"] = vllm_engine
+    return found
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ from model import checkpoint
 from model.files import write_whole
 from model.transformer import InteractionModel
 from rollout.bench import crowd
-from rollout.bench.engines import measure_engines, missing_vllm
+from rollout.bench.engines import measure_engines
 from rollout.bench.overhead import measure_growth, measure_overhead
 from rollout.bench.serving import holds_real_time, measure_real_time, measure_shapes, measure_turns
 from rollout.bench.sharing import measure_sharing
 from rollout.bench.text import measure_text
 from rollout.bench.workers import measure_workers
+from rollout.vllm import core
 
 
 def text(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -64,9 +65,9 @@ def real_time(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def engines(given: argparse.Namespace) -> list[dict[str, Any]] | str:
-    if missing := missing_vllm():
-        print(f"left out: {missing}")
-        return f"left out: {missing}"
+    if reason := core.missing():
+        print(f"left out: {reason}")
+        return f"left out: {reason}"
     return [asdict(r) | {"times": r.times} for r in measure_engines(given.rounds, 20)]
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kernels.errors import MetronomeError
 from model.transformer import InteractionModel
 from rollout.bench.crowd import Crowd, embedded, most_tokens, served, tiny_model
 from rollout.engine import Engine
@@ -55,17 +54,6 @@ class Stopwatch:
                 self.seconds += time.perf_counter() - start
 
         return timed
-
-
-def missing_vllm() -> str | None:
-    """Why vLLM cannot be measured here; None when it can."""
-    from rollout.vllm.core import check_version
-
-    try:
-        check_version()
-    except MetronomeError as error:
-        return str(error)
-    return None
 
 
 def vllm_engine(model: InteractionModel, slots: int, ticks: int) -> Engine:

@@ -67,6 +67,15 @@ def check_version() -> None:
         )
 
 
+def missing() -> str | None:
+    """Why vLLM cannot be used here; None when it can."""
+    try:
+        check_version()
+    except MetronomeError as error:
+        return str(error)
+    return None
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Puts back what starting vLLM in this process changes."""
