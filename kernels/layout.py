@@ -23,6 +23,10 @@ CONV_TAPS = 4
 """Taps of a short convolution; a sequence carries the last CONV_TAPS - 1 inputs from call to call."""
 
 
+MOST_ROWS = 2**31 - 1
+"""Of a sequence and of a call: positions and offsets are int32."""
+
+
 @dataclass(frozen=True)
 class Segments:
     """The packed rows of one call: segment s owns rows ``offset[s] : offset[s + 1]``, which continue the sequence in
@@ -54,13 +58,16 @@ class Segments:
 
     @staticmethod
     def build(slots: list[int], starts: list[int], lengths: list[int]) -> Segments:
-        """Raises ValueError when the lists differ in length, a length is < 1, a start is < 0 or a slot comes twice."""
+        """Raises ValueError when the lists differ in length, a length is < 1, a start is < 0, a slot comes twice or a
+        position would not fit int32."""
         if not len(slots) == len(starts) == len(lengths):
             raise ValueError(f"segments: {len(slots)} slots, {len(starts)} starts, {len(lengths)} lengths; need equal")
         if len(set(slots)) != len(slots):
             raise ValueError(f"segments: a slot comes twice in one call: {slots}")
         if any(n < 1 for n in lengths) or any(s < 0 for s in starts):
             raise ValueError(f"segments: lengths must be >= 1 and starts >= 0, got {lengths} and {starts}")
+        if any(s + n > MOST_ROWS for s, n in zip(starts, lengths, strict=True)) or sum(lengths) > MOST_ROWS:
+            raise ValueError(f"segments: positions must stay below 2**31, got lengths {lengths} from {starts}")
         # One tensor from one list: each call of torch costs microseconds, and this runs before every prefill of 200 ms.
         offset = list(accumulate(lengths, initial=0))
         position = [p for start, length in zip(starts, lengths, strict=True) for p in range(start, start + length)]

@@ -40,8 +40,9 @@ class Tab:
     def __init__(self, program: str, profile: Path) -> None:
         commands, to_browser = os.pipe()
         from_browser, answers = os.pipe()
+        # bash, since a plain sh knows only descriptors of one digit.
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', program, *FLAGS, f"--user-data-dir={profile}"],
+            ["bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', program, *FLAGS, f"--user-data-dir={profile}"],
             pass_fds=(commands, answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
