@@ -221,7 +221,8 @@ def picture(results: Sequence[Result]) -> bytes:
     left.set(xlabel="step", ylabel="score, mean of 5 steps", title="Reward")
     left.legend(fontsize=7)
     right.set(xlabel="step", ylabel="k3, nats a token", yscale="log", title="Sampler against learner")
-    right.legend(fontsize=7, title=f"exactly 0 at every step: {', '.join(exact)}" if exact else None, title_fontsize=7)
+    title = f"exactly 0 at every step: {', '.join(exact)}" if exact else None
+    right.legend(handles=right.get_lines(), fontsize=7, title=title, title_fontsize=7)
     out = BytesIO()
     figure.savefig(out, dpi=120)
     return out.getvalue()
