@@ -194,8 +194,8 @@ def test_idle_workers_use_no_processor_and_waiting_for_them_uses_none(pool: Work
     time.sleep(0.5)
     before, mine = [cpu_s(pid) for pid in pool.pids], time.process_time()
     time.sleep(3)
-    assert [cpu_s(pid) for pid in pool.pids] == before
-    assert time.process_time() - mine < 0.03
+    assert sum(cpu_s(pid) for pid in pool.pids) - sum(before) < 0.05  # a spinning thread would use 3 s
+    assert time.process_time() - mine < 0.3
 
     start, mine = time.perf_counter(), time.process_time()
     roller.play(plays * 4, SEED)
