@@ -76,19 +76,30 @@ def missing() -> str | None:
     return None
 
 
+Functions = list[tuple[Any, str, Any]]
+"""(module, name, function) of what stands, or is to stand, in modules of torch."""
+
+
+def _stand_in(functions: Functions) -> Functions:
+    """Puts functions where they belong; returns those that stood there."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in functions]
+    for module, name, function in functions:
+        setattr(module, name, function)
+    return before
+
+
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Puts back what starting vLLM in this process changes."""
+def _undisturbed() -> Iterator[Functions]:
+    """Puts back what starting vLLM in this process changes. Yields a list that then holds vLLM's own functions."""
     accelerator = torch.accelerator
-    functions = [(torch, "set_num_threads"), (accelerator, "synchronize"), (accelerator, "empty_cache")]
-    before = [getattr(module, name) for module, name in functions]
-    threads = torch.get_num_threads()
+    names = [(torch, "set_num_threads"), (accelerator, "synchronize"), (accelerator, "empty_cache")]
+    before = [(module, name, getattr(module, name)) for module, name in names]
+    threads, vllms = torch.get_num_threads(), Functions()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        yield
+        yield vllms
     finally:
-        for (module, name), function in zip(functions, before, strict=True):
-            setattr(module, name, function)
+        vllms += _stand_in(before)
         torch.set_num_threads(threads)
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -127,7 +138,7 @@ class Core:
         rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
         PolicyConfig.of(model.config, rows).save_pretrained(place)
         save_file({"allowed": vocabulary.classes.allowed.cpu().contiguous()}, place / CLASSES)
-        with _undisturbed():
+        with _undisturbed() as vllms:
             register()
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.core_client import EngineCoreClient
@@ -168,7 +179,7 @@ class Core:
                 executor_class=Executor.get_class(config),
                 log_stats=False,
             )
-        self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder)
+        self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder, vllms)
         self.steps, self.slots, self.opened = 0, slots, 0
         self.begun: dict[int, bool] = {}  # open session -> whether vLLM has its past
         self.weights_digest = ""
@@ -299,9 +310,14 @@ def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any)
     return core
 
 
-def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
-    client.shutdown()
-    folder.cleanup()
+def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str], vllms: Functions) -> None:
+    """On a machine without an accelerator vLLM ends only with its own functions in place."""
+    before = _stand_in(vllms)
+    try:
+        client.shutdown()
+    finally:
+        _stand_in(before)
+        folder.cleanup()
 
 
 def _memory_folder() -> str | None:
