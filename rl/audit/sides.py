@@ -24,7 +24,7 @@ from rl.identity import Mismatch, compare
 from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.episode import Episode
-from rollout.vllm.core import missing
+from rollout.vllm.process import missing
 from rollout.vocabulary import Vocabulary
 
 DTYPES = (torch.float32, torch.bfloat16)

