@@ -73,7 +73,7 @@ class CorruptionRecipe:
     faults: int = 4  # tried on each expert play for each axis; some do not fit
     mistakes: int = 4  # plays of each scenario that err all along
     mistaken: Corruption = WIDE
-    segments: int = 40  # stretches compared, an axis and scenario; of plays that are scored anyway
+    segments: int = 24  # stretches compared, an axis and scenario; of plays that are scored anyway
     train_sizes: tuple[int, ...] = (1, 3, 5, 8, 12, 20, 60)
     held_out_sizes: tuple[int, ...] = (2, 4, 6, 10, 16, 40)
 
@@ -83,12 +83,13 @@ class RolloutRecipe:
     """Groups of rollouts that are compared with one another."""
 
     policies: tuple[PolicyRecipe, ...] = ()
-    train_groups: int = 250
-    held_out_groups: int = 40
-    scenarios: int = 4  # of a group, families in turn
-    rollouts: int = 2  # of each scenario, policies in turn
+    train_groups: int = 500
+    held_out_groups: int = 80
+    scenarios: int = 2  # of a group, families in turn
+    rollouts: int = 4  # of each scenario, policies in turn
     wholes: int = 10  # pairs of whole conversations tried, an axis and group
-    segments: int = 40  # pairs of stretches tried, an axis and group
+    segments: int = 30  # pairs of stretches tried, an axis and group
+    aligned: int = 16  # pairs of stretches at the same place tried, an axis and scenario: what RL compares
     max_tokens: int = 512  # context of a session
 
 
@@ -201,6 +202,7 @@ class Maker:
         size = recipe.scenarios * recipe.rollouts
         for g in range(groups):
             group = plays[g * size : (g + 1) * size]
+            alike = [group[i : i + recipe.rollouts] for i in range(0, size, recipe.rollouts)]
             rng = generator("rolled out", split, self.config.seed, g)
             yield [
                 preference
@@ -208,6 +210,7 @@ class Maker:
                 for preference in (
                     *whole_preferences(axis, group, recipe.wholes, rng),
                     *segment_preferences(axis, group, recipe.segments, rng, aligned=False),
+                    *(p for some in alike for p in segment_preferences(axis, some, recipe.aligned, rng, aligned=True)),
                 )
             ]
 

@@ -2,9 +2,10 @@
 
     accelerate launch --config_file configs/accelerate/reward.yaml -m reward.train --config configs/reward_timing.yaml
 
-TRL's loop, loss and optimizer are used as they are; ours are the model, and the collator, which puts every conversation
-of a batch into one packed forward pass once, in however many pairs it is. Pairs are taken in the order of the data set,
-where pairs that share conversations stand together. ``--resume`` goes on from the newest finished checkpoint.
+TRL's loop, loss and optimizer are used as they are, but for graded labels (`reward.graded`). Ours are the model, and
+the collator, which puts every conversation of a batch into one packed forward pass once, in however many pairs it is.
+Pairs are taken in the order of the data set, where pairs that share conversations stand together. ``--resume`` goes on
+from the newest finished checkpoint.
 
     runs/<name>/config.yaml, checkpoints/checkpoint-NNN/ (TRL's), model/ (RewardModel.load), summary.json
 """
@@ -62,6 +63,7 @@ class RewardTrainConfig:
     pairs: str = "runs/reward_pairs"  # data set made by reward.pairs
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
     margin_scale: float = 1.0  # times the pair's margin, subtracted inside the loss; 0 turns margins off
+    rationality: float | None = None  # margins grade the labels instead, and rewards get their unit (reward.graded)
     trainer: dict[str, Any] = field(default_factory=dict)  # any field of trl.RewardConfig
 
 
@@ -88,7 +90,9 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     checkpoints = folder / "checkpoints"
     earlier = _prepare_folder(folder, recipe, resume)
     _prepare_libraries(folder, config)
-    from trl import RewardConfig, RewardTrainer  # after the settings above: it reads them when imported
+    from trl import RewardConfig  # after the settings above: it reads them when imported
+
+    from reward.graded import GradedTrainer
 
     try:
         arguments = RewardConfig(
@@ -99,10 +103,10 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     leads = arguments.process_index == 0
     model = RewardModel.build(_backbone(config), config.axes)
     rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
-    trainer = RewardTrainer(
+    trainer = GradedTrainer(
         model=Trainable(model),
         args=arguments,
-        data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale),
+        data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
         train_dataset=rows,
         processing_class=load_tokenizer(),
         callbacks=[Report(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)],

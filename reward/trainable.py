@@ -28,6 +28,7 @@ class Collator:
     axes: tuple[str, ...]
     audio: int  # id of the audio token
     margin_scale: float = 1.0
+    rationality: float | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return self.batch([from_row(row) for row in rows])
@@ -38,8 +39,11 @@ class Collator:
         owner = [places.setdefault(s.key, len(places)) for s in stretches]
         distinct = [stretches[owner.index(i)] for i in range(len(places))]
         tokens = torch.cat([s.tokens for s in distinct])
+        margin = torch.tensor([p.margin for p in pairs])
+        graded = self.rationality is not None
         return {
-            "margin": self.margin_scale * torch.tensor([p.margin for p in pairs]),  # fp32 [P]
+            "margin": torch.zeros_like(margin) if graded else self.margin_scale * margin,  # fp32 [P]
+            "doubt": doubt(margin, self.rationality),  # fp32 [P]
             "tokens": tokens,  # int64 [T]
             "codes": torch.cat([s.codes for s in distinct]),  # uint8 [A, 80]
             "lengths": torch.tensor([len(s.tokens) for s in distinct]),  # [S]
@@ -81,6 +85,15 @@ class Trainable(nn.Module):
         conversations = [Stretch(t, c, 0, 0) for t, c in zip(pieces, codes.split(heard), strict=True)]
         scores = stretch_scores(self.reward(conversations), owner, first, end, axis)
         return SequenceClassifierOutput(logits=scores[:, None])
+
+
+def doubt(margin: Tensor, rationality: float | None) -> Tensor:
+    """The probability that a rater prefers the rejected one: 1 - sigmoid(rationality * margin), the Boltzmann-rational
+    rater of Lee et al. 2021 (B-Pref, arXiv 2111.03026); 0 where nobody gave a margin, or without ``rationality``.
+    fp32 [P] -> fp32 [P]."""
+    if rationality is None:
+        return torch.zeros_like(margin)
+    return torch.where(margin > 0, torch.sigmoid(-rationality * margin), 0.0)
 
 
 def stretch_scores(rewards: Sequence[Tensor], owner: Tensor, first: Tensor, end: Tensor, axis: Tensor) -> Tensor:

@@ -69,11 +69,11 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["session", "vllm"] = "session"  # embedded, or vLLM in the learner's process; the same bits
+    engine: Literal["session", "vllm"] = "session"  # embedded, or vLLM; the same bits
     temperature: float = 1.0
     words_per_chunk: int = 1
     max_tokens: int = 512  # context of a session
-    workers: int = 0  # processes beside each learner process that roll out; 0 rolls out in the learner's own
+    workers: int = 0  # processes beside each learner process that roll out (vllm: at most 1); 0: in the learner's own
     worker_threads: int | None = None  # of each; None is an even share of the cores
     worker_timeout_s: float = 120.0  # to get ready, and for a share of a step; then another one plays it
 

@@ -1,4 +1,4 @@
-"""Who rolls out in a run, by its recipe: an engine in the learner's process, or worker processes beside it."""
+"""Who rolls out in a run, by its recipe: one engine, or worker processes of the embedded one beside the learner's."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def check_workers(config: TrainConfig) -> None:
             f"rollout.workers is {rollout.workers}: give 0, to roll out in the learner's process, or at most {plays}, "
             "one for each rollout of its share of a step"
         )
-    if rollout.workers and rollout.engine == "vllm":
+    if rollout.workers > 1 and rollout.engine == "vllm":
         raise MetronomeError(
-            "rollout.workers are processes of the embedded engine: with rollout.engine vllm give rollout.workers 0"
+            f"rollout.workers is {rollout.workers}: vLLM serves a learner process from one process; give 1, or 0 for "
+            "the learner's own"
         )
     if rollout.worker_threads is not None and rollout.worker_threads < 1:
         raise MetronomeError(f"rollout.worker_threads is {rollout.worker_threads}: give each worker at least 1")
@@ -49,10 +50,10 @@ def plays_of_a_step(config: TrainConfig) -> int:
 def rollers(
     config: TrainConfig, model: InteractionModel, build: Callable[[float], Engine]
 ) -> Iterator[Callable[[float], Roller]]:
-    """While the block runs, gives what rolls out at a temperature under the weights of that moment: an engine here, or
-    the recipe's workers. A machine's ranks share its cores."""
+    """While the block runs, gives what rolls out at a temperature under the weights of that moment: one engine, or the
+    recipe's workers. A machine's ranks share its cores."""
     rollout = config.rollout
-    if not rollout.workers:
+    if not rollout.workers or rollout.engine == "vllm":  # vLLM's engine has its process in its own hands
         yield lambda temperature: InProcess(build(temperature))
         return
     setup = Setup(

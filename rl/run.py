@@ -262,6 +262,7 @@ def build_engine(config: TrainConfig, model: InteractionModel, vocabulary: Vocab
             max_tokens=rollout.max_tokens,
             temperature=temperature,
             words_per_chunk=rollout.words_per_chunk,
+            worker_process=rollout.workers == 1,
         )
     return SessionEngine(
         model,

@@ -124,6 +124,7 @@ def test_a_second_run_of_that_name_leaves_the_first_alone(tmp_path: Path) -> Non
         (["--rl.reference_weight", "-0.1"], "reference_weight is -0.1"),
         (["--rollout.workers", "-1"], "rollout.workers is -1"),
         (["--rollout.workers", "49"], "at most 48"),
+        (["--rollout.workers", "2", "--rollout.engine", "vllm"], "workers is 2: vLLM"),
         (["--rollout.workers", "2", "--rollout.worker_timeout_s", "0"], r"worker_timeout_s is 0\.0"),
         (["--rollout.workers", "2", "--rollout.worker_threads", "0"], "worker_threads is 0"),
         (["--source.rewards", "learned"], "names no reward model"),

@@ -1,0 +1,87 @@
+"""The loss of graded labels, through TRL's own: smallest where a difference is the rater's, and TRL's where nothing is
+in doubt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn.functional import logsigmoid
+from trl import RewardConfig
+
+from model.tokenizer import load_tokenizer
+from reward.graded import GradedTrainer
+from reward.model import RewardModel
+from reward.preference import table
+from reward.trainable import Collator, Trainable, doubt
+from tests.reward.test_model import VOCABULARY, reward_model
+from tests.reward.test_trainable import AXES, pairs
+
+MARGINS = torch.tensor([0.0, 0.1, 1.0, 6.0])
+
+
+def test_doubt_is_the_raters() -> None:
+    found = doubt(MARGINS, 2.0)
+    assert found.tolist() == pytest.approx([0.0, 0.450166, 0.119203, 6.144e-6], rel=1e-4)
+    assert doubt(MARGINS, None).tolist() == [0.0] * 4
+
+
+def test_the_collator_grades_or_subtracts() -> None:
+    some = pairs()
+    graded = Collator(AXES, VOCABULARY.audio, rationality=2.0).batch(some)
+    certain = Collator(AXES, VOCABULARY.audio).batch(some)
+    assert not graded["margin"].any() and certain["margin"].any()
+    assert graded["doubt"][1:].all() and not certain["doubt"].any()
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> GradedTrainer:
+    folder: Path = tmp_path_factory.mktemp("graded")
+    arguments = RewardConfig(
+        output_dir=str(folder), report_to="none", remove_unused_columns=False, max_length=None, bf16=False,
+        gradient_checkpointing=False, use_cpu=True,
+    )  # fmt: skip
+    model: RewardModel = reward_model(AXES)
+    rows: Dataset = table(pairs())
+    return GradedTrainer(
+        model=Trainable(model),
+        args=arguments,
+        data_collator=Collator(model.axes, VOCABULARY.audio),
+        train_dataset=rows,
+        processing_class=load_tokenizer(),
+    )
+
+
+def loss_of(
+    trainer: GradedTrainer, difference: torch.Tensor, margin: torch.Tensor, doubts: torch.Tensor
+) -> torch.Tensor:
+    """The trainer's loss for a model that scores chosen ones ``difference`` above rejected ones."""
+
+    def model(**inputs: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.cat((difference, torch.zeros_like(difference)))[:, None])
+
+    inputs = {"margin": margin, "doubt": doubts, "attention_mask": torch.ones(3)}
+    return trainer.compute_loss(model, inputs)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_raters_label(trainer: GradedTrainer) -> None:
+    d, p = torch.tensor([-1.0, 0.3, 2.0, 5.0]), 1 - doubt(MARGINS, 2.0)
+    wanted = -(p * logsigmoid(d) + (1 - p) * logsigmoid(-d)).mean()
+    assert loss_of(trainer, d, torch.zeros(4), 1 - p) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_without_doubt_it_is_trls(trainer: GradedTrainer) -> None:
+    d = torch.tensor([-1.0, 0.3, 2.0, 5.0])
+    assert torch.equal(loss_of(trainer, d, MARGINS, torch.zeros(4)), -logsigmoid(d - MARGINS).mean())
+
+
+@pytest.mark.parametrize("rationality", [2.0, None])
+def test_graded_labels_give_rewards_their_unit(trainer: GradedTrainer, rationality: float | None) -> None:
+    """At d = rationality * margin nothing is left to learn; certain labels, the control, go on pushing apart."""
+    margin = torch.tensor([0.1, 0.5, 2.0])
+    d = (2.0 * margin).requires_grad_()
+    loss_of(trainer, d, torch.zeros(3), doubt(margin, rationality)).backward()
+    assert bool((d.grad.abs() < 1e-6).all()) == (rationality is not None)
