@@ -27,10 +27,10 @@ def preset(name: str) -> InklingConfig:
     match name:
         case "nano":
             text = {
-                "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4,
+                "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3,
                 "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
                 "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 32,
-                "layer_types": ["hybrid_sliding"] * 3 + ["hybrid"], "mlp_layer_types": ["dense"] * 4,
+                "layer_types": ["hybrid_sliding"] * 2 + ["hybrid"], "mlp_layer_types": ["dense"] * 3,
                 "sliding_window_size": 128, "rel_extent": 512, "d_rel": 16, "intermediate_size": 128,
                 "logits_mup_width_multiplier": 1.0, "max_position_embeddings": 32768,
                 "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 6,

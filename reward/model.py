@@ -27,12 +27,14 @@ from model import checkpoint
 from model.embed import Weight
 from model.files import whole_folder
 from model.transformer import InteractionModel
+from reward.prefixes import last_hidden
 from rollout.rows import Conversation, chunk_ends, pack
 
 AXES = ("timing", "content")
 BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"
-SCORED_TOGETHER = 16
-"""Episodes in one forward pass of `RewardModel.score`: enough to fill the kernels, little enough memory."""
+SCORED_TOGETHER = 48
+"""Episodes that `RewardModel.score` reads at once: enough to fill the kernels and to hold whole groups of rollouts,
+little enough memory."""
 
 
 class RewardModel(nn.Module):
@@ -72,21 +74,29 @@ class RewardModel(nn.Module):
 
     def forward(self, conversations: Sequence[Conversation]) -> list[Tensor]:
         """Per conversation fp32 [chunks, axes], under autograd; all in one pass."""
-        if self._packed is None:
-            raise RuntimeError("RewardModel: weights are not packed; call pack() before the first forward")
+        packed = self._ready()
         rows = pack(conversations)
         ends = [chunk_ends(c.tokens, self.backbone.audio_token_id) for c in conversations]
         hidden = self.backbone(rows.tokens, rows.codes, rows.segments)
         at = torch.cat([e + s for e, s in zip(ends, rows.starts, strict=True)])
-        return list(ops.linear(hidden[at], self._packed, torch.float32).split([len(e) for e in ends]))
+        return list(ops.linear(hidden[at], packed, torch.float32).split([len(e) for e in ends]))
 
     @torch.inference_mode()
     def score(self, episodes: Sequence[Conversation]) -> list[Tensor]:
-        """The reward of each chunk, fp32 [chunks, axes] for every `Episode` or `Transcript`."""
+        """The reward of each chunk, fp32 [chunks, axes] for every `Episode` or `Transcript`: the bits of `forward`. What
+        neighbours share from their beginning on is read once."""
+        packed = self._ready()
         out: list[Tensor] = []
         for first in range(0, len(episodes), SCORED_TOGETHER):
-            out += self.forward(episodes[first : first + SCORED_TOGETHER])
+            hidden = last_hidden(self.backbone, episodes[first : first + SCORED_TOGETHER])
+            rewards = ops.linear(torch.cat(hidden), packed, torch.float32)
+            out += rewards.split([len(rows) for rows in hidden])
         return out
+
+    def _ready(self) -> PackedLinear:
+        if self._packed is None:
+            raise RuntimeError("RewardModel: weights are not packed; call pack() before the first forward")
+        return self._packed
 
     def save(self, folder: Path | str) -> None:
         """Writes the model to ``folder``, whole or not at all: the backbone in transformers' format beside the head."""

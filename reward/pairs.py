@@ -83,7 +83,7 @@ class RolloutRecipe:
     """Groups of rollouts that are compared with one another."""
 
     policies: tuple[PolicyRecipe, ...] = ()
-    train_groups: int = 500
+    train_groups: int = 700
     held_out_groups: int = 80
     scenarios: int = 2  # of a group, families in turn
     rollouts: int = 4  # of each scenario, policies in turn

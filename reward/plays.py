@@ -30,6 +30,9 @@ from rollout.vocabulary import Vocabulary
 
 LEAST_MARGIN = 0.05
 """Of a preference, in the rule's units: an event on time is worth 1."""
+LONGER = 0.5
+"""Share of the compared stretches that may be longer than a chunk. Where nearly all were, models spread what a reply
+earns at its end over its words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +165,7 @@ def segment_preferences(
 
     ``aligned``: of two plays of one scenario, at the same place, around a chunk that the rule rewards differently in
     them. Otherwise one holds a chunk that the rule rewards or punishes, and the other is anywhere, also in one and the
-    same play."""
+    same play. Most are a single chunk long, which is the most exact; the others are of all lengths."""
     for _ in range(count):
         a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=not aligned))
         shortest = min(a.scenario.chunks, b.scenario.chunks)
@@ -170,7 +173,7 @@ def segment_preferences(
         eventful = np.flatnonzero(a.rewards[axis][:shortest] != other)
         if not len(eventful):
             continue
-        length = int(np.exp(rng.uniform(0.0, np.log(shortest))))  # many short ones: they are the most exact
+        length = int(np.exp(rng.uniform(0.0, np.log(shortest)))) if rng.random() < LONGER else 1
         event = int(eventful[int(rng.integers(len(eventful)))])
         first, last = max(0, event - length + 1), min(event, shortest - length)
         if first > last:

@@ -1,0 +1,94 @@
+"""Shared beginnings are read once, and nobody's bits show it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.transformer import InteractionModel
+from reward.model import RewardModel
+from reward.prefixes import LEAST_ROWS, Stem, tree
+from rollout.chunk import CHUNK_FRAMES, LISTEN, Action, speak
+from rollout.transcript import Transcript, write_transcript
+from tests.reward.test_model import VOCABULARY, conversation, reward_model
+
+CHUNKS = 30
+
+
+def talk(changes: dict[int, Action], heard_from: int = CHUNKS, chunks: int = CHUNKS) -> Transcript:
+    """One of a group: its actions differ in ``changes``, what it hears from chunk ``heard_from`` on."""
+    codes = torch.randint(16, (chunks, CHUNK_FRAMES, 80), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    codes[heard_from:] = 15 - codes[heard_from:]
+    actions = [changes.get(k, speak("breathe") if k % 7 == 3 else LISTEN) for k in range(chunks)]
+    return write_transcript(codes, actions, VOCABULARY, 2)
+
+
+GROUP = [
+    talk({}),
+    talk({12: speak("thank", "you")}),
+    talk({12: speak("thank", "you"), 25: speak("breathe")}),
+    talk({}, heard_from=20),
+    talk({}),  # an equal twin
+    talk({}, chunks=18),  # the beginning of the first
+    talk({0: speak("breathe")}),  # differs before a stem is worth it
+    conversation(5, 12),  # another scenario
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> RewardModel:
+    return reward_model()
+
+
+def paths(stems: list[Stem]) -> list[tuple[Stem, ...]]:
+    return [(stem, *rest) for stem in stems for rest in (paths(stem.branches) or [()])]
+
+
+def test_every_row_is_in_one_stem_of_its_path() -> None:
+    roots = tree(GROUP, VOCABULARY.audio)
+    covered = {m: [] for m in range(len(GROUP))}
+    level = roots
+    while level:
+        for stem in level:
+            assert stem.end > stem.first
+            lead = GROUP[stem.members[0]].tokens[: stem.end]
+            for m in stem.members:
+                covered[m] += range(stem.first, stem.end)
+                assert torch.equal(GROUP[m].tokens[: stem.end], lead)
+        level = [branch for stem in level for branch in stem.branches]
+    assert all(covered[m] == list(range(len(GROUP[m].tokens))) for m in covered)
+    sizes = [len(path) for path in paths(roots)]
+    assert len(roots) == 3 and max(sizes) >= 3
+    assert all(s.end - s.first >= LEAST_ROWS for path in paths(roots) for s in path if len(s.members) > 1)
+
+
+def test_shared_rows_are_read_once_and_give_everybodys_bits(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    forward = InteractionModel.forward
+
+    def counted(self: InteractionModel, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        rows.append(len(tokens))
+        return forward(self, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(InteractionModel, "forward", counted)
+    with torch.no_grad():
+        expected = [model([one])[0] for one in GROUP]
+    separate, rows[:] = sum(rows), []
+    found = model.score(GROUP)
+    assert sum(rows) < 0.65 * separate
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    order = [6, 3, 0, 7, 2, 5, 1, 4]
+    assert all(torch.equal(a, expected[i]) for a, i in zip(model.score([GROUP[i] for i in order]), order, strict=True))
+
+
+def test_what_differs_is_not_shared(model: RewardModel) -> None:
+    """The control: one code of one frame apart, and the rewards are other ones from there on."""
+    one = talk({})
+    codes = one.codes.clone()
+    codes[10 * CHUNK_FRAMES, 3] ^= 1
+    other = Transcript(one.tokens, codes, one.sampled_at, one.row_class, one.chunk)
+    first, second = model.score([one, other])
+    assert torch.equal(first[:10], second[:10]) and not torch.equal(first[10], second[10])
+    assert torch.equal(second, model([other])[0].detach())
