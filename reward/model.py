@@ -83,8 +83,8 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def score(self, episodes: Sequence[Conversation]) -> list[Tensor]:
-        """The reward of each chunk, fp32 [chunks, axes] for every `Episode` or `Transcript`: the bits of `forward`. What
-        neighbours share from their beginning on is read once."""
+        """The reward of each chunk, fp32 [chunks, axes] for every `Episode` or `Transcript`: the bits of `forward`.
+        What neighbours share from their beginning on is read once."""
         packed = self._ready()
         out: list[Tensor] = []
         for first in range(0, len(episodes), SCORED_TOGETHER):

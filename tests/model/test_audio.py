@@ -87,6 +87,7 @@ def test_bad_samples() -> None:
         dmel.codes(torch.full((1, 800), torch.nan))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_micro_turn_of_24_sessions_is_quick() -> None:
     """About 1 ms on one free thread; the bound leaves room for busy machines."""

@@ -186,6 +186,7 @@ def test_a_worker_that_hangs_is_replaced(pool: WorkerPool, plays: list[Play], ex
     assert not alive(hanging) and pool.pids[1] == other and hanging not in pool.pids
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_idle_workers_use_no_processor_and_waiting_for_them_uses_none(pool: WorkerPool, plays: list[Play]) -> None:
     roller = pool.roller(1.0)

@@ -207,6 +207,7 @@ def large(records: Records, steps: int, episodes: int) -> tuple[Records, list[Pa
     return replace(records, metrics=metrics), parts
 
 
+@pytest.mark.alone
 def test_ten_thousand_steps_and_five_thousand_episodes_open_in_two_seconds(
     browser: Tab, made: Path, tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:
