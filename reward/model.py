@@ -32,7 +32,7 @@ from rollout.rows import Conversation, chunk_ends, pack
 
 AXES = ("timing", "content")
 BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"
-SCORED_TOGETHER = 48
+SCORED_TOGETHER = 24
 """Episodes that `RewardModel.score` reads at once: enough to fill the kernels and to hold whole groups of rollouts,
 little enough memory."""
 

@@ -83,13 +83,13 @@ class RolloutRecipe:
     """Groups of rollouts that are compared with one another."""
 
     policies: tuple[PolicyRecipe, ...] = ()
-    train_groups: int = 700
+    train_groups: int = 1200
     held_out_groups: int = 80
     scenarios: int = 2  # of a group, families in turn
     rollouts: int = 4  # of each scenario, policies in turn
-    wholes: int = 10  # pairs of whole conversations tried, an axis and group
-    segments: int = 30  # pairs of stretches tried, an axis and group
-    aligned: int = 16  # pairs of stretches at the same place tried, an axis and scenario: what RL compares
+    wholes: int = 6  # pairs of whole conversations tried, an axis and group
+    segments: int = 24  # pairs of stretches tried, an axis and group
+    aligned: int = 12  # pairs of stretches at the same place tried, an axis and scenario: what RL compares
     max_tokens: int = 512  # context of a session
 
 

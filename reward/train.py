@@ -18,6 +18,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("reward.train")
 
 import json
+import math
 import os
 import re
 import time
@@ -159,6 +160,8 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
     """What must stand before trl is imported, and the recipe's own rules about its fields."""
     if wrong := sorted(config.trainer.keys() & (OURS.keys() | {"output_dir"})):
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
+    if config.rationality is not None and not 0 < config.rationality < math.inf:
+        raise MetronomeError(f"recipe: rationality is {config.rationality}; give a positive number, or null")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
     if "wandb" in str(config.trainer.get("report_to")):
         folder.mkdir(parents=True, exist_ok=True)

@@ -58,8 +58,11 @@ def test_pairs_training_and_evaluation(tmp_path: Path) -> None:
 
     first, second = train(tmp_path, "first"), train(tmp_path, "second")
     assert first["weights_digest"] == second["weights_digest"]
-    other = train(tmp_path, "other", "--margin_scale", "0")  # the control: another loss, other weights
-    assert other["weights_digest"] != first["weights_digest"]
+    other = train(tmp_path, "other", "--rationality", "1")  # the control: another loss, other weights
+    certain = train(tmp_path, "certain", "--rationality", "null")
+    assert len({found["weights_digest"] for found in (first, other, certain)}) == 3
+    refused = run([*LAUNCH, "reward.train", "--config", "configs/reward_timing.yaml"], "--rationality", "0")
+    assert refused.returncode != 0 and "rationality is 0.0" in refused.stderr
 
     cut = tmp_path / "second"
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")  # as if the run had been killed in its third step
