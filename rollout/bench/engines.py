@@ -72,24 +72,26 @@ def measure_engines(rounds: int, ticks: int) -> list[EngineSpeed]:
     watch, model = Stopwatch(), tiny_model()
     watch.around(Policy, "embed_multimodal", "embed_input_ids", "forward", "compute_logits")
     watch.around(RowSampler, "apply")
-    results = []
-    for sessions in SESSIONS:
-        length = WARM_TICKS + rounds * ticks
-        crowds = [Crowd(make(model, sessions, length)) for make in (embedded, vllm_engine)]
-        for crowd in crowds:
-            crowd.join(sessions)
-            served(crowd, WARM_TICKS)
-        before = watch.seconds
-        taken = [[served(crowd, ticks).p50_ms for crowd in crowds] for _ in range(rounds)]
-        ours_ms = 1000 * (watch.seconds - before) / (rounds * ticks)
-        for crowd in crowds:
-            crowd.leave()
-        embedded_ms, vllm_ms = (statistics.median(column) for column in zip(*taken, strict=True))
-        results.append(EngineSpeed(sessions, embedded_ms, vllm_ms, ours_ms))
-        last = results[-1]
-        print(
-            f"{sessions:3d} sessions: embedded {last.embedded_ms:7.2f} ms a tick, vLLM {last.vllm_ms:7.2f} ms "
-            f"({last.times:.1f} times), {last.ours_ms:7.2f} ms of that inside our model and sampler",
-            flush=True,
-        )
-    return results
+    return [_measure(model, watch, sessions, rounds, ticks) for sessions in SESSIONS]
+
+
+def _measure(model: InteractionModel, watch: Stopwatch, sessions: int, rounds: int, ticks: int) -> EngineSpeed:
+    """Both engines end with this call: vLLM runs once a process."""
+    length = WARM_TICKS + rounds * ticks
+    crowds = [Crowd(make(model, sessions, length)) for make in (embedded, vllm_engine)]
+    for crowd in crowds:
+        crowd.join(sessions)
+        served(crowd, WARM_TICKS)
+    before = watch.seconds
+    taken = [[served(crowd, ticks).p50_ms for crowd in crowds] for _ in range(rounds)]
+    ours_ms = 1000 * (watch.seconds - before) / (rounds * ticks)
+    for crowd in crowds:
+        crowd.leave()
+    embedded_ms, vllm_ms = (statistics.median(column) for column in zip(*taken, strict=True))
+    found = EngineSpeed(sessions, embedded_ms, vllm_ms, ours_ms)
+    print(
+        f"{sessions:3d} sessions: embedded {found.embedded_ms:7.2f} ms a tick, vLLM {found.vllm_ms:7.2f} ms "
+        f"({found.times:.1f} times), {found.ours_ms:7.2f} ms of that inside our model and sampler",
+        flush=True,
+    )
+    return found

@@ -34,7 +34,9 @@ class Core:
 
     prefill_tokens: most rows of one step; longer prefills go in several.
     pages: size of the cache; by default enough for every slot's whole context, so that nothing is ever preempted.
-    worker_process: whether vLLM runs in a process of its own, with a copy of the weights."""
+    worker_process: whether vLLM runs in a process of its own, with a copy of the weights.
+
+    Raises MetronomeError for another version of vLLM, or when it already runs in this process."""
 
     def __init__(
         self,
@@ -49,6 +51,11 @@ class Core:
         pages: int | None = None,
     ) -> None:
         check_version()
+        if not worker_process and any(core.open for core in _in_process):
+            raise MetronomeError(
+                "vLLM already runs in this process for another model or with other settings, and it can only once: "
+                "close that engine's core first, or give one of them a process of its own (worker_process)"
+            )
         os.environ.update(ENVIRONMENT)
         from rollout.vllm.plugin import register
         from rollout.vllm.policy import CLASSES, PolicyConfig
@@ -103,6 +110,8 @@ class Core:
                 log_stats=False,
             )
         self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder, vllms)
+        if not worker_process:
+            _in_process.add(self)
         self.steps, self.slots, self.opened = 0, slots, 0
         self.begun: dict[int, bool] = {}  # open session -> whether vLLM has its past
         self.weights_digest = ""
@@ -213,10 +222,18 @@ class Core:
         if self.begun.pop(session):
             self.client.abort_requests([str(session)])
 
+    @property
+    def open(self) -> bool:
+        """Whether vLLM still runs."""
+        return self._finalizer.alive
+
     def close(self) -> None:
         """Ends vLLM, and its process if it has one."""
         self._finalizer()
 
+
+_in_process: weakref.WeakSet[Core] = weakref.WeakSet()
+"""Those without a process of their own. Ending one ends what vLLM keeps once a process, and so would end them all."""
 
 _running: weakref.WeakValueDictionary[tuple[Any, ...], Core] = weakref.WeakValueDictionary()
 

@@ -237,6 +237,14 @@ def test_refusals(fp32: Embedded, engine: VllmEngine) -> None:
     assert engine.stats()["sessions_open"] == 0
 
 
+def test_a_second_vllm_in_this_process_is_refused(fp32: Embedded, engine: VllmEngine) -> None:
+    """Whichever ended first would take the other with it. One that shares the first one's settings shares it."""
+    with pytest.raises(MetronomeError, match="already runs in this process"):
+        fp32.vllm(prefix_cache=False)
+    assert fp32.vllm().core is engine.core
+    assert unequal(play(engine, 1), [fp32.sessions[0], fp32.sessions[SESSIONS]]) == 0
+
+
 def test_the_process_is_left_as_it_was(fp32: Embedded) -> None:
     function, state, threads = torch.set_num_threads, torch.get_rng_state(), torch.get_num_threads()
     fp32.vllm().core.close()
