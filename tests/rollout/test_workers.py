@@ -299,6 +299,7 @@ LEARNER = """
 import sys
 from tests.rollout.test_workers import *
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 pool = pool_of(fresh_model(), 2)
 bank = SpeechBank.load()
 plays = [Play(scenario(f, "train", 0, bank, ScenarioConfig()), 0) for f in FAMILIES]
