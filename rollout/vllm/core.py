@@ -51,7 +51,7 @@ class Core:
         pages: int | None = None,
     ) -> None:
         check_version()
-        if not worker_process and any(core.open for core in _in_process):
+        if not worker_process and any(core.open and not core.worker_process for core in _running.values()):
             raise MetronomeError(
                 "vLLM already runs in this process for another model or with other settings, and it can only once: "
                 "close that engine's core first, or give one of them a process of its own (worker_process)"
@@ -62,7 +62,8 @@ class Core:
         from rollout.vllm.sampling import RowSampler
         from rollout.vllm.worker import WorkerExtension
 
-        self.model, self.worker_process = model, worker_process
+        self.model = model
+        self.worker_process: bool = worker_process
         self.folder = tempfile.TemporaryDirectory(prefix="metronome-vllm-", dir=_memory_folder())
         place = Path(self.folder.name)
         rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
@@ -110,8 +111,6 @@ class Core:
                 log_stats=False,
             )
         self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder, vllms)
-        if not worker_process:
-            _in_process.add(self)
         self.steps, self.slots, self.opened = 0, slots, 0
         self.begun: dict[int, bool] = {}  # open session -> whether vLLM has its past
         self.weights_digest = ""
@@ -232,10 +231,8 @@ class Core:
         self._finalizer()
 
 
-_in_process: weakref.WeakSet[Core] = weakref.WeakSet()
-"""Those without a process of their own. Ending one ends what vLLM keeps once a process, and so would end them all."""
-
 _running: weakref.WeakValueDictionary[tuple[Any, ...], Core] = weakref.WeakValueDictionary()
+"""At most one of them in this process: ending one ends what vLLM keeps once a process."""
 
 
 def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any) -> Core:
@@ -243,7 +240,7 @@ def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any)
     there is none. It runs as long as somebody holds it."""
     key = (id(model), *sorted(options.items()))
     core = _running.get(key)
-    if core is None:
+    if core is None or not core.open:
         core = _running[key] = Core(model, vocabulary, **options)
     elif core.weights_digest != checkpoint.weights_digest(model):
         core.publish()

@@ -245,6 +245,15 @@ def test_a_second_vllm_in_this_process_is_refused(fp32: Embedded, engine: VllmEn
     assert unequal(play(engine, 1), [fp32.sessions[0], fp32.sessions[SESSIONS]]) == 0
 
 
+def test_after_one_ended_an_equal_one_starts_anew(fp32: Embedded, engine: VllmEngine) -> None:
+    """Though somebody still holds the one that ended."""
+    engine.core.close()
+    again = fp32.vllm()
+    assert again.core is not engine.core
+    assert unequal(play(again, 1), [fp32.sessions[0], fp32.sessions[SESSIONS]]) == 0
+    again.core.close()
+
+
 def test_the_process_is_left_as_it_was(fp32: Embedded) -> None:
     function, state, threads = torch.set_num_threads, torch.get_rng_state(), torch.get_num_threads()
     fp32.vllm().core.close()
