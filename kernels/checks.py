@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.errors import StaleWeightsError
 from kernels.layout import CONV_TAPS, FLOATS, SPLIT_TOKENS, PackedExperts, PackedLinear, PagedKV, Segments
 
 Known = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -32,11 +33,41 @@ def misplaced(op: str, backend: str, kind: str, **tensors: Tensor | None) -> Non
             raise ValueError(f"{op}: {name} is on {x.device}; the {backend} backend needs it on {kind}")
 
 
+# ---- gradients and updates ----
+
+
+def dot(a: Tensor, b: Tensor) -> None:
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype is not torch.float32 or not x.is_contiguous():
+            raise ValueError(f"dot: {name} is {x.dtype}, strides {x.stride()}; need contiguous float32")
+    if a.numel() != b.numel():
+        raise ValueError(f"dot: a has {a.numel()} elements, b {b.numel()}")
+
+
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+    parts = (("parameter", parameter), ("gradient", gradient), ("first", first), ("second", second))
+    for name, x in parts:
+        if x.dtype is not torch.float32 or not x.is_contiguous() or x.numel() != parameter.numel():
+            raise ValueError(
+                f"adamw: {name} is {x.dtype}, {x.numel()} elements, strides {x.stride()}; need contiguous float32 of "
+                f"{parameter.numel()} elements"
+            )
+
+
 # ---- linear layers ----
 
 
+def stale(op: str) -> StaleWeightsError:
+    return StaleWeightsError(
+        f"{op}: the weights were changed after they were packed, so that this would multiply with old ones; call "
+        "repack() on the model after each update"
+    )
+
+
 def buffer(op: str, packed: PackedLinear | PackedExperts, name: str, backend: str) -> Tensor:
-    """The backend's copy of the weights."""
+    """The backend's copy of the weights. Raises StaleWeightsError for one made before their last update."""
+    if packed.made != packed.weights.now:
+        raise stale(op)
     try:
         return packed.data[name]
     except KeyError:

@@ -57,10 +57,19 @@ def _load(name: str) -> ModuleType:
 
 def contract() -> dict[str, str | int]:
     """Everything that decides bits, as plain values: split and tap sizes and torch's version, and what the backend adds
-    by its own `contract`: its instruction set (``isa``), the version of its numerics, tiles, number formats."""
+    by its own `contract`: the version of its numerics, tiles, number formats, and the kind of GPU.
+
+    What does not decide bits is not in it: the CPU backend's instruction sets give equal bits and so share an id
+    (`instruction_set` says which is in use), and a build of torch for a GPU computes nothing here that its CPU build
+    does not."""
     module = backend()
-    shared = {"split_tokens": SPLIT_TOKENS, "conv_taps": CONV_TAPS, "torch": torch.__version__}
+    shared = {"split_tokens": SPLIT_TOKENS, "conv_taps": CONV_TAPS, "torch": torch.__version__.partition("+")[0]}
     return {"backend": module.NAME, **module.contract(), **shared}
+
+
+def instruction_set() -> str:
+    """What the backend's kernels run on: ``avx2``, ``avx512``, ``sm_90``, ``interpreter`` … Not in the id."""
+    return str(backend().instruction_set())
 
 
 def contract_id() -> str:

@@ -3,3 +3,7 @@
 
 class MetronomeError(Exception):
     """Something outside the program is wrong. The message says what, where, and what to do."""
+
+
+class StaleWeightsError(MetronomeError):
+    """An op was given packed weights that are older than the parameters they were made from."""

@@ -6,6 +6,7 @@ after another), S segments, N output features, K input features, E experts, H he
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -93,6 +94,16 @@ class PagedKV:
     table: Tensor  # int32 [slots, max_pages]
 
 
+class Generation:
+    """How often a model's weights have been changed. The model and all its packs share one: whoever changes the weights
+    counts up, and a pack made before that is refused by every op until ``kernels.ops.repack`` has refreshed it."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = 0
+
+
 @dataclass
 class PackedLinear:
     """Weights of one linear op, ``parts`` stacked along the output axis, with the backend's packed copy.
@@ -104,6 +115,8 @@ class PackedLinear:
     rows: int  # N = sum of N_i
     cols: int  # K
     data: dict[str, Tensor] = field(default_factory=dict)  # backend buffers, by the backend's own names
+    weights: Generation = field(default_factory=Generation)
+    made: int = 0  # the generation of ``weights`` that ``data`` is a copy of
 
     @staticmethod
     def build(
@@ -133,6 +146,8 @@ class PackedExperts:
     rows: int  # N, equal in every group
     cols: int  # K
     data: dict[str, Tensor] = field(default_factory=dict)
+    weights: Generation = field(default_factory=Generation)
+    made: int = 0
 
     @staticmethod
     def build(
@@ -154,6 +169,40 @@ class PackedExperts:
             if sum(part.shape[1] for part in group) != rows:
                 raise ValueError(f"{op}: groups[{g}] has other rows than groups[0], which has {rows}")
         return PackedExperts(groups, sum(group[0].shape[0] for group in groups), rows, cols)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The numbers of one AdamW update (Loshchilov & Hutter 2019, arXiv 1711.05101), as `kernels.ops.adamw` reads them.
+
+    >>> AdamW.build(lr=0.5, beta1=0.5, beta2=0.75, eps=1e-8, weight_decay=0.25, taken=1)
+    AdamW(keep=0.875, new1=0.5, old2=0.75, new2=0.25, rate=0.6666666666666666, root=0.6614378277661477, eps=1e-08)
+    """
+
+    keep: float  # 1 - lr * weight_decay
+    new1: float  # 1 - beta1
+    old2: float  # beta2
+    new2: float  # 1 - beta2
+    rate: float  # lr / (1 - beta1 ** t), t the number of this update, counted from 1
+    root: float  # sqrt(1 - beta2 ** t)
+    eps: float
+
+    @staticmethod
+    def build(*, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, taken: int) -> AdamW:
+        """``taken``: updates before this one. Powers are products, one after another: a library's ``pow`` may give
+        another last bit on another processor."""
+        power1 = power2 = 1.0
+        for _ in range(taken + 1):
+            power1, power2 = power1 * beta1, power2 * beta2
+        return AdamW(
+            keep=1.0 - lr * weight_decay,
+            new1=1.0 - beta1,
+            old2=beta2,
+            new2=1.0 - beta2,
+            rate=lr / (1.0 - power1),
+            root=math.sqrt(1.0 - power2),
+            eps=eps,
+        )
 
 
 def _check_weight(name: str, part: Tensor, first: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -22,7 +22,11 @@ NAME = "naive"
 
 
 def contract() -> dict[str, str | int]:
-    return {"isa": "torch", "row_contract": "none", "capability": torch.backends.cpu.get_cpu_capability()}
+    return {"row_contract": "none", "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def instruction_set() -> str:
+    return "torch"
 
 
 # ---- linear ops ----

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.layout import PackedExperts, PackedLinear, PagedKV, Segments
+from kernels.layout import AdamW, PackedExperts, PackedLinear, PagedKV, Segments
 
 
 def pack_linear(*parts: Tensor) -> PackedLinear:
@@ -34,8 +34,14 @@ def pack_experts(*groups: tuple[Tensor, ...]) -> PackedExperts:
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
-    """Refreshes the packed copy from the current values of its parts, in place."""
-    dispatch.backend().repack(packed)
+    """Refreshes the packed copy from the current values of its parts, in place; it is then of the weights' present
+    generation."""
+    before, packed.made = packed.made, packed.weights.now
+    try:
+        dispatch.backend().repack(packed)
+    except BaseException:
+        packed.made = before
+        raise
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -147,3 +153,47 @@ def sample(
     last two bit for bit what `logprob` gives for that token. temperature 0 is greedy: the argmax of the logits, ties to
     the lower id, scored at temperature 1."""
     return dispatch.backend().sample(logits, temperature, key, allowed, row_class)
+
+
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, of x.dtype. x [T, N], factor [1] of x.dtype -> [T, N].
+
+    A single multiplication needs no op; the gradient of ``factor`` does: it is a sum over all elements of x, here
+    `dot`'s, where torch's own sum would split by the number of threads."""
+    if torch.is_grad_enabled() and (x.requires_grad or factor.requires_grad):
+        out: Tensor = _Scale.apply(x, factor)
+        return out
+    return x * factor
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, factor)
+        return x * factor
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, factor = ctx.saved_tensors
+        total = dot(x.float().contiguous(), grad.float().contiguous())
+        return grad * factor, total.to(factor.dtype).view(factor.shape)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum_i a_i * b_i over all elements in fp64 and one order; the same bits on every backend, for any thread count.
+
+    a, b fp32, contiguous, equally many elements -> fp64 []. Products are exact. Blocks of 4,096 elements: in each, lane
+    l of 8 adds elements l, l + 8, …; lanes l and l + 4 are joined, then l + 2, then l + 1; then the blocks in order."""
+    return dispatch.backend().dot(a, b)
+
+
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamW) -> None:
+    """One AdamW update of ``parameter`` and its moments ``first`` and ``second``, in place; all fp32, contiguous, of
+    equally many elements. ``step`` holds the update's numbers, rounded to fp32 here:
+
+        p = p * keep;  m = m + (g - m) * new1 + 0;  v = v * old2 + (g * g) * new2;
+        p = p - (m / (sqrt(v) / root + eps)) * rate
+
+    Every operation is rounded once and none fused, so the bits are the same on every backend and processor. No row
+    contract is at stake: an element's update depends on that element alone."""
+    dispatch.backend().adamw(parameter, gradient, first, second, step)

@@ -7,16 +7,30 @@ attention's by whole splits. Left out on purpose: speed, and packing.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.layout import CONV_TAPS, FLOATS, PackedExperts, PackedLinear, Segments
-from kernels.reference_arithmetic import bounds, exp, log, matmul_chain, require, sum_last, widen
+from kernels import checks
+from kernels.layout import CONV_TAPS, FLOATS, AdamW, PackedExperts, PackedLinear, Segments
+from kernels.reference_arithmetic import (
+    bounds,
+    exp,
+    joined_lanes,
+    log,
+    matmul_chain,
+    product_lanes,
+    require,
+    sum_last,
+    widen,
+)
 from kernels.reference_attention import attention as attention  # the op, in a room of its own
 
 NAME = "reference"
 NUMERICS_VERSION = 1
+
+OTHERS = "packed: made by another backend; pack again after use_backend('reference')"
 
 GOLDEN = 0x9E3779B97F4A7C15
 U32 = 0xFFFFFFFF
@@ -25,7 +39,28 @@ _FLOATS = (*FLOATS, torch.float64)
 
 
 def contract() -> dict[str, str | int]:
-    return {"isa": "torch", "numerics": NUMERICS_VERSION, "bf16": "exact"}
+    return {"numerics": NUMERICS_VERSION, "bf16": "exact"}
+
+
+def instruction_set() -> str:
+    return "torch"
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    checks.dot(a, b)
+    return joined_lanes(product_lanes(a, b))
+
+
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamW) -> None:
+    checks.adamw(parameter, gradient, first, second)
+    # numpy's arrays: its square root of fp32 is the processor's, rounded correctly; torch's is a library's.
+    p, g, m, v = (x.numpy(force=True) if x.requires_grad else x.numpy() for x in (parameter, gradient, first, second))
+    keep, new1, old2, new2, rate, root, eps = (
+        np.float32(x) for x in (step.keep, step.new1, step.old2, step.new2, step.rate, step.root, step.eps)
+    )
+    m[...] = (m + (g - m) * new1) + np.float32(0)
+    v[...] = v * old2 + (g * g) * new2
+    p[...] = p * keep - m / (np.sqrt(v) / root + eps) * rate
 
 
 def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
@@ -38,11 +73,13 @@ def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
     """Nothing to refresh: this backend reads the parts at every call."""
-    _own(packed)
+    require(not packed.data, OTHERS)
 
 
 def _own(packed: PackedLinear | PackedExperts) -> None:
-    require(not packed.data, "packed: made by another backend; pack again after use_backend('reference')")
+    if packed.made != packed.weights.now:
+        raise checks.stale("packed")
+    require(not packed.data, OTHERS)
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:

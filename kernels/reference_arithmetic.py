@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.layout import Segments
 
@@ -37,6 +38,31 @@ def sum_last(x: Tensor) -> Tensor:
     for term in x.unbind(-1):
         total = total + term
     return total
+
+
+LANES, CHAIN = 8, 512
+"""A sum over a whole tensor: blocks of LANES * CHAIN products, lane l of a block adding elements l, l + LANES, …"""
+
+
+def product_lanes(a: Tensor, b: Tensor) -> Tensor:
+    """The lanes' sums of the products of two fp32 tensors, fp64 [blocks, LANES]. Each product is exact."""
+    terms = a.detach().double().flatten() * b.detach().double().flatten()
+    blocks = F.pad(terms, (0, -len(terms) % (LANES * CHAIN))).view(-1, CHAIN, LANES)
+    total = blocks.new_zeros(len(blocks), LANES)
+    for k in range(CHAIN):
+        total += blocks[:, k]
+    return total
+
+
+def joined_lanes(lanes: Tensor) -> Tensor:
+    """fp64 [blocks, LANES] -> fp64 []: lanes l and l + 4 of a block, l + 2, l + 1; then a chain over blocks."""
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    total = 0.0
+    for part in lanes[:, 0].tolist():
+        total += part
+    return torch.tensor(total, dtype=torch.float64, device=lanes.device)
 
 
 def matmul_chain(x: Tensor, w: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ class Attention(nn.Module):
     def _kv_taps(self) -> Tensor:
         return torch.cat((self.k_sconv.taps(), self.v_sconv.taps()))
 
+    def derived(self) -> dict[str, Tensor]:
+        """What the forward reads of the parameters beside the packs, as they are now."""
+        return {"kv_taps": self._kv_taps().detach()}
+
     def pack(self) -> None:
         self.packed = _Packed(
             qkvr=ops.pack_linear(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.r_proj.weight),
@@ -93,13 +97,13 @@ class Attention(nn.Module):
             q_norm=self.q_norm.weight,
             k_norm=self.k_norm.weight,
             rel_proj=self.rel_logits_proj.proj,
-            kv_taps=self._kv_taps().detach(),
+            **self.derived(),
         )
 
     def repack(self) -> None:
         ops.repack(self.packed.qkvr)
         ops.repack(self.packed.out)
-        self.packed.kv_taps = self._kv_taps().detach()
+        self.packed.kv_taps = self.derived()["kv_taps"]
 
     def forward(self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None) -> Tensor:
         """x [T, D] normed -> [T, D]. tau fp32 [T] scales the scores of global layers (None in sliding ones)."""

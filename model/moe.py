@@ -67,29 +67,32 @@ class MixtureOfExperts(nn.Module):
     def _scale(self) -> Tensor:
         return self.gate.global_scale.float() * self.route_scale
 
+    def derived(self) -> dict[str, Tensor]:
+        """What the forward reads of the parameters beside the packs, as they are now."""
+        return {"bias": self.gate.e_score_correction_bias, "scale": self._scale().detach()}
+
     def pack(self) -> None:
         routed, shared = self.experts, self.shared_experts
         self.packed = _Packed(
             gate=ops.pack_linear(self.gate.weight),
             gate_up=ops.pack_experts((routed.gate_up_proj,), (shared.gate_proj, shared.up_proj)),
             down=ops.pack_experts((routed.down_proj,), (shared.down_proj,)),
-            bias=self.gate.e_score_correction_bias,
-            scale=self._scale().detach(),
+            **self.derived(),
         )
 
     def repack(self) -> None:
         ops.repack(self.packed.gate)
         ops.repack(self.packed.gate_up)
         ops.repack(self.packed.down)
-        self.packed.bias = self.gate.e_score_correction_bias
-        self.packed.scale = self._scale().detach()
+        for name, value in self.derived().items():
+            setattr(self.packed, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] normed -> [T, D]."""
         w = self.packed
         logits = ops.linear(x, w.gate, torch.promote_types(x.dtype, torch.float32))
         expert, weight = ops.route(logits, w.bias, self.top_k, self.shared)
-        weight = weight * (self._scale() if torch.is_grad_enabled() else w.scale)
+        weight = ops.scale(weight, self._scale() if torch.is_grad_enabled() else w.scale)
         fan_out, expert = expert.shape[1], expert.view(-1)
         inner = ops.swiglu(ops.expert_linear(x, w.gate_up, expert, fan_out))
         return ops.moe_combine(ops.expert_linear(inner, w.down, expert), weight)
@@ -119,4 +122,4 @@ class DenseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] normed -> [T, D]."""
         gate_up, down = self.packed
-        return ops.linear(ops.swiglu(ops.linear(x, gate_up)), down) * self.global_scale
+        return ops.scale(ops.linear(ops.swiglu(ops.linear(x, gate_up)), down), self.global_scale)

@@ -6,7 +6,8 @@ and autograd works. Parameter names are those of transformers' `InklingForCondit
 interchange. Left out: the vision tower and multi-token prediction; a checkpoint's weights for the first are carried
 along in `passthrough`.
 
-The forward reads packed copies of the weights: call `pack` once after loading and `repack` after each update.
+The forward reads packed copies of the weights: call `pack` once after loading, and after each update `changed` and
+`repack`. A forward with copies older than the weights raises (`model.packs`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import InklingConfig
 
-from kernels import ops
-from kernels.layout import PackedLinear, Segments
+from kernels import checks, ops
+from kernels.layout import Generation, PackedLinear, Segments
 from model import config as shapes
+from model import packs
 from model.attention import Attention, ShortConv, short_conv
+from model.draws import near_normal
 from model.embed import AudioTower, TextEmbedding, Weight
 from model.moe import DenseMLP, MixtureOfExperts
 from model.state import LayerState, SessionState
@@ -68,14 +71,17 @@ class Layer(nn.Module):
         self.mlp.repack()
         self._look_up()
 
+    def derived(self) -> dict[str, Tensor]:
+        """What the forward reads of the parameters beside the packs, as they are now."""
+        return {"attn_taps": self.attn_sconv.taps().detach(), "mlp_taps": self.mlp_sconv.taps().detach()}
+
     def _look_up(self) -> None:
         self.packed = _Packed(
             attention=self.self_attn.forward,
             mlp=self.mlp.forward,
             attn_norm=self.input_layernorm.weight,
             mlp_norm=self.post_attention_layernorm.weight,
-            attn_taps=self.attn_sconv.taps().detach(),
-            mlp_taps=self.mlp_sconv.taps().detach(),
+            **self.derived(),
         )
 
     def run(
@@ -136,14 +142,16 @@ class InteractionModel(nn.Module):
         self.eps = text.rms_norm_eps
         self.multiplier = text.logits_mup_width_multiplier
         self.audio_token_id = config.audio_token_id
-        self.head: PackedLinear | None = None
+        self.packed: PackedLinear | None = None  # of the head
+        self.generation = Generation()  # of the weights
+        self._versions: tuple[int, ...] = ()  # torch's own count of each parameter's changes, when they were packed
         self.tau: Tensor | None = None  # fp32 [positions], when log scaling is on
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Sets every weight from ``seed`` alone, in name order: matrices N(0, 1/fan_in), embeddings N(0, 1), norms and
-        scales 1, convolution taps and the relative bias N(0, 0.02^2) (both start near "no effect")."""
-        generator = torch.Generator().manual_seed(seed)
+        """Sets every weight from ``seed`` and its name alone: matrices of variance 1/fan_in, embeddings 1, norms and
+        scales 1, convolution taps and the relative bias of standard deviation 0.02 (both start near "no effect"). The
+        distribution is `model.draws.near_normal`."""
         for name, weight in sorted(self.named_parameters()):
             if name.endswith(("norm.weight", "layernorm.weight", "global_scale")):
                 weight.fill_(1.0)
@@ -156,27 +164,39 @@ class InteractionModel(nn.Module):
                 std = 0.02
             else:
                 std = 1.0 / math.sqrt(weight.shape[-1])
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+            draws = near_normal(f"weights/{seed}/{name}", weight.numel())
+            weight.copy_(torch.from_numpy(draws).view(weight.shape) * std)
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
+        self.changed()
 
     @torch.no_grad()
     def pack(self) -> None:
         """Builds the packed weights for the active backend; needed once before the first forward."""
         for layer in self.layers:
             layer.pack()
-        self.head = ops.pack_linear(self.lm_head.weight)
+        self.packed = ops.pack_linear(self.lm_head.weight)
         self.tau = shapes.log_scale_table(self.config.text_config)
+        packs.adopt(self, self.generation)
+        self._versions = self._present()
 
     @torch.no_grad()
     def repack(self) -> None:
         """Refreshes the packed weights from the parameters' current values, in place; needed after each update."""
-        if self.head is None:
+        if self.packed is None:
             raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
         for layer in self.layers:
             layer.repack()
-        ops.repack(self.head)
+        ops.repack(self.packed)
+        self._versions = self._present()
+
+    def changed(self) -> None:
+        """Whoever changes the weights says so: until `repack` every forward raises StaleWeightsError."""
+        self.generation.now += 1
+
+    def _present(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.parameters())
 
     def forward(
         self,
@@ -206,8 +226,10 @@ class InteractionModel(nn.Module):
         capture: Capture | None = None,
     ) -> Tensor:
         """`forward` from the embedded rows x [T, D] on; ``layers`` is the state of each layer."""
-        if self.head is None:
+        if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
+        if torch.is_grad_enabled() and self._versions != self._present():  # changed, and nobody said so
+            raise checks.stale("InteractionModel")
         tau = None if self.tau is None else self.tau[segments.position]
         for i, layer in enumerate(self.layers):
             layer_tau = tau if layer.window is None else None
@@ -228,7 +250,7 @@ class InteractionModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] -> fp32 [R, V]; V is the vocabulary without its padding."""
-        if self.head is None:
+        if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
-        logits = ops.linear(hidden, self.head, torch.promote_types(hidden.dtype, torch.float32))
+        logits = ops.linear(hidden, self.packed, torch.promote_types(hidden.dtype, torch.float32))
         return logits if self.vocab == logits.shape[1] else logits[:, : self.vocab].contiguous()

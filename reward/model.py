@@ -50,7 +50,7 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         backbone.lm_head.requires_grad_(False)  # rides along, so that the folder stays an ordinary checkpoint
         self.heads = Weight(len(self.axes), backbone.config.text_config.hidden_size, dtype=backbone.dtype)
-        self._packed: PackedLinear | None = None
+        self.packed: PackedLinear | None = None  # of the heads
 
     @staticmethod
     def build(backbone: InteractionModel, axes: Sequence[str]) -> RewardModel:
@@ -62,15 +62,15 @@ class RewardModel(nn.Module):
 
     def pack(self) -> None:
         self.backbone.pack()
-        self._packed = ops.pack_linear(self.heads.weight)
+        self.packed = ops.pack_linear(self.heads.weight)
 
     def repack(self) -> None:
         """Takes over the parameters' current values; needed after each update, as in `InteractionModel`."""
-        if self._packed is None:
+        if self.packed is None:
             raise RuntimeError("RewardModel.repack: nothing is packed yet; call pack() first")
         with torch.no_grad():
             self.backbone.repack()
-            ops.repack(self._packed)
+            ops.repack(self.packed)
 
     def forward(self, conversations: Sequence[Conversation]) -> list[Tensor]:
         """Per conversation fp32 [chunks, axes], under autograd; all in one pass."""
@@ -94,9 +94,9 @@ class RewardModel(nn.Module):
         return out
 
     def _ready(self) -> PackedLinear:
-        if self._packed is None:
+        if self.packed is None:
             raise RuntimeError("RewardModel: weights are not packed; call pack() before the first forward")
-        return self._packed
+        return self.packed
 
     def save(self, folder: Path | str) -> None:
         """Writes the model to ``folder``, whole or not at all: the backbone in transformers' format beside the head."""

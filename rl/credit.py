@@ -1,15 +1,20 @@
 """From rewards to the weight of each sampled token.
 
 Timing and content of each acting source are separate rewards: each becomes a reward-to-go per chunk, loses the mean of
-the group's other rollouts, and is divided by its family's root mean square over the whole step; only then are they
-added, sources in equal shares. So a learned reward's unit does not matter. The distance from the reference policy is a
-reward too, but keeps its unit: divided by its own size it would pull the harder the nearer the policy is.
+the group's other rollouts, and is divided by its family's running scale (`rl.advantage.RunningScale`); only then are
+they added, sources in equal shares. So a learned reward's unit does not matter. The distance from the reference policy
+is a reward too, but keeps its unit: divided by its own size it would pull the harder the nearer the policy is.
 A chunk's tokens share the chunk's advantage.
+
+Everything is fp64 and every sum is taken in the order of the episodes, so that equal rollouts get exactly 0 and no
+library's order of summation enters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,33 +22,96 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from reward.source import AXES, Rewards
 from rl import ranks
-from rl.advantage import leave_one_out, reward_to_go, scaled
+from rl.advantage import RunningScale, leave_one_out, reward_to_go, told_apart
 from rl.config import RLConfig
 from rollout.episode import Episode
 
+Scales = Mapping[str, RunningScale]
+"""By ``source/family/axis``, the source's number among those that act; kept in checkpoints."""
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What a step's rewards say of this rank's tokens, and of all ranks' groups."""
+
+    weights: list[Tensor]  # fp32 [N_e] an episode, divided by the number of tokens that all ranks sampled
+    scales: dict[str, RunningScale]  # this step included
+    groups: int  # of all ranks, families, sources and axes
+    degenerate_groups: int  # whose rollouts were all worth the same on that axis: nothing is learned from them
+    terms: int  # one a source, family and axis
+    degenerate_terms: int  # of which every group was degenerate in this step
+
+    def metrics(self) -> dict[str, float | int]:
+        return {
+            "credit/groups": self.groups,
+            "credit/degenerate_groups": self.degenerate_groups,
+            "credit/terms": self.terms,
+            "credit/degenerate_terms": self.degenerate_terms,
+        } | {f"credit/scale/{name}": scale.value for name, scale in sorted(self.scales.items())}
+
+
+Term = list[tuple[float, int]]
+"""One source's rewards on one axis for one family: (sum of squares, count) of each group's advantages, in the order of
+the groups; count 0 for a degenerate group."""
+
 
 def token_weights(
-    episodes: Sequence[Episode], acting: Sequence[Sequence[Rewards]], log_ratio: Sequence[Tensor], config: RLConfig
-) -> list[Tensor]:
-    """Advantage of every sampled token, fp32 [N_e] an episode, divided by the number of tokens sampled by all ranks.
+    episodes: Sequence[Episode],
+    acting: Sequence[Sequence[Rewards]],
+    log_ratio: Sequence[Tensor],
+    config: RLConfig,
+    scales: Scales,
+) -> Credit:
+    """The advantage of every sampled token, divided by the number of tokens sampled by all ranks.
 
     ``acting`` [sources, episodes]; ``log_ratio`` fp32 [N_e] an episode, as `rl.reference` gives it, or nothing.
-    Episodes come in groups of ``config.rollouts`` of one scenario. Raises MetronomeError for a reward that is not
-    finite."""
+    Episodes come in groups of ``config.rollouts`` of one scenario. ``scales``: as the step before left them. Raises
+    MetronomeError for a reward that is not finite."""
     weight = {"timing": config.timing_weight, "content": config.content_weight}
-    advantages = [torch.zeros(len(e.actions)) for e in episodes]
-    for rewards in acting:
+    families = [e.family for e in episodes[:: config.rollouts]]  # of each group
+    advantages = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]
+    terms: dict[str, Term] = {}
+    parts: list[tuple[str, list[Tensor], float]] = []  # advantages of the groups of one axis, and their share
+    for source, rewards in enumerate(acting):
         for axis in AXES:
             per_chunk = [r.axis(axis) for r in rewards]
             _check_finite(episodes, per_chunk, axis)
-            for i, advantage in enumerate(_over_rms(episodes, _advantages(per_chunk, config))):
-                advantages[i] = advantages[i] + weight[axis] / len(acting) * advantage
+            groups = []
+            for family, group in zip(families, _groups(per_chunk, config), strict=True):
+                returns = reward_to_go(group, config.gamma)
+                advantage = leave_one_out(returns, config.rollouts)
+                apart = bool(told_apart(advantage, returns, config.rollouts))
+                advantage = advantage if apart else torch.zeros_like(advantage)
+                squares = math.fsum(x * x for x in advantage.flatten().tolist())
+                terms.setdefault(f"{source}/{family}/{axis}", []).append((squares, advantage.numel() * apart))
+                groups.append(advantage)
+            parts.append((f"{source}/{{}}/{axis}", groups, weight[axis] / len(acting)))
+    everyone = _over_ranks(terms)
+    updated = dict(scales) | {
+        name: scales.get(name, RunningScale()).updated(math.fsum(s for s, _ in term), sum(n for _, n in term))
+        for name, term in everyone.items()
+    }
+    for name, groups, share in parts:
+        for g, (family, advantage) in enumerate(zip(families, groups, strict=True)):
+            for r, row in enumerate(advantage / updated[name.format(family)].value):
+                i = g * config.rollouts + r
+                advantages[i] = advantages[i] + share * row
     if config.reference_weight and log_ratio:
         cost = [-config.reference_weight * r for r in _by_chunk(episodes, log_ratio)]
-        for i, advantage in enumerate(_advantages(cost, config)):
-            advantages[i] = advantages[i] + advantage
+        rows = (
+            row for group in _groups(cost, config)
+            for row in leave_one_out(reward_to_go(group, config.gamma), config.rollouts)
+        )  # fmt: skip
+        advantages = [advantage + row for advantage, row in zip(advantages, rows, strict=True)]
     tokens = sum(ranks.gather(sum(len(e.chunk) for e in episodes)))
-    return [a[e.chunk] / tokens for a, e in zip(advantages, episodes, strict=True)]
+    return Credit(
+        weights=[(a[e.chunk] / tokens).float() for a, e in zip(advantages, episodes, strict=True)],
+        scales=updated,
+        groups=sum(map(len, everyone.values())),
+        degenerate_groups=sum(count == 0 for term in everyone.values() for _, count in term),
+        terms=len(everyone),
+        degenerate_terms=sum(not any(count for _, count in term) for term in everyone.values()),
+    )
 
 
 def _check_finite(episodes: Sequence[Episode], rewards: Sequence[Tensor], axis: str) -> None:
@@ -56,31 +124,26 @@ def _check_finite(episodes: Sequence[Episode], rewards: Sequence[Tensor], axis: 
             )
 
 
+def _groups(rewards: Sequence[Tensor], config: RLConfig) -> list[Tensor]:
+    """[chunks] an episode -> [rollouts, chunks] a group."""
+    size = config.rollouts
+    return [torch.stack(list(rewards[first : first + size])) for first in range(0, len(rewards), size)]
+
+
+def _over_ranks(terms: dict[str, Term]) -> dict[str, Term]:
+    found: dict[str, Term] = {}
+    for part in ranks.gather(terms):
+        for name, term in part.items():
+            found[name] = found.get(name, []) + term
+    return found
+
+
 def _by_chunk(episodes: Sequence[Episode], per_token: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over each chunk's tokens: fp32 [N_e] -> fp32 [chunks] an episode."""
-    return [
-        torch.zeros(len(e.actions)).index_add(0, e.chunk, values) for e, values in zip(episodes, per_token, strict=True)
-    ]
-
-
-def _advantages(rewards: Sequence[Tensor], config: RLConfig) -> list[Tensor]:
-    """Reward-to-go, leave-one-out in the group; fp32 [chunks] an episode."""
-    out: list[Tensor] = []
-    for first in range(0, len(rewards), config.rollouts):
-        group = torch.stack(list(rewards[first : first + config.rollouts]))
-        out += leave_one_out(reward_to_go(group, config.gamma), config.rollouts).unbind()
-    return out
-
-
-def _over_rms(episodes: Sequence[Episode], advantages: Sequence[Tensor]) -> list[Tensor]:
-    """Divided by the root mean square over the family's episodes on all ranks."""
-    sums: dict[str, tuple[float, int]] = {}
-    for episode, advantage in zip(episodes, advantages, strict=True):
-        square, count = sums.get(episode.family, (0.0, 0))
-        sums[episode.family] = (square + float(advantage.double().square().sum()), count + advantage.numel())
-    everyone = ranks.gather(sums)
+    """Sums over each chunk's tokens, in their order: fp32 [N_e] -> fp64 [chunks] an episode."""
     out = []
-    for episode, advantage in zip(episodes, advantages, strict=True):
-        parts = [s[episode.family] for s in everyone if episode.family in s]
-        out.append(scaled(advantage, sum(p[0] for p in parts), sum(p[1] for p in parts)))
+    for episode, values in zip(episodes, per_token, strict=True):
+        sums = [0.0] * len(episode.actions)
+        for chunk, value in zip(episode.chunk.tolist(), values.tolist(), strict=True):
+            sums[chunk] += value
+        out.append(torch.tensor(sums, dtype=torch.float64))
     return out

@@ -24,6 +24,7 @@ def environment() -> dict[str, Any]:
     return {
         "contract_id": dispatch.contract_id(),
         "contract": dispatch.contract(),
+        "instruction_set": dispatch.instruction_set(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),

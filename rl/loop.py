@@ -10,13 +10,14 @@ from statistics import fmean
 import torch
 
 from kernels import dispatch
+from model import packs
 from model.checkpoint import weights_digest
 from model.transformer import InteractionModel
 from reward.source import AXES, Judged, RewardSource
 from rl import ranks, reference
 from rl.audit.diagnose import failure
 from rl.config import TrainConfig
-from rl.credit import token_weights
+from rl.credit import Scales, token_weights
 from rl.identity import Mismatch, check_comparable, compare
 from rl.learner import Gradient, Learner, policy_gradient
 from rl.reference import Reference
@@ -35,6 +36,7 @@ class StepResult:
     metrics: dict[str, float | int | str]
     mismatch: Mismatch
     episodes: list[Episode]
+    scales: Scales  # of the advantages, after this step
 
 
 def steps(
@@ -45,9 +47,11 @@ def steps(
     source: RewardSource,
     start: Reference | None,
     first: int,
+    scales: Scales,
 ) -> Iterator[StepResult]:
     """Steps ``first`` … of the recipe, each strictly on-policy: one rollout batch, one optimizer step. ``start``: the
-    policy whose distance is measured and, by the recipe's weight, paid for.
+    policy whose distance is measured and, by the recipe's weight, paid for. ``scales``: of the advantages, as the step
+    before ``first`` left them.
 
     Raises NotComparableError or NotEqualError before a step that would not be on-policy, MetronomeError for a reward or
     log-prob that is not finite; the model is then as the last finished step left it."""
@@ -60,12 +64,13 @@ def steps(
         judged = source.judge(episodes)
         judge_s = time.perf_counter() - clock - rollout_s
         log_ratio = start.log_ratio(episodes) if start else []
-        weights = token_weights(episodes, judged.acting, log_ratio, config.rl)
+        credit = token_weights(episodes, judged.acting, log_ratio, config.rl, scales)
+        scales = credit.scales
         check_comparable(episodes, dispatch.contract_id(), digest)
         gradient = policy_gradient(
             learner.model,
             episodes,
-            weights,
+            credit.weights,
             classes,
             config.rollout.temperature,
             config.rl.micro_batch,
@@ -73,14 +78,17 @@ def steps(
         mismatch = audit(learner.model, episodes, gradient, step, config.rl.micro_batch)
         norm = learner.step(gradient)
         roller.publish()
+        packs.check(learner.model)
         digest = weights_digest(learner.model)
         total_s = time.perf_counter() - clock
         yield StepResult(
             {
                 "step": step,
                 "weights_digest": digest,
+                "packs_digest": packs.digest(learner.model),
                 **rewards(judged),
                 **mismatch.metrics(),
+                **credit.metrics(),
                 **(reference.metrics(log_ratio) if start else {}),
                 "policy/entropy": _mean(gradient.entropy),
                 "policy/grad_norm": norm,
@@ -91,6 +99,7 @@ def steps(
             },
             mismatch,
             episodes,
+            scales,
         )
 
 

@@ -7,8 +7,9 @@ Owns everything that lasts as long as the run: its folder, what the user sees, t
 from __future__ import annotations
 
 import json
+import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from model.config import preset
 from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks, watch
+from rl.advantage import RunningScale
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
+from rl.credit import Scales
 from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
@@ -60,6 +63,7 @@ class Progress:
     wall_s: float
     reward_models: tuple[str, ...]  # digest of each one's weights
     stopped: bool = False  # by the watch over learned rewards
+    scales: Scales = field(default_factory=dict)  # of the advantages (`rl.credit`)
 
 
 class Run:
@@ -91,10 +95,10 @@ class Run:
         ]
 
     def execute(self) -> None:
-        contract = dispatch.contract()
         self.display.say(
             f"Run {self.config.name}: {sum(p.numel() for p in self.model.parameters()):,} parameters, {ranks.world()} "
-            f"processes, backend {contract['backend']} ({contract['isa']}), contract {dispatch.contract_id()}"
+            f"processes, backend {dispatch.contract()['backend']} ({dispatch.instruction_set()}), contract "
+            f"{dispatch.contract_id()}"
         )
         try:
             with rollers(self.config, self.model, self.engine) as self.roller:
@@ -142,10 +146,15 @@ class Run:
         first = rl.steps if progress.stopped else progress.step
         with self.display.phase("RL", rl.steps, first) as phase:
             phase.held_out(progress.before.score[""])
-            for result in loop.steps(self.config, self.bank, roller, learner, self.source, self.reference(), first):
+            steps = loop.steps(
+                self.config, self.bank, roller, learner, self.source, self.reference(), first, progress.scales
+            )
+            for result in steps:
                 done = progress.step + 1
                 mismatch = Mismatch.total([progress.mismatch, result.mismatch])
-                progress = replace(progress, step=done, mismatch=mismatch, wall_s=self.wall_s())
+                progress = replace(
+                    progress, step=done, mismatch=mismatch, wall_s=self.wall_s(), scales=dict(result.scales)
+                )
                 metrics = dict(result.metrics)
                 if done % rl.evaluate_every == 0 and done < rl.steps:
                     found = evaluate(roller, during, self.source, self.config.seed)
@@ -173,6 +182,7 @@ class Run:
             **after.named("after"),
             **progress.mismatch.metrics(),
             "weights_digest": checkpoint.weights_digest(self.model),
+            "processes": ranks.world(),  # another number sums gradients in another order
             "wall_s": self.wall_s(),
         }
         if self.source.models:
@@ -226,7 +236,12 @@ class Run:
 
 def check_shares(config: TrainConfig) -> None:
     """Raises MetronomeError when a process would have nothing to do, or a group nothing to be compared with, or
-    distance a negative cost."""
+    distance a negative cost, or the policy would not be sampled from."""
+    if not 0 < config.rollout.temperature < math.inf:
+        raise MetronomeError(
+            f"rollout.temperature is {config.rollout.temperature}: RL needs a number above 0. At 0 the sampler takes "
+            "the most likely token, which is no sample of the policy whose log-probs are learned from"
+        )
     for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
         if count < ranks.world():
             raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
@@ -287,6 +302,7 @@ def load_progress(path: Path) -> Progress:
     try:
         fields: dict[str, Any] = json.loads((path / PROGRESS).read_text())
         records = {"before": HeldOut(**fields["before"]), "mismatch": Mismatch(**fields["mismatch"])}
+        records["scales"] = {name: RunningScale(**scale) for name, scale in fields["scales"].items()}
         return Progress(**{**fields, **records, "reward_models": tuple(fields["reward_models"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MetronomeError(

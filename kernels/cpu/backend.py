@@ -22,15 +22,19 @@ from kernels.cpu.library import isa
 from kernels.cpu.linear import fill_linear, linear, pack_linear, panels_of
 from kernels.cpu.moe import expert_linear, fill_experts, moe_combine, pack_experts, swiglu
 from kernels.cpu.norm import rms_norm
+from kernels.cpu.optimizer import adamw, dot
 from kernels.cpu.sampling import logprob, route, sample
 from kernels.layout import PackedExperts, PackedLinear
 
 __all__ = [
     "NAME",
+    "adamw",
     "attention",
     "contract",
+    "dot",
     "embedding_sum",
     "expert_linear",
+    "instruction_set",
     "linear",
     "logprob",
     "moe_combine",
@@ -50,7 +54,11 @@ NUMERICS_VERSION = 1
 
 def contract() -> dict[str, str | int]:
     # exact: bf16 is widened and multiplied in fp32 FMA chains; no instruction set's bf16 dot product is used
-    return {"isa": isa(), "numerics": NUMERICS_VERSION, "bf16": "exact"}
+    return {"numerics": NUMERICS_VERSION, "bf16": "exact"}
+
+
+def instruction_set() -> str:
+    return isa()
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:

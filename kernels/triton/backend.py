@@ -21,15 +21,19 @@ from kernels.triton.experts import expert_linear, fill_experts, pack_experts
 from kernels.triton.launch import INTERPRET
 from kernels.triton.linear import fill_linear, linear, pack_linear
 from kernels.triton.norm import rms_norm
+from kernels.triton.optimizer import adamw, dot
 from kernels.triton.router import route
 from kernels.triton.sampling import logprob, sample
 
 __all__ = [
     "NAME",
+    "adamw",
     "attention",
     "contract",
+    "dot",
     "embedding_sum",
     "expert_linear",
+    "instruction_set",
     "linear",
     "logprob",
     "moe_combine",
@@ -48,11 +52,11 @@ NUMERICS_VERSION = 2
 
 
 def contract() -> dict[str, str | int]:
-    return {"isa": _isa(), "numerics": NUMERICS_VERSION, **tiles.contract()}
+    return {"architecture": instruction_set(), "numerics": NUMERICS_VERSION, **tiles.contract()}
 
 
 @functools.cache
-def _isa() -> str:
+def instruction_set() -> str:
     """The GPU's architecture, ``sm_90`` or ``gfx942``; or ``interpreter``."""
     if INTERPRET:
         return "interpreter"

@@ -107,9 +107,10 @@ def compile_specs() -> list[CompileSpec]:
         experts,
         linear,
         norm,
+        optimizer,
         router,
         sampling,
     )  # these import launch
 
-    forward = (linear, experts, norm, conv, elementwise, embedding, attention_forward, router, sampling)
+    forward = (linear, experts, norm, conv, elementwise, embedding, attention_forward, router, sampling, optimizer)
     return [spec for module in (*forward, attention_backward) for spec in module.specs()]

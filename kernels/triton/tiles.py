@@ -87,6 +87,9 @@ ROWS_TILE = Tile(m=32, n=64, k=32, warps=4, stages=1)
 VOCAB_TILE = Tile(m=1, n=1024, k=1024, warps=4, stages=1)
 """Rows of logits over tokens, n tokens at a time."""
 
+DOT_TILE = Tile(m=1, n=8, k=512, warps=1, stages=1)
+"""A sum over a whole tensor: n lanes of a program, each a chain of k products."""
+
 NORM_COLUMNS = 2048
 """A wider row than this is taken so many columns at a time."""
 
@@ -138,6 +141,7 @@ def contract() -> dict[str, str | int]:
         "rows": ROWS_TILE,
         "bins": BINS_TILE,
         "vocabulary": VOCAB_TILE,
+        "dot": DOT_TILE,
         "router of 256": router_tile(256),
     }
     norms = {f"norm of {2**n}": norm_tile(2**n) for n in range(NORM_COLUMNS.bit_length())}

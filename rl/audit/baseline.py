@@ -36,7 +36,7 @@ from reward.source import RewardSource
 from rl import loop, ranks
 from rl.batch import collate, score_choices
 from rl.config import EvalConfig, RLConfig, TrainConfig
-from rl.credit import token_weights
+from rl.credit import Scales, token_weights
 from rl.environment import environment
 from rl.evaluate import evaluate
 from rl.identity import compare
@@ -103,7 +103,7 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
         learner = Learner(model, config.rl.optim, config.rl.steps)
         clock = time.perf_counter()
         if arm.exact:
-            records = [step.metrics for step in loop.steps(config, bank, roller, learner, source, None, first=0)]
+            records = [step.metrics for step in loop.steps(config, bank, roller, learner, source, None, 0, {})]
         else:
             records = list(_inexact(arm, config, bank, roller, learner, source, sampling))
         wall_s = time.perf_counter() - clock
@@ -121,10 +121,12 @@ def _inexact(
 ) -> Iterator[dict[str, Any]]:
     """`rl.loop.steps` without its promise: the mismatch is recorded, and importance weights stand in for equality."""
     classes, micro_batch = Vocabulary.build(learner.model.vocab).classes, config.rl.micro_batch
+    scales: Scales = {}
     for step in range(config.rl.steps):
         episodes = roller.play(loop.plays(config, bank, step), config.seed)
         judged = source.judge(episodes)
-        weights = token_weights(episodes, judged.acting, [], config.rl)
+        credit = token_weights(episodes, judged.acting, [], config.rl, scales)
+        weights, scales = credit.weights, credit.scales
         extra: dict[str, float] = {}
         if arm.weights:
             ratio = ratios(learner.model, episodes, micro_batch)

@@ -164,10 +164,10 @@ def rewards(timing: float) -> Rewards:
 
 def test_reward_that_is_not_finite_names_episode_and_chunk() -> None:
     config = RLConfig(rollouts=2)
-    weights = token_weights([small_episode()] * 2, [[rewards(1.0), rewards(0.0)]], [], config)
+    weights = token_weights([small_episode()] * 2, [[rewards(1.0), rewards(0.0)]], [], config, {}).weights
     assert torch.cat(weights).tolist() == [0.5, -0.5]
     with pytest.raises(MetronomeError, match=r"timespeak/train/0#0: the timing reward of chunk 0 is not finite"):
-        token_weights([small_episode()] * 2, [[rewards(float("nan")), rewards(0.0)]], [], config)
+        token_weights([small_episode()] * 2, [[rewards(float("nan")), rewards(0.0)]], [], config, {})
 
 
 def test_logprob_that_is_not_finite_names_the_token() -> None:

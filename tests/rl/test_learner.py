@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from kernels.errors import MetronomeError
+from kernels import ops
+from kernels.errors import MetronomeError, StaleWeightsError
+from model import checkpoint
 from model.audio import DMel
 from model.checkpoint import weights_digest
 from model.config import preset
 from model.transformer import InteractionModel
+from rl.adamw import AdamW
 from rl.batch import collate, score_choices
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
-from rl.learner import Learner, learning_rate, policy_gradient
+from rl.learner import Gradient, Learner, learning_rate, policy_gradient
 from rl.warmstart import demonstrations
 from rollout.speech import SpeechBank
 from rollout.transcript import Transcript
@@ -26,12 +33,16 @@ CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=4))
 pytestmark = pytest.mark.usefixtures("world")
 
 
-@pytest.fixture
-def model() -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(3)
+def policy(seed: int, dtype: torch.dtype = torch.float32) -> InteractionModel:
+    model = InteractionModel(preset("tiny"), dtype)
+    model.init_weights(seed)
     model.pack()
     return model
+
+
+@pytest.fixture
+def model() -> InteractionModel:
+    return policy(3)
 
 
 @pytest.fixture(scope="module")
@@ -76,52 +87,100 @@ def test_gradient_is_that_of_the_weighted_logprobs(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # another order of summation
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_adamw_on_the_clipped_gradient(
-    model: InteractionModel, transcripts: list[Transcript], vocabulary: Vocabulary
+    transcripts: list[Transcript], vocabulary: Vocabulary, stage: Literal[0, 1, 2], dtype: torch.dtype
 ) -> None:
-    twin = InteractionModel(preset("tiny"))
-    twin.init_weights(3)
-    parameters = list(twin.parameters())
-    plain = torch.optim.AdamW(
+    """The optimizer alone, on each parameter's fp32 master, gives the weights that DeepSpeed's flat partitions do."""
+    model = policy(3, dtype)
+    masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
+    plain = AdamW(
         [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": OPTIM.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in masters if p.ndim >= 2], "weight_decay": OPTIM.weight_decay},
+            {"params": [p for p in masters if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=OPTIM.lr,
-        betas=(OPTIM.beta1, OPTIM.beta2),
+        beta1=OPTIM.beta1,
+        beta2=OPTIM.beta2,
     )
-    learner = Learner(model, OPTIM, 3)
+    learner = Learner(model, replace(OPTIM, zero_stage=stage), 3)
     for _ in range(3):
         gradient = policy_gradient(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
         norm = learner.step(gradient)
         flat = torch.cat([g.flatten() for g in gradient.parameters])
-        assert norm == float(torch.linalg.vector_norm(flat, dtype=torch.float64)) > OPTIM.clip_norm
-        for p, g in zip(parameters, gradient.parameters, strict=True):
+        assert norm == math.sqrt(float(ops.dot(flat, flat))) > OPTIM.clip_norm
+        for p, g in zip(masters, gradient.parameters, strict=True):
             p.grad = g * (OPTIM.clip_norm / norm)
         plain.step()
-    assert weights_digest(model) == weights_digest(twin)
+    for p, master in zip(model.parameters(), masters, strict=True):
+        assert torch.equal(p, master.to(p.dtype))
+    assert not all(torch.equal(p, master) for p, master in zip(policy(3, dtype).parameters(), masters, strict=True))
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_gradient_that_is_not_finite_is_an_error_and_no_step(model: InteractionModel, value: float) -> None:
+    learner = Learner(model, OPTIM, 3)
+    before = weights_digest(model)
+    gradient = [torch.zeros_like(p) for p in model.parameters()]
+    gradient[5].view(-1)[7] = value
+    name = [name for name, _ in model.named_parameters()][5]
+    with pytest.raises(MetronomeError, match=rf"gradient of step 0 is not finite \(that of {re.escape(name)}\)"):
+        learner.step(Gradient(tuple(gradient), *[torch.zeros(1)] * 4))
+    assert weights_digest(model) == before and learner.taken == 0
+
+
+def test_stale_copies_are_refused_at_once(
+    model: InteractionModel, transcripts: list[Transcript], vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs that nobody refreshes would make sampler and learner wrong alike."""
+    learner = Learner(model, OPTIM, 3)
+    gradient = policy_gradient(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
+    monkeypatch.setattr("kernels.ops.repack", lambda packed: None)
+    learner.step(gradient)
+    with pytest.raises(StaleWeightsError, match="changed after they were packed"):
+        policy_gradient(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_learner_goes_on_where_it_stood(
-    model: InteractionModel, transcripts: list[Transcript], vocabulary: Vocabulary, tmp_path: Path
+    transcripts: list[Transcript],
+    vocabulary: Vocabulary,
+    tmp_path: Path,
+    stage: Literal[0, 1, 2],
+    dtype: torch.dtype,
 ) -> None:
     def step(of: InteractionModel, learner: Learner) -> None:
         learner.step(policy_gradient(of, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4))
 
-    learner = Learner(model, OPTIM, 4)
+    model, optim = policy(3, dtype), replace(OPTIM, zero_stage=stage)
+    learner = Learner(model, optim, 4)
     step(model, learner)
     learner.save(tmp_path)
+    checkpoint.save(model, tmp_path / "model")
     step(model, learner)
-    other = InteractionModel(preset("tiny"))
-    other.init_weights(9)
-    other.pack()
-    resumed = Learner(other, OPTIM, 4)
+    other = policy(9, dtype)
+    resumed = Learner(other, optim, 4)
+    with pytest.raises(MetronomeError, match="belongs to weights"):
+        resumed.load(tmp_path)
+    checkpoint.load_into(other, tmp_path / "model")
+    resumed = Learner(other, optim, 4)
     resumed.load(tmp_path)
     assert resumed.taken == 1
     step(other, resumed)
     assert weights_digest(other) == weights_digest(model)
+    forgetful = policy(9, dtype)
+    checkpoint.load_into(forgetful, tmp_path / "model")
+    step(forgetful, Learner(forgetful, optim, 4))
+    assert weights_digest(forgetful) != weights_digest(model)  # control: without the moments it is another step
     with pytest.raises(MetronomeError, match="holds no learner state"):
         resumed.load(tmp_path / "nowhere")
+
+
+def test_saved_learner_is_data_only(model: InteractionModel, tmp_path: Path) -> None:
+    Learner(model, OPTIM, 4).save(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["optimizer.safetensors", "state.json"]
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

@@ -87,13 +87,13 @@ def test_cost_is_credited_to_go_and_keeps_its_unit() -> None:
     pair = [two_chunks(), two_chunks()]
     none = [[Rewards(torch.zeros(2), torch.zeros(2))] * 2]
     ratio = [torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3)]
-    weights = token_weights(pair, none, ratio, config)
+    weights = token_weights(pair, none, ratio, config, {}).weights
     # The first episode's chunks cost 0.3 and 0.4, to go 0.5 and 0.4; the other's nothing. Six tokens in all.
     assert torch.allclose(weights[0], torch.tensor([-0.5, -0.5, -0.4]) / 6)
     assert torch.allclose(weights[1], torch.tensor([0.5, 0.5, 0.4]) / 6)
-    twice = token_weights(pair, none, [2 * r for r in ratio], config)
+    twice = token_weights(pair, none, [2 * r for r in ratio], config, {}).weights
     assert torch.allclose(twice[0], 2 * weights[0])  # not divided by its own size
-    off = token_weights(pair, none, ratio, replace(config, reference_weight=0.0))
+    off = token_weights(pair, none, ratio, replace(config, reference_weight=0.0), {}).weights
     assert not any(w.any() for w in off)
 
 
@@ -102,10 +102,13 @@ def test_sources_act_in_equal_shares_whatever_their_unit() -> None:
     pair = [two_chunks(), two_chunks()]
     rules = [Rewards(torch.tensor([1.0, 0.0]), torch.zeros(2)), Rewards(torch.zeros(2), torch.zeros(2))]
     learned = [Rewards(100 * r.timing, r.content) for r in rules]
-    alone = token_weights(pair, [rules], [], config)
-    assert all(torch.allclose(a, b) for a, b in zip(alone, token_weights(pair, [learned], [], config), strict=True))
+    alone = token_weights(pair, [rules], [], config, {}).weights
     assert all(
-        torch.allclose(a, b) for a, b in zip(alone, token_weights(pair, [rules, learned], [], config), strict=True)
+        torch.allclose(a, b) for a, b in zip(alone, token_weights(pair, [learned], [], config, {}).weights, strict=True)
+    )
+    assert all(
+        torch.allclose(a, b)
+        for a, b in zip(alone, token_weights(pair, [rules, learned], [], config, {}).weights, strict=True)
     )
     against = [Rewards(-r.timing, r.content) for r in learned]
-    assert all(not w.abs().max() > 1e-6 for w in token_weights(pair, [rules, against], [], config))
+    assert all(not w.abs().max() > 1e-6 for w in token_weights(pair, [rules, against], [], config, {}).weights)

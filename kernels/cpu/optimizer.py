@@ -1,0 +1,32 @@
+"""Sums over whole tensors and AdamW's update on the CPU; the order of every sum is stated in native/optimizer.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import checks
+from kernels.cpu.library import bind
+from kernels.layout import AdamW
+
+BLOCK = 4096  # elements, as in native/optimizer.cpp
+
+_DOT = bind("dot_f32", "ppipp")
+_ADAMW = bind("adamw_f32", "ppppifffffff")
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    checks.dot(a, b)
+    checks.misplaced("dot", "cpu", "cpu", a=a, b=b)
+    partial, out = torch.empty(-(-a.numel() // BLOCK), dtype=torch.float64), torch.empty((), dtype=torch.float64)
+    _DOT(a.data_ptr(), b.data_ptr(), a.numel(), partial.data_ptr(), out.data_ptr())
+    return out
+
+
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamW) -> None:
+    checks.adamw(parameter, gradient, first, second)
+    checks.misplaced("adamw", "cpu", "cpu", parameter=parameter, gradient=gradient, first=first, second=second)
+    _ADAMW(
+        parameter.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), parameter.numel(), step.keep,
+        step.new1, step.old2, step.new2, step.rate, step.root, step.eps,
+    )  # fmt: skip

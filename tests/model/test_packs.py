@@ -1,0 +1,134 @@
+"""Copies of the weights: refreshed whole, refused when old, compared with the parameters, digested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import ops
+from kernels.errors import StaleWeightsError
+from kernels.layout import Segments
+from model import packs
+from model.config import preset
+from model.packs import StaleCopyError
+from model.transformer import InteractionModel
+from reward.model import RewardModel
+
+
+def model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> InteractionModel:
+    made = InteractionModel(preset(name), dtype)
+    made.init_weights(seed)
+    made.pack()
+    return made
+
+
+def forward(of: InteractionModel) -> torch.Tensor:
+    none = torch.empty(0, 80, dtype=torch.uint8)
+    return of.logits(of(torch.tensor([1, 5, 7]), none, Segments.build([0], [0], [3])))
+
+
+@torch.no_grad()
+def disturb(of: torch.nn.Module) -> None:
+    """Other values of every parameter and buffer."""
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (*of.parameters(), *of.buffers()):
+        tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype) / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["nano", "tiny"])
+def test_repack_equals_a_fresh_pack_of_every_module(name: str, dtype: torch.dtype) -> None:
+    one = model(name, dtype=dtype)
+    forward(one).sum().backward()  # makes the transposed copies, too
+    disturb(one)
+    one.changed()
+    one.repack()
+    other = InteractionModel(one.config, dtype)
+    other.load_state_dict(one.state_dict())
+    other.pack()
+    assert packs.digest(one) == packs.digest(other)
+    got, wanted = (
+        torch.autograd.grad(forward(m).square().sum(), list(m.parameters()), allow_unused=True) for m in (one, other)
+    )
+    for a, b in zip(got, wanted, strict=True):
+        assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+    for (name_a, a), (name_b, b) in zip(packs.packs(one), packs.packs(other), strict=True):
+        assert name_a == name_b and a.data.keys() == b.data.keys()
+        for buffer in b.data:
+            assert torch.equal(a.data[buffer], b.data[buffer]), (name_a, buffer)
+    packs.check(one)
+
+
+def test_every_kind_of_copy_is_found() -> None:
+    made = model("tiny")
+    names = [name for name, _ in packs.packs(made)]
+    names += [f"{name}.packed.{f}" for name, m in made.named_modules() for f in packs._derived(m)]
+    kinds = {name.split("packed.")[-1] for name in names}
+    assert kinds == {
+        *("packed", "qkvr", "out", "gate", "gate_up", "down"),
+        *("kv_taps", "attn_taps", "mlp_taps", "scale", "bias"),
+    }
+
+
+def test_a_forgotten_module_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's repack does nothing: the ops refuse its packs; and where the count was spoilt too, the comparison
+    names the copy."""
+    one = model("tiny")
+    monkeypatch.setattr(one.layers[1].self_attn, "repack", lambda: None)
+    disturb(one)
+    one.changed()
+    one.repack()
+    with torch.no_grad(), pytest.raises(StaleWeightsError, match="linear: the weights were changed"):
+        forward(one)
+    packs.adopt(one, one.generation)
+    with torch.no_grad():
+        forward(one)  # nothing shows
+    with pytest.raises(StaleCopyError, match=r"layers\.1\.self_attn\.packed\.qkvr\.panels: .*not refreshed"):
+        packs.check(one)
+
+
+def test_a_forgotten_derived_tensor_is_named() -> None:
+    one = model("tiny")
+    stale = one.layers[2].mlp.packed.scale.clone()
+    disturb(one)
+    one.changed()
+    one.repack()
+    packs.check(one)
+    one.layers[2].mlp.packed.scale = stale
+    with pytest.raises(StaleCopyError, match=r"layers\.2\.mlp\.packed\.scale"):
+        packs.check(one)
+
+
+def test_a_change_that_nobody_told_is_refused_by_the_learner() -> None:
+    one = model("nano")
+    with torch.no_grad():
+        one.lm_head.weight[3, 4] += 1.0
+    with pytest.raises(StaleWeightsError, match="InteractionModel: the weights were changed"):
+        forward(one)
+    one.repack()
+    forward(one)
+
+
+def test_digest_is_of_what_is_multiplied() -> None:
+    one = model("nano")
+    before = packs.digest(one)
+    assert before == packs.digest(model("nano"))
+    next(packs.packs(one))[1].data["panels"].view(-1)[5] += 1.0
+    assert packs.digest(one) != before
+    with pytest.raises(StaleCopyError):
+        packs.check(one)
+
+
+def test_reward_models_copies_are_found_too() -> None:
+    reward = RewardModel.build(model("nano"), ("timing",))
+    names = [name for name, _ in packs.packs(reward)]
+    assert "packed" in names and "backbone.packed" in names
+
+
+def test_a_pack_alone_needs_no_model() -> None:
+    packed = ops.pack_linear(torch.ones(3, 4))
+    packed.weights.now += 1
+    with pytest.raises(StaleWeightsError):
+        ops.linear(torch.ones(1, 4), packed)
+    ops.repack(packed)
+    assert ops.linear(torch.ones(1, 4), packed).tolist() == [[4.0] * 3]
