@@ -1,7 +1,7 @@
 """The DeepSpeed learner: exact policy-gradient sums in, one optimizer step out.
 
 Gradients are computed here, episode batch by episode batch, in a fixed order of summation, and handed to DeepSpeed
-through the surrogate loss sum(p * G), whose gradient is G. So what a step applies does not depend on DeepSpeed's bucket
+through a loss whose gradient they are. So what a step applies does not depend on DeepSpeed's bucket
 sizes or hooks, and the identity check can run between gradient and step. DeepSpeed adds what the ranks hand over; the
 first one hands over G and the others nothing, which gives back G exactly for any number of ranks, where a mean of equal
 values would not ((g + g + g) / 3 is not always g).
@@ -79,8 +79,8 @@ def policy_gradient(
                 f"{first + int(batch.owner[where])}, chunk {int(batch.chunk[where])}, is {logprob[where].item()}: the "
                 "weights have diverged. Lower the learning rate, or resume from an earlier checkpoint."
             )
-        loss = -(torch.cat(list(weights[first : first + micro_batch])) * logprob).sum()
-        gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        upstream = -torch.cat(list(weights[first : first + micro_batch]))
+        gradient = torch.autograd.grad(logprob, parameters, upstream, materialize_grads=True)
         if total is None:
             total = [g.float().clone() for g in gradient]
         else:
@@ -95,6 +95,19 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
     decay = 1.0 - (1.0 - optim.final_lr) * step / max(steps - 1, 1)
     return optim.lr * warm * decay
+
+
+class _Handover(torch.autograd.Function):
+    """A loss whose gradient is given: sum_i <parameter_i, gradient_i>. Nobody needs its value, and none is computed."""
+
+    @staticmethod
+    def forward(ctx, gradients, *parameters):  # type: ignore[no-untyped-def]
+        ctx.gradients = gradients
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx, scale):  # type: ignore[no-untyped-def]
+        return None, *(g * scale for g in ctx.gradients)
 
 
 class Learner:
@@ -146,7 +159,8 @@ class Learner:
         Every rank adds the ranks' gradients in rank order, so all hold the same bits. Raises MetronomeError, with the
         weights as they were, when the sum is not finite."""
         total = ranks.sum_in_order(torch.cat([g.flatten() for g in gradient.parameters]))
-        pieces = total.split([p.numel() for p in self._masters])
+        parts = total.split([p.numel() for p in self._masters])
+        pieces = tuple(part.view(p.shape) for part, p in zip(parts, self._masters, strict=True))
         norm = math.sqrt(float(ops.dot(total, total)))
         if not math.isfinite(norm):
             self._refuse(pieces)
@@ -156,8 +170,7 @@ class Learner:
             group["lr"] = learning_rate(self.optim, self.taken, self.steps)
         if ranks.rank() > 0:
             total.fill_(-0.0)  # the number that changes no other by being added, not even +0 or -0
-        surrogate = torch.stack([(p.flatten() * g).sum() for p, g in zip(self._masters, pieces, strict=True)]).sum()
-        self.engine.backward(surrogate)
+        self.engine.backward(_Handover.apply(pieces, *self._masters))
         self.engine.step()
         self.taken += 1
         self._publish()

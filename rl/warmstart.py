@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.audio import DMel
 from model.transformer import InteractionModel
 from rl import ranks
 from rl.config import TrainConfig
 from rl.learner import Learner, policy_gradient
+from rollout.chunk import Action
 from rollout.scenarios.demonstrate import demonstrate
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
@@ -26,17 +28,22 @@ FIRST_SEED = 1_000_000_000
 """Demonstrations use train scenarios from this seed on; RL's count from 0. They never meet."""
 
 
+def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[NDArray[np.float32], list[Action]]:
+    """The user's audio [chunks, samples] and the actions of demonstration ``index``, counted over all steps."""
+    family = FAMILIES[index % len(FAMILIES)]
+    item = scenario(family, "train", FIRST_SEED + config.seed * 10_000_000 + index, bank, config.scenarios)
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
+    waveform, actions, _ = demonstrate(item, rng, config.warmstart.corruption)
+    return waveform, actions
+
+
 def demonstrations(
     config: TrainConfig, bank: SpeechBank, dmel: DMel, vocabulary: Vocabulary, step: int
 ) -> list[Transcript]:
     """This rank's share of a step's demonstrations; a pure function of config and step."""
     out = []
     for i in ranks.share(config.warmstart.episodes):
-        index = step * config.warmstart.episodes + i
-        family = FAMILIES[index % len(FAMILIES)]
-        item = scenario(family, "train", FIRST_SEED + config.seed * 10_000_000 + index, bank, config.scenarios)
-        rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
-        waveform, actions, _ = demonstrate(item, rng, config.warmstart.corruption)
+        waveform, actions = demonstration(config, bank, step * config.warmstart.episodes + i)
         codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
         out.append(write_transcript(codes, actions, vocabulary, config.rollout.words_per_chunk))
     return out

@@ -45,6 +45,16 @@ def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
     out += [
         chart("Reward of an episode", "", rewards, "Mean over a step's rollouts: timing and content by the rules."),
         chart("Score by the rules", "%", scores, "Share of what was due that was done right."),
+        chart(
+            "Groups that taught nothing",
+            "%",
+            [
+                _share("groups of equal rollouts", metrics, "groups"),
+                _share("families and axes without any", metrics, "terms"),
+            ],
+            "Degenerate groups: all rollouts of a scenario were worth the same on an axis, so that their advantages are 0. "
+            "Where that holds for every group of a family, the axis taught the step nothing.",
+        ),
         chart("Entropy of the policy", "nats a token", [line("entropy", metrics, "policy/entropy")], ""),
         chart("Where a step's time went", "s", _times(metrics), "Seconds of a step, stacked.") | {"stacked": True},
     ]
@@ -58,6 +68,15 @@ def chart(title: str, unit: str, lines: Iterable[dict[str, Any] | None], note: s
 def line(name: str, metrics: Sequence[Record], key: str) -> dict[str, Any] | None:
     """One value a record, null where it has none; nothing if none has."""
     values = [_number(record.get(key)) for record in metrics]
+    return {"name": name, "values": values} if any(v is not None for v in values) else None
+
+
+def _share(name: str, metrics: Sequence[Record], what: str) -> dict[str, Any] | None:
+    """Degenerate ``what`` ("groups" or "terms") of all, as `rl.credit` counts them."""
+    values = []
+    for record in metrics:
+        some, every = _number(record.get(f"credit/degenerate_{what}")), _number(record.get(f"credit/{what}"))
+        values.append(some / every if some is not None and every else None)
     return {"name": name, "values": values} if any(v is not None for v in values) else None
 
 

@@ -1,0 +1,167 @@
+"""One digest a stage of the way from a recording to a first update: where two machines part, if they do.
+
+    python -m rl.fingerprint [--json FILE] [--against FILE]
+
+Every stage is computed from the one before it, with the quickstart's recipe, in one process: recordings, noises, the
+simulated user's audio, dMel codes, demonstrations, fresh weights; three supervised steps (log-probs, gradient, norm and
+clipped gradient, weights); sampled noise and tokens; episodes, rewards and advantages. Equal digests mean equal bits.
+``--against`` names the first stage that differs from an earlier FILE's and exits with status 1, as it does for another
+contract.
+On one processor or many, the stages of one contract are the same: `tests/golden/fingerprint.json` holds them.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("rl.fingerprint")
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels import ops
+from kernels.errors import MetronomeError
+from model.audio import DMel
+from model.files import write_whole
+from reward.source import AXES, RewardSource
+from rl import loop, ranks
+from rl.config import TrainConfig
+from rl.credit import token_weights
+from rl.environment import environment
+from rl.learner import Learner, policy_gradient
+from rl.run import build_engine, build_model
+from rl.warmstart import demonstration, demonstrations
+from rollout.episode import concatenate
+from rollout.play import play
+from rollout.scenarios.sound import NOISES, noise
+from rollout.speech import SpeechBank
+from rollout.vocabulary import Vocabulary
+
+DEMONSTRATIONS = 64
+STEPS = 3
+ROLLOUTS = 12
+"""Plays of the recipe's first groups."""
+ROWS, VOCABULARY = 512, 201_024
+"""Rows of sampled noise over a small and Inkling's vocabulary."""
+
+Array = Tensor | NDArray[Any] | str
+
+
+def fingerprint() -> dict[str, Any]:
+    """``contract_id``, ``processor`` and others for people, and ``stages``: digest by name, in order."""
+    found = environment()
+    kept = {name: found[name] for name in ("contract_id", "contract", "instruction_set", "processor", "processes")}
+    return kept | {"stages": {name: _digest(arrays) for name, arrays in stages()}}
+
+
+def stages() -> Iterator[tuple[str, Iterable[Array]]]:
+    """(name, what was computed), each stage from those before it."""
+    config, bank, dmel = TrainConfig(), SpeechBank.load(), DMel.build()
+    yield "recordings", [clip.samples for clip in bank.clips]
+    for split, kinds in NOISES.items():
+        yield f"noises, {split}", [noise(name, split) for name in kinds]
+    played = [demonstration(config, bank, index) for index in range(DEMONSTRATIONS)]
+    yield "user's audio", [audio for audio, _ in played]
+    yield "demonstrated actions", [repr(actions) for _, actions in played]
+    yield "dMel codes", [dmel.codes(torch.from_numpy(audio.reshape(1, -1))) for audio, _ in played]
+
+    model = build_model(config)
+    yield "fresh weights", list(model.parameters())
+    vocabulary = Vocabulary.build(model.vocab)
+    learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
+    for step in range(STEPS):
+        some = demonstrations(config, bank, dmel, vocabulary, step)
+        tokens = sum(len(t.chunk) for t in some)
+        weights = [torch.full((len(t.chunk),), 1.0 / tokens) for t in some]
+        gradient = policy_gradient(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
+        yield f"step {step}: log-probs and row digests", [gradient.logprob, gradient.digest]
+        yield f"step {step}: gradient", gradient.parameters
+        norm = learner.step(gradient)
+        yield f"step {step}: norm before clipping", [repr(norm)]
+        yield f"step {step}: weights", list(model.parameters())
+
+    yield "sampled tokens, flat rows", _sampled(ROWS, len(vocabulary.classes.allowed[0]), spread=3.0)
+    yield "sampled tokens, long tails", _sampled(8, VOCABULARY, spread=6.0)
+    engine = build_engine(config, model, vocabulary, config.rollout.temperature)
+    episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed)
+    yield "episodes", [concatenate(episodes, name) for name in ("tokens", "codes", "logprob", "digest")]
+    judged = RewardSource.load(config.reward, config.source).judge(episodes)
+    yield "rewards", [rewards.axis(axis) for rewards in judged.rules for axis in AXES]
+    yield "advantages", token_weights(episodes, judged.acting, [], config.rl, {}).weights
+
+
+def _sampled(rows: int, vocab: int, spread: float) -> list[Tensor]:
+    """Tokens, log-probs and digests drawn from rows of evenly spaced logits in a scrambled order."""
+    place = torch.arange(rows * vocab, dtype=torch.int64).view(rows, vocab) * 2_654_435_761 % 65_537
+    logits = place.float() * (spread / 65_536)
+    allowed, row_class = torch.ones(1, vocab, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64)
+    return list(ops.sample(logits, 1.0, torch.arange(rows) * 0x9E3779B97F4A7, allowed, row_class))
+
+
+def _digest(arrays: Iterable[Array]) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        if isinstance(array, str):
+            found.update(array.encode())
+        else:
+            found.update(np.ascontiguousarray(array.detach().numpy() if isinstance(array, Tensor) else array).tobytes())
+    return found.hexdigest()
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first stage whose digests differ, or which only one of the two has; None when all are equal."""
+    names = [*one, *(name for name in other if name not in one)]
+    return next((name for name in names if one.get(name) != other.get(name)), None)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Raises SystemExit with status 1 when ``--against`` differs, MetronomeError for a file that cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m rl.fingerprint", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the digests to FILE")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier FILE")
+    given = parser.parse_args(arguments)
+    earlier = None if given.against is None else _read(given.against)
+    ranks.join()
+    try:
+        found = fingerprint()
+    finally:
+        ranks.leave()
+    print(f"contract {found['contract_id']}, {found['instruction_set']}, {found['processor']}")
+    for name, digest in found["stages"].items():
+        print(f"{name:38s} {digest}")
+    if given.json is not None:
+        write_whole(given.json, (json.dumps(found, indent=2) + "\n").encode())
+    if earlier is None:
+        return
+    there = earlier.get("processor", "another machine")
+    if earlier["contract_id"] != found["contract_id"]:
+        print(f"not comparable: {given.against} is of contract {earlier['contract_id']}")
+        sys.exit(1)
+    where = first_difference(found["stages"], earlier["stages"])
+    if where is not None:
+        print(f"different from {given.against} ({there}), first in: {where}")
+        sys.exit(1)
+    print(f"equal to {given.against} ({there}) in every stage")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found["contract_id"], str) or not isinstance(found["stages"], dict):
+            raise ValueError("contract_id or stages is of another type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MetronomeError(
+            f"{path}: cannot be read as a fingerprint ({error}); name one that `python -m rl.fingerprint --json` wrote"
+        ) from error
+    return found

@@ -1,0 +1,148 @@
+"""Which torch functions run between a session's sound and the next weights: only what every processor rounds alike.
+
+A dispatch mode sees each call of torch's library on the way (our kernels are none of them): while sessions sample, in
+the learner's forward and backward pass, and in the update. Whatever is not known to be exact is refused, so that a
+function of a mathematical library, or a sum whose order follows threads and vectors, cannot come back unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import layout
+from model.audio import DMel
+from model.config import preset
+from model.transformer import InteractionModel
+from rl import loop
+from rl.adamw import AdamW
+from rl.config import TrainConfig, WarmstartConfig
+from rl.learner import policy_gradient
+from rl.run import build_engine
+from rl.warmstart import demonstrations
+from rollout.play import play
+from rollout.speech import SpeechBank
+from rollout.vocabulary import Vocabulary
+
+MOVES = {
+    *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "select"),
+    *("slice", "split", "split_with_sizes", "unbind", "as_strided", "unfold", "detach", "alias", "lift_fresh"),
+    *("clone", "copy_", "_to_copy", "cat", "stack", "index", "index_select", "index_copy", "gather", "embedding"),
+    *("empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "zeros", "zeros_like", "new_zeros"),
+    *("full", "full_like", "ones", "ones_like", "fill_", "zero_", "arange", "scalar_tensor", "nonzero", "pad"),
+    *("constant_pad_nd", "_local_scalar_dense", "select_backward", "slice_backward", "split_backward", "set_"),
+    *("argsort", "sort", "bincount", "max", "min", "amax", "amin", "any", "all", "is_nonzero", "_pack_padded_sequence"),
+    *("index_fill", "promote_types", "to", "detach_", "flatten", "bucketize", "profiler::_record_function_enter_new"),
+    *(
+        "profiler::_record_function_exit",
+        "contiguous",
+        "unflatten",
+        "chunk",
+        "view_as",
+        "expand_as",
+        "resolve_conj",
+        "resolve_neg",
+    ),
+    *("repeat", "repeat_interleave", "masked_select", "flip", "item", "record_stream", "resize_", "_reshape_alias"),
+}
+"""They move numbers, make them or look at them; none is rounded."""
+
+ROUNDED_ONCE = {
+    *("add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs", "_foreach_add_", "where"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_and", "isfinite"),
+    *("clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "minimum"),
+}
+"""Element by element, one IEEE 754 operation each."""
+
+KNOWN = {
+    "embedding_dense_backward": "adds a token's rows one by one in their order; threads divide the tokens",
+    "index_put": "accumulates into rows that each come once: 0 + g",
+    "_index_put_impl_": "accumulates into rows that each come once: 0 + g",
+    "index_put_": "accumulates into rows that each come once: 0 + g",
+    "sum": "of integers",
+    "cumsum": "of integers",
+}
+
+
+class Seen(TorchDispatchMode):
+    """Counts calls by name; sums of integers apart from sums of floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("sum", "cumsum", "mean", "prod") and args[0].is_floating_point():
+            name += " of floats"
+        self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def refused(run: Callable[[], object]) -> dict[str, int]:
+    with Seen() as seen:
+        run()
+    assert seen.names
+    return {name: n for name, n in seen.names.items() if name not in MOVES | ROUNDED_ONCE | KNOWN.keys()}
+
+
+CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=2))
+
+
+def policy(name: str = "tiny") -> InteractionModel:
+    model = InteractionModel(preset(name))
+    model.init_weights(0)
+    model.pack()
+    return model
+
+
+def gradient(model: InteractionModel) -> Callable[[], object]:
+    vocabulary = Vocabulary.build(model.vocab)
+    some = demonstrations(CONFIG, SpeechBank.load(), DMel.build(), vocabulary, 0)
+    weights = [torch.full((len(t.chunk),), 0.01) for t in some]
+    return lambda: policy_gradient(model, some, weights, vocabulary.classes, 1.0, 1)
+
+
+@pytest.mark.parametrize("name", ["nano", "tiny"])
+@pytest.mark.usefixtures("world")
+def test_learners_forward_and_backward(name: str) -> None:
+    assert refused(gradient(policy(name))) == {}
+
+
+@pytest.mark.usefixtures("world")
+def test_sampler() -> None:
+    model = policy()
+    engine = build_engine(CONFIG, model, Vocabulary.build(model.vocab), 1.0)
+    plays = loop.plays(CONFIG, SpeechBank.load(), 0)[:4]
+    assert refused(lambda: play(engine, plays, 0)) == {}
+
+
+def test_hearing() -> None:
+    dmel, sound = DMel.build(), torch.linspace(-0.5, 0.5, 3200)[None]
+    assert refused(lambda: dmel.codes(sound)) == {}
+
+
+def test_update() -> None:
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 100))
+    optimizer = AdamW([{"params": [parameter], "weight_decay": 0.1}], lr=1e-3, beta1=0.9, beta2=0.95)
+    parameter.grad = torch.linspace(-2, 2, 100)
+    assert refused(optimizer.step) == {}
+    assert layout.AdamW  # the numbers of an update come from Python's floats
+
+
+def test_control_a_library_function_is_found() -> None:
+    """torch's own optimizer takes square roots, its softmax exponentials, its mean a sum."""
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    plain = torch.optim.AdamW([parameter], foreach=False)
+    assert "sqrt" in refused(plain.step)
+    x = torch.ones(3, 4, requires_grad=True)
+    assert refused(lambda: torch.softmax(x, 1).mean().backward()).keys() >= {"_softmax", "mean of floats"}
+    assert "mm" in refused(lambda: x.detach() @ x.detach().T)
