@@ -14,7 +14,7 @@ import torch
 from transformers import InklingFeatureExtractor
 from transformers.models.inkling.processing_inkling import InklingProcessor
 
-from model.audio import HOP, WINDOW, DMel, bin_edges, quantise
+from model.audio import HOP, WINDOW, DMel
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT.parent / "shared/data/speech", ROOT / "rollout/data/speech"]
