@@ -1,7 +1,7 @@
 """Constants and sums whose bits no library, compiler or processor decides.
 
-libm, MKL, BLAS and numpy's own vector code give other last bits on other machines, and a last bit of a threshold decides
-a token in the end. Here are three ways around them:
+libm, MKL, BLAS and numpy's own vector code give other last bits on other machines, and in the end a last bit decides
+which side of a threshold a number lies on. Here are three ways around them:
 
 - scalars by `decimal`, whose arithmetic is integer arithmetic: 60 digits, rounded once to fp64;
 - arrays by + - * / and square roots of fp64 elements, which IEEE 754 rounds one by one, whatever the vector register;
@@ -58,7 +58,7 @@ def _atan_of_inverse(n: int) -> Decimal:
 
 
 def roots_of_unity(turns: int, count: int) -> NDArray[np.float64]:
-    """e^(-2 pi i k / turns), k = 0 ... count - 1, as (real part, imaginary part), each correctly rounded: [count, 2]."""
+    """e^(-2 pi i k / turns), k = 0 ... count - 1, as real and imaginary parts, each correctly rounded: [count, 2]."""
     out = np.empty((count, 2))
     with localcontext(Context(prec=DIGITS)):
         step, at = _unit(-2 * pi() / turns), (Decimal(1), Decimal(0))

@@ -2,8 +2,8 @@
 
 X[k] = sum_n x[n] e^(-2 pi i k n / N) by Stockham's passes of radix 2, 4 and 5 (Van Loan 1992, Computational Frameworks
 for the Fast Fourier Transform): after each pass the numbers lie in order, so there is no reordering at the end.
-Elementwise + - * only, on real and imaginary parts kept apart (numpy's complex product may fuse), so every machine gives
-the same bits, and what else lies along the last axis cannot change a column's.
+Elementwise + - * only, on real and imaginary parts kept apart (numpy's complex product may fuse), so every machine
+gives the same bits, and what else lies along the last axis cannot change a column's.
 
 kernels/cpu/native/dmel.cpp makes the same passes with the same operations in the same order: change both or none.
 """
@@ -53,7 +53,12 @@ def _four(a: list[Complex]) -> list[Complex]:
     (r0, i0), (r1, i1), (r2, i2), (r3, i3) = a
     even_r, even_i, odd_r, odd_i = r0 + r2, i0 + i2, r1 + r3, i1 + i3
     d_r, d_i, e_r, e_i = r0 - r2, i0 - i2, r1 - r3, i1 - i3
-    return [(even_r + odd_r, even_i + odd_i), (d_r + e_i, d_i - e_r), (even_r - odd_r, even_i - odd_i), (d_r - e_i, d_i + e_r)]
+    return [
+        (even_r + odd_r, even_i + odd_i),
+        (d_r + e_i, d_i - e_r),
+        (even_r - odd_r, even_i - odd_i),
+        (d_r - e_i, d_i + e_r),
+    ]
 
 
 FIFTHS = roots_of_unity(5, 3)  # 1, e^(-2 pi i / 5), e^(-4 pi i / 5)
@@ -81,7 +86,7 @@ _BUTTERFLY = {2: _two, 4: _four, 5: _five}
 
 
 def real_fft(x: Array, radices: tuple[int, ...], roots: Array) -> Complex:
-    """Bins 1 ... N / 2 - 1 of real columns: x [N, columns], N twice the radices' product, roots [N, 2] -> [N/2 - 1, columns].
+    """Bins 1 ... N / 2 - 1 of real columns: x [N, columns], the radices of N / 2, roots [N, 2] -> [N / 2 - 1, columns].
 
     Even samples as real and odd ones as imaginary parts of a transform Z half as long; with M = N / 2 and
     E = (Z[k] + conj Z[M - k]) / 2, O = (Z[k] - conj Z[M - k]) / 2i:  X[k] = E + e^(-2 pi i k / N) O."""

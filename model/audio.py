@@ -8,7 +8,7 @@ on the backend, the device or the processor. The arithmetic is fp64 in a written
 are correctly rounded (`kernels.exact`), and there is no logarithm: between two centres lies an edge, and mel values are
 compared with the 15 edges. So a code is the exact rule's wherever the mel value is farther from an edge than fp64
 rounds, 1e-13 of it. transformers' `InklingFeatureExtractor` and `InklingProcessor` compute in fp32, in a library's
-order: their codes differ where a mel value lies within 1e-5 of an edge, about once in ten million codes of noisy speech.
+order: their codes may differ where a mel value lies within 1e-5 of an edge, and do about once in a million codes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def mel_filters() -> tuple[Tensor, Tensor]:
     """Slaney's triangles of equal area, evenly spaced in mel from 0 to 8000 Hz: (first bin int64 [80], weights fp64
     [80, longest]), correctly rounded.
 
-    Below 1000 Hz a mel is 200/3 Hz; from there on f = 1000 e^((mel - 15) ln 6.4 / 27) (Slaney 1998, Auditory Toolbox)."""
+    Below 1000 Hz a mel is 200/3 Hz; above, f = 1000 e^((mel - 15) ln 6.4 / 27) (Slaney 1998, Auditory Toolbox)."""
     with localcontext(Context(prec=exact.DIGITS)):
         log_step = Decimal("6.4").ln() / 27
         top = 15 + (Decimal(SAMPLE_RATE_HZ) / 2000).ln() / log_step

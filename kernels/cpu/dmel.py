@@ -12,7 +12,7 @@ _TRANSFORM = bind("dmel_codes", "piiiippppiipipp")
 
 
 def transform(samples: Tensor, hop: int, tables: Tables) -> tuple[Tensor, Tensor]:
-    """samples fp32 [S, 1600 + (n - 1) * hop], finite, contiguous -> (codes uint8 [S, n, C], mel values fp64 [S, n, C])."""
+    """samples fp32 [S, 1600 + (n - 1) * hop], finite, contiguous -> (codes uint8, mel values fp64), each [S, n, C]."""
     (sessions, length), (channels, longest) = samples.shape, tables.weight.shape
     frames = (length - len(tables.window)) // hop + 1
     code = torch.empty(sessions, frames, channels, dtype=torch.uint8)

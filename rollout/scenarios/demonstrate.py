@@ -142,8 +142,8 @@ class _TimespeakExpert(_Expert):
 
 
 def _nearly_normal(rng: np.random.Generator) -> float:
-    """Mean 0, deviation 1: the sum of twelve uniforms less 6, which integers give the same bits on every machine; numpy's
-    own normal numbers take logarithms from libm."""
+    """Mean 0, deviation 1: the sum of twelve uniforms less 6. Made of integers, it has the same bits on every machine;
+    numpy's own normal numbers take logarithms from libm."""
     return sum(rng.integers(1 << 32, size=12).tolist()) / (1 << 32) - 6.0
 
 

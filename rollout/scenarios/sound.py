@@ -118,8 +118,8 @@ def _noise(name: str, split: Split) -> NDArray[np.float32]:
 
 
 def _coloured(rng: np.random.Generator, tilt: float) -> NDArray[np.float64]:
-    """Noise made bin by bin: a uniform random number on each axis, divided by a power of the frequency. A sample is a sum
-    of a quarter of a million such bins, so it is normally distributed whatever their own distribution is."""
+    """Noise made bin by bin: a uniform random number on each axis, divided by a power of the frequency. A sample is a
+    sum of a quarter of a million such bins, so it is normally distributed whatever their own distribution is."""
     bins = np.arange(1, _SAMPLES // 2) / LOOP_SECONDS  # Hz
     fourth_root = np.sqrt(np.sqrt(bins))
     shape = np.where(bins < _LOWEST_HZ, 0.0, 1.0)
