@@ -73,4 +73,6 @@ def definition(samples: Tensor, hop: int, tables: Tables) -> tuple[Tensor, Tenso
     code = np.zeros(mel.shape, np.uint8)
     for edge in tables.edges.tolist():
         code += mel >= edge
-    return tuple(torch.from_numpy(np.ascontiguousarray(x.T)).view(*shape, channels) for x in (code, mel))
+    sessions, count = shape
+    rows = [torch.from_numpy(np.ascontiguousarray(x.T)).view(sessions, count, channels) for x in (code, mel)]
+    return rows[0], rows[1]

@@ -165,7 +165,7 @@ def _functions() -> Digests:
 
 
 def _dmel() -> Digests:
-    """Of mel values and codes: a frame more than fills a block, filters of all lengths to 5, a channel beside groups."""
+    """Of mel values and codes: one frame more than fills a block, filters of all lengths to 5, channels to spare."""
     samples, channels = normal(40, 3, 1600 + 2 * 800), 6
     first, weight = torch.arange(1, 1 + 131 * channels, 131), normal(42, channels, 5).abs().double()
     weight *= torch.arange(5) <= torch.arange(channels)[:, None] % 5
