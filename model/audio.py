@@ -3,55 +3,45 @@
 16 kHz; hop 800, window 1600 (periodic Hann), 800 zeros before the first sample and no centring, so frame i needs
 nothing after its own 800 samples; magnitude; Slaney mels 0 to 8000 Hz; the nearest of 16 centres in log10 over [-7, 2].
 
-What is bit-equal: a session's **codes** do not depend on chunking or on which sessions share the call (fixed-order mel
-sum in `kernels.ops.linear`, comparisons only from there on), and they equal those of transformers'
-`InklingFeatureExtractor` and `InklingProcessor` on the whole utterance for every recording tested. Log-mels are never
-formed: transformers sums the mel bands in a library matmul whose order is its own, so they would differ in the last
-bits; a code differs only where that difference straddles a bin's edge, about once in ten million codes.
+What is bit-equal: a session's **codes** depend on its samples alone: not on chunking, on which sessions share the call,
+on the backend, the device or the processor. The arithmetic is fp64 in a written order (`kernels.dmel`), its constants
+are correctly rounded (`kernels.exact`), and there is no logarithm: between two centres lies an edge, and mel values are
+compared with the 15 edges. So a code is the exact rule's wherever the mel value is farther from an edge than fp64
+rounds, 1e-13 of it. transformers' `InklingFeatureExtractor` and `InklingProcessor` compute in fp32, in a library's
+order: their codes may differ where a mel value lies within 1e-5 of an edge, and do about once in a million codes.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.audio_utils import mel_filter_bank
 
-from kernels import ops
-from kernels.layout import PackedLinear
+from kernels import dmel, exact
 from model.config import MEL_BINS, MEL_CHANNELS
 
 SAMPLE_RATE_HZ = 16000
 HOP = 800
 """Samples in a frame's stride: 50 ms."""
 WINDOW = 1600
-LOG10_MIN, LOG10_MAX = -7.0, 2.0
+LOG10_MIN, LOG10_MAX = -7, 2
 
 
 @dataclass(frozen=True)
-class DMel:
-    """The constants of the front end; make it once with `DMel.build` (it packs weights for the active backend)."""
-
-    window: Tensor  # fp32 [1600]
-    mel: PackedLinear  # [80, 801]
-    edges: Tensor  # fp32 [15]: the smallest mel value of bins 1 … 15
+class DMel(dmel.Tables):
+    """The front end; make it with `DMel.build`."""
 
     @staticmethod
+    @functools.cache
     def build() -> DMel:
-        filters = mel_filter_bank(
-            num_frequency_bins=WINDOW // 2 + 1,
-            num_mel_filters=MEL_CHANNELS,
-            min_frequency=0.0,
-            max_frequency=SAMPLE_RATE_HZ / 2.0,
-            sampling_rate=SAMPLE_RATE_HZ,
-            norm="slaney",
-            mel_scale="slaney",
-        )
-        mel = torch.from_numpy(np.ascontiguousarray(filters.T, dtype=np.float32))
-        return DMel(torch.hann_window(WINDOW, periodic=True), ops.pack_linear(mel), bin_edges())
+        """The one front end of this process."""
+        roots = torch.from_numpy(exact.roots_of_unity(WINDOW, WINDOW))
+        hann = 0.5 - 0.5 * roots[:, 0]
+        return DMel(hann, roots, *mel_filters(), bin_edges())
 
     def codes(self, waveform: Tensor) -> Tensor:
         """waveform fp32 [S, n * 800], from each session's first sample on -> uint8 [S, n, 80]."""
@@ -60,43 +50,42 @@ class DMel:
     def continued(self, samples: Tensor) -> Tensor:
         """Streaming: samples fp32 [S, 800 + n * 800], the first 800 being the last of the chunk before (zeros at the
         start) -> uint8 [S, n, 80]; a micro-turn has n = 4. Who owns a session keeps its last 800 samples."""
-        sessions, count = samples.shape
+        return self.measured(samples)[0]
+
+    def measured(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """As `continued`, with the mel values that the codes come from: (uint8 [S, n, 80], fp64 [S, n, 80])."""
+        count = samples.shape[1]
         if samples.dtype != torch.float32 or count % HOP or count <= WINDOW - HOP:
             raise ValueError(
                 f"dMel: got {count - WINDOW + HOP} samples of {samples.dtype} a session; need float32 at "
                 f"{SAMPLE_RATE_HZ} Hz, a multiple of {HOP}"
             )
-        frames = samples.unfold(1, WINDOW, HOP)  # [S, n, 1600]
-        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.window))
-        re, im = spectrum.unbind(-1)
-        # re^2 + im^2, floor and root in Inkling's order; each call rounds elementwise, so neighbours do not matter.
-        magnitude = (re * re + im * im).clamp_min_(1e-10).sqrt_()
-        mel = ops.linear(magnitude.view(-1, magnitude.shape[-1]), self.mel)
-        if not bool(torch.isfinite(mel).all()):
-            raise ValueError("dMel: the samples hold a NaN or infinity")
-        return (
-            torch.bucketize(mel, self.edges, right=True, out_int32=True)
-            .to(torch.uint8)
-            .view(sessions, -1, MEL_CHANNELS)
-        )
-
-
-def quantise(log_mel: Tensor) -> Tensor:
-    """Inkling's rule: index of the nearest centre, the lower one when halfway. fp32 [...] -> int64 [...]."""
-    centres = torch.linspace(LOG10_MIN, LOG10_MAX, MEL_BINS, dtype=torch.float64).float()
-    return (log_mel.clamp(LOG10_MIN, LOG10_MAX).unsqueeze(-1) - centres).abs().argmin(-1)
+        return dmel.codes(samples, HOP, self)
 
 
 def bin_edges() -> Tensor:
-    """Per bin b >= 1 the smallest fp32 mel value that `quantise(log10(value))` puts into it, [15].
+    """The edge between the bins b - 1 and b: 10 to the power halfway between their centres, fp64 [15]."""
+    intervals = MEL_BINS - 1
+    halfway = [2 * intervals * LOG10_MIN + (LOG10_MAX - LOG10_MIN) * (2 * b - 1) for b in range(1, MEL_BINS)]
+    return torch.tensor([exact.power_of_ten(x, 2 * intervals) for x in halfway], dtype=torch.float64)
 
-    By bisection over the fp32 numbers (as integers they are ordered like their values). Comparing with these edges
-    gives Inkling's codes without a logarithm."""
-    wanted = torch.arange(1, MEL_BINS)
-    low = torch.full((MEL_BINS - 1,), 1e-10).view(torch.int32).long()
-    high = torch.full((MEL_BINS - 1,), 1e3).view(torch.int32).long()
-    while bool((high - low > 1).any()):
-        middle = (low + high) // 2
-        inside = quantise(torch.log10(middle.int().view(torch.float32))) >= wanted
-        high, low = torch.where(inside, middle, high), torch.where(inside, low, middle)
-    return high.int().view(torch.float32)
+
+def mel_filters() -> tuple[Tensor, Tensor]:
+    """Slaney's triangles of equal area, evenly spaced in mel from 0 to 8000 Hz: (first bin int64 [80], weights fp64
+    [80, longest]), correctly rounded.
+
+    Below 1000 Hz a mel is 200/3 Hz; above, f = 1000 e^((mel - 15) ln 6.4 / 27) (Slaney 1998, Auditory Toolbox)."""
+    with localcontext(Context(prec=exact.DIGITS)):
+        log_step = Decimal("6.4").ln() / 27
+        top = 15 + (Decimal(SAMPLE_RATE_HZ) / 2000).ln() / log_step
+        mels = [top * i / (MEL_CHANNELS + 1) for i in range(MEL_CHANNELS + 2)]
+        corner_hz = [m * 200 / 3 if m < 15 else 1000 * ((m - 15) * log_step).exp() for m in mels]
+        bins_hz = {k: Decimal(k * SAMPLE_RATE_HZ) / WINDOW for k in range(1, WINDOW // 2)}
+        rows: list[tuple[int, list[float]]] = []
+        for low, centre, high in zip(corner_hz, corner_hz[1:], corner_hz[2:], strict=False):
+            inside = {k: f for k, f in bins_hz.items() if low < f < high}
+            slopes = [min((f - low) / (centre - low), (high - f) / (high - centre)) for f in inside.values()]
+            rows.append((min(inside), [float(2 / (high - low) * slope) for slope in slopes]))
+    longest = max(len(weights) for _, weights in rows)
+    padded = [weights + [0.0] * (longest - len(weights)) for _, weights in rows]
+    return torch.tensor([first for first, _ in rows]), torch.tensor(padded, dtype=torch.float64)

@@ -6,9 +6,11 @@ tower is not built; its config is kept small and rides along.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from transformers import InklingConfig, InklingTextConfig
 
+from kernels import exact
 from kernels.layout import CONV_TAPS
 
 MEL_CHANNELS = 80
@@ -122,9 +124,10 @@ def heads(text: InklingTextConfig, layer: int) -> tuple[int, int, int]:
 def log_scale_table(text: InklingTextConfig) -> torch.Tensor | None:
     """tau fp32 [max positions] = 1 + alpha * ln(max((i + 1) / floor, 1)) of the global layers, None when off.
 
-    A table, because a logarithm taken per call could depend on a row's place in its vector register."""
+    A table of our own logarithm: a library's depends on the processor, and taken per call it could depend on a row's
+    place in its vector register."""
     if text.log_scaling_n_floor is None:
         return None
-    position = torch.arange(1, text.max_position_embeddings + 1, dtype=torch.float64)
-    ratio = (position / text.log_scaling_n_floor).clamp(min=1.0)
-    return (1 + text.log_scaling_alpha * torch.log(ratio)).float()
+    position = np.arange(1, text.max_position_embeddings + 1, dtype=np.float64)
+    ratio = np.maximum(position / text.log_scaling_n_floor, 1.0)
+    return torch.from_numpy(1 + text.log_scaling_alpha * exact.ln_of(ratio)).float()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import exact
 from reward.timing import Run, runs
 from rollout.chunk import CHUNK_MS, LISTEN, Action, speak
 
@@ -41,7 +42,7 @@ class Expert:
     @staticmethod
     def of(audio: NDArray[np.float32], actions: Sequence[Action], words: Sequence[str]) -> Expert:
         """``audio`` float32 [chunks, samples]."""
-        level = np.sqrt(np.square(audio, dtype=np.float64).mean(1))
+        level = np.sqrt(exact.total(np.square(audio, dtype=np.float64)) / audio.shape[1])
         return Expert(tuple(actions), level > LOUD * np.quantile(level, 0.1), tuple(words))
 
     def silent(self, first: int, end: int) -> bool:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels import exact
 from model.audio import DMel
 from reward.combine import score
 from reward.corrupt import FAULTS_OF, Expert, corrupt
@@ -47,7 +49,7 @@ class Played:
     size_ms: int = 0  # of the fault
 
     def total(self, axis: str, first: int = 0, end: int | None = None) -> float:
-        return float(self.rewards[axis][first:end].sum(dtype=np.float64))
+        return fsum(self.rewards[axis][first:end].tolist())
 
     def stretch(self, first: int = 0, end: int | None = None) -> Stretch:
         return Stretch(self.tokens, self.codes, first, self.scenario.chunks if end is None else end)
@@ -173,7 +175,7 @@ def segment_preferences(
         eventful = np.flatnonzero(a.rewards[axis][:shortest] != other)
         if not len(eventful):
             continue
-        length = int(np.exp(rng.uniform(0.0, np.log(shortest)))) if rng.random() < LONGER else 1
+        length = int(exact.exp(rng.uniform(0.0, exact.ln(shortest)))) if rng.random() < LONGER else 1
         event = int(eventful[int(rng.integers(len(eventful)))])
         first, last = max(0, event - length + 1), min(event, shortest - length)
         if first > last:

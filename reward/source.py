@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import fsum
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ class Rewards:
         return {"timing": self.timing, "content": self.content}[name]
 
     def sum(self, axis: str) -> float:
-        return float(self.axis(axis).sum())
+        return fsum(self.axis(axis).tolist())  # exactly rounded: no order of summation to depend on
 
     @property
     def total(self) -> float:

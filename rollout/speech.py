@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from kernels import exact
 from kernels.errors import MetronomeError
 from model.audio import SAMPLE_RATE_HZ
 
@@ -202,13 +203,14 @@ def _read_clip(folder: Path, file: str, text: str, seconds: float) -> Clip:
 def _trim(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Cuts 10 ms frames quieter than the threshold off both ends; what remains starts and ends with audible speech."""
     padded = np.pad(samples, (0, -len(samples) % _TRIM_FRAME))
-    energy = np.square(padded.reshape(-1, _TRIM_FRAME), dtype=np.float64).mean(axis=1)
-    loud = np.flatnonzero(energy >= _TRIM_THRESHOLD**2 * energy.max())
+    energy = exact.total(np.square(padded.reshape(-1, _TRIM_FRAME), dtype=np.float64))
+    loud = np.flatnonzero(energy >= _TRIM_THRESHOLD * _TRIM_THRESHOLD * energy.max())
     return samples[loud[0] * _TRIM_FRAME : (loud[-1] + 1) * _TRIM_FRAME]
 
 
 def _level(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    rms = np.sqrt(np.square(samples, dtype=np.float64).mean())
+    # In a written order and by the square root, which IEEE 754 rounds: the same bits on every machine.
+    rms = np.sqrt(exact.total(np.square(samples, dtype=np.float64)) / len(samples))
     levelled = (samples * (_LEVEL_RMS / rms)).astype(np.float32)
     levelled.setflags(write=False)
     return levelled

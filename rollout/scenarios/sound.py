@@ -3,6 +3,9 @@
 Randomness comes from `generator` alone: Philox keyed by a digest of names, never a global generator. Noise is made
 once a process for each kind and split, long enough that scenarios cut different stretches out of it; so a scenario
 costs microseconds and the held-out noise is never heard in training.
+
+Samples have the same bits on every machine: random integers and uniforms, our own Fourier transform and sums, square
+roots and correctly rounded constants (`kernels.exact`), and no function of libm or of a library's vector code.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import exact, fourier
 from model.audio import SAMPLE_RATE_HZ
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.speech import Split
@@ -23,9 +27,13 @@ from rollout.speech import Split
 class Noise:
     """A kind of background noise: coloured noise, or mains hum on a little of it, steady or swelling."""
 
-    tilt: float = 0.0  # the spectrum's amplitude falls as frequency^-tilt: 0 white, 0.5 pink, 1 brown
-    hum_hz: float | None = None  # fundamental of a hum
-    swell_hz: tuple[float, float] | None = None  # two rates at which the loudness swells and falls
+    tilt: float = 0.0  # the spectrum's amplitude falls as frequency^-tilt, in quarters: 0 white, 0.5 pink, 1 brown
+    hum_hz: int | None = None  # fundamental of a hum
+    swells: tuple[int, int] | None = None  # how often the loudness swells and falls in `LOOP_SECONDS`, at two rates
+
+    def __post_init__(self) -> None:
+        if not (4 * self.tilt).is_integer():
+            raise ValueError(f"a noise's tilt must be a multiple of 1/4 (powers are square roots here): {self.tilt}")
 
 
 NOISES: dict[Split, dict[str, Noise]] = {
@@ -35,19 +43,23 @@ NOISES: dict[Split, dict[str, Noise]] = {
         "soft": Noise(tilt=0.25),
         "pink": Noise(tilt=0.5),
         "dark": Noise(tilt=0.75),
-        "hum_50hz": Noise(hum_hz=50.0),
-        "hum_110hz": Noise(tilt=0.5, hum_hz=110.0),
-        "waves": Noise(tilt=0.25, swell_hz=(0.17, 0.43)),
-        "traffic": Noise(tilt=0.75, swell_hz=(0.23, 1.1)),
+        "hum_50hz": Noise(hum_hz=50),
+        "hum_110hz": Noise(tilt=0.5, hum_hz=110),
+        "waves": Noise(tilt=0.25, swells=(5, 14)),
+        "traffic": Noise(tilt=0.75, swells=(7, 35)),
         "rumble": Noise(tilt=1.25),
     },
     "held_out": {
         "brown": Noise(tilt=1.0),
-        "hum_60hz": Noise(hum_hz=60.0),
-        "gusts": Noise(tilt=0.5, swell_hz=(0.31, 0.73)),
+        "hum_60hz": Noise(hum_hz=60),
+        "gusts": Noise(tilt=0.5, swells=(10, 23)),
     },
 }
-_NOISE_SECONDS = 60
+LOOP_SECONDS = 32
+"""How long a noise is; its end meets its beginning without a click."""
+_SAMPLES = LOOP_SECONDS * SAMPLE_RATE_HZ
+_RADICES = (5, 5, 5, 4, 4, 4, 4, 4, 2)  # of half of them
+_LOWEST_HZ = 40  # below nothing is audible, and brown noise would put all of its power there
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,8 @@ def seconds_to_samples(seconds: float) -> int:
 
 
 def amplitude(decibels: float) -> float:
-    """Factor on samples of a gain in dB."""
-    return float(10.0 ** (decibels / 20.0))
+    """Factor on samples of a gain in dB: 10^(decibels / 20), correctly rounded."""
+    return exact.power_of_ten(decibels, 20)
 
 
 def background(rng: np.random.Generator, split: Split, rms: float, chunks: int) -> NDArray[np.float32]:
@@ -91,37 +103,52 @@ def background(rng: np.random.Generator, split: Split, rms: float, chunks: int) 
 
 @cache
 def _noise(name: str, split: Split) -> NDArray[np.float32]:
-    """One minute of noise at RMS 1. Coloured noise is white noise whose spectrum is divided by a power of frequency."""
+    """One loop of noise at RMS 1."""
     kind = NOISES[split][name]
     rng = generator("noise", split, name)
-    samples = _NOISE_SECONDS * SAMPLE_RATE_HZ
-    time_s = np.arange(samples) / SAMPLE_RATE_HZ
-    noise = _coloured(rng.standard_normal(samples), kind.tilt)
+    noise = _coloured(rng, kind.tilt)
     if kind.hum_hz is not None:
-        noise = _hum(rng, time_s, kind.hum_hz) + 0.1 * noise
-    if kind.swell_hz is not None:
-        slow, fast = kind.swell_hz
-        noise *= 1.0 + 0.5 * np.sin(2 * np.pi * slow * time_s) + 0.3 * np.sin(2 * np.pi * fast * time_s + 1.0)
-    noise = (noise / np.sqrt(np.square(noise).mean())).astype(np.float32)
-    noise.setflags(write=False)
-    return noise
+        noise = _hum(rng, kind.hum_hz) + 0.1 * noise
+    if kind.swells is not None:
+        slow, fast = kind.swells
+        noise = noise * (1.0 + 0.5 * _sine(slow, 0) + 0.3 * _sine(fast, _SAMPLES // 6))
+    out = _at_rms_1(noise).astype(np.float32)
+    out.setflags(write=False)
+    return out
 
 
-def _coloured(white: NDArray[np.float64], power: float) -> NDArray[np.float64]:
-    spectrum = np.fft.rfft(white)
-    frequency_hz = np.fft.rfftfreq(len(white), 1 / SAMPLE_RATE_HZ)
-    # Below 40 Hz nothing is audible, and brown noise would put all of its power there.
-    shape = np.where(frequency_hz < 40.0, 0.0, np.maximum(frequency_hz, 40.0) ** -power)
-    coloured = np.fft.irfft(spectrum * shape, len(white))
-    return coloured / np.sqrt(np.square(coloured).mean())
+def _coloured(rng: np.random.Generator, tilt: float) -> NDArray[np.float64]:
+    """Noise made bin by bin: a uniform random number on each axis, divided by a power of the frequency. A sample is a
+    sum of a quarter of a million such bins, so it is normally distributed whatever their own distribution is."""
+    bins = np.arange(1, _SAMPLES // 2) / LOOP_SECONDS  # Hz
+    fourth_root = np.sqrt(np.sqrt(bins))
+    shape = np.where(bins < _LOWEST_HZ, 0.0, 1.0)
+    for _ in range(int(abs(4 * tilt))):
+        shape = shape / fourth_root if tilt > 0 else shape * fourth_root
+    re, im = (2.0 * rng.random((2, len(bins))) - 1.0) * shape
+    return _at_rms_1(fourier.real_inverse((re, im), _RADICES, _roots()))
 
 
-def _hum(rng: np.random.Generator, time_s: NDArray[np.float64], mains_hz: float) -> NDArray[np.float64]:
+def _hum(rng: np.random.Generator, mains_hz: int) -> NDArray[np.float64]:
     """Mains hum: the odd and even harmonics up to the sixth, falling as 1 / n, at random phases."""
-    total = np.zeros_like(time_s)
+    total = np.zeros(_SAMPLES)
     for n in range(1, 7):
-        total += np.sin(2 * np.pi * (mains_hz * n * time_s + rng.random())) / n
-    return total / np.sqrt(np.square(total).mean())
+        total += _sine(mains_hz * n * LOOP_SECONDS, int(rng.integers(_SAMPLES))) / n
+    return _at_rms_1(total)
+
+
+def _sine(cycles: int, phase: int) -> NDArray[np.float64]:
+    """So many cycles in one loop; phase in samples of a sine of one cycle."""
+    return -_roots()[(cycles * np.arange(_SAMPLES) + phase) % _SAMPLES, 1]
+
+
+def _at_rms_1(noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    return noise / np.sqrt(exact.total(noise * noise) / len(noise))
+
+
+@cache
+def _roots() -> NDArray[np.float64]:
+    return fourier.long_roots(800, _SAMPLES // 800)
 
 
 class Track:

@@ -1,9 +1,12 @@
-"""Streaming dMel against transformers' feature extractor and processor: codes equal on real speech, whatever the cut
-and the company. Recordings come from a speech folder beside the checkout if there is one, else those shipped here."""
+"""Streaming dMel against transformers' feature extractor and processor on real speech, and against itself, bit for bit,
+whatever the cut, the company and the backend. Recordings come from a speech folder beside the checkout if there is one,
+else those shipped here."""
 
 from __future__ import annotations
 
+import math
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +14,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.nn import functional as F
 from transformers import InklingFeatureExtractor
+from transformers.audio_utils import mel_filter_bank
 from transformers.models.inkling.processing_inkling import InklingProcessor
 
-from model.audio import HOP, WINDOW, DMel, bin_edges, quantise
+from kernels.dispatch import backend as active
+from kernels.dispatch import use_backend
+from model.audio import HOP, WINDOW, DMel, mel_filters
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT.parent / "shared/data/speech", ROOT / "rollout/data/speech"]
@@ -41,13 +48,52 @@ def padded(samples: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.pad(samples, (0, -len(samples) % HOP)))[None]
 
 
-def test_codes_equal_transformers_on_every_recording() -> None:
-    dmel = DMel.build()
-    noise = np.random.default_rng(0)
+def test_codes_are_those_of_transformers_but_at_edges() -> None:
+    """transformers computes in fp32 in an order of its libraries, so a code may differ where our mel value lies within
+    1e-5 of an edge: 1 of 470,720 codes of the shipped recordings, 2 of 1,844,960 of a larger folder. Control: one
+    percent louder, hundreds of codes differ that lie farther from an edge."""
+    dmel, noise = DMel.build(), np.random.default_rng(0)
+    differ, louder = 0, 0
     for samples in recordings():
         noisy = (0.3 * samples + 0.01 * noise.standard_normal(len(samples))).astype(np.float32)
         for version in (samples, noisy):
-            assert torch.equal(dmel.codes(padded(version))[0], inkling_codes(version))
+            wanted = inkling_codes(version)
+            codes, mel = dmel.measured(F.pad(padded(version), (WINDOW - HOP, 0)))
+            other = codes[0] != wanted
+            assert (distance_to_edges(mel[0][other]) < 1e-5).all()
+            assert ((codes[0].int() - wanted).abs() <= 1).all()
+            differ += int(other.sum())
+        codes, mel = dmel.measured(F.pad(padded(1.01 * samples), (WINDOW - HOP, 0)))
+        other = codes[0] != inkling_codes(samples)
+        louder += int((distance_to_edges(mel[0][other]) > 1e-5).sum())
+    assert differ <= 5 and louder > 100
+
+
+def distance_to_edges(mel: torch.Tensor) -> torch.Tensor:
+    """Relative, to the nearest one."""
+    edges = DMel.build().edges
+    return ((mel.unsqueeze(-1) - edges) / edges).abs().amin(-1)
+
+
+def test_filters_are_slaneys() -> None:
+    theirs = mel_filter_bank(801, 80, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney").T
+    first, weight = mel_filters()
+    ours = np.zeros((80, 801 + weight.shape[1]))
+    for channel, (at, row) in enumerate(zip(first.tolist(), weight.numpy(), strict=True)):
+        assert row[0] > 0
+        ours[channel, at : at + len(row)] = row
+    assert ((ours[:, :801] > 0) == (theirs > 0)).all() and not ours[:, 801:].any()
+    np.testing.assert_allclose(ours[:, :801], theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_edges_are_halfway_between_centres() -> None:
+    """10^(0.6 b - 7.3), within half a unit in the last place, by another way: its tenth power is 10^(6 b - 73)."""
+    edges = DMel.build().edges.tolist()
+    for b, edge in enumerate(edges, 1):
+        exact = Fraction(10) ** (6 * b - 73)
+        for nearby, above in ((math.nextafter(edge, 0.0), False), (math.nextafter(edge, 1e9), True)):
+            middle = (Fraction(edge) + Fraction(nearby)) / 2
+            assert (middle**10 > exact) == above
 
 
 def test_chunking_and_company_change_nothing(backend: str) -> None:
@@ -56,6 +102,10 @@ def test_chunking_and_company_change_nothing(backend: str) -> None:
     voices = [np.resize(samples, count) for samples in recordings()[:5]]
     waveform = torch.from_numpy(np.stack(voices))
     together = dmel.codes(waveform)
+    previous = active().NAME
+    use_backend("cpu")
+    assert torch.equal(DMel.build().codes(waveform), together)
+    use_backend(previous)
     for session in range(5):
         assert torch.equal(dmel.codes(waveform[session : session + 1])[0], together[session])
     for step in (HOP, CHUNK_SAMPLES, 3 * HOP, count):
@@ -70,11 +120,14 @@ def test_chunking_and_company_change_nothing(backend: str) -> None:
     assert not torch.equal(late, together[:, 4:])
 
 
-def test_edges_are_where_the_nearest_centre_changes() -> None:
-    edges = bin_edges()
-    below = torch.nextafter(edges, torch.tensor(0.0))
-    assert quantise(torch.log10(edges)).tolist() == list(range(1, 16))
-    assert quantise(torch.log10(below)).tolist() == list(range(15))
+def test_a_sample_is_heard() -> None:
+    """Control of all equalities here: one sample of one frame changed by a click changes codes, and of that frame and
+    its successor only."""
+    dmel, waveform = DMel.build(), padded(recordings()[0])
+    before = dmel.codes(waveform)
+    waveform[0, 10 * HOP + 400] += 0.5
+    changed = (dmel.codes(waveform) != before).any(-1)[0].nonzero().flatten().tolist()
+    assert changed == [10, 11]
 
 
 def test_bad_samples() -> None:
@@ -83,14 +136,19 @@ def test_bad_samples() -> None:
         dmel.codes(torch.zeros(1, 799))
     with pytest.raises(ValueError, match="float64"):
         dmel.codes(torch.zeros(1, 800, dtype=torch.float64))
-    with pytest.raises(ValueError, match="NaN"):
-        dmel.codes(torch.full((1, 800), torch.nan))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for place in (0, 799, 3199):
+            samples = torch.zeros(2, 3200)
+            samples[1, place] = bad
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                dmel.codes(samples)
+    assert dmel.codes(torch.full((1, 800), 3e38)).max() == 15  # loud, but numbers
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 def test_a_micro_turn_of_24_sessions_is_quick() -> None:
-    """About 1 ms on one free thread; the bound leaves room for busy machines."""
+    """Half a millisecond on one free thread; the bound leaves room for busy machines."""
     dmel, samples = DMel.build(), torch.randn(24, WINDOW - HOP + CHUNK_SAMPLES) * 0.1
     dmel.continued(samples)
     best = float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -63,6 +64,11 @@ def test_log_scaling_by_hand() -> None:
     tau = log_scale_table(text)
     assert tau[19] == 1
     assert tau[39].item() == pytest.approx(1 + 0.1 * 0.6931471805599453)
+    text.max_position_embeddings, text.log_scaling_n_floor, text.log_scaling_alpha = 1_000_000, 128_000, 0.1
+    tau = log_scale_table(text)
+    for i in (0, 127_999, 128_000, 131_071, 255_999, 777_777, 999_999):
+        wanted = 1 + 0.1 * math.log(max((i + 1) / 128_000, 1.0))
+        assert tau[i] == torch.tensor(wanted, dtype=torch.float64).float(), i
     text.log_scaling_n_floor = None
     assert log_scale_table(text) is None
     check(preset("tiny"))

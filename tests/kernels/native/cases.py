@@ -17,6 +17,9 @@ from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.cpu import library
+from kernels.cpu.dmel import transform
+from kernels.dmel import Tables
+from kernels.exact import roots_of_unity
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
 from tests.kernels.contract import DTYPES, generator, normal
 
@@ -37,7 +40,7 @@ def digests(spoil: float = 0.0) -> Digests:
             found |= _rows(f"strange 14x{cols} {short}", _strange(1, 14, cols, dtype=dtype), 1 + cols % 3)
         for window in (None, 70):
             found[f"attention window {window} {short}"] = _attention(dtype, window)
-    found |= _scores() | _functions()
+    found |= _scores() | _functions() | _dmel()
     return found
 
 
@@ -159,6 +162,16 @@ def _functions() -> Digests:
         library.bind(name, "ppi")(points.data_ptr(), out.data_ptr(), points.numel())
         found[name] = sha((out,))
     return found
+
+
+def _dmel() -> Digests:
+    """Of mel values and codes: one frame more than fills a block, filters of all lengths to 5, channels to spare."""
+    samples, channels = normal(40, 3, 1600 + 2 * 800), 6
+    first, weight = torch.arange(1, 1 + 131 * channels, 131), normal(42, channels, 5).abs().double()
+    weight *= torch.arange(5) <= torch.arange(channels)[:, None] % 5
+    roots, edges = torch.from_numpy(roots_of_unity(1600, 1600)), torch.linspace(1, 60, 7, dtype=torch.float64)
+    tables = Tables(normal(41, 1600).double(), roots, first, weight, edges)
+    return {"dmel": sha(transform(samples, 800, tables))}
 
 
 if __name__ == "__main__":

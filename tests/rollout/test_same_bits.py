@@ -1,0 +1,92 @@
+"""Recordings, noise, the user's audio, the expert's actions and dMel codes have the same bits whatever instruction sets
+the libraries are told to use; each way is a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.cpu import library
+from model.audio import DMel
+from rollout.scenarios.demonstrate import Corruption, demonstrate
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.sound import NOISES, _noise, amplitude, generator
+from rollout.speech import SpeechBank
+
+ROOT = Path(__file__).parents[2]
+NO_FMA = "glibc.cpu.hwcaps=-FMA,-FMA4,-AVX2,-AVX512F,-AVX2_Usable,-FMA_Usable,-AVX512F_Usable"
+WAYS: dict[str, dict[str, str]] = {
+    "numpy without its vector code": {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR X86_V3"},
+    "torch and MKL without theirs": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "MKL's own compatible way": {"MKL_CBWR": "COMPATIBLE"},
+    "libm without FMA": {"GLIBC_TUNABLES": NO_FMA},
+    "our kernels for AVX2": {"METRONOME_ISA": "avx2"},
+    "our kernels for AVX-512": {"METRONOME_ISA": "avx512"},
+    "the definitions": {"METRONOME_BACKEND": "reference"},
+    "two threads": {"OMP_NUM_THREADS": "2"},
+}
+
+
+def digests(first_seed: int = 0) -> dict[str, str]:
+    """One digest a stage, of some of each."""
+    bank, dmel = SpeechBank.load(), DMel.build()
+    items = [scenario(FAMILIES[i % 2], "train", first_seed + i, bank, ScenarioConfig()) for i in range(12)]
+    plays = [demonstrate(item, generator("same bits", i), Corruption()) for i, item in enumerate(items)]
+    measured = [
+        dmel.measured(torch.from_numpy(np.pad(audio.reshape(1, -1), ((0, 0), (800, 0))))) for audio, _, _ in plays
+    ]
+    constants = [dmel.window, dmel.roots, dmel.weight, dmel.edges]
+    return {
+        "recordings": _sha(*(clip.samples for clip in bank.clips)),
+        "noises": _sha(*(_noise(name, split) for split in NOISES for name in NOISES[split])),
+        "amplitudes": _sha(np.array([amplitude(db / 7) for db in range(-300, 300)])),
+        "user's audio": _sha(*(audio for audio, _, _ in plays)),
+        "actions": hashlib.sha256(repr([actions for _, actions, _ in plays]).encode()).hexdigest(),
+        "constants": _sha(*(table.numpy() for table in constants)),
+        "codes": _sha(*(codes.numpy() for codes, _ in measured)),
+        "mel values": _sha(*(mel.numpy() for _, mel in measured)),
+    }
+
+
+def _sha(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def here() -> dict[str, str]:
+    return digests()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_same_bits(way: str, here: dict[str, str]) -> None:
+    variables = WAYS[way]
+    if missing := library._NEEDS.get(variables.get("METRONOME_ISA", ""), set()) - library._processor_flags():
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.rollout.test_same_bits"],
+        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == here
+
+
+def test_control_other_scenarios_have_other_bits(here: dict[str, str]) -> None:
+    other = digests(first_seed=1)
+    changed = {stage for stage in here if other[stage] != here[stage]}
+    assert changed == {"user's audio", "actions", "codes", "mel values"}
+
+
+if __name__ == "__main__":
+    json.dump(digests(), sys.stdout)
