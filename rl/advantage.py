@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROUNDING = 2.0**-20
+ROUNDING = 1 / 2**20
 """Rewards are fp32 sums of a few terms, so returns of equal meaning may differ by some 2^-24 of their size: a group
 whose advantages are all smaller than this part of its largest return tells nothing apart."""
 

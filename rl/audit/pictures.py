@@ -48,12 +48,9 @@ def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
         chart(
             "Groups that taught nothing",
             "%",
-            [
-                _share("groups of equal rollouts", metrics, "groups"),
-                _share("families and axes without any", metrics, "terms"),
-            ],
-            "Degenerate groups: all rollouts of a scenario were worth the same on an axis, so that their advantages are 0. "
-            "Where that holds for every group of a family, the axis taught the step nothing.",
+            [_share("groups", metrics, "groups"), _share("families' axes", metrics, "terms")],
+            "Degenerate groups: all rollouts of a scenario were worth the same on an axis, so that their advantages "
+            "are 0. Where that holds for every group of a family, its axis taught the step nothing.",
         ),
         chart("Entropy of the policy", "nats a token", [line("entropy", metrics, "policy/entropy")], ""),
         chart("Where a step's time went", "s", _times(metrics), "Seconds of a step, stacked.") | {"stacked": True},

@@ -93,26 +93,26 @@ def amplitude(decibels: float) -> float:
 def background(rng: np.random.Generator, split: Split, rms: float, chunks: int) -> NDArray[np.float32]:
     """A stretch of one of the split's noises at level ``rms``: float32 [chunks * CHUNK_SAMPLES]."""
     kinds = NOISES[split]
-    noise = _noise(list(kinds)[rng.integers(len(kinds))], split)
+    loop = noise(list(kinds)[rng.integers(len(kinds))], split)
     samples = chunks * CHUNK_SAMPLES
-    if samples > len(noise):
-        noise = np.tile(noise, -(-samples // len(noise)) + 1)
-    first = int(rng.integers(len(noise) - samples + 1))
-    return noise[first : first + samples] * np.float32(rms)
+    if samples > len(loop):
+        loop = np.tile(loop, -(-samples // len(loop)) + 1)
+    first = int(rng.integers(len(loop) - samples + 1))
+    return loop[first : first + samples] * np.float32(rms)
 
 
 @cache
-def _noise(name: str, split: Split) -> NDArray[np.float32]:
+def noise(name: str, split: Split) -> NDArray[np.float32]:
     """One loop of noise at RMS 1."""
     kind = NOISES[split][name]
     rng = generator("noise", split, name)
-    noise = _coloured(rng, kind.tilt)
+    loop = _coloured(rng, kind.tilt)
     if kind.hum_hz is not None:
-        noise = _hum(rng, kind.hum_hz) + 0.1 * noise
+        loop = _hum(rng, kind.hum_hz) + 0.1 * loop
     if kind.swells is not None:
         slow, fast = kind.swells
-        noise = noise * (1.0 + 0.5 * _sine(slow, 0) + 0.3 * _sine(fast, _SAMPLES // 6))
-    out = _at_rms_1(noise).astype(np.float32)
+        loop = loop * (1.0 + 0.5 * _sine(slow, 0) + 0.3 * _sine(fast, _SAMPLES // 6))
+    out = _at_rms_1(loop).astype(np.float32)
     out.setflags(write=False)
     return out
 

@@ -18,7 +18,7 @@ from kernels.cpu import library
 from model.audio import DMel
 from rollout.scenarios.demonstrate import Corruption, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.scenarios.sound import NOISES, _noise, amplitude, generator
+from rollout.scenarios.sound import NOISES, amplitude, generator, noise
 from rollout.speech import SpeechBank
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def digests(first_seed: int = 0) -> dict[str, str]:
     constants = [dmel.window, dmel.roots, dmel.weight, dmel.edges]
     return {
         "recordings": _sha(*(clip.samples for clip in bank.clips)),
-        "noises": _sha(*(_noise(name, split) for split in NOISES for name in NOISES[split])),
+        "noises": _sha(*(noise(name, split) for split in NOISES for name in NOISES[split])),
         "amplitudes": _sha(np.array([amplitude(db / 7) for db in range(-300, 300)])),
         "user's audio": _sha(*(audio for audio, _, _ in plays)),
         "actions": hashlib.sha256(repr([actions for _, actions, _ in plays]).encode()).hexdigest(),

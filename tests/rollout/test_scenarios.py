@@ -10,7 +10,7 @@ from model.audio import SAMPLE_RATE_HZ
 from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
 from rollout.scenarios.base import Scenario, User
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, facts_from_json, scenario
-from rollout.scenarios.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, _noise, amplitude
+from rollout.scenarios.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, amplitude, noise
 from rollout.scenarios.timespeak import REMINDER, TimespeakConfig, TimespeakFacts
 from rollout.scenarios.turn_taking import Turn, TurnTakingConfig, TurnTakingFacts
 from rollout.speech import SpeechBank
@@ -105,35 +105,35 @@ def test_noises_of_the_splits_differ() -> None:
     assert not set(NOISES["train"]) & set(NOISES["held_out"])
     for split, kinds in NOISES.items():
         for kind in kinds:
-            noise = _noise(kind, split)
-            np.testing.assert_allclose(np.mean(noise.astype("f8") ** 2), 1.0, rtol=1e-5)
+            loop = noise(kind, split)
+            np.testing.assert_allclose(np.mean(loop.astype("f8") ** 2), 1.0, rtol=1e-5)
 
 
-def spectrum(noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spectrum(loop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Hz, power) of its bins, in bands of 32 each (1 Hz)."""
-    power = np.abs(np.fft.rfft(noise.astype("f8"))[:-1]) ** 2
+    power = np.abs(np.fft.rfft(loop.astype("f8"))[:-1]) ** 2
     return np.arange(len(power) // 32) + 0.5, power.reshape(-1, 32).mean(1)
 
 
 @pytest.mark.parametrize(("split", "name"), [(split, name) for split in NOISES for name in NOISES[split]])
 def test_noises_have_their_colour(split: str, name: str) -> None:
     """The spectrum falls by the tilt, nothing is below 40 Hz, and samples are distributed as a sum of many is."""
-    kind, noise = NOISES[split][name], _noise(name, split)
-    assert noise.dtype == np.float32 and len(noise) == LOOP_SECONDS * SAMPLE_RATE_HZ and not noise.flags.writeable
-    hz, power = spectrum(noise)
+    kind, loop = NOISES[split][name], noise(name, split)
+    assert loop.dtype == np.float32 and len(loop) == LOOP_SECONDS * SAMPLE_RATE_HZ and not loop.flags.writeable
+    hz, power = spectrum(loop)
     lowest = 30 if kind.swells else 40  # swells spread each bin by a few Hz
     assert power[hz < lowest].sum() < 1e-9 * power.sum()
     if kind.hum_hz is None:
         some = (hz > 100) & (hz < 7900)
         slope, _ = np.polyfit(np.log(hz[some]), np.log(power[some]), 1)
         assert slope == pytest.approx(-2 * kind.tilt, abs=0.03)
-        kurtosis = np.mean(noise.astype("f8") ** 4)
+        kurtosis = np.mean(loop.astype("f8") ** 4)
         assert 4 < kurtosis < 5 if kind.swells else kurtosis == pytest.approx(3, abs=0.1)
     else:
         peaks = hz[np.argsort(power)[-6:]] // 1
         assert set(peaks) == {kind.hum_hz * n for n in range(1, 7)}
     # It repeats without a click: the step from the end to the beginning is one like any other.
-    assert abs(float(noise[0] - noise[-1])) < 1.2 * np.abs(np.diff(noise)).max()
+    assert abs(float(loop[0] - loop[-1])) < 1.2 * np.abs(np.diff(loop)).max()
 
 
 def test_tilts_are_quarters() -> None:
