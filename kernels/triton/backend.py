@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 NAME = "triton"
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 
 
 def contract() -> dict[str, str | int]:

@@ -23,6 +23,7 @@ from tests.kernels.contract import DTYPES, generator, normal
 Digests = dict[str, str]
 
 SHAPES = ((1, 61), (7, 128), (150, 513))  # rows, columns
+EXTREME_WORDS = (0, 1, 2**62, 2**63 - 1, -(2**63), 1 - 2**63, -1)
 NARROW = (1, 2, 3, 8, 9, 15, 16, 17, 31, 33, 40)  # columns
 
 
@@ -158,7 +159,12 @@ def _functions() -> Digests:
         out = torch.empty_like(points)
         library.bind(name, "ppi")(points.data_ptr(), out.data_ptr(), points.numel())
         found[name] = sha((out,))
-    return found
+    words = torch.cat(
+        [torch.randint(-(2**63), 2**63 - 1, (999,), generator=generator(36)), torch.tensor(EXTREME_WORDS)]
+    )
+    noise = torch.empty(len(words))
+    library.bind("vec_gumbel", "ppi")(words.data_ptr(), noise.data_ptr(), len(words))
+    return found | {"vec_gumbel": sha((noise,))}
 
 
 if __name__ == "__main__":
