@@ -146,8 +146,12 @@ def logprob(
 def sample(
     logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples by the Gumbel-max trick with counter-based noise: argmax_v logp[v] - log(-log(u(key, v))), ties to the
-    lower id; u(key, v) in (0, 1) from splitmix64(key + (v + 1) * 0x9E3779B97F4A7C15), upper 24 bits, (n + 0.5) / 2^24.
+    """Samples by the Gumbel-max trick with counter-based noise: argmax_v logp[v] - ln E, E = -ln u, ties to the lower
+    id. u in (0, 1) from h = splitmix64(key + (v + 1) * 0x9E3779B97F4A7C15): with m = the lower 63 bits of h, made odd,
+    and x = fp32(m) / 2^64, rounded once, u = 1 - x where the top bit of h is 0, else u = x.
+
+    x has fp32's relative precision at both ends of (0, 1), so the noise lies in [-3.8, 44.4] and an improbable token is
+    drawn as often as it should be; with 24 bits for u, none of less than p_max e^-20.2 would ever be.
 
     logits fp32 [T, V], key int64 [T] (bits of a uint64) -> (token int64 [T], logprob fp32 [T], digest int64 [T]), the
     last two bit for bit what `logprob` gives for that token. temperature 0 is greedy: the argmax of the logits, ties to

@@ -28,7 +28,7 @@ from kernels.reference_arithmetic import (
 from kernels.reference_attention import attention as attention  # the op, in a room of its own
 
 NAME = "reference"
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 OTHERS = "packed: made by another backend; pack again after use_backend('reference')"
 
@@ -223,12 +223,17 @@ def logprob(
     return logp.gather(1, token[:, None])[:, 0], entropy, digest(logp)
 
 
+def gumbel_of(word: Tensor) -> Tensor:
+    """float64, the noise -ln E, E = -ln u, of int64 words (bits of uint64), as `kernels.ops.sample` defines it."""
+    odd = (word & (2**63 - 1)) | 1
+    x = odd.float().double() * 2.0**-64  # one rounding, to fp32
+    return -torch.log(torch.where(word < 0, -torch.log(x), -torch.log1p(-x)))
+
+
 def gumbel(key: Tensor, vocab: int) -> Tensor:
     """float64 [T, V], the noise that `kernels.ops.sample` adds for int64 keys [T]."""
     counter = torch.arange(1, vocab + 1) * (GOLDEN - 2**64)
-    upper = (_mix(key[:, None] + counter) >> 40) & (2**24 - 1)
-    # float64: n + 0.5 for n >= 2^23 has no fp32 form, and rounding up to u = 1 would make infinite noise.
-    return -torch.log(-torch.log((upper.double() + 0.5) / 2**24))
+    return gumbel_of(_mix(key[:, None] + counter))
 
 
 @torch.no_grad()

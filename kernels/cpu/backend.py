@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 
 def contract() -> dict[str, str | int]:

@@ -113,7 +113,7 @@ def _keep_freed_memory() -> None:
 
 
 def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
-    """Raises unless both libraries give the same bits for exp, log, small matrix products, attention and sampling."""
+    """Raises unless both libraries give equal bits for exp, log, Gumbel noise, products, attention and sampling."""
     x = torch.linspace(-110, 95, 999)
     results = []
     for lib in (one, other):
@@ -121,7 +121,10 @@ def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
         _bind(lib, "vec_exp", "ppi")(x.data_ptr(), exp.data_ptr(), x.numel())
         _bind(lib, "vec_log", "ppi")(exp.data_ptr(), log.data_ptr(), x.numel())
         products = [_product(lib, x[: rows * 13].view(rows, 13), x[-41 * 13 :].view(41, 13)) for rows in (1, 5, 19)]
-        parts = [exp, log, *products, _attended(lib, x[:300].view(20, 15)), _sampled(lib, x[:300].view(3, 100) / 9)]
+        word, noise = torch.arange(-500, 499) * 0x0041C64E6D3B5F87, torch.empty_like(x)
+        _bind(lib, "vec_gumbel", "ppi")(word.data_ptr(), noise.data_ptr(), x.numel())
+        attended, sampled = _attended(lib, x[:300].view(20, 15)), _sampled(lib, x[:300].view(3, 100) / 9)
+        parts = [exp, log, noise, *products, attended, sampled]
         results.append(torch.cat(parts).view(torch.int32))
     if not torch.equal(*results):
         raise RuntimeError(

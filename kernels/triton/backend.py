@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 NAME = "triton"
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 
 
 def contract() -> dict[str, str | int]:

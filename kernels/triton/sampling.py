@@ -4,8 +4,8 @@ Learner and sampler share kernels and not just code: `stats_kernel` gives a row'
 digest to both, `score_kernel` the log-prob of the token that was given or drawn. So what `sample` returns is bit for
 bit what `logprob` recomputes. A row is taken BLOCK tokens at a time in ascending order.
 
-exp is the device's fp32 one; ln is taken in float64, once a row and twice a token drawn: the fast fp32 ln of GPUs is
-off by 2^-22 near 1, which would blur just those noises that win.
+exp is the device's fp32 one; ln is taken in float64 and rounded, once a row and twice a token drawn: the fast fp32 ln
+of GPUs is off by 2^-22 near 1, which would blur just those noises that win.
 """
 
 from __future__ import annotations
@@ -32,6 +32,28 @@ def splitmix64(x):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
+
+
+@triton.jit
+def ln(x):
+    """Of fp32."""
+    return tl.log(x.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def gumbel(word):
+    """fp32 noise -ln E, E = -ln u, of uint64 words. u = 1 - x where the word's top bit is 0, else u = x; x = m / 2^64,
+    m the lower 63 bits made odd: precise to 2^-24 of itself at both ends of (0, 1).
+
+    m fits an int64, whose conversion to fp32 rounds once. Near u = 1, -ln(1 - x) comes from y = 1 - x, rounded, and
+    d = y - 1, exact, as x ln(y) / d (Goldberg 1991, theorem 4); where y rounds to 1 it is x."""
+    low = (word >> 63) != 0
+    x = (((word << 1) >> 1) | 1).to(tl.int64).to(tl.float32) * (1.0 / 18446744073709551616.0)
+    y = 1.0 - x
+    d = y - 1.0
+    of_u = ln(tl.where(low, x, y))
+    high = tl.where(d == 0.0, x, of_u * tl.div_rn(x, tl.where(d == 0.0, 1.0, d)))
+    return -ln(tl.where(low, -of_u, high))
 
 
 @triton.jit
@@ -107,8 +129,7 @@ def draw_kernel(
     logits, allowed, row_class, key, peak, log_sum, status, token_out, temperature,
     GREEDY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The lowest token of the greatest logp - ln(-ln u), or logit. u = (n + 0.5) / 2^24 in float64: fp32 has no such
-    number for n >= 2^23, and rounding up to u = 1 would make infinite noise. Grid (rows,)."""
+    """The lowest token of the greatest logp + noise, or logit. Grid (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     kind = tl.where(tl.load(status + row) == 0, tl.load(row_class + row), 0)
     allowed += kind * VOCAB
@@ -122,12 +143,9 @@ def draw_kernel(
     for first in range(0, VOCAB, BLOCK):
         v = first + offset
         x, mine = scaled_logits(logits, allowed, v, temperature, VOCAB, BLOCK)
-        if GREEDY:
-            score = x
-        else:
-            upper = splitmix64(state + (v + 1).to(tl.uint64) * _GOLDEN) >> 40
-            u = (upper.to(tl.int32).to(tl.float64) + 0.5) * (1.0 / 16777216.0)
-            score = ((x - top) - shift) - tl.log(-tl.log(u)).to(tl.float32)
+        score = x
+        if not GREEDY:
+            score = ((x - top) - shift) + gumbel(splitmix64(state + (v + 1).to(tl.uint64) * _GOLDEN))
         score = tl.where(mine, score, float("-inf"))
         greatest = tl.max(score, 0)
         lowest = tl.min(tl.where(mine & (score == greatest), v, VOCAB), 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import reference
 from tests.kernels.backend import ROWS, examples, native_only, ops, small
 from tests.kernels.contract import SEEDS, assert_row_contract, generator, normal, threads
+from tests.kernels.noise import exact_noise, key_of, noise_of_24_bits
 from tests.kernels.test_logprob import classes, draw
 
 
@@ -86,6 +87,24 @@ def test_neighbouring_keys_are_independent() -> None:
     token, _, _ = ops.sample(torch.zeros(rows, 2), 1.0, torch.arange(rows), *args)
     pairs = torch.bincount(token[:-1] * 2 + token[1:], minlength=4)
     assert float((pairs - rows / 4).abs().max()) < 5 * math.sqrt(rows * 3 / 16)
+
+
+@pytest.mark.parametrize("word", [1, 12345, 2**31, 2**36 + 1])
+def test_an_improbable_token_is_drawn(word: int) -> None:
+    """A key from which a token's word is small, so that its noise is 44 to 19: as much as that makes up for, and no
+    more. Control: noise of 24 bits is 25 ln 2 at most, from any key, which is not enough."""
+    vocab, token = 300, 123
+    key = torch.tensor([key_of(word, token)])
+    noise = reference.gumbel(key, vocab)[0]
+    assert abs(float(noise[token]) - exact_noise(word)) < 1e-9
+    others = torch.arange(vocab) != token
+    allowed, zero = torch.ones(1, vocab, dtype=torch.bool), torch.tensor([0])
+    for ahead in (0.1, -0.1):
+        logits = torch.zeros(1, vocab)
+        logits[0, token] = noise[others].max() - noise[token] + ahead
+        assert bool(ops.sample(logits, 1.0, key, allowed, zero)[0] == token) == (ahead > 0)
+        of_24_bits = noise_of_24_bits(key, torch.arange(vocab))
+        assert logits[0, token] + 25 * math.log(2) < of_24_bits[others].max()
 
 
 def test_same_tokens_as_the_definition() -> None:

@@ -115,21 +115,38 @@ int log_softmax_row(const float* logits, float temperature, const Class& c, cons
   return FINE;
 }
 
-// -ln(-ln u) for 16 neighbouring tokens, u = (n + 0.5) / 2^24 with n the upper 24 bits of splitmix64(key + (v + 1) G).
-// n + 0.5 has no fp32 form for n >= 2^23 (and rounding it up to u = 1 would make infinite noise), so
-// ln u = ln(rounded u) + rest / rounded, whose next term is below 2^-50.
-INLINE F16 gumbel(uint64_t key, int64_t v) {
-  alignas(64) int32_t upper[LANES];
-  for (int n = 0; n < LANES; n++) upper[n] = int32_t(splitmix64(key + uint64_t(v + n + 1) * GOLDEN) >> 40);
+// Gumbel noise -ln E, E = -ln u, of 16 words of 64 random bits. The top bit chooses a half of (0, 1) for u, the other 63
+// bits, made odd, its distance x = m / 2^64 in (0, 1/2] from that half's end: u = 1 - x where the bit is 0, else u = x.
+// x is rounded once, so it is precise to 2^-24 of itself however near its end u lies: noise reaches from -3.8 to 44.4,
+// its greatest values, those that draw improbable tokens, as often as they should.
+//
+// Near u = 1, -ln(1 - x) comes from y = 1 - x, rounded, and d = y - 1, exact: ln(y) / d hardly changes over the error of
+// y, so E = x ln(y) / d (Kahan; Goldberg 1991, theorem 4), and E = x where y rounds to 1.
+INLINE F16 gumbel(const uint64_t* word) {
+  alignas(64) float odd[LANES];
+  alignas(64) int32_t top[LANES];  // negative where the word's top bit is 1
+  for (int n = 0; n < LANES; n++) {
+    odd[n] = float(int64_t(word[n] << 1 >> 1 | 1));
+    top[n] = int32_t(word[n] >> 32);
+  }
   F16 noise;
   for (int i = 0; i < PARTS; i++) {
-    vi n;
-    memcpy(&n, upper + i * W, sizeof n);
-    vf whole = to_vf(n), rounded = whole + splat(0.5f), rest = (whole - rounded) + splat(0.5f);
-    vf ln = log(rounded * splat(0x1p-24f)) + rest / rounded;
-    noise.part[i] = -log(-ln);
+    vi bits;
+    memcpy(&bits, top + i * W, sizeof bits);
+    vi low = bits < splat_int(0);  // u is below 1/2
+    vf x = load(odd + i * W) * splat(0x1p-64f), y = splat(1.f) - x, d = y - splat(1.f);
+    vf ln = log(low ? x : y);
+    vf high = d == zero() ? x : ln * (x / d);
+    noise.part[i] = -log(low ? -ln : high);
   }
   return noise;
+}
+
+// That of 16 neighbouring tokens from v on.
+INLINE F16 gumbel(uint64_t key, int64_t v) {
+  alignas(64) uint64_t word[LANES];
+  for (int n = 0; n < LANES; n++) word[n] = splitmix64(key + uint64_t(v + n + 1) * GOLDEN);
+  return gumbel(word);
 }
 
 // The lowest token id with the greatest score, and that score, over the class's blocks.
@@ -268,4 +285,15 @@ EXPORT int64_t sample_rows(const float* logits, int64_t ld, float temperature, c
     }
   });
   return error.result();
+}
+
+// The noise of n given words, for tests and the self-check.
+EXPORT int64_t vec_gumbel(const int64_t* word, float* noise, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int m = n - i < LANES ? int(n - i) : LANES;
+    alignas(64) uint64_t mine[LANES] = {};
+    memcpy(mine, word + i, size_t(m) * sizeof *word);
+    store16(noise + i, gumbel(mine), m);
+  }
+  return 0;
 }

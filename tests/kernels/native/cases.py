@@ -22,6 +22,7 @@ from kernels.dmel import Tables
 from kernels.exact import roots_of_unity
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
 from tests.kernels.contract import DTYPES, generator, normal
+from tests.kernels.noise import words
 
 Digests = dict[str, str]
 
@@ -161,7 +162,10 @@ def _functions() -> Digests:
         out = torch.empty_like(points)
         library.bind(name, "ppi")(points.data_ptr(), out.data_ptr(), points.numel())
         found[name] = sha((out,))
-    return found
+    word = words()
+    noise = torch.empty(len(word))
+    library.bind("vec_gumbel", "ppi")(word.data_ptr(), noise.data_ptr(), len(word))
+    return found | {"vec_gumbel": sha((noise,))}
 
 
 def _dmel() -> Digests:
