@@ -222,9 +222,9 @@ class Core:
             self.client.abort_requests([str(session)])
 
     def forget_pages(self) -> None:
-        """After a step that failed: vLLM gives pages and audio their names in its caches when it plans a step, so both
-        may name what nothing was written to. Open sessions keep their pages, which earlier steps wrote. A vLLM in a
-        process of its own ends with such a step."""
+        """After a step that failed: vLLM registers pages and embedded audio in its caches when it schedules a step, so
+        entries may stand for what was never computed. All are dropped; open sessions keep their pages, which earlier
+        steps wrote. A vLLM in a process of its own ends with such a step, and has nothing to forget."""
         if self.worker_process:
             return
         pages = self.client.engine_core.scheduler.kv_cache_manager

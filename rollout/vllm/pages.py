@@ -9,7 +9,7 @@ that page. So whoever goes on at position p finds its windows in the page of pos
 and the next piece of a chunked prefill in the page they are about to fill, a sequence that begins behind cached blocks
 (prefix cache, fork, recomputation after preemption) in the last one of them, which is full and never written again.
 
-**Pages that are read in the step that fills them.** vLLM gives a page its name in the prefix cache when it plans the
+**Pages that are read in the step that fills them.** vLLM registers a page in the prefix cache when it schedules the
 rows that fill it, so a sequence that is admitted to the same step may begin right behind it. Its keys are no concern:
 the kernels write all keys of a call before any row attends. Its windows are: every layer writes those at the ends of
 the filled pages first, and only then reads what sequences at a page's beginning go on from. One round is enough: to
