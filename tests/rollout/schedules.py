@@ -128,7 +128,7 @@ class Planner:
 
     def __init__(self, engine: Engine, seed: int, temperature: float) -> None:
         self.engine, self.rng, self.schedule = engine, random.Random(seed), Schedule(seed, temperature)
-        self.fresh = BANK
+        self.fresh = BANK + 1000 * seed
 
     def plan(self, steps: int) -> Schedule:
         for _ in range(steps):
@@ -187,7 +187,7 @@ class Planner:
         for _ in range(forks):
             group.append(self.fork(rng.choice(group)))
         same = rng.randrange(BANK)
-        if len(group) > 1 and rng.random() < 0.4:
+        if rng.random() < 0.4:
             lost, op = group.pop(), rng.choice(["attention", "attention", "sample", "embedding_sum"])
             number = same
             if op == "embedding_sum":  # called only for a sound that nobody has heard

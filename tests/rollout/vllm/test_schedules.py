@@ -1,8 +1,8 @@
 """vLLM against the embedded engine through random schedules, and the faults that these have found.
 
 What one step of vLLM does with pages is the danger: it registers a page in the prefix cache before the page is written,
-so a fork, or a session that is computed again after a preemption, may begin behind a page which another sequence fills in
-the same step, or which a step that failed never wrote. Both were faults once; each is put back here and found.
+so a fork, or a session that is computed again after a preemption, may begin behind a page which another sequence fills
+in the same step, or which a step that failed never wrote. Both were faults once; each is put back here and found.
 """
 
 from __future__ import annotations
