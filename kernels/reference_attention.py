@@ -30,29 +30,36 @@ def attention(
         )
     require(q.shape[1] % k.shape[1] == 0, f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
     out = []
+    if cache is not None:
+        for slot, start, first, end in bounds(segments):
+            _write_pages(k[first:end], v[first:end], cache, slot, start)
     for slot, start, first, end in bounds(segments):
         require(start == 0 or cache is not None, f"attention: segment starts at {start}, but there is no cache")
         mine = slice(first, end)
         if cache is None:
             key, value = (F.pad(t[mine], (0, 0, 0, 0, 0, -(end - first) % SPLIT_TOKENS)) for t in (k, v))
         else:
-            key, value = _through_pages(k[mine], v[mine], cache, slot, start)
+            key, value = _read_pages(cache, slot, start + end - first)
         row_tau = None if tau is None else tau[mine]
         out.append(_attend(q[mine], key, value, rel[mine], rel_proj, start, scale, window, row_tau))
     return torch.cat([q.new_zeros(0, *q.shape[1:]), *out])
 
 
-def _through_pages(k: Tensor, v: Tensor, cache: PagedKV, slot: int, start: int) -> tuple[Tensor, Tensor]:
-    """Writes the segment's keys and values, then reads the whole sequence: [splits * SPLIT_TOKENS, H_kv, D] each, zeros
-    where nothing is held."""
-    length = start + k.shape[0]
-    for row, position in enumerate(range(start, length)):
+def _write_pages(k: Tensor, v: Tensor, cache: PagedKV, slot: int, start: int) -> None:
+    """The segment's keys and values, to where the table says. All segments' are written before any row attends: two
+    sequences may share a page that this call fills."""
+    for row, position in enumerate(range(start, start + k.shape[0])):
         page = int(cache.table[slot, position // SPLIT_TOKENS])
         require(page >= 0, f"attention: cache.table holds no page for slot {slot}, position {position}")
         cache.key[page, :, :, position % SPLIT_TOKENS] = k[row]
         cache.value[page, :, position % SPLIT_TOKENS] = v[row]
+
+
+def _read_pages(cache: PagedKV, slot: int, length: int) -> tuple[Tensor, Tensor]:
+    """The whole sequence: [splits * SPLIT_TOKENS, H_kv, D] each, zeros where nothing is held."""
     splits = -(-length // SPLIT_TOKENS)
-    key, value = k.new_zeros(splits, SPLIT_TOKENS, *k.shape[1:]), v.new_zeros(splits, SPLIT_TOKENS, *v.shape[1:])
+    _, heads, width, _ = cache.key.shape
+    key, value = (pages.new_zeros(splits, SPLIT_TOKENS, heads, width) for pages in (cache.key, cache.value))
     for p in range(splits):
         page = int(cache.table[slot, p])
         held = min(SPLIT_TOKENS, length - p * SPLIT_TOKENS) if page >= 0 else 0

@@ -221,6 +221,16 @@ class Core:
         if self.begun.pop(session):
             self.client.abort_requests([str(session)])
 
+    def forget_pages(self) -> None:
+        """After a step that failed: vLLM registers pages and embedded audio in its caches when it schedules a step, so
+        entries may stand for what was never computed. All are dropped; open sessions keep their pages, which earlier
+        steps wrote. A vLLM in a process of its own ends with such a step, and has nothing to forget."""
+        if self.worker_process:
+            return
+        pages = self.client.engine_core.scheduler.kv_cache_manager
+        pages.evict_blocks(set(range(len(pages.block_pool.blocks))))
+        self.client.reset_encoder_cache()
+
     @property
     def open(self) -> bool:
         """Whether vLLM still runs."""

@@ -118,6 +118,7 @@ class VllmEngine:
         except BaseException:
             for session in sessions:
                 self.close(session)
+            self.core.forget_pages()
             raise
 
     def stats(self) -> dict[str, float | int]:

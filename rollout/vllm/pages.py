@@ -9,6 +9,13 @@ that page. So whoever goes on at position p finds its windows in the page of pos
 and the next piece of a chunked prefill in the page they are about to fill, a sequence that begins behind cached blocks
 (prefix cache, fork, recomputation after preemption) in the last one of them, which is full and never written again.
 
+**Pages that are read in the step that fills them.** vLLM registers a page in the prefix cache when it schedules the
+rows that fill it, so a sequence that is admitted to the same step may begin right behind it. Its keys are no concern:
+the kernels write all keys of a call before any row attends. Its windows are: every layer writes those at the ends of
+the filled pages first, and only then reads what sequences at a page's beginning go on from. One round is enough: to
+fill a page a sequence needs its own rows of it and, where those are fewer than three, the windows that it left in that
+page itself in an earlier step.
+
 Not here: recycling pages behind a sliding window. All layers share one page, so it lives as long as the global layers
 need it.
 """
@@ -93,8 +100,9 @@ class Rows:
     offset: Tensor  # int32 [S + 1]
     before: Tensor  # int64 [S], page that holds the windows before the segment's first row (any page if start is 0)
     after: Tensor  # int64 [S], page of its last row
-    filled: Tensor  # int64 [F], pages that a segment fills and goes beyond
+    filled: Tensor  # int64 [F], pages whose last row a segment writes
     source: Tensor  # int64 [3 F], the windows at their ends, as rows of (3 S rows of windows before, then the T inputs)
+    behind: Tensor  # int64 [B], segments that begin behind a full page, which this step may fill
 
     def segments(self, positions: Tensor) -> Segments:
         """``positions`` [T]: absolute position of every row."""
@@ -106,7 +114,7 @@ def plan(starts: list[int], offsets: list[int], table: Tensor) -> Rows:
     ends = [start + offsets[s + 1] - offsets[s] for s, start in enumerate(starts)]
     owner, place, source = [], [], []
     for s, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        for page in range(start // SPLIT_TOKENS, (end - 1) // SPLIT_TOKENS):
+        for page in range(start // SPLIT_TOKENS, end // SPLIT_TOKENS):
             owner.append(s)
             place.append(page)
             first = (page + 1) * SPLIT_TOKENS - PAST - start  # of the three rows, counted from the segment's first
@@ -118,6 +126,7 @@ def plan(starts: list[int], offsets: list[int], table: Tensor) -> Rows:
         return table[torch.tensor(sequence, device=device), torch.tensor(index, device=device)].long()
 
     every = list(range(len(starts)))
+    behind = [s for s, start in enumerate(starts) if start and start % SPLIT_TOKENS == 0]
     return Rows(
         table=table,
         slot=torch.arange(len(starts), dtype=torch.int32, device=device),
@@ -127,6 +136,7 @@ def plan(starts: list[int], offsets: list[int], table: Tensor) -> Rows:
         after=pages(every, [(end - 1) // SPLIT_TOKENS for end in ends]),
         filled=pages(owner, place) if owner else torch.empty(0, dtype=torch.long, device=device),
         source=torch.tensor(source, dtype=torch.long, device=device),
+        behind=torch.tensor(behind, dtype=torch.long, device=device),
     )
 
 
@@ -142,6 +152,8 @@ class PageWindows:
         if rows.filled.numel():
             inputs = torch.cat((past.flatten(0, 1), x))
             self.windows[rows.filled] = inputs[rows.source].view(-1, PAST, x.shape[1])
+            if rows.behind.numel():
+                past[rows.behind] = self.windows[rows.before[rows.behind]]  # as they are now, after the fills
         out = ops.short_conv(x, taps, segments, past)
         self.windows[rows.after] = past  # now the windows behind each segment's last row
         return out

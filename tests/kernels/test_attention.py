@@ -98,6 +98,32 @@ def test_fork(prefix: int, window: int | None, dtype: torch.dtype) -> None:
         assert_same(torch.stack(got)[:, n], whole[prefix:], f"fork {n}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("filled", [1, 64])
+def test_a_page_filled_in_the_call_that_reads_it(filled: int, dtype: torch.dtype) -> None:
+    """All keys of a call are in their pages before any row attends, in whichever order the sequences stand: one that
+    begins behind another's page reads the ``filled`` rows which the same call writes there. A call before finds NaN."""
+    shape, steps = SHAPES[0], 3
+    start, tails = sequence(1, SPLIT_TOKENS, shape, dtype), [sequence(seed, steps, shape, dtype) for seed in (20, 30)]
+    whole = [attend(pack([start, tail]), shape, None) for tail in tails]
+    held = SPLIT_TOKENS - filled
+    origin = pack([start[held:SPLIT_TOKENS], tails[0]])
+    table = torch.tensor([[0, 1], [0, 2]], dtype=torch.int32)
+    for order in ((0, 1), (1, 0)):
+        cache = empty_pages(3, shape, dtype, table)
+        if held:
+            attend(start[:held], shape, None, cache=cache)
+        early = attend(tails[1], shape, None, Segments.build([1], [SPLIT_TOKENS], [steps]), cache)
+        with pytest.raises(AssertionError, match="differ"):
+            assert_same(early, whole[1][SPLIT_TOKENS:], "before the page is full")
+        starts, rows = (held, SPLIT_TOKENS), (origin, tails[1])
+        lengths = [len(part.q) for part in rows]
+        segments = Segments.build(list(order), [starts[n] for n in order], [lengths[n] for n in order])
+        got = attend(pack([rows[n] for n in order]), shape, None, segments, cache).split([lengths[n] for n in order])
+        for n, out in zip(order, got, strict=True):
+            assert_same(out, whole[n][starts[n] :], f"sequence {n}, order {order}")
+
+
 def test_control_library_attention() -> None:
     """torch's scaled_dot_product_attention gives a decoded row other bits than the same row of a prefill."""
     q, k, v = (normal(n, 1, 4, 300, 32) for n in range(3))

@@ -66,6 +66,22 @@ def test_attention_over_pages_equals_attention_at_once(window: int | None) -> No
         reference.attention(*(t[:1] for t in inputs), proj, Segments.build([0], [0], [1]), 0.3, None, None, kv)
 
 
+def test_attention_writes_all_keys_before_it_reads() -> None:
+    """The first segment begins behind the page that the second one fills in the same call."""
+    inputs, proj = attention_inputs(SPLIT_TOKENS + 2, torch.float32)[:4], attention_inputs(1, torch.float32)[4]
+    whole = Segments.build([0], [0], [SPLIT_TOKENS + 2])
+    at_once = reference.attention(*inputs, proj, whole, 0.3, None, None, None)
+    kv = PagedKV(
+        torch.full((2, 2, 8, SPLIT_TOKENS), torch.nan),
+        torch.full((2, 2, SPLIT_TOKENS, 8), torch.nan),
+        torch.tensor([[1, -1], [1, 0]], dtype=torch.int32),
+    )
+    rows = [torch.cat((t[SPLIT_TOKENS:], t[:SPLIT_TOKENS])) for t in inputs]
+    segments = Segments.build([1, 0], [SPLIT_TOKENS, 0], [2, SPLIT_TOKENS])
+    got = reference.attention(*rows, proj, segments, 0.3, None, None, kv)
+    assert torch.equal(torch.cat((got[2:], got[:2])), at_once)
+
+
 def test_linear_and_experts_are_products() -> None:
     x, w = normal(0, 7, 12).to(F64), normal(1, 5, 12).to(F64)
     packed = reference.pack_linear((w[:2], w[2:]))

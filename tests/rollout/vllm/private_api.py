@@ -43,6 +43,8 @@ POINTS = [
     "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
     "vllm.v1.attention.backend:CommonAttentionMetadata",
+    "vllm.v1.core.block_pool:BlockPool.evict_blocks",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
     "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session",
     "vllm.v1.core.sched.scheduler:Scheduler._handle_stopped_request",
     "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",

@@ -1,0 +1,227 @@
+"""Random schedules of sessions that are opened, forked, appended to in parts, failed and closed, for every engine.
+
+A schedule is drawn from its seed while one engine plays it, because it aims: sessions are forked when the next chunk
+takes them over the end of a page, and first hear beside their origin, mostly the same sound. Other engines `play` the
+finished list of steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from kernels.layout import SPLIT_TOKENS
+from model.config import preset
+from model.transformer import InteractionModel
+from rollout.chunk import CHUNK_FRAMES, CHUNK_SAMPLES
+from rollout.engine import Engine
+from rollout.sampler import session_key
+from rollout.session import Session
+
+SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
+MOST_ROWS = CHUNK_FRAMES + 2 + WORDS
+SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * MOST_ROWS, "words_per_chunk": WORDS}
+FEW_PAGES = 20
+"""Enough for the sessions that a schedule has open at a time; every page is used many times over."""
+BANK = 3
+"""Sounds that are heard again and again, so that sessions share pages by what they heard, not by descent alone."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """``sessions`` are numbered as they come. ``fork`` names the origin, ``append`` and ``fail`` a sound for each;
+    a ``fail`` is an append whose call number ``at`` of the op ``op`` raises."""
+
+    kind: str  # open, fork, append, fail, close
+    sessions: tuple[int, ...] = ()
+    sounds: tuple[int, ...] = ()
+    op: str = ""
+    at: int = 0
+
+
+@dataclass
+class Schedule:
+    """What happens, and the sessions that came of it."""
+
+    seed: int
+    temperature: float
+    steps: list[Step] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
+
+
+def make_model(dtype: torch.dtype) -> InteractionModel:
+    """Fresh weights, but convolutions that look back: those of fresh ones hardly do, and hide a wrong window."""
+    model = InteractionModel(preset("tiny"), dtype)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if name.endswith("conv1d.weight"):
+                weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
+    model.requires_grad_(False)
+    model.pack()
+    return model
+
+
+def sound(number: int) -> Tensor:
+    return 0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(number))
+
+
+@contextmanager
+def failing(op: str, at: int) -> Iterator[None]:
+    """Call number ``at`` of an op of `kernels.ops` raises, once."""
+    honest, calls = getattr(ops, op), 0
+
+    def broken(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise FloatingPointError(f"call {at} of {op}")
+        return honest(*args, **kwargs)
+
+    setattr(ops, op, broken)
+    try:
+        yield
+    finally:
+        setattr(ops, op, honest)
+
+
+def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) -> None:
+    """One step on one engine; ``sessions`` are that engine's."""
+    here = [sessions[n] for n in step.sessions]
+    if step.kind in ("open", "fork"):
+        key = session_key(schedule.seed, "x", len(sessions))
+        sessions.append(engine.open(key) if step.kind == "open" else engine.fork(here[0], key))
+    elif step.kind == "close":
+        engine.close(here[0])
+    elif step.kind == "append":
+        engine.append(here, torch.stack([sound(n) for n in step.sounds]))
+    else:
+        try:
+            with failing(step.op, step.at):
+                engine.append(here, torch.stack([sound(n) for n in step.sounds]))
+        except FloatingPointError:
+            return
+        raise AssertionError(f"{step} did not fail")
+
+
+def play(engine: Engine, schedule: Schedule, failures: bool = True) -> list[Session]:
+    """The sessions that come of it on ``engine``. Without ``failures`` those of a failing append are closed instead."""
+    sessions: list[Session] = []
+    for step in schedule.steps:
+        if step.kind == "fail" and not failures:
+            for n in step.sessions:
+                engine.close(sessions[n])
+        else:
+            do(engine, schedule, sessions, step)
+    return sessions
+
+
+class Planner:
+    """Draws a schedule while ``engine`` plays it."""
+
+    def __init__(self, engine: Engine, seed: int, temperature: float) -> None:
+        self.engine, self.rng, self.schedule = engine, random.Random(seed), Schedule(seed, temperature)
+        self.fresh = BANK + 1000 * seed
+
+    def plan(self, steps: int) -> Schedule:
+        for _ in range(steps):
+            self.next()
+        for n in self.open():
+            self.step("close", n)
+        return self.schedule
+
+    def step(self, kind: str, *sessions: int, sounds: tuple[int, ...] = (), op: str = "", at: int = 0) -> None:
+        step = Step(kind, sessions, sounds, op, at)
+        do(self.engine, self.schedule, self.schedule.sessions, step)
+        self.schedule.steps.append(step)
+
+    def open(self) -> list[int]:
+        return [n for n, session in enumerate(self.schedule.sessions) if not session.closed]
+
+    def pages(self, spare: int = 0) -> int:
+        """That the open sessions and ``spare`` forks of the longest one may have after their next chunk."""
+        rows = [len(self.schedule.sessions[n].tokens) + MOST_ROWS for n in self.open()]
+        return sum(-(-n // SPLIT_TOKENS) for n in rows + spare * [max(rows, default=0)])
+
+    def room(self, forks: int) -> bool:
+        return self.engine.free >= forks and self.pages(forks) <= FEW_PAGES
+
+    def next(self) -> None:
+        rng, here = self.rng, self.open()
+        done = [n for n in here if self.schedule.sessions[n].chunks >= MOST_CHUNKS]
+        if done or self.pages() > FEW_PAGES:
+            self.step("close", rng.choice(done or here))
+        elif not here or (rng.random() < 0.1 and self.room(1)):
+            self.step("open")
+        elif near := [n for n in here if self.at_the_end(n)]:
+            self.branch(rng.choice(near))
+        elif rng.random() < 0.05:
+            self.step("close", rng.choice(here))
+        elif rng.random() < 0.1 and self.room(1):
+            self.fork(rng.choice(here))
+        else:
+            self.append(rng.sample(here, rng.randint(1, len(here))))
+
+    def at_the_end(self, n: int) -> bool:
+        """Whether its next chunk's audio takes it over the end of a page."""
+        session = self.schedule.sessions[n]
+        return session.fed // SPLIT_TOKENS < (len(session.tokens) + CHUNK_FRAMES - 1) // SPLIT_TOKENS
+
+    def fork(self, origin: int) -> int:
+        self.step("fork", origin)
+        return len(self.schedule.sessions) - 1
+
+    def branch(self, origin: int) -> None:
+        """Forks of a session that is about to fill a page, and forks of forks, hear first when it does: with it, or
+        after an attempt that failed, or without it."""
+        rng, group, forks = self.rng, [origin], self.rng.randint(1, 3)
+        while not self.room(forks):
+            self.step("close", rng.choice([n for n in self.open() if n != origin]))
+        for _ in range(forks):
+            group.append(self.fork(rng.choice(group)))
+        same = rng.randrange(BANK)
+        if rng.random() < 0.4:
+            lost, op = group.pop(), rng.choice(["attention", "attention", "sample", "embedding_sum"])
+            number = same
+            if op == "embedding_sum":  # called only for a sound that nobody has heard
+                number = self.fresh = self.fresh + 1
+            self.step("fail", lost, sounds=(number,), op=op, at=rng.randint(1, 4) if op == "attention" else 1)
+            same = number
+            group.append(self.fork(origin))  # in place of what was lost
+        if len(group) > 2 and rng.random() < 0.2:
+            group.remove(origin)
+        rng.shuffle(group)
+        self.append(group, same)
+
+    def append(self, group: list[int], same: int | None = None) -> None:
+        rng = self.rng
+        if same is None:
+            same = rng.randrange(BANK)
+        alike = rng.random() < 0.7
+        sounds = tuple(same if alike else rng.randrange(BANK) for _ in group)
+        self.step("append", *group, sounds=sounds)
+
+
+def failed(schedule: Schedule) -> set[int]:
+    """Sessions whose record ends inside a micro-turn."""
+    return {n for step in schedule.steps if step.kind == "fail" for n in step.sessions}
+
+
+def unequal(schedule: Schedule, sessions: list[Session]) -> list[int]:
+    """The sessions that differ from the schedule's own in a token, a log-prob's bits, a row's digest or an action."""
+    differs = []
+    for n, (one, other) in enumerate(zip(schedule.sessions, sessions, strict=True)):
+        if n in failed(schedule) or one.chunks == other.chunks == 0:
+            continue
+        a, b = (s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in (one, other))
+        names = ("tokens", "logprob", "digest", "sampled_at", "codes")
+        if a.actions != b.actions or not all(torch.equal(getattr(a, name), getattr(b, name)) for name in names):
+            differs.append(n)
+    return differs
