@@ -137,11 +137,11 @@ def main(arguments: list[str] | None = None) -> None:
         found = fingerprint()
     finally:
         ranks.leave()
+    if given.json is not None:
+        write_whole(given.json, (json.dumps(found, indent=2) + "\n").encode())
     print(f"contract {found['contract_id']}, {found['instruction_set']}, {found['processor']}")
     for name, digest in found["stages"].items():
         print(f"{name:38s} {digest}")
-    if given.json is not None:
-        write_whole(given.json, (json.dumps(found, indent=2) + "\n").encode())
     if earlier is None:
         return
     there = earlier.get("processor", "another machine")
