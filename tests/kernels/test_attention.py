@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels.layout import SPLIT_TOKENS, Segments
 from tests.kernels.attention_cases import (
@@ -25,7 +24,7 @@ from tests.kernels.attention_cases import (
     sequence,
 )
 from tests.kernels.backend import examples, ops, small
-from tests.kernels.contract import DTYPES, SEEDS, assert_same, normal, threads
+from tests.kernels.contract import DTYPES, SEEDS, assert_same, normal, telling, threads, uneven_sum
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,15 +123,19 @@ def test_a_page_filled_in_the_call_that_reads_it(filled: int, dtype: torch.dtype
             assert_same(out, whole[n][starts[n] :], f"sequence {n}, order {order}")
 
 
-def test_control_library_attention() -> None:
-    """torch's scaled_dot_product_attention gives a decoded row other bits than the same row of a prefill."""
-    q, k, v = (normal(n, 1, 4, 300, 32) for n in range(3))
-    prefill = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    decoded = [
-        F.scaled_dot_product_attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]) for i in range(300)
-    ]
+def test_control_keys_cut_by_queries() -> None:
+    """An attention that takes keys in one chain for one query and by halves for many, as a library's may, gives a
+    decoded row other bits than the same row of a prefill. All scores are equal here: a row is the mean of its values.
+    """
+    values = telling(1, 300)[0]
+
+    def attention(queries: int) -> Tensor:
+        """Of the last ``queries`` positions, [queries, 1]."""
+        position = torch.arange(300 - queries, 300)[:, None]
+        return uneven_sum(torch.where(torch.arange(300) <= position, values, 0), queries)[:, None] / (position + 1)
+
     with pytest.raises(AssertionError, match="differ"):
-        assert_same(torch.cat(decoded, 2)[0, 0], prefill[0, 0], "scaled_dot_product_attention")
+        assert_same(attention(1), attention(300)[-1:], "one query, and the last of many")
 
 
 def test_control_keys_in_other_places() -> None:

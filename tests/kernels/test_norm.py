@@ -17,6 +17,7 @@ from tests.kernels.contract import (
     normal,
     relative_error,
     strided,
+    telling,
     uneven_sum,
 )
 
@@ -46,7 +47,7 @@ def test_heads_equal_rows(dtype: torch.dtype) -> None:
 def test_control_sum_by_row_count() -> None:
     with pytest.raises(AssertionError, match="differ"):
         assert_row_contract(
-            lambda x: x / torch.sqrt(uneven_sum(x * x, len(x)) / 128 + EPS)[:, None], (normal(1, 40, 128),), 0
+            lambda x: x / torch.sqrt(uneven_sum(x * x, len(x)) / 128 + EPS)[:, None], (telling(40, 128, 1, 2**-12),), 0
         )
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kernels import reference
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
-from tests.kernels.contract import assert_row_contract, normal
+from tests.kernels.contract import assert_row_contract, normal, uneven
 
 F64 = torch.float64
 
@@ -202,11 +202,12 @@ def test_keeps_the_row_contract() -> None:
     assert_row_contract(lambda x, c: reference.sample(x, 1.0, torch.arange(len(c)) * 0, allowed, c)[1], (x, zero), 4)
 
 
-def test_the_contract_refuses_the_library_matmul() -> None:
+def test_the_contract_refuses_a_product_by_row_count() -> None:
     """Negative control."""
-    x, w = normal(0, 70, 333), normal(1, 64, 333)
-    with pytest.raises(AssertionError):
-        assert_row_contract(lambda x: F.linear(x, w), (x,), 0)
+    packed = reference.pack_linear((normal(1, 64, 33),))
+    product = uneven(lambda x: reference.linear(x, packed, torch.float32))
+    with pytest.raises(AssertionError, match="differ"):
+        assert_row_contract(product, (normal(0, 70, 33),), 0)
 
 
 def test_packs_of_another_backend_are_refused() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kernels import dispatch
-from kernels.layout import PackedLinear
 from model.state import SessionState
 from model.transformer import InteractionModel
+from tests.kernels.contract import uneven
 from tests.model.cases import ROWS, in_pieces, random_rows, twins, whole
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -113,15 +113,11 @@ def test_one_ulp_of_one_weight_shows() -> None:
     assert not torch.equal(whole(model, rows), before)
 
 
-def test_the_library_matmul_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: with torch's linear in place of ours, single tokens no longer equal the whole."""
-
-    def naive(x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> torch.Tensor:
-        return torch.nn.functional.linear(x, torch.cat([part.detach() for part in packed.parts])).to(out_dtype)
-
+def test_a_product_by_row_count_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: with a linear whose bits follow the number of rows, single tokens no longer equal the whole."""
     model, _ = twins(0)
     rows = random_rows(0)
-    monkeypatch.setattr(dispatch.backend(), "linear", naive)
+    monkeypatch.setattr(dispatch.backend(), "linear", uneven(dispatch.backend().linear))
     state = fresh_state(model)
     assert not torch.equal(in_pieces(model, rows, [1] * ROWS, state, state.open()), whole(model, rows))
 

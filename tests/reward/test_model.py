@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.errors import MetronomeError
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
 from reward.model import RewardModel, episode_scores
 from rollout.chunk import CHUNK_FRAMES, LISTEN, speak
-from rollout.rows import chunk_ends, pack
+from rollout.rows import chunk_ends
 from rollout.transcript import Transcript, write_transcript
 from rollout.vocabulary import Vocabulary
+from tests.kernels.contract import uneven
 
 VOCABULARY = Vocabulary.build(256)
 
@@ -95,14 +97,14 @@ def test_bits_do_not_depend_on_threads(model: RewardModel, talks: list[Transcrip
     assert all(torch.equal(a, b) for a, b in zip(one, model.score(talks), strict=True))
 
 
-def test_a_librarys_head_depends_on_the_batch(model: RewardModel, talks: list[Transcript]) -> None:
-    """The control: the same rows through torch's own product, in one batch and row by row, give other bits."""
-    rows = pack(talks)
-    with torch.inference_mode():
-        hidden = model.backbone(rows.tokens, rows.codes, rows.segments)
-        together = hidden @ model.heads.weight.T
-        separate = torch.cat([hidden[i : i + 1] @ model.heads.weight.T for i in range(len(hidden))])
-    assert not torch.equal(together, separate)
+def test_a_product_by_row_count_depends_on_the_batch(
+    model: RewardModel, talks: list[Transcript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: with a linear whose bits follow the number of rows an episode's rewards follow its batch."""
+    monkeypatch.setattr(dispatch.backend(), "linear", uneven(dispatch.backend().linear, few=200))
+    together, separate = model.score(talks), alone(model, talks)
+    short = [i for i, talk in enumerate(talks) if len(talk.tokens) < 200]
+    assert short and not any(torch.equal(together[i], separate[i]) for i in short)
 
 
 @pytest.mark.parametrize("name", ["heads.weight", "backbone.model.language_model.layers.0.self_attn.v_proj.weight"])

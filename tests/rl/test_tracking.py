@@ -107,7 +107,7 @@ def test_a_hang_delays_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     start = time.perf_counter()
     tracker = Tracker(ON, "a", tmp_path, {})
     tracker.log(0, {})
-    assert time.perf_counter() - start < 0.1
+    assert time.perf_counter() - start < 5  # waiting would have no end
     with pytest.warns(UserWarning, match="did not finish"):
         tracker.close()
     release.set()
