@@ -112,7 +112,8 @@ class RewardModel(nn.Module):
     def load(folder: Path | str) -> RewardModel:
         """Raises MetronomeError when ``folder`` holds no reward model or a damaged one."""
         folder = Path(folder)
-        manifest.check(folder)
+        if (folder / DESCRIPTION).exists() or (folder / manifest.MANIFEST).exists():
+            manifest.check(folder)
         try:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             model = RewardModel(checkpoint.load(folder / BACKBONE), description["axes"])

@@ -45,8 +45,8 @@ from reward.model import RewardModel
 from reward.preference import load_preferences
 from reward.trainable import Collator, Trainable
 
-DROPPED = ("training_args.bin", "zero_to_fp32.py")
-"""What TRL and DeepSpeed leave in a checkpoint beside its state, and nothing reads: a pickled object and a program."""
+DROPPED = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
+"""What TRL and DeepSpeed leave in a checkpoint beside its state, and nothing reads: a pickled object and programs."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,13 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         write_whole(folder / "config.yaml", recipe.encode())
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
     try:
-        result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
+        with torch.serialization.safe_globals(_plain_records()):
+            result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
     except pickle.UnpicklingError as error:
-        refused = next((line for line in str(error).splitlines() if "WeightsUnpickler error" in line), str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise MetronomeError(
-            f"checkpoint {earlier}: it holds more than tensors and plain values, and is not read: {refused.strip()} "
-            "Move the checkpoint away to resume from the one before it"
+            f"checkpoint {earlier}: one of its files is no plain data ({found[1] if found else 'a pickle'}) and was "
+            "not read. Move the checkpoint away to resume from the one before it"
         ) from error
     model.repack()
     digest = checkpoint.weights_digest(model)
@@ -188,6 +189,18 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
                 "--num_processes 1, or with configs/accelerate/reward.yaml"
             )
         import_deepspeed()
+
+
+def _plain_records() -> list[Any]:
+    """The types in DeepSpeed's optimizer files that are not plain values themselves: an enumeration and two records of
+    numbers. Making one executes nothing of a file's own."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _backbone(config: RewardTrainConfig) -> InteractionModel:
