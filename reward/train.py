@@ -123,8 +123,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         write_whole(folder / "config.yaml", recipe.encode())
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
     try:
-        with torch.serialization.safe_globals(_plain_records()):
-            result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
+        result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise MetronomeError(
@@ -189,18 +188,6 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
                 "--num_processes 1, or with configs/accelerate/reward.yaml"
             )
         import_deepspeed()
-
-
-def _plain_records() -> list[Any]:
-    """The types in DeepSpeed's optimizer files that are not plain values themselves: an enumeration and two records of
-    numbers. Making one executes nothing of a file's own."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return []
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _backbone(config: RewardTrainConfig) -> InteractionModel:

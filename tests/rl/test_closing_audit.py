@@ -50,7 +50,7 @@ def test_a_run_whose_closing_audit_says_different_ends_badly(tmp_path: Path) -> 
     folder = tmp_path / "runs/small"
     says = "error: the closing audit found bits that differ between sampler and learner, though every step's own check"
     assert ("\n" + done.stderr).count(f"\n{says}") == 1
-    assert "Traceback" not in done.stderr.split("The above exception")[0].split("ChildFailedError")[0]
+    assert "[rank" not in done.stderr, "a traceback of ours"
     assert "ended unexpectedly" not in done.stderr and "gloo" not in done.stderr, "a process was left waiting"
     summary = json.loads((folder / "summary.json").read_text())
     report = json.loads((folder / "audit/report.json").read_text())
