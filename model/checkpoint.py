@@ -3,6 +3,7 @@
 `load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
 original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written whole or not at all.
 Weights of towers that this model does not build (vision) are kept and saved again; multi-token prediction is dropped.
+A folder that lies in a run's checkpoint is checked against the manifest there before it is read (`model.manifest`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InklingConfig
 
-from kernels.errors import MetronomeError
+from model import manifest
 from model.files import whole_folder
+from model.manifest import CheckpointError as CheckpointError
 from model.transformer import InteractionModel
 
 WEIGHTS = "model.safetensors"
@@ -60,10 +62,6 @@ RENAMES = [
         (r"\.mlp\.w2_md\.weight$", ".mlp.down_proj.weight"),
     )
 ]
-
-
-class CheckpointError(MetronomeError):
-    """A checkpoint is missing, damaged or of another model."""
 
 
 def save(model: InteractionModel, folder: Path | str) -> None:
@@ -105,6 +103,8 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
+    """Of a folder whose files are those that were saved, as far as a manifest says so: every load begins here."""
+    manifest.check_loaded(folder)
     try:
         stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -23,6 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds our packages: the repository, or site-packages of a plain install."""
 
 OLDEST_PYTHON = (3, 11)
+DEEPSPEED_RECORDS = (
+    ("runtime.fp16.loss_scaler", "LossScaler"),
+    ("runtime.zero.config", "ZeroStageEnum"),
+    ("utils.tensor_fragment", "fragment_address"),
+)
+"""Two records of numbers and an enumeration."""
+
 EXIT_USER_ERROR = 2
 RANK_DELAY_S = 2.0
 
@@ -61,9 +68,13 @@ def check_native() -> None:
 
 
 def prepare_process() -> None:
-    """Settings that must stand before deepspeed and wandb are imported."""
+    """Settings that must stand before deepspeed and wandb are imported, and before anything is loaded."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed takes a GPU where it sees one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Whatever a library reads by torch.load may be tensors and plain values only, even where the library says otherwise
+    # (DeepSpeed does): nothing that lies in a checkpoint's folder is ever executed.
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
@@ -75,7 +86,11 @@ def import_deepspeed() -> ModuleType:
     prepare_process()
     ops = importlib.import_module("deepspeed.ops")
     ops.__dict__["__compatible_ops__"] = {}
-    return importlib.import_module("deepspeed")
+    deepspeed = importlib.import_module("deepspeed")
+    # What its optimizer files hold beside plain values: making one of these executes nothing of a file's own.
+    allow = importlib.import_module("torch.serialization").add_safe_globals
+    allow([getattr(importlib.import_module(f"deepspeed.{module}"), name) for module, name in DEEPSPEED_RECORDS])
+    return deepspeed
 
 
 def run_command(module: str) -> NoReturn:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kernels import ops
 from kernels.errors import MetronomeError
 from kernels.layout import PackedLinear
-from model import checkpoint
+from model import checkpoint, manifest
 from model.embed import Weight
 from model.files import whole_folder
 from model.transformer import InteractionModel
@@ -99,17 +99,21 @@ class RewardModel(nn.Module):
         return self.packed
 
     def save(self, folder: Path | str) -> None:
-        """Writes the model to ``folder``, whole or not at all: the backbone in transformers' format beside the head."""
+        """Writes the model to ``folder``, whole or not at all: the backbone in transformers' format beside the head,
+        and a manifest of all files."""
         with whole_folder(Path(folder)) as temporary:
             checkpoint.save(self.backbone, temporary / BACKBONE)
             save_file({"heads.weight": self.heads.weight.detach().contiguous()}, temporary / HEAD)
             description = {"axes": self.axes, "temperature": self.temperature}
             (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            manifest.write(temporary, Path(folder).name)
 
     @staticmethod
     def load(folder: Path | str) -> RewardModel:
         """Raises MetronomeError when ``folder`` holds no reward model or a damaged one."""
         folder = Path(folder)
+        if (folder / DESCRIPTION).exists() or (folder / manifest.MANIFEST).exists():
+            manifest.check(folder)
         try:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             model = RewardModel(checkpoint.load(folder / BACKBONE), description["axes"])

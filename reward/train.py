@@ -5,7 +5,8 @@
 TRL's loop, loss and optimizer are used as they are, but for graded labels (`reward.graded`). Ours are the model, and
 the collator, which puts every conversation of a batch into one packed forward pass once, in however many pairs it is.
 Pairs are taken in the order of the data set, where pairs that share conversations stand together. ``--resume`` goes on
-from the newest finished checkpoint.
+from the newest finished checkpoint: the newest with a manifest, whose files must be those that it lists. TRL's state is
+read with ``weights_only``, as tensors and plain values, so that nothing in a checkpoint is ever executed.
 
     runs/<name>/config.yaml, checkpoints/checkpoint-NNN/ (TRL's), model/ (RewardModel.load), summary.json
 """
@@ -20,6 +21,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 import json
 import math
 import os
+import pickle
 import re
 import time
 from collections.abc import Mapping
@@ -32,19 +34,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint
+from model import checkpoint, manifest
 from model.config import preset
 from model.files import write_whole
 from model.recipe import read_recipe
-from model.startup import import_deepspeed
+from model.startup import import_deepspeed, prepare_process
 from model.tokenizer import load_tokenizer
 from model.transformer import InteractionModel
 from reward.model import RewardModel
 from reward.preference import load_preferences
 from reward.trainable import Collator, Trainable
 
-FINISHED = "finished"
-"""Marks a checkpoint of TRL's as whole."""
+DROPPED = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
+"""What TRL and DeepSpeed leave in a checkpoint beside its state, and nothing reads: a pickled object and programs."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
         train_dataset=rows,
         processing_class=load_tokenizer(),
-        callbacks=[Report(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)],
+        callbacks=[
+            Report(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size, recipe)
+        ],
     )
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
@@ -118,7 +122,14 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         weights = sum(p.numel() for p in model.parameters())
         write_whole(folder / "config.yaml", recipe.encode())
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
-    result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
+    try:
+        result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise MetronomeError(
+            f"checkpoint {earlier}: one of its files is no plain data ({found[1] if found else 'a pickle'}) and was "
+            "not read. Move the checkpoint away to resume from the one before it"
+        ) from error
     model.repack()
     digest = checkpoint.weights_digest(model)
     if leads:
@@ -149,15 +160,18 @@ def _prepare_folder(folder: Path, recipe: str, resume: bool) -> Path | None:
     found = [
         (int(m[1]), path)
         for path in (folder / "checkpoints").glob("checkpoint-*")
-        if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / FINISHED).is_file()
+        if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / manifest.MANIFEST).exists()
     ]
     if not found:
         raise MetronomeError(f"{folder / 'checkpoints'} holds no finished checkpoint; start under another --name")
-    return max(found)[1]
+    newest = max(found)[1]
+    manifest.check(newest, recipe=recipe)
+    return newest
 
 
 def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
     """What must stand before trl is imported, and the recipe's own rules about its fields."""
+    prepare_process()
     if wrong := sorted(config.trainer.keys() & (OURS.keys() | {"output_dir"})):
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
     if config.rationality is not None and not 0 < config.rationality < math.inf:
@@ -185,10 +199,11 @@ def _backbone(config: RewardTrainConfig) -> InteractionModel:
 
 
 class Report(TrainerCallback):
-    """Prints a line at each of the trainer's logs, and marks finished checkpoints."""
+    """Prints a line at each of the trainer's logs, and writes the manifest of each finished checkpoint."""
 
-    def __init__(self, pairs_a_step: int) -> None:
+    def __init__(self, pairs_a_step: int, recipe: str) -> None:
         self._pairs_a_step = pairs_a_step
+        self._recipe = recipe
         self._last: tuple[float, int] | None = None
 
     def on_step_begin(
@@ -218,5 +233,10 @@ class Report(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process writes a file of its own
         if state.is_world_process_zero:
-            write_whole(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FINISHED, b"")
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            for name in DROPPED:
+                (folder / name).unlink(missing_ok=True)
+            manifest.write(folder, folder.name, self._recipe)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
+from model import manifest
 from model.files import write_whole
 from rl import ranks
 
@@ -30,8 +31,9 @@ _STEP = re.compile(r"step_(\d{6,})")
 class RunFolder:
     """Owns ``path`` and the metric records written so far. Use `create` or `reopen`."""
 
-    def __init__(self, path: Path, metrics: list[bytes]) -> None:
+    def __init__(self, path: Path, metrics: list[bytes], recipe: str = "") -> None:
         self.path = path
+        self._recipe = recipe  # config.yaml
         self._metrics = metrics  # encoded lines, each with its newline
 
     @staticmethod
@@ -45,7 +47,7 @@ class RunFolder:
                 f"{path} already holds results of a run ({taken[0].name}); go on with it by --resume, or choose "
                 "another --name, or move the folder away"
             )
-        folder = RunFolder(path, [])
+        folder = RunFolder(path, [], config)
         ranks.gather(None)  # all look before the first one writes
         folder.write_text("config.yaml", config)
         return folder
@@ -67,7 +69,7 @@ class RunFolder:
                 f"{saved} is the recipe of another run; resuming needs the same one. "
                 f"Changed: {'; '.join(changed[:6])}. Give the saved values, or start a new run under another --name"
             )
-        return RunFolder(path, _read_lines(path / "metrics.jsonl"))
+        return RunFolder(path, _read_lines(path / "metrics.jsonl"), config)
 
     def write_bytes(self, name: str, data: bytes) -> Path:
         path = self.path / name
@@ -102,8 +104,8 @@ class RunFolder:
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
-        """A folder that all processes fill and that becomes checkpoints/step_NNNNNN when all have ended well. ``step``
-        counts finished steps: the step at which a resumed run goes on."""
+        """A folder that all processes fill and that becomes checkpoints/step_NNNNNN, with a manifest of its files, when
+        all have ended well. ``step`` counts finished steps: the step at which a resumed run goes on."""
         final = self.checkpoint_path(step)
         partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
         if ranks.rank() == 0:
@@ -113,6 +115,7 @@ class RunFolder:
         yield partial
         ranks.gather(None)
         if ranks.rank() == 0:
+            manifest.write(partial, final.name, self._recipe)
             _flush(partial)
             if final.exists():
                 final.rename(old)
@@ -131,6 +134,13 @@ class RunFolder:
         if not found:
             raise MetronomeError(f"{parent} holds no finished checkpoint to resume from; start under another --name")
         return max(found)
+
+    def checkpoint_to_resume(self) -> tuple[int, Path]:
+        """The same, once every file in it is known to be the one that this run saved; raises CheckpointError, which
+        names the wrong file and the checkpoint before, when one is not."""
+        step, path = self.latest_checkpoint()
+        manifest.check(path, recipe=self._recipe)
+        return step, path
 
 
 def _locate(runs: Path, name: str) -> Path:

@@ -53,6 +53,10 @@ DIFFERENCE = "audit/difference.json"
 """In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnose`)."""
 
 
+class DifferentError(MetronomeError):
+    """A run went to its end, and its closing audit says *different*."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a checkpoint remembers of the run so far; every number is a total since the run's start."""
@@ -78,9 +82,10 @@ class Run:
         check_workers(config)
         self.source = RewardSource.load(config.reward, config.source)
         self.config = config
-        self.resumes = resume
         self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
         self.folder = (RunFolder.reopen if resume else RunFolder.create)(Path(config.runs), config.name, recipe)
+        # A damaged checkpoint is refused before anything is written over.
+        self._newest = self.folder.checkpoint_to_resume() if resume else None
         self.folder.write_json("environment.json", environment())
         self.display = Display(ranks.rank() == 0)
         tracking = replace(config.tracking, wandb=config.tracking.wandb and ranks.rank() == 0)
@@ -102,13 +107,12 @@ class Run:
         )
         try:
             with rollers(self.config, self.model, self.engine) as self.roller:
-                learner, progress = self.resume() if self.resumes else self.begin()
+                learner, progress = self.resume(*self._newest) if self._newest else self.begin()
                 self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
                 self.finish(self.learn(learner, progress))
         except NotEqualError as error:
             self.folder.write_json(DIFFERENCE, error.difference)
             self.audit()
-            ranks.gather(None)  # the launcher stops the others as soon as one has ended badly
             raise
 
     def begin(self) -> tuple[Learner, Progress]:
@@ -122,10 +126,12 @@ class Run:
         save(self.folder, learner, progress)
         return learner, progress
 
-    def resume(self) -> tuple[Learner, Progress]:
-        """Model, optimizer and progress as the newest finished checkpoint holds them; later metrics are dropped."""
-        step, path = self.folder.latest_checkpoint()
+    def resume(self, step: int, path: Path) -> tuple[Learner, Progress]:
+        """Model, optimizer and progress as the checkpoint of ``step`` finished steps in ``path`` holds them; later
+        metrics are dropped."""
         progress = load_progress(path)
+        if progress.step != step:
+            raise MetronomeError(f"{path / PROGRESS}: says step {progress.step}, in the checkpoint of step {step}")
         if progress.reward_models != self.source.digests:
             raise MetronomeError(
                 f"source.models: other weights than the run in {self.folder.path} began with; put those back, or start "
@@ -175,7 +181,8 @@ class Run:
         return progress
 
     def finish(self, progress: Progress) -> None:
-        """The held-out result of the final weights, summary.json, the closing table and the audit's report."""
+        """The held-out result of the final weights, summary.json, the closing table and the audit's report. Raises
+        DifferentError, on every rank, when the audit has found a bit that differs."""
         after = self.examine()
         summary: dict[str, float | int | str] = {
             **progress.before.named("before"),
@@ -190,15 +197,25 @@ class Run:
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
         self.display.summary(summary, self.folder.path)
-        self.audit()
+        verdict = self.audit()
         self.tracker.close()
+        if verdict == "different":
+            raise DifferentError(
+                f"the closing audit found bits that differ between sampler and learner, though every step's own check "
+                f"passed; see {self.folder.path / 'audit' / 'report.html'}"
+            )
 
-    def audit(self) -> None:
-        """Writes audit/report.html and report.json, and says what they say."""
+    def audit(self) -> str:
+        """Writes audit/report.html and report.json, and says what they say; returns the verdict, on every rank and only
+        when all is written, since the launcher stops the others as soon as one has ended badly."""
+        verdict = ""
         if ranks.rank() == 0:
             folder = self.folder.path / "audit"
-            self.display.say(statement(audit(self.folder.path, AUDITED), folder))
+            report = audit(self.folder.path, AUDITED)
+            self.display.say(statement(report, folder))
             self.tracker.artifact(folder)
+            verdict = report["verdict"]
+        return str(ranks.gather(verdict)[0])
 
     def alarmed(self, progress: Progress) -> bool:
         """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""

@@ -1,7 +1,8 @@
 """What a pool of rollout workers and its workers say to each other: how plays become tasks, and answers are checked.
 
 Messages to a worker are pickled by the pool; answers travel behind a checksum and are checked field by field, so that a
-worker whose memory or connection is damaged is found out before an episode of it is believed.
+worker whose memory or connection is damaged is found out before an episode of it is believed. Both sides are processes
+of one program, joined by a pipe of its own: no pickle is ever read from a file, so none from a run's folder.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ The first re-scores the run's saved episodes and writes RUN/audit/report.html an
 two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.audit.matrix`).
 
 Exit status 0, whatever the verdict; with ``--fail-on mismatch`` 1 when it is *different*, 2 when it is *not
-comparable*. Status 2 is also that of every input that cannot be read: in both cases there is no statement to rely on.
+comparable*; *identical by the run's own records*, where nothing could be re-scored, is 0 too. Status 2 is also that of
+every input that cannot be read: in both cases there is no statement to rely on.
 """
 
 from __future__ import annotations

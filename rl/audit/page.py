@@ -16,9 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rl.audit.verdict import by_record
+
 FOLDER = Path(__file__).parent
 SCRIPTS = ("dom.js", "charts.js", "grid.js", "episodes.js", "page.js")
 NAMES = {"identical": "Identical", "different": "Different", "not_comparable": "Not comparable"}
+BY_RECORD = "Identical by the run's own records"
 
 
 def render(report: Mapping[str, Any], data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
@@ -26,7 +29,8 @@ def render(report: Mapping[str, Any], data: Mapping[str, Any], blocks: Sequence[
     style = (FOLDER / "page.css").read_text()
     body = "\n".join((FOLDER / name).read_text() for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{body}}})();\n'
-    title = f"{NAMES[report['verdict']]} · {report['title']} · Metronome audit"
+    name = BY_RECORD if by_record(report) else NAMES[report["verdict"]]
+    title = f"{name} · {report['title']} · Metronome audit"
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -35,8 +39,8 @@ def render(report: Mapping[str, Any], data: Mapping[str, Any], blocks: Sequence[
         "title": html.escape(title),
         "policy": html.escape(policy),
         "style": style,
-        "verdict": html.escape(report["verdict"]),
-        "name": html.escape(NAMES[report["verdict"]]),
+        "verdict": html.escape(f"{report['verdict']} by_record" if by_record(report) else report["verdict"]),
+        "name": html.escape(name),
         "subject": html.escape(report["title"]),
         "headline": html.escape(report["headline"]).replace("full-vocabulary", "<span>full-vocabulary</span>"),
         "scope": html.escape(report["scope"]),

@@ -42,6 +42,7 @@ class Records:
     checkpoints: dict[int, Path]  # finished steps -> folder
     stopped: dict[str, Any]  # audit/difference.json, if the run's last step was not taken because bits differ
     gaps: list[str]  # what is missing or damaged, in sentences
+    unsound: list[str]  # each checkpoint that does not agree with its manifest, in a sentence (`rl.audit.rescore`)
 
     @property
     def name(self) -> str:
@@ -96,6 +97,7 @@ def read(path: Path) -> Records:
         },
         stopped={},
         gaps=gaps,
+        unsound=[],
     )
     for file in sorted((path / "episodes").glob("step_*")):
         if match := _EPISODES.fullmatch(file.name):

@@ -10,10 +10,10 @@ from typing import Any
 from model.files import write_whole
 from rl.audit import pictures
 from rl.audit.episodes import browser
-from rl.audit.page import render
+from rl.audit.page import BY_RECORD, render
 from rl.audit.records import Records, flat, read
 from rl.audit.rescore import Part, rescore
-from rl.audit.verdict import run_report
+from rl.audit.verdict import by_record, run_report
 
 
 def audit(run: Path, at_most: int | None = None) -> dict[str, Any]:
@@ -68,7 +68,8 @@ def write(folder: Path, report: Mapping[str, Any], page: str) -> None:
 
 def statement(report: Mapping[str, Any], folder: Path) -> str:
     """What a terminal shows of it."""
-    lines = [f"Audit: {report['verdict'].replace('_', ' ')}. {report['headline']}", report["scope"]]
+    verdict = BY_RECORD.lower() if by_record(report) else report["verdict"].replace("_", " ")
+    lines = [f"Audit: {verdict}. {report['headline']}", report["scope"]]
     if report["gaps"]:
         lines.append(f"What could not be compared, and other gaps: {len(report['gaps'])}, listed in the report.")
     return "\n".join([*lines, f"Audit report: {(folder / 'report.html').resolve()}"])

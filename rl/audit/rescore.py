@@ -3,7 +3,8 @@
 An episode is first asked whether it can be compared at all. Its contract must be this program's, its weights those of
 the checkpoint (their digest is taken anew from the file), its temperature the recipe's; and its tokens, positions and
 masks must be those that a session makes of its audio and its actions. An episode that fails here gets no log-probs and
-enters no count: other inputs are not a mismatch.
+enters no count: other inputs are not a mismatch. Every checkpoint of the run is held against its manifest first, its
+optimizer's state included, which a resumed run would go on from.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint
+from model import checkpoint, manifest
 from model.config import MEL_BINS
 from model.transformer import InteractionModel
 from rl.audit.diagnose import diagnose
@@ -108,8 +109,10 @@ class Part:
 
 
 def rescore(records: Records, at_most: int | None = None) -> Iterator[Part]:
-    """One part for each step with saved episodes; notes gaps in ``records.gaps``. ``at_most``: re-score no more
-    episodes than that, an equal share of each step's."""
+    """One part for each step with saved episodes; notes gaps in ``records.gaps`` and checkpoints that are not as they
+    were saved in ``records.unsound``. ``at_most``: re-score no more episodes than that, an equal share of each
+    step's."""
+    _check_checkpoints(records)
     share = None if at_most is None else max(1, at_most // max(1, len(records.episodes)))
     for step in sorted(records.episodes):
         episodes = _load(records, step)
@@ -160,6 +163,20 @@ def _load(records: Records, step: int) -> list[Episode]:
         except MetronomeError as error:
             records.gaps.append(f"Step {step}: {error}")
     return episodes
+
+
+def _check_checkpoints(records: Records) -> None:
+    without = []
+    for step, folder in sorted(records.checkpoints.items()):
+        if not (folder / manifest.MANIFEST).is_file():
+            without.append(folder.name)
+            continue
+        try:
+            manifest.check(folder, recipe=records.recipe_text)
+        except manifest.CheckpointError as error:
+            records.unsound.append(f"The checkpoint of step {step} is not as the run saved it: {error}.")
+    if without:
+        records.gaps.append(f"Without a manifest, so that damage to their files is not seen: {', '.join(without)}.")
 
 
 def _policy(records: Records, step: int) -> InteractionModel | None:

@@ -2,18 +2,20 @@
 
 - *different*: a bit differs, among the tokens re-scored now or by the run's own records;
 - *not_comparable*: no difference was seen, but saved episodes contradict what they would have to be compared with
-  (other contract, weights, temperature, tokens, positions or masks), or there was nothing to compare at all; no KL is
-  stated;
-- *identical*: something was compared, and nothing of the above.
+  (other contract, weights, temperature, tokens, positions or masks), or a checkpoint is not as it was saved, or there
+  was nothing to compare at all; no KL is stated;
+- *identical*: something was compared, and nothing of the above. Where nothing could be re-scored (`basis` is "records")
+  it is called identical *by the run's own records*, which is the lesser statement: what the run counted, and no KL.
 
-What is merely missing (a deleted checkpoint, a damaged file) narrows the statement and is listed as a gap.
+What is merely missing (a deleted checkpoint, a file of episodes that cannot be read) narrows the statement and is
+listed as a gap.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kernels import dispatch
@@ -92,6 +94,11 @@ def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
+def by_record(report: Mapping[str, Any]) -> bool:
+    """Whether it says *identical* by the run's own records alone, of a run or of two (which have no ``basis``)."""
+    return report["verdict"] == "identical" and report.get("basis") == "records"
+
+
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
@@ -123,12 +130,12 @@ def _verdict(rescored: Mismatch, recorded: Mismatch, conflict: bool) -> str:
 
 
 def _contradictions(records: Records, parts: Sequence[Part]) -> list[str]:
-    """Where the weights in a checkpoint are not those whose digest the run recorded."""
+    """Where a checkpoint's weights are not those whose digest the run recorded, or its files not those it saved."""
     found = [
         f"The checkpoint of step {part.step} holds weights {part.weights_digest}; the run recorded {recorded}."
         for part in parts
         if part.weights_digest and (recorded := records.sampled_with(part.step)) not in (None, part.weights_digest)
-    ]
+    ] + records.unsound
     last, final = (records.metrics or [{}])[-1].get("weights_digest"), records.summary.get("weights_digest")
     if last and final and last != final:
         found.append(f"The run's summary names the final weights {final}; its last record says {last}.")
@@ -150,8 +157,13 @@ def _headline(
             f"{', '.join(reasons)} from what they would be compared with. No KL is stated."
         )
     tokens, rows = counted.num_unequal, counted.rows_unequal
+    if verdict == "identical" and basis == "records":
+        return (
+            f"Nothing could be re-scored: {'see the gaps' if saved else 'no episode was saved'}. "
+            f"By the run's own records, 0 of {counted.num_tokens:,} sampled tokens and 0 rows differed."
+        )
     if verdict == "identical":
-        return f"{origin}0 of {counted.num_tokens:,} sampled tokens differ; full-vocabulary KL exactly 0 on every row."
+        return f"0 of {counted.num_tokens:,} sampled tokens differ; full-vocabulary KL exactly 0 on every row."
     return (
         f"{origin}{tokens:,} of {counted.num_tokens:,} sampled tokens {'differs' if tokens == 1 else 'differ'}, and "
         f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner disagree."

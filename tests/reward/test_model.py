@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint
+from model import checkpoint, manifest
 from model.config import preset
 from model.transformer import InteractionModel
 from reward.model import RewardModel, episode_scores
@@ -183,5 +183,6 @@ def test_a_head_of_another_shape_is_refused(tmp_path: Path, model: RewardModel) 
     model.save(tmp_path / "saved")
     description = tmp_path / "saved" / "reward.json"
     description.write_text(description.read_text().replace('"timing",', "", 1))
+    manifest.write(tmp_path / "saved", "saved")
     with pytest.raises(MetronomeError, match="cannot be read as a reward model"):
         RewardModel.load(tmp_path / "saved")

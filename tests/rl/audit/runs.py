@@ -33,7 +33,8 @@ def make(runs: Path) -> Path:
     for step in range(STEPS + 1):
         model = build_model(replace(config, seed=step))
         digest = checkpoint.weights_digest(model)
-        checkpoint.save(model, folder.checkpoint_path(step) / "model")
+        with folder.checkpoint(step) as path:
+            checkpoint.save(model, path / "model")
         if step:
             folder.append_metrics(record(step - 1, digest, before))
         if step < STEPS:

@@ -15,12 +15,13 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint
+from model import checkpoint, manifest
 from rl.audit.command import main
 from rl.audit.page import FOLDER
 from rl.audit.report import audit
 from rollout.chunk import Action, Mode
 from rollout.episode import Episode, load_episodes
+from tests.model.damage import flip_bit
 from tests.rl.audit.runs import STEPS, changed, first_file, flip, tamper
 
 Report = dict[str, Any]
@@ -88,6 +89,7 @@ def test_other_weights_under_the_recorded_digest_are_found(run: Path) -> None:
     with torch.no_grad():
         next(iter(model.parameters()))[:] *= 1.01
     checkpoint.save(model, path)
+    manifest.write(path.parent, path.parent.name, (run / "config.yaml").read_text())
     digest = checkpoint.weights_digest(checkpoint.load(path))
     for rank in (0, 1):
         tamper(
@@ -145,6 +147,33 @@ def test_records_that_contradict_the_checkpoint(run: Path) -> None:
     assert "checkpoint of step 1" in report["not_comparable"]["contradictions"][0]
 
 
+@pytest.mark.parametrize("name", ["model/model.safetensors", "learner.safetensors"])
+def test_a_checkpoint_that_is_not_as_it_was_saved_is_not_identical(run: Path, name: str) -> None:
+    """The optimizer's state included, which enters no log-prob that is compared, but every later step of a resumed
+    run; and of a step whose episodes were not saved."""
+    folder = run / f"checkpoints/step_{STEPS:06d}"
+    (folder / "learner.safetensors").write_bytes(bytes(100))
+    manifest.write(folder, folder.name, (run / "config.yaml").read_text())
+    assert checked(run)["verdict"] == "identical"  # the control
+    flip_bit(folder / name)
+    report = checked(run)
+    assert (report["verdict"], report["num_unequal"]) == ("not_comparable", 0)
+    assert f"{name} is damaged" in report["headline"] and "whole is step_000001" in report["headline"]
+    assert report["rescored"]["episodes"] == 4 * STEPS, "the others are still compared"
+    with pytest.raises(SystemExit, match="2"):
+        main(["--run", str(run), "--fail-on", "mismatch"])
+
+
+def test_checkpoints_that_changed_places_are_not_identical(run: Path) -> None:
+    first, second = (run / f"checkpoints/step_{step:06d}" for step in (0, 1))
+    first.rename(run / "aside")
+    second.rename(first)
+    (run / "aside").rename(second)
+    report = checked(run)
+    assert report["verdict"] == "not_comparable"
+    assert ["was saved as step_00000" in one for one in report["not_comparable"]["contradictions"]] == [True, True]
+
+
 def report_digest(run: Path, step: int) -> str:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[step])["weights_digest"]
 
@@ -187,19 +216,44 @@ def test_without_a_checkpoint_nothing_of_its_step_is_claimed(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     report = checked(run)
     assert (report["verdict"], report["basis"]) == ("identical", "records")
-    assert report["headline"].startswith("By the run's own records, 0 of")
+    assert report["headline"].startswith("Nothing could be re-scored: see the gaps. By the run's own records, 0 of")
     assert report["scope"].startswith("Nothing was re-scored now.")
+
+
+def test_a_run_without_episodes_says_that_nothing_could_be_re_scored(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = "Identical · run small · Metronome audit", 'class="verdict identical"', "full-vocabulary</span> KL exactly 0"
+    checked(run)
+    assert all(part in (run / "audit/report.html").read_text() for part in full)  # the control
+    shutil.rmtree(run / "episodes")
+    report = checked(run)
+    assert (report["verdict"], report["basis"], report["rescored"]["episodes"]) == ("identical", "records", 0)
+    assert report["headline"].startswith(
+        "Nothing could be re-scored: no episode was saved. By the run's own records, 0"
+    )
+    assert "KL" not in report["headline"] and "No episodes were saved" in report["gaps"][0]
+    page = (run / "audit/report.html").read_text()
+    assert not any(part in page for part in full)
+    assert (
+        "Identical by the run&#x27;s own records · run small" in page and 'class="verdict identical by_record"' in page
+    )
+    main(["--run", str(run), "--fail-on", "mismatch"])
+    assert capsys.readouterr().out.startswith(
+        "Audit: identical by the run's own records. Nothing could be re-scored: no episode was saved."
+    )
 
 
 def test_damaged_files_are_gaps(run: Path) -> None:
     first_file(run).write_bytes(first_file(run).read_bytes()[:1000])
     (run / "checkpoints/step_000001/model/model.safetensors").write_bytes(b"no")
+    (run / "checkpoints/step_000001/manifest.json").unlink()  # a run of an older version
     (run / "summary.json").write_text("{")
     (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:-20])
     report = checked(run)
     gaps = "\n".join(report["gaps"])
     assert "step_000000.rank_0.safetensors: cannot be read as a file of episodes" in gaps
-    assert "model.safetensors is damaged" in gaps
+    assert "model.safetensors is damaged" in gaps and "Without a manifest" in gaps and "step_000001." in gaps
     assert "summary.json is damaged" in gaps and "metrics.jsonl, line 2: not a whole record" in gaps
     assert (report["verdict"], report["rescored"]["episodes"], report["run"]["finished"]) == ("identical", 2, False)
     assert "1 of 2 steps; the run has not finished" in report["scope"]
