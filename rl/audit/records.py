@@ -66,6 +66,11 @@ class Records:
         """The digest that the run recorded of the weights before ``step``, None for its first one."""
         return next((str(r["weights_digest"]) for r in self.metrics if r["step"] == step - 1), None)
 
+    def multiplied_with(self, step: int) -> str | None:
+        """The digest that the run recorded of the copies of the weights that ``step`` multiplied with, if it did."""
+        found = next((r.get("packs_digest") for r in self.metrics if r["step"] == step - 1), None)
+        return None if found is None else str(found)
+
 
 def read(path: Path) -> Records:
     """Raises MetronomeError when ``path`` is not a run's folder or its recipe is not YAML."""

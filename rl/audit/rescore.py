@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint, manifest
+from model import checkpoint, manifest, packs
 from model.config import MEL_BINS
 from model.transformer import InteractionModel
 from rl.audit.diagnose import diagnose
@@ -101,6 +101,7 @@ class Part:
     step: int
     seen: list[Seen]
     weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
+    packs_digest: str | None = None  # of the packed copies that these weights give here (`model.packs`)
     diagnosis: dict[str, Any] | None = None  # of its first difference, as `rl.audit.diagnose` gives it
 
     @property
@@ -134,7 +135,7 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[Part]:
         left = sum(one.state == "not_rescored" for one in seen)
         if left:
             records.gaps.append(f"Step {step}: {left} of {len(seen)} saved episodes were not re-scored, to save time.")
-        yield Part(step, seen, digest, _diagnosis(model, seen, records.config.rl.micro_batch))
+        yield Part(step, seen, digest, packs.digest(model), _diagnosis(model, seen, records.config.rl.micro_batch))
 
 
 def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) -> dict[str, Any] | None:

@@ -136,6 +136,14 @@ def _contradictions(records: Records, parts: Sequence[Part]) -> list[str]:
         for part in parts
         if part.weights_digest and (recorded := records.sampled_with(part.step)) not in (None, part.weights_digest)
     ] + records.unsound
+    found += [
+        f"Step {part.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
+        f"{part.packs_digest}: the run computed with others than it saved."
+        for part in parts
+        if records.contract_id == dispatch.contract_id()  # the copies' layout is the contract's
+        and part.packs_digest
+        and (copies := records.multiplied_with(part.step)) not in (None, part.packs_digest)
+    ]
     last, final = (records.metrics or [{}])[-1].get("weights_digest"), records.summary.get("weights_digest")
     if last and final and last != final:
         found.append(f"The run's summary names the final weights {final}; its last record says {last}.")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels import dispatch
 from kernels.cpu import library
 from tests.kernels.contract import threads
 from tests.kernels.native.build import ROOT, build_replay, emulated, record_calls
@@ -33,7 +34,8 @@ def _digests_elsewhere(**variables: str) -> Digests:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["contract"]["isa"] == variables["METRONOME_ISA"] and result["contract"]["bf16"] == "exact"
+    assert result["instruction_set"] == variables["METRONOME_ISA"] and result["contract"]["bf16"] == "exact"
+    assert result["contract"] == dispatch.contract()  # equal bits, one contract
     found: Digests = result["digests"]
     return found
 

@@ -20,7 +20,7 @@ from kernels.cpu import library
 from kernels.cpu.dmel import transform
 from kernels.dmel import Tables
 from kernels.exact import roots_of_unity
-from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
+from kernels.layout import SPLIT_TOKENS, AdamW, PagedKV, Segments
 from tests.kernels.contract import DTYPES, generator, normal
 from tests.kernels.noise import words
 
@@ -41,7 +41,7 @@ def digests(spoil: float = 0.0) -> Digests:
             found |= _rows(f"strange 14x{cols} {short}", _strange(1, 14, cols, dtype=dtype), 1 + cols % 3)
         for window in (None, 70):
             found[f"attention window {window} {short}"] = _attention(dtype, window)
-    found |= _scores() | _functions() | _dmel()
+    found |= _scores() | _functions() | _dmel() | _updates()
     return found
 
 
@@ -168,6 +168,18 @@ def _functions() -> Digests:
     return found | {"vec_gumbel": sha((noise,))}
 
 
+def _updates() -> Digests:
+    """Sums over whole tensors and AdamW's updates, of sizes that leave every remainder of a vector and of a block."""
+    found = {}
+    step = AdamW.build(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02, taken=3)
+    for size in (1, 5, 8, 13, 31, 4096, 4103, 20_011):
+        state = [normal(50, size), normal(51, size), normal(52, size), normal(53, size).square()]
+        found[f"dot {size}"] = sha((ops.dot(state[0], state[1]),))
+        ops.adamw(*state, step)
+        found[f"adamw {size}"] = sha(tuple(state))
+    return found
+
+
 def _dmel() -> Digests:
     """Of mel values and codes: one frame more than fills a block, filters of all lengths to 5, channels to spare."""
     samples, channels = normal(40, 3, 1600 + 2 * 800), 6
@@ -179,4 +191,5 @@ def _dmel() -> Digests:
 
 
 if __name__ == "__main__":
-    json.dump({"contract": dispatch.contract(), "digests": digests()}, sys.stdout, indent=1)
+    described = {"contract": dispatch.contract(), "instruction_set": dispatch.instruction_set()}
+    json.dump(described | {"digests": digests()}, sys.stdout, indent=1)

@@ -25,7 +25,7 @@ def triton_backend() -> Iterator[None]:
 def test_contract_names_what_decides_bits() -> None:
     contract = dispatch.contract()
     assert contract["backend"] == "triton"
-    assert (contract["isa"] == "interpreter") == launch.INTERPRET
+    assert (contract["architecture"] == "interpreter") == launch.INTERPRET
     assert contract["fp_fusion"] == "False" and contract["input_precision"] == "ieee"
     assert contract["tile, product bf16"] == "64.64.64.4.3"  # rows, columns, k, warps, stages
     assert contract["tile, attention fp32"] == "16.16.16.4.1"
@@ -50,7 +50,7 @@ def test_contract_id_follows_triton_and_the_target(monkeypatch: pytest.MonkeyPat
         patched.setattr("triton.__version__", "0.0")
         ids.add(dispatch.contract_id())
     with monkeypatch.context() as patched:
-        patched.setattr("kernels.triton.backend._isa", lambda: "sm_00")
+        patched.setattr("kernels.triton.backend.instruction_set", lambda: "sm_00")
         ids.add(dispatch.contract_id())
     assert len(ids) == 3
 

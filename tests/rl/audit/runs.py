@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model import checkpoint
+from model import checkpoint, packs
 from rl import loop
 from rl.environment import environment
 from rl.folder import RunFolder
@@ -36,7 +36,7 @@ def make(runs: Path) -> Path:
         with folder.checkpoint(step) as path:
             checkpoint.save(model, path / "model")
         if step:
-            folder.append_metrics(record(step - 1, digest, before))
+            folder.append_metrics(record(step - 1, digest, before) | {"packs_digest": packs.digest(model)})
         if step < STEPS:
             engine = build_engine(config, model, Vocabulary.build(model.vocab), 1.0)
             episodes = play(engine, loop.plays(config, bank, step), config.seed)

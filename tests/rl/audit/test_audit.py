@@ -139,6 +139,18 @@ def test_a_difference_outweighs_what_cannot_be_compared(run: Path) -> None:
     assert (report["verdict"], report["num_unequal"]) == ("different", 1)
 
 
+def test_copies_that_are_not_the_checkpoints_weights(run: Path) -> None:
+    """Sampler and learner had one stale copy: equal log-probs, and weights that were never multiplied with."""
+    assert checked(run)["verdict"] == "identical"
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics[0]["packs_digest"] = metrics[1]["packs_digest"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    report = checked(run)
+    assert report["verdict"] == "not_comparable"
+    (said,) = report["not_comparable"]["contradictions"]
+    assert said.startswith(f"Step 1 multiplied with copies {metrics[1]['packs_digest']} of the weights")
+
+
 def test_records_that_contradict_the_checkpoint(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().replace(report_digest(run, 0), "0" * 32)
     (run / "metrics.jsonl").write_text(lines)
