@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import reference
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PackedExperts, PackedLinear, PagedKV, Segments
 from kernels.reference import digest, gumbel
 
@@ -27,6 +28,16 @@ def contract() -> dict[str, str | int]:
 
 def instruction_set() -> str:
     return "torch"
+
+
+# ---- gradients and updates ----
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() * b.double()).sum()
+
+
+adamw = reference.adamw  # torch's own has no function that takes one parameter
 
 
 # ---- linear ops ----

@@ -106,4 +106,4 @@ def test_loop_refuses_episodes_of_other_weights(
     monkeypatch.setattr(InProcess, "play", lambda *_: stale)
     learner, source = SimpleNamespace(model=engine.model), RewardSource(CONFIG.reward, "rules", [])
     with pytest.raises(NotComparableError, match="Publish the learner's weights"):
-        next(loop.steps(CONFIG, bank, InProcess(engine), learner, source, None, first=0))
+        next(loop.steps(CONFIG, bank, InProcess(engine), learner, source, None, 0, {}))

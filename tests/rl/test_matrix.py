@@ -154,14 +154,16 @@ def test_scattered_pages_lie_elsewhere(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("naive_linear")
-def test_completions_of_ours_are_one_under_any_load(folder: Path) -> None:
+def test_completions_of_ours_are_one_under_any_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = torch.randn(6, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(1)) / 10
     others = [torch.randn(9, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(s)) / 10 for s in (2, 3)]
-    ours, theirs = (
-        completions(Side.load(name, folder, torch.float32), heard, others, 40) for name in ("ours", "naive torch")
-    )
+    ours = completions(Side.load("ours", folder, torch.float32), heard, others, 40)
     assert (ours.count, ours.distinct, ours.distinct_rows, ours.chunks) == (40, 1, 1, 6)
-    assert theirs.count == 40 and theirs.distinct_rows > 1 and theirs.distinct >= 1
+    # One session brings few rows and two bring many, for `naive_linear`; both come among forty.
+    monkeypatch.setattr(lesson, "MOST_TOGETHER", 2)
+    monkeypatch.setattr(lesson, "MOST_OTHERS", 0)
+    theirs = completions(Side.load("naive torch", folder, torch.float32), heard, others, 40)
+    assert theirs.count == 40 and theirs.distinct_rows == 2 and theirs.distinct >= 1
 
 
 @pytest.mark.slow
