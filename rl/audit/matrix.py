@@ -67,8 +67,8 @@ def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
 
 def sampled(side: Side, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:
     """One rollout of each scenario at temperature 1, ``slots`` at a time."""
-    with side.active():
-        return play(engines(side)[engine](side, slots, 1024, 1.0), [Play(item, 0) for item in items], SEED)
+    with side.active(), engines(side)[engine](side, slots, 1024, 1.0) as started:
+        return play(started, [Play(item, 0) for item in items], SEED)
 
 
 def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored) -> Iterator[Cell]:

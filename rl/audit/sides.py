@@ -6,8 +6,8 @@ score gives the log-prob and row digest of the same sampled tokens, so that two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -55,22 +55,36 @@ def both(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Side]:
     return [Side.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
 
 
+Start = Callable[["Side", int, int, float], AbstractContextManager[Engine]]
+"""Starts an engine for a side: slots, longest context in tokens, temperature."""
+
+
 def session_engine(side: Side, slots: int, max_tokens: int, temperature: float) -> Engine:
     return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
 
 
-def vllm_engine(side: Side, slots: int, max_tokens: int, temperature: float) -> Engine:
+def _session(side: Side, slots: int, max_tokens: int, temperature: float) -> AbstractContextManager[Engine]:
+    return nullcontext(session_engine(side, slots, max_tokens, temperature))
+
+
+@contextmanager
+def _vllm(side: Side, slots: int, max_tokens: int, temperature: float) -> Iterator[Engine]:
+    """Ended afterwards: a process holds one vLLM at a time."""
     from rollout.vllm.engine import VllmEngine
 
-    return VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+    engine = VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+    try:
+        yield engine
+    finally:
+        engine.core.close()
 
 
-def engines(side: Side) -> dict[str, Callable[[Side, int, int, float], Engine]]:
+def engines(side: Side) -> dict[str, Start]:
     """Every engine there is for a side, by name; each gets a row of its own. vLLM, where installed, runs our kernels
     only."""
-    found: dict[str, Callable[[Side, int, int, float], Engine]] = {"session": session_engine}
+    found: dict[str, Start] = {"session": _session}
     if side.name == "ours" and missing() is None:
-        found["vllm"] = vllm_engine
+        found["vllm"] = _vllm
     return found
 
 

@@ -21,7 +21,7 @@ KEYS = {
     f"eval/{when}{family}"
     for when in ("before", "after")
     for family in ("", "/timespeak", "/timespeak_tight", "/turn_taking", "/turn_taking_tight")
-} | {"mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal", "weights_digest", "wall_s"}
+} | {"mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal", "weights_digest", "processes", "wall_s"}
 
 
 def launch(tmp_path: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -100,6 +100,36 @@ def test_run_again_and_resume_end_with_the_same_weights(tmp_path: Path) -> None:
     other = launch(tmp_path, "--name", "other", "--seed", "1")  # the control: another seed, other weights
     assert other.returncode == 0, other.stderr[-3000:]
     assert summary(tmp_path, "other")["weights_digest"] != found["weights_digest"]
+
+
+@pytest.mark.slow
+def test_bf16_trains_on_three_processes(tmp_path: Path) -> None:
+    """Weights in bf16 have fp32 masters; sampler and learner multiply with the same bf16 bits. Resumed, the masters are
+    where they were."""
+    three = ("--model.dtype", "bfloat16", "--rl.groups", "3", "--warmstart.episodes", "6")
+    first = launch(tmp_path, "--name", "first", *three, processes=3)
+    assert first.returncode == 0, first.stderr[-3000:]
+    found, folder = summary(tmp_path, "first"), tmp_path / "runs" / "first"
+    assert found["processes"] == 3 and "3 processes" in first.stdout
+    assert found["mismatch/num_tokens"] > 500
+    assert found["mismatch/num_unequal"] == found["mismatch/rows_unequal"] == 0
+    assert "Audit: identical. 0 of" in first.stdout and len(set(digests(folder))) == 4
+    before = digests(folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000004")
+    (folder / "summary.json").unlink()
+    resumed = launch(tmp_path, "--name", "first", "--resume", "true", *three, processes=3)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert digests(folder) == before and without_time(summary(tmp_path, "first")) == without_time(found)
+
+
+@pytest.mark.slow
+def test_greedy_sampling_is_refused_for_rl(tmp_path: Path) -> None:
+    """It would score at temperature 1 what it took at 0."""
+    done = launch(tmp_path, "--rollout.temperature", "0")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "rollout.temperature is 0.0: RL needs a number above 0" in lines[0]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from kernels import ops
 from kernels.errors import MetronomeError
@@ -28,6 +27,7 @@ from rollout.engine import Engine
 from rollout.sampler import session_key
 from rollout.session import Session
 from rollout.vocabulary import Vocabulary
+from tests.kernels.contract import uneven
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -200,13 +200,14 @@ def test_published_weights_are_sampled_from(fp32: Embedded, engine: VllmEngine) 
 
 
 def test_naive_linear_is_caught(fp32: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's matmul in one layer on vLLM's side: its bits depend on how many rows run beside, and it shows."""
+    """A product in one layer on vLLM's side whose bits depend on how many rows run beside: it shows."""
     naive_model = make_model(torch.float32)
     target = naive_model.layers[1].self_attn.packed.out
     honest = ops.linear
+    variant = uneven(honest)
 
     def linear(x: torch.Tensor, packed: object, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        return F.linear(x, target.parts[0]) if packed is target else honest(x, packed, out_dtype)
+        return (variant if packed is target else honest)(x, packed, out_dtype)
 
     monkeypatch.setattr(ops, "linear", linear)
     engine = VllmEngine(naive_model, fp32.vocabulary, **SIZES)

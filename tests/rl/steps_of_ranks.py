@@ -1,0 +1,57 @@
+"""Takes a few learner steps with gradients made up for each rank, and saves the learner; run by `test_processes`.
+
+    accelerate launch … -m tests.rl.steps_of_ranks FOLDER STAGE DTYPE
+
+Rank r's gradient of a step is a function of r and the step. Prints the weights' digest, once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import weights_digest
+from model.config import preset
+from model.transformer import InteractionModel
+from rl import ranks
+from rl.config import OptimConfig
+from rl.learner import Gradient, Learner
+
+STEPS = 3
+
+
+def learner(stage: int, dtype: torch.dtype) -> Learner:
+    model = InteractionModel(preset("nano"), dtype)
+    model.init_weights(0)
+    model.pack()
+    return Learner(model, OptimConfig(zero_stage=stage, warmup_steps=2), 2 * STEPS)  # type: ignore[arg-type]
+
+
+def gradient(of: Learner, rank: int, step: int) -> list[Tensor]:
+    """fp32, of any size between tiny and clipped."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return [torch.randn(p.shape, generator=generator) * 0.1**step for p in of.model.parameters()]
+
+
+def take(of: Learner, parameters: list[Tensor]) -> None:
+    of.step(Gradient(tuple(parameters), *[torch.zeros(1)] * 4))
+
+
+def main() -> None:
+    folder, stage, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+    ranks.join()
+    torch.set_num_threads(1)
+    one = learner(stage, dtype)
+    for step in range(STEPS):
+        take(one, gradient(one, ranks.rank(), step))
+    one.save(folder)
+    ranks.agree("weights digest", weights_digest(one.model))
+    if ranks.rank() == 0:
+        print(f"digest {weights_digest(one.model)}")
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Any number of processes takes AdamW's step on the sum of their gradients, exactly, and saves what one can load."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from model.checkpoint import weights_digest
+from rl.learner import Learner
+from tests.rl.steps_of_ranks import STEPS, gradient, learner, take
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("world")]
+
+
+def launched(folder: Path, processes: int, stage: int, dtype: str) -> str:
+    """The digest that so many processes end with."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    command += ["--num_processes", str(processes), "-m", "tests.rl.steps_of_ranks", str(folder), str(stage), dtype]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return re.findall(r"digest ([0-9a-f]{32})", done.stdout)[0]
+
+
+def summed(of: Learner, processes: int, step: int) -> list[torch.Tensor]:
+    """The ranks' gradients added in rank order, as one process hands them over."""
+    total, *rest = (gradient(of, rank, step) for rank in range(processes))
+    for other in rest:
+        total = [a + b for a, b in zip(total, other, strict=True)]
+    return total
+
+
+@pytest.mark.parametrize(
+    ("processes", "stage", "dtype"),
+    [
+        (2, 1, "float32"),
+        (3, 1, "float32"),
+        (3, 2, "float32"),
+        (3, 0, "float32"),
+        (3, 1, "bfloat16"),
+        (5, 2, "bfloat16"),
+    ],
+)
+def test_steps_are_those_of_one_process(processes: int, stage: Literal[0, 1, 2], dtype: str, tmp_path: Path) -> None:
+    """Three and five equal gradients have no exact mean: a third of a sum of three is not always the gradient."""
+    digest = launched(tmp_path, processes, stage, dtype)
+    one = learner(0, getattr(torch, dtype))
+    for step in range(STEPS):
+        take(one, summed(one, processes, step))
+    assert weights_digest(one.model) == digest
+    # The state that they saved together goes on in one process, and takes the step that the one would.
+    other = learner(1, getattr(torch, dtype))
+    other.model.load_state_dict(one.model.state_dict())
+    other.model.repack()
+    other = Learner(other.model, other.optim, other.steps)
+    other.load(tmp_path)
+    for each in (one, other):
+        take(each, summed(each, processes, STEPS))
+    assert weights_digest(one.model) == weights_digest(other.model) != digest
+
+
+def test_control_a_mean_of_equal_values_is_not_exact() -> None:
+    g = torch.arange(1.0, 1000.0)
+    assert not torch.equal((g * 0.1 + g * 0.1 + g * 0.1) / 3, g * 0.1)
+    assert torch.equal((g * 0.1 + g * 0.1) / 2, g * 0.1)
