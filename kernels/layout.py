@@ -172,11 +172,11 @@ class PackedExperts:
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamWStep:
     """The numbers of one AdamW update (Loshchilov & Hutter 2019, arXiv 1711.05101), as `kernels.ops.adamw` reads them.
 
-    >>> AdamW.build(lr=0.5, beta1=0.5, beta2=0.75, eps=1e-8, weight_decay=0.25, taken=1)
-    AdamW(keep=0.875, new1=0.5, old2=0.75, new2=0.25, rate=0.6666666666666666, root=0.6614378277661477, eps=1e-08)
+    >>> AdamWStep.build(lr=0.5, beta1=0.5, beta2=0.75, eps=1e-8, weight_decay=0.25, taken=1)
+    AdamWStep(keep=0.875, new1=0.5, old2=0.75, new2=0.25, rate=0.6666666666666666, root=0.6614378277661477, eps=1e-08)
     """
 
     keep: float  # 1 - lr * weight_decay
@@ -188,13 +188,13 @@ class AdamW:
     eps: float
 
     @staticmethod
-    def build(*, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, taken: int) -> AdamW:
+    def build(*, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, taken: int) -> AdamWStep:
         """``taken``: updates before this one. Powers are products, one after another: a library's ``pow`` may give
         another last bit on another processor."""
         power1 = power2 = 1.0
         for _ in range(taken + 1):
             power1, power2 = power1 * beta1, power2 * beta2
-        return AdamW(
+        return AdamWStep(
             keep=1.0 - lr * weight_decay,
             new1=1.0 - beta1,
             old2=beta2,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.layout import AdamW, PackedExperts, PackedLinear, PagedKV, Segments
+from kernels.layout import AdamWStep, PackedExperts, PackedLinear, PagedKV, Segments
 
 
 def pack_linear(*parts: Tensor) -> PackedLinear:
@@ -191,7 +191,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return dispatch.backend().dot(a, b)
 
 
-def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamW) -> None:
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
     """One AdamW update of ``parameter`` and its moments ``first`` and ``second``, in place; all fp32, contiguous, of
     equally many elements. ``step`` holds the update's numbers, rounded to fp32 here:
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import checks
-from kernels.layout import CONV_TAPS, FLOATS, AdamW, PackedExperts, PackedLinear, Segments
+from kernels.layout import CONV_TAPS, FLOATS, AdamWStep, PackedExperts, PackedLinear, Segments
 from kernels.reference_arithmetic import (
     bounds,
     exp,
@@ -51,7 +51,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return joined_lanes(product_lanes(a, b))
 
 
-def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamW) -> None:
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
     checks.adamw(parameter, gradient, first, second)
     # numpy's arrays: its square root of fp32 is the processor's, rounded correctly; torch's is a library's.
     p, g, m, v = (x.numpy(force=True) if x.requires_grad else x.numpy() for x in (parameter, gradient, first, second))

@@ -19,11 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kernels.errors import MetronomeError
 from model.files import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "metronome.manifest/1"
+PLACE = ("name", "runs")
+"""Fields of a recipe that say where its run lies."""
 _SERIES = re.compile(r"(step_|checkpoint-)(\d+)")
 """Names of checkpoints that a run saves one after another."""
 
@@ -171,8 +175,16 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _text_digest(recipe: str) -> str:
+    """Of what a recipe says, but for where the run's folder lies: a run that was copied or moved goes on."""
+    try:
+        fields = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        fields = None
+    if isinstance(fields, dict):
+        kept = {name: value for name, value in fields.items() if name not in PLACE}
+        recipe = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(recipe.encode()).hexdigest()
 
 
 def _own_digest(content: dict[str, Any]) -> str:

@@ -5,20 +5,34 @@ grow without a unit, and what is a little better ends as far off as what is much
 probability that a Boltzmann-rational rater gives, p = sigmoid(rationality * margin), and the loss
 -p log sigmoid(d) - (1 - p) log sigmoid(-d) is smallest at d = rationality * margin: a chunk's reward means what the
 rater's does, and what the model cannot tell apart gets a mean of it.
+
+TRL's loop and its records are used; what decides a weight is computed here by our ops, so that equal pairs give equal
+models on every processor and for any number of threads: log sigmoid, the norm that gradients are clipped to, AdamW.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from trl import RewardTrainer
 
+from kernels import ops
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigmoid(x), fp32 [P] -> fp32 [P], differentiable: the log-prob of the first of two tokens of logits x, 0."""
+    pair, first = torch.stack((x, torch.zeros_like(x)), 1), torch.zeros(len(x), dtype=torch.int64)
+    return ops.logprob(pair, first, 1.0, torch.ones(1, 2, dtype=torch.bool), first)[0]
+
 
 class GradedTrainer(RewardTrainer):
-    """TRL's trainer, whose loss at p = 1 is -log sigmoid(d). Since -log sigmoid(-d) = d - log sigmoid(d), doubt adds
-    (1 - p) d to it. Takes ``doubt`` = 1 - p, fp32 [P], beside what `Trainable` takes; where it is 0 nothing changes."""
+    """TRL's trainer, whose loss at p = 1 is -log sigmoid(d - margin). Since -log sigmoid(-d) = d - log sigmoid(d),
+    doubt adds (1 - p) d to it. Takes ``doubt`` = 1 - p, fp32 [P], beside what `Trainable` takes; where it is 0
+    the loss is TRL's."""
 
     def compute_loss(
         self,
@@ -27,7 +41,21 @@ class GradedTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # which also keeps TRL's records
         chosen, rejected = outputs.logits[:, 0].chunk(2)
-        loss = loss + (inputs["doubt"] * (chosen - rejected)).mean()
+        difference, both = chosen - rejected, chosen + rejected
+        terms = inputs["doubt"] * difference - log_sigmoid(difference - inputs["margin"])
+        if self.args.center_rewards_coefficient is not None:
+            terms = terms + self.args.center_rewards_coefficient * (both * both)
+        loss = terms.mean()  # a mean's gradient is 1 / P in every term, in whatever order the value is added
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        """The gradient's norm before clipping, which torch adds in an order that follows the threads."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = math.sqrt(math.fsum(float(ops.dot(g, g)) for g in gradients))
+        if norm > self.args.max_grad_norm:
+            for g in gradients:
+                g *= self.args.max_grad_norm / norm
+        return norm

@@ -33,6 +33,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kernels import dispatch
+from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
 from model import checkpoint, manifest
 from model.config import preset
@@ -112,6 +113,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
         train_dataset=rows,
         processing_class=load_tokenizer(),
+        optimizer_cls_and_kwargs=_optimizer(arguments),
         callbacks=[
             Report(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size, recipe)
         ],
@@ -188,6 +190,14 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
                 "--num_processes 1, or with configs/accelerate/reward.yaml"
             )
         import_deepspeed()
+
+
+def _optimizer(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, float]] | None:
+    """AdamW by our op where the recipe asks for AdamW, as it does by default; None leaves another choice to TRL."""
+    if not str(arguments.optim.value).startswith("adamw_torch"):
+        return None
+    numbers = {"beta1": arguments.adam_beta1, "beta2": arguments.adam_beta2, "eps": arguments.adam_epsilon}
+    return AdamW, {"lr": arguments.learning_rate, **numbers}
 
 
 def _backbone(config: RewardTrainConfig) -> InteractionModel:

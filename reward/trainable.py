@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from kernels import exact
 from reward.model import RewardModel, sum_in_order
 from reward.preference import Preference, Stretch, from_row
 
@@ -93,14 +94,16 @@ def doubt(margin: Tensor, rationality: float | None) -> Tensor:
     fp32 [P] -> fp32 [P]."""
     if rationality is None:
         return torch.zeros_like(margin)
-    return torch.where(margin > 0, torch.sigmoid(-rationality * margin), 0.0)
+    certain = [1.0 / (1.0 + exact.exp(-rationality * m)) for m in margin.tolist()]
+    return torch.where(margin > 0, 1.0 - torch.tensor(certain, dtype=torch.float64), 0.0).float()
 
 
 def stretch_scores(rewards: Sequence[Tensor], owner: Tensor, first: Tensor, end: Tensor, axis: Tensor) -> Tensor:
     """Sum of the rewards of chunks first … end - 1 on one axis, in ascending order; rewards per conversation fp32
     [chunks, axes], the others int64 [R] -> fp32 [R]."""
     padded = nn.utils.rnn.pad_sequence(list(rewards), batch_first=True)  # [S, N, axes]
-    mine = padded[owner].gather(2, axis[:, None, None].expand(-1, padded.shape[1], 1))[:, :, 0]
+    # index_select, whose gradient adds a conversation's stretches in their order; indexing may add them in any
+    mine = padded.index_select(0, owner).gather(2, axis[:, None, None].expand(-1, padded.shape[1], 1))[:, :, 0]
     chunk = torch.arange(padded.shape[1])
     inside = (chunk >= first[:, None]) & (chunk < end[:, None])
     return sum_in_order(torch.where(inside, mine, 0.0))

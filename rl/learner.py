@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernels import ops
+from kernels.adamw import MOMENTS, AdamW
 from kernels.errors import MetronomeError
 from model.checkpoint import weights_digest
 from model.logprob import TokenClasses
 from model.startup import import_deepspeed
 from model.transformer import InteractionModel
 from rl import ranks
-from rl.adamw import MOMENTS, AdamW
 from rl.batch import collate, score_choices
 from rl.config import OptimConfig
 from rollout.episode import Episode

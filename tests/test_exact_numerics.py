@@ -16,17 +16,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("kernels", "model", "rollout", "reward", "rl")
-_REWARDS = ("score", "timespeak", "turn_taking", "timing", "content", "combine", "source", "corrupt", "plays")
+_REWARDS = (
+    *("score", "timespeak", "turn_taking", "timing", "content", "combine", "source", "corrupt", "plays"),
+    *("model", "prefixes", "trainable", "graded"),
+)
 SCANNED = [
-    *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel")),
+    *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel", "adamw")),
     *sorted(f"model/{p.name}" for p in (ROOT / "model").glob("*.py") if p.stem not in ("__init__", "info", "memory")),
     *sorted(f"rollout/{p.name}" for p in (ROOT / "rollout").glob("*.py") if p.stem != "__init__"),
     *sorted(f"rollout/scenarios/{p.name}" for p in (ROOT / "rollout/scenarios").glob("*.py")),
     *(f"reward/{name}.py" for name in _REWARDS),
-    *(
-        f"rl/{name}.py"
-        for name in ("credit", "advantage", "learner", "adamw", "warmstart", "batch", "reference", "ranks")
-    ),
+    *(f"rl/{name}.py" for name in ("credit", "advantage", "learner", "warmstart", "batch", "reference", "ranks")),
 ]
 
 TRANSCENDENTAL = (
@@ -140,7 +140,11 @@ ALLOWED: dict[Place, str] = {
     ("reward/content.py", "right_places", "builtin sum"): INTEGERS,
     ("reward/corrupt.py", "corrupt", "builtin sum"): INTEGERS,
     ("rl/credit.py", "token_weights", "builtin sum"): INTEGERS,
-    ("rl/adamw.py", "AdamW", "optim"): "the class that DeepSpeed asks for; its update is an op of ours",
+    ("kernels/adamw.py", "AdamW", "optim"): "the class that DeepSpeed asks for; its update is an op of ours",
+    ("reward/prefixes.py", "last_hidden", "cumsum"): INTEGERS,
+    ("reward/prefixes.py", "last_hidden", "builtin sum"): INTEGERS,
+    ("reward/trainable.py", "Trainable.forward", "sum"): INTEGERS,
+    ("reward/graded.py", "GradedTrainer.compute_loss", "mean"): "its value is not used; each term's gradient is 1 / P",
     ("rl/warmstart.py", "warm_start", "sum"): RECORD,
     ("rl/warmstart.py", "warm_start", "builtin sum"): f"{INTEGERS}; and {RECORD}",
     ("rl/reference.py", "metrics", "sum"): RECORD,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.cpu.library import bind
-from kernels.layout import AdamW
+from kernels.layout import AdamWStep
 
 BLOCK = 4096  # elements, as in native/optimizer.cpp
 
@@ -23,7 +23,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamW) -> None:
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
     checks.adamw(parameter, gradient, first, second)
     checks.misplaced("adamw", "cpu", "cpu", parameter=parameter, gradient=gradient, first=first, second=second)
     _ADAMW(

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.layout import AdamW
+from kernels.layout import AdamWStep
 from kernels.reference_arithmetic import joined_lanes
 from kernels.triton.launch import CompileSpec, check_place, plain, run
 from kernels.triton.tiles import DOT_TILE, MAP_TILE
@@ -60,7 +60,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return joined_lanes(lanes)
 
 
-def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamW) -> None:
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
     checks.adamw(parameter, gradient, first, second)
     check_place("adamw", parameter=parameter, gradient=gradient, first=first, second=second)
     count = parameter.numel()

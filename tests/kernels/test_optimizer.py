@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.layout import AdamW
+from kernels.layout import AdamWStep
 from tests.kernels.backend import native_only, ops, small
 from tests.kernels.contract import normal, threads
 
@@ -66,7 +66,7 @@ def state(size: int) -> list[torch.Tensor]:
     return [normal(1, size), normal(2, size) * 3, normal(3, size) / 10, normal(4, size).square()]
 
 
-NUMBERS = AdamW.build(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02, taken=6)
+NUMBERS = AdamWStep.build(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02, taken=6)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -88,7 +88,7 @@ def test_adamw_is_torchs_up_to_rounding() -> None:
         gradient = normal(10 + taken, 500)
         oracle.grad = gradient.double()
         plain.step()
-        numbers = AdamW.build(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02, taken=taken)
+        numbers = AdamWStep.build(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02, taken=taken)
         ops.adamw(weight, gradient, first, second, numbers)
     assert float((weight.double() - oracle.detach()).abs().max()) < 4e-6  # a unit in the last place of 2 at each update
 

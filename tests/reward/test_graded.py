@@ -3,6 +3,7 @@ in doubt."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,14 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import RewardConfig
 
+from kernels.adamw import AdamW
 from model.tokenizer import load_tokenizer
-from reward.graded import GradedTrainer
+from reward.graded import GradedTrainer, log_sigmoid
 from reward.model import RewardModel
 from reward.preference import table
+from reward.train import _optimizer
 from reward.trainable import Collator, Trainable, doubt
+from tests.kernels.contract import normal, threads
 from tests.reward.test_model import VOCABULARY, reward_model
 from tests.reward.test_trainable import AXES, pairs
 
@@ -74,8 +78,39 @@ def test_the_loss_is_the_cross_entropy_of_the_raters_label(trainer: GradedTraine
 
 
 def test_without_doubt_it_is_trls(trainer: GradedTrainer) -> None:
+    """Up to rounding: TRL takes the logarithm from torch."""
     d = torch.tensor([-1.0, 0.3, 2.0, 5.0])
-    assert torch.equal(loss_of(trainer, d, MARGINS, torch.zeros(4)), -logsigmoid(d - MARGINS).mean())
+    found, wanted = loss_of(trainer, d, MARGINS, torch.zeros(4)), -logsigmoid(d - MARGINS).mean()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_log_sigmoid_and_its_gradient() -> None:
+    x = torch.linspace(-30, 30, 1001, requires_grad=True)
+    (slope,) = torch.autograd.grad(log_sigmoid(x).sum(), x)
+    exact = x.detach().double()
+    torch.testing.assert_close(log_sigmoid(x).double(), logsigmoid(exact), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(slope.double(), torch.sigmoid(-exact), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped_to_a_norm_that_threads_do_not_move(trainer: GradedTrainer) -> None:
+    model = torch.nn.Linear(300, 301)
+    found = []
+    for count in (1, 2, 3):
+        for p in model.parameters():
+            p.grad = normal(1, *p.shape)
+        with threads(count):
+            norm = trainer._clip_grad_norm(model)
+        found.append((norm, model.weight.grad))
+    assert norm == pytest.approx(math.sqrt(301 * 301), rel=0.02) and trainer.args.max_grad_norm == 1.0
+    assert all(n == norm and torch.equal(g, found[0][1]) for n, g in found)
+    assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(1.0)
+
+
+def test_adamw_of_the_recipe_is_ours(tmp_path: Path) -> None:
+    for optim, ours in (("adamw_torch_fused", True), ("adamw_torch", True), ("sgd", False)):
+        arguments = RewardConfig(output_dir=str(tmp_path), report_to="none", optim=optim, use_cpu=True, bf16=False)
+        chosen = _optimizer(arguments)
+        assert (chosen is not None and chosen[0] is AdamW) == ours
 
 
 @pytest.mark.parametrize("rationality", [2.0, None])

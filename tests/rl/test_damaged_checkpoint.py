@@ -104,6 +104,14 @@ def test_every_damage_is_refused_by_name(runs: Path, damage: Callable[[Path], No
     assert RunFolder.reopen(runs, "whole", recipe(runs)[2]).checkpoint_to_resume()[0] == 2
 
 
+def test_a_run_that_was_moved_keeps_its_checkpoints(runs: Path) -> None:
+    """Name and place are not the recipe's sense; another seed, the control, is."""
+    path, text = runs / "whole/checkpoints/step_000004", recipe(runs)[2]
+    manifest.check(path, recipe=text.replace("name: whole", "name: other").replace(str(runs), "/elsewhere"))
+    with pytest.raises(MetronomeError, match="saved by a run of another recipe"):
+        manifest.check(path, recipe=text.replace("seed: 0", "seed: 1"))
+
+
 def test_a_checkpoint_of_another_runs_recipe(runs: Path) -> None:
     edit_manifest(runs / "whole/checkpoints/step_000004", lambda content: content | {"recipe": "0" * 64})
     assert "saved by a run of another recipe" in refused(runs)

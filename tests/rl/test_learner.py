@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from kernels import ops
+from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
 from model import checkpoint
 from model.audio import DMel
 from model.checkpoint import weights_digest
 from model.config import preset
 from model.transformer import InteractionModel
-from rl.adamw import AdamW
 from rl.batch import collate, score_choices
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner import Gradient, Learner, learning_rate, policy_gradient

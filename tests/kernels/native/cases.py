@@ -20,7 +20,7 @@ from kernels.cpu import library
 from kernels.cpu.dmel import transform
 from kernels.dmel import Tables
 from kernels.exact import roots_of_unity
-from kernels.layout import SPLIT_TOKENS, AdamW, PagedKV, Segments
+from kernels.layout import SPLIT_TOKENS, AdamWStep, PagedKV, Segments
 from tests.kernels.contract import DTYPES, generator, normal
 from tests.kernels.noise import words
 
@@ -171,7 +171,7 @@ def _functions() -> Digests:
 def _updates() -> Digests:
     """Sums over whole tensors and AdamW's updates, of sizes that leave every remainder of a vector and of a block."""
     found = {}
-    step = AdamW.build(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02, taken=3)
+    step = AdamWStep.build(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02, taken=3)
     for size in (1, 5, 8, 13, 31, 4096, 4103, 20_011):
         state = [normal(50, size), normal(51, size), normal(52, size), normal(53, size).square()]
         found[f"dot {size}"] = sha((ops.dot(state[0], state[1]),))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import layout, ops
+from kernels import ops
+from kernels.layout import AdamWStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of an update's running means, of the gradient and of its square; torch's names."""
@@ -45,7 +46,7 @@ class AdamW(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.moments(parameter)
-                numbers = layout.AdamW.build(
+                numbers = AdamWStep.build(
                     lr=group["lr"],
                     beta1=group["beta1"],
                     beta2=group["beta2"],
