@@ -46,7 +46,7 @@ def write(folder: Path, name: str, recipe: str = "") -> None:
     files = {
         at: {"size": (folder / at).stat().st_size, "sha256": _file_digest(folder / at)} for at in sorted(_files(folder))
     }
-    content = {"format": FORMAT, "name": name, "recipe": _text_digest(recipe), "files": files}
+    content = {"format": FORMAT, "name": name, "recipe": _recipe_digest(recipe), "files": files}
     content["digest"] = _own_digest(content)
     write_whole(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -77,7 +77,7 @@ def _check(folder: Path, part: str, recipe: str | None) -> None:
     actual = folder.resolve().name
     if actual != content["name"] and _SERIES.fullmatch(actual):
         raise _Fault(f"it was saved as {content['name']} ({MANIFEST}): another one lies in its place")
-    if recipe is not None and content["recipe"] != _text_digest(recipe):
+    if recipe is not None and content["recipe"] != _recipe_digest(recipe):
         raise _Fault(f"it was saved by a run of another recipe ({MANIFEST})")
     inside = f"{part}/" if part else ""
     listed = {at: entry for at, entry in content["files"].items() if at.startswith(inside)}
@@ -175,7 +175,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _text_digest(recipe: str) -> str:
+def _recipe_digest(recipe: str) -> str:
     """Of what a recipe says, but for where the run's folder lies: a run that was copied or moved goes on."""
     try:
         fields = yaml.safe_load(recipe)
@@ -189,4 +189,4 @@ def _text_digest(recipe: str) -> str:
 
 def _own_digest(content: dict[str, Any]) -> str:
     rest = {field: value for field, value in content.items() if field != "digest"}
-    return _text_digest(json.dumps(rest, sort_keys=True))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -120,7 +120,7 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(copy: Path) -> None:
 
 def test_another_recipes_checkpoint_is_refused(copy: Path) -> None:
     folder = copy / "r/checkpoints/checkpoint-4"
-    manifest.write(folder, folder.name, "name: another\n")
+    manifest.write(folder, folder.name, "seed: 7\n")
     with pytest.raises(MetronomeError, match="saved by a run of another recipe"):
         train(replace(config(copy), seed=0), RECIPE, True)
 
