@@ -56,6 +56,7 @@ class Worker:
             self._model.pack()
         elif self._engine.weights_digest != task.weights_digest:
             safetensors.torch.load_model(self._model, self._weights)
+            self._model.changed()
             self._engine.publish()
         if self._engine is None or self._engine.temperature != task.temperature:
             self._engine = SessionEngine(

@@ -87,6 +87,16 @@ def test_a_forgotten_module_is_refused_and_named(monkeypatch: pytest.MonkeyPatch
         packs.check(one)
 
 
+def test_a_stale_transpose_is_named() -> None:
+    """Read by gradients only: log-probs would be right and every update wrong."""
+    one = model("nano")
+    forward(one).sum().backward()
+    pack = one.layers[0].self_attn.packed.out
+    pack.data["transposed"].view(-1)[3] += 1.0
+    with pytest.raises(StaleCopyError, match=r"layers\.0\.self_attn\.packed\.out\.transposed"):
+        packs.check(one)
+
+
 def test_a_forgotten_derived_tensor_is_named() -> None:
     one = model("tiny")
     stale = one.layers[2].mlp.packed.scale.clone()
