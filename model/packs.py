@@ -56,7 +56,7 @@ def digest(module: nn.Module) -> str:
 def check(module: nn.Module) -> None:
     """Raises StaleCopyError unless every copy is, bit for bit, what its parameters' present values give."""
     for name, pack in packs(module):
-        # Filled from nothing, with the same buffers: those of the transpose, for gradients, are there once they are used.
+        # Filled from nothing, with the same buffers: those of the transpose are there once a gradient has used them.
         empty = {buffer: torch.zeros_like(x) for buffer, x in pack.data.items()}
         fresh = replace(pack, data=empty, weights=Generation(), made=0)
         ops.repack(fresh)
