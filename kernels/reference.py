@@ -39,7 +39,8 @@ _FLOATS = (*FLOATS, torch.float64)
 
 
 def contract() -> dict[str, str | int]:
-    return {"numerics": NUMERICS_VERSION, "bf16": "exact"}
+    # exp and log are torch's in float64, rounded to fp32: nearly always, but not provably, the same on every processor.
+    return {"numerics": NUMERICS_VERSION, "bf16": "exact", "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def instruction_set() -> str:

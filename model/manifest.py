@@ -26,8 +26,8 @@ from model.files import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "metronome.manifest/1"
-PLACE = ("name", "runs")
-"""Fields of a recipe that say where its run lies."""
+PLACE = ("name", "runs", "tracking")
+"""What a recipe says of where a run is kept; it enters no result."""
 _SERIES = re.compile(r"(step_|checkpoint-)(\d+)")
 """Names of checkpoints that a run saves one after another."""
 
@@ -63,11 +63,12 @@ def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
 
 
 def check_loaded(folder: Path) -> None:
-    """`check` for ``folder`` alone, which may be a checkpoint or a part of one; does nothing where neither has a
-    manifest, as in what transformers saves."""
+    """`check` for ``folder`` alone, which may be a checkpoint or a part of one. Does nothing for a folder that no run
+    of ours saved, as what transformers saves: neither it nor the one around it has a manifest, or is called as a run's
+    checkpoints are."""
     whole = folder.resolve()
     for root, part in ((folder, ""), (whole.parent, whole.name)):
-        if _has_ours(root):
+        if _has_ours(root) or _SERIES.fullmatch(root.resolve().name):
             check(root, part=part)
             return
 

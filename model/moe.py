@@ -98,8 +98,14 @@ class MixtureOfExperts(nn.Module):
         return ops.moe_combine(ops.expert_linear(inner, w.down, expert), weight)
 
 
+@dataclass(slots=True)
+class _PackedDense:
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
 class DenseMLP(nn.Module):
-    packed: tuple[PackedLinear, PackedLinear]  # set by `pack`
+    packed: _PackedDense  # set by `pack`
 
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -110,16 +116,16 @@ class DenseMLP(nn.Module):
         self.global_scale = nn.Parameter(torch.empty(1, dtype=dtype))
 
     def pack(self) -> None:
-        self.packed = (
-            ops.pack_linear(self.gate_proj.weight, self.up_proj.weight),
-            ops.pack_linear(self.down_proj.weight),
+        self.packed = _PackedDense(
+            gate_up=ops.pack_linear(self.gate_proj.weight, self.up_proj.weight),
+            down=ops.pack_linear(self.down_proj.weight),
         )
 
     def repack(self) -> None:
-        for packed in self.packed:
-            ops.repack(packed)
+        ops.repack(self.packed.gate_up)
+        ops.repack(self.packed.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] normed -> [T, D]."""
-        gate_up, down = self.packed
-        return ops.scale(ops.linear(ops.swiglu(ops.linear(x, gate_up)), down), self.global_scale)
+        w = self.packed
+        return ops.scale(ops.linear(ops.swiglu(ops.linear(x, w.gate_up)), w.down), self.global_scale)

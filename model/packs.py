@@ -45,11 +45,11 @@ def adopt(module: nn.Module, generation: Generation) -> None:
 def digest(module: nn.Module) -> str:
     """32 hexadecimal digits over every copy below ``module``, in name order: names, dtypes, shapes and bytes. It
     depends on the backend's layout, so it compares runs of one contract."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, copy in sorted(_copies(module)):
-        found.update(f"{name} {copy.dtype} {list(copy.shape)}\n".encode())
-        found.update(copy.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
+        hashed.update(f"{name} {copy.dtype} {list(copy.shape)}\n".encode())
+        hashed.update(_bytes(copy).cpu().numpy().data)
+    return hashed.hexdigest()[:32]
 
 
 @torch.no_grad()
@@ -68,11 +68,16 @@ def check(module: nn.Module) -> None:
 
 
 def _compare(name: str, copy: Tensor, wanted: Tensor) -> None:
-    if not torch.equal(copy, wanted):
+    if copy.shape != wanted.shape or not torch.equal(_bytes(copy), _bytes(wanted)):
         raise StaleCopyError(
             f"{name}: this copy of the weights was not refreshed after their last update, so that sampler and learner "
             "would compute with other weights than those that are saved; call repack() on the model after each update"
         )
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """As uint8: a NaN is like itself, and -0 is not +0."""
+    return x.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _derived(part: nn.Module) -> dict[str, Tensor]:
@@ -91,10 +96,14 @@ def _copies(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, part in module.named_modules():
         value = part.__dict__.get("packed")
-        if is_dataclass(value) and not isinstance(value, PackedLinear | PackedExperts):
+        if value is None:
+            continue
+        if isinstance(value, PackedLinear | PackedExperts):
+            items = [("", value)]
+        elif is_dataclass(value):
             items = [(f.name, getattr(value, f.name)) for f in fields(value)]
         else:
-            items = [("", value)]
+            raise TypeError(f"{name}.packed is a {type(value).__name__}: packs are looked for in dataclasses")
         prefix = f"{name}.packed" if name else "packed"
         for field, item in items:
             yield (f"{prefix}.{field}" if field else prefix), item

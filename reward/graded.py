@@ -8,6 +8,7 @@ rater's does, and what the model cannot tell apart gets a mean of it.
 
 TRL's loop and its records are used; what decides a weight is computed here by our ops, so that equal pairs give equal
 models on every processor and for any number of threads: log sigmoid, the norm that gradients are clipped to, AdamW.
+Under accelerate's DeepSpeed the clipping is DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from trl import RewardTrainer
 
 from kernels import ops
+from kernels.errors import MetronomeError
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -52,9 +55,19 @@ class GradedTrainer(RewardTrainer):
 
     @torch.no_grad()
     def _clip_grad_norm(self, model: nn.Module) -> float:
-        """The gradient's norm before clipping, which torch adds in an order that follows the threads."""
+        """The gradient's norm before clipping, which torch adds in an order that follows the threads. Raises
+        MetronomeError when it is not finite."""
+        if (
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        ):  # whose engine clips, and has stepped already
+            return float(super()._clip_grad_norm(model))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = math.sqrt(math.fsum(float(ops.dot(g, g)) for g in gradients))
+        if not math.isfinite(norm):
+            raise MetronomeError(
+                f"the gradient of step {self.state.global_step} is not finite; no step was taken. Lower "
+                "trainer.learning_rate, or resume from an earlier checkpoint"
+            )
         if norm > self.args.max_grad_norm:
             for g in gradients:
                 g *= self.args.max_grad_norm / norm

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kernels import ops
 from kernels.errors import MetronomeError
 from kernels.layout import PackedLinear
-from model import checkpoint, manifest
+from model import checkpoint, manifest, packs
 from model.embed import Weight
 from model.files import whole_folder
 from model.transformer import InteractionModel
@@ -63,6 +63,7 @@ class RewardModel(nn.Module):
     def pack(self) -> None:
         self.backbone.pack()
         self.packed = ops.pack_linear(self.heads.weight)
+        packs.adopt(self, self.backbone.generation)  # one count of changes for all
 
     def repack(self) -> None:
         """Takes over the parameters' current values; needed after each update, as in `InteractionModel`."""

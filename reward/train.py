@@ -2,7 +2,8 @@
 
     accelerate launch --config_file configs/accelerate/reward.yaml -m reward.train --config configs/reward_timing.yaml
 
-TRL's loop, loss and optimizer are used as they are, but for graded labels (`reward.graded`). Ours are the model, and
+TRL's loop and its loss as a function are used; what computes them is ours (`reward.graded`: labels may be graded; loss,
+clipping and AdamW run through our ops). Under accelerate's DeepSpeed clipping is DeepSpeed's. Ours are the model, and
 the collator, which puts every conversation of a batch into one packed forward pass once, in however many pairs it is.
 Pairs are taken in the order of the data set, where pairs that share conversations stand together. ``--resume`` goes on
 from the newest finished checkpoint: the newest with a manifest, whose files must be those that it lists. TRL's state is
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from kernels import dispatch
 from kernels.adamw import AdamW
@@ -194,7 +196,7 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
 
 def _optimizer(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, float]] | None:
     """AdamW by our op where the recipe asks for AdamW, as it does by default; None leaves another choice to TRL."""
-    if not str(arguments.optim.value).startswith("adamw_torch"):
+    if arguments.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
         return None
     numbers = {"beta1": arguments.adam_beta1, "beta2": arguments.adam_beta2, "eps": arguments.adam_epsilon}
     return AdamW, {"lr": arguments.learning_rate, **numbers}
@@ -202,7 +204,7 @@ def _optimizer(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer
 
 def _backbone(config: RewardTrainConfig) -> InteractionModel:
     if config.backbone.checkpoint is not None:
-        return checkpoint.load(config.backbone.checkpoint)
+        return checkpoint.load(config.backbone.checkpoint, torch.float32)  # also of a policy in bf16
     model = InteractionModel(preset(config.backbone.preset))
     model.init_weights(config.seed)
     return model

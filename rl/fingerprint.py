@@ -7,7 +7,7 @@ simulated user's audio, dMel codes, demonstrations, fresh weights; three supervi
 clipped gradient, weights); sampled noise and tokens; episodes, rewards and advantages. Equal digests mean equal bits.
 ``--against`` names the first stage that differs from an earlier FILE's and exits with status 1, as it does for another
 contract.
-On one processor or many, the stages of one contract are the same: `tests/golden/fingerprint.json` holds them.
+On every processor the stages of one contract are the same: `tests/golden/fingerprint.json` holds them.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     earlier = None if given.against is None else _read(given.against)
     ranks.join()
+    if ranks.world() != 1:
+        raise MetronomeError(f"a fingerprint is of one process, not of {ranks.world()}: start it without a launcher")
     try:
         found = fingerprint()
     finally:

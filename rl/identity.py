@@ -76,7 +76,7 @@ def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_dige
         if e.contract_id != contract_id:
             raise NotComparableError(
                 f"episode {e.name}: sampled under contract {e.contract_id}, but this learner's is {contract_id}. Bits "
-                "of other backends, instruction sets or versions cannot be compared: roll the episodes out again here."
+                "of other backends, kinds of GPU or versions cannot be compared: roll the episodes out again here."
             )
         if e.weights_digest != weights_digest:
             raise NotComparableError(

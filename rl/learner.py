@@ -224,6 +224,9 @@ class Learner:
             masters = None
             if self._masters is not self._weights:
                 masters = [tensors[f"master.{name}"] for name in self._names]
+            for name, master, values in zip(self._names, self._masters, moments, strict=True):
+                if any(value.shape != master.shape or value.dtype != torch.float32 for value in values):
+                    raise ValueError(f"a moment of {name} is not float32 of {list(master.shape)}")
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise MetronomeError(
                 f"{folder}: holds no learner state that can be read ({error}). Resume from another checkpoint, or "
@@ -247,6 +250,11 @@ class Learner:
                 self._adamw.moments(parameter)["taken"] = taken
         self.taken = taken
         self._publish()
+        if (found := weights_digest(self.model)) != digest:
+            raise MetronomeError(
+                f"{folder}: the masters in {OPTIMIZER} round to weights {found}, not to {digest}. Resume from another "
+                "checkpoint, or start anew."
+            )
 
     def _parts(self, master: Tensor, moment: str | None) -> tuple[Tensor, slice] | None:
         """What this rank keeps of a parameter's fp32 value (None) or one of its moments: the elements, a view of the
@@ -259,8 +267,9 @@ class Learner:
             return None
         flat = self._adamw.param_groups[mapping.param_group_index]["params"][0]  # DeepSpeed's partition of the group
         kept = self._adamw.moments(flat)[moment] if moment else flat.data
-        there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return kept.narrow(0, there.start, there.numel), slice(here.start, here.start + here.numel)
+        flat_place, own_place = mapping.hp_fragment_address, mapping.lp_fragment_address
+        own = slice(own_place.start, own_place.start + own_place.numel)
+        return kept.narrow(0, flat_place.start, flat_place.numel), own
 
     def _gathered(self, master: Tensor, moment: str) -> Tensor:
         """All of a moment, on every rank. Each element is one rank's; the others add zeros, which change no bit."""

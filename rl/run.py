@@ -66,6 +66,7 @@ class Progress:
     mismatch: Mismatch
     wall_s: float
     reward_models: tuple[str, ...]  # digest of each one's weights
+    processes: int  # that sum the gradients; another number sums them in another order
     stopped: bool = False  # by the watch over learned rewards
     scales: Scales = field(default_factory=dict)  # of the advantages (`rl.credit`)
 
@@ -121,7 +122,7 @@ class Run:
             for record in warm_start(self.config, self.bank, self.model, self.vocabulary):
                 phase.advance(record)
                 self.tracker.log(int(record["step"]), record)
-        progress = Progress(0, self.examine(), Mismatch.total([]), self.wall_s(), self.source.digests)
+        progress = Progress(0, self.examine(), Mismatch.total([]), self.wall_s(), self.source.digests, ranks.world())
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         save(self.folder, learner, progress)
         return learner, progress
@@ -136,6 +137,12 @@ class Run:
             raise MetronomeError(
                 f"source.models: other weights than the run in {self.folder.path} began with; put those back, or start "
                 "a new run under another --name"
+            )
+        if progress.processes != ranks.world():
+            raise MetronomeError(
+                f"the run in {self.folder.path} was begun by {progress.processes} processes, this is {ranks.world()}: "
+                "another number sums gradients in another order and ends with other weights. Give the launcher "
+                f"--num_processes {progress.processes}, or start a new run under another --name"
             )
         checkpoint.load_into(self.model, path / "model")
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
@@ -182,7 +189,7 @@ class Run:
 
     def finish(self, progress: Progress) -> None:
         """The held-out result of the final weights, summary.json, the closing table and the audit's report. Raises
-        DifferentError, on every rank, when the audit has found a bit that differs."""
+        DifferentError, on every rank, when the audit has found a bit that differs or records that contradict it."""
         after = self.examine()
         summary: dict[str, float | int | str] = {
             **progress.before.named("before"),
@@ -197,25 +204,29 @@ class Run:
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
         self.display.summary(summary, self.folder.path)
-        verdict = self.audit()
+        fault = self.audit()
         self.tracker.close()
-        if verdict == "different":
+        if fault:
             raise DifferentError(
-                f"the closing audit found bits that differ between sampler and learner, though every step's own check "
-                f"passed; see {self.folder.path / 'audit' / 'report.html'}"
+                f"the closing audit found {fault}, though every step's own check passed; see "
+                f"{self.folder.path / 'audit' / 'report.html'}"
             )
 
     def audit(self) -> str:
-        """Writes audit/report.html and report.json, and says what they say; returns the verdict, on every rank and only
-        when all is written, since the launcher stops the others as soon as one has ended badly."""
-        verdict = ""
+        """Writes audit/report.html and report.json, and says what they say. Returns what is wrong, "" for nothing, on
+        every rank and only when all is written, since the launcher stops the others as soon as one has ended badly."""
+        fault = ""
         if ranks.rank() == 0:
             folder = self.folder.path / "audit"
             report = audit(self.folder.path, AUDITED)
             self.display.say(statement(report, folder))
             self.tracker.artifact(folder)
-            verdict = report["verdict"]
-        return str(ranks.gather(verdict)[0])
+            conflicts = report["not_comparable"]
+            if report["verdict"] == "different":
+                fault = "bits that differ between sampler and learner"
+            elif conflicts["contradictions"] or conflicts["episodes"]:
+                fault = "that what the run saved contradicts what it recorded"
+        return str(ranks.gather(fault)[0])
 
     def alarmed(self, progress: Progress) -> bool:
         """Says so when the learned reward is over-optimised since the last evaluation; whether the run ends for it."""

@@ -18,15 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ("kernels", "model", "rollout", "reward", "rl")
 _REWARDS = (
     *("score", "timespeak", "turn_taking", "timing", "content", "combine", "source", "corrupt", "plays"),
-    *("model", "prefixes", "trainable", "graded"),
+    *("model", "prefixes", "trainable", "graded", "train"),
 )
 SCANNED = [
-    *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel", "adamw")),
+    *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel", "adamw", "layout", "ops")),
+    *sorted(
+        f"kernels/cpu/{p.name}" for p in (ROOT / "kernels/cpu").glob("*.py") if p.stem not in ("__init__", "library")
+    ),
     *sorted(f"model/{p.name}" for p in (ROOT / "model").glob("*.py") if p.stem not in ("__init__", "info", "memory")),
     *sorted(f"rollout/{p.name}" for p in (ROOT / "rollout").glob("*.py") if p.stem != "__init__"),
     *sorted(f"rollout/scenarios/{p.name}" for p in (ROOT / "rollout/scenarios").glob("*.py")),
     *(f"reward/{name}.py" for name in _REWARDS),
-    *(f"rl/{name}.py" for name in ("credit", "advantage", "learner", "warmstart", "batch", "reference", "ranks")),
+    *(
+        f"rl/{name}.py"
+        for name in ("credit", "advantage", "learner", "loop", "warmstart", "batch", "reference", "ranks")
+    ),
 ]
 
 TRANSCENDENTAL = (
@@ -38,10 +44,14 @@ PRODUCTS = (
     "fft linalg matmul mm bmm mv addmm addmv addbmm baddbmm dot vdot inner outer einsum tensordot convolve correlate "
     "conv1d conv2d linear scaled_dot_product_attention cdist cov corrcoef optim hann_window hamming_window"
 )
-SUMS = "sum nansum mean nanmean average std var norm vector_norm trace cumsum cumprod prod trapezoid fmean"
+SUMS = (
+    "sum nansum mean nanmean average std var norm vector_norm trace cumsum cumprod prod trapezoid fmean "
+    "median quantile percentile"
+)
 FUSED = "lerp addcmul addcdiv"  # some builds fuse the product and the sum
 RANDOM = (
-    "normal standard_normal randn randn_like exponential standard_exponential gumbel laplace lognormal standard_gamma"
+    "normal standard_normal randn randn_like exponential standard_exponential gumbel laplace lognormal standard_gamma "
+    "poisson binomial beta"
 )
 REFUSED = frozenset(" ".join((TRANSCENDENTAL, PRODUCTS, SUMS, FUSED, RANDOM)).split())
 
@@ -129,6 +139,11 @@ ALLOWED: dict[Place, str] = {
     ("kernels/exact.py", "exp", "exp"): DECIMAL,
     ("kernels/exact.py", "_atan_of_inverse", "**"): DECIMAL,
     ("kernels/exact.py", "_unit", "**"): DECIMAL,
+    ("kernels/layout.py", "Segments.build", "builtin sum"): INTEGERS,
+    ("kernels/layout.py", "PackedLinear.build", "builtin sum"): INTEGERS,
+    ("kernels/layout.py", "PackedExperts.build", "builtin sum"): INTEGERS,
+    ("kernels/ops.py", "linear", "linear"): "ours, called through the backend",
+    ("kernels/ops.py", "dot", "dot"): "ours, called through the backend",
     ("model/audio.py", "mel_filters", "exp"): DECIMAL,
     ("model/draws.py", "near_normal", "sum"): INTEGERS,
     ("model/state.py", "SessionState.__init__", "builtin sum"): INTEGERS,
@@ -145,6 +160,13 @@ ALLOWED: dict[Place, str] = {
     ("reward/prefixes.py", "last_hidden", "builtin sum"): INTEGERS,
     ("reward/trainable.py", "Trainable.forward", "sum"): INTEGERS,
     ("reward/graded.py", "GradedTrainer.compute_loss", "mean"): "its value is not used; each term's gradient is 1 / P",
+    ("reward/corrupt.py", "Expert.of", "quantile"): "two of the sorted values and one product and sum of elements",
+    ("reward/train.py", "train", "builtin sum"): INTEGERS,
+    ("reward/train.py", "_optimizer", "optim"): "a field of TRL's arguments",
+    ("rl/loop.py", "", "fmean"): RECORD,
+    ("rl/loop.py", "rewards", "sum"): RECORD,
+    ("rl/loop.py", "_mean", "sum"): RECORD,
+    ("rl/loop.py", "_mean", "builtin sum"): RECORD,
     ("rl/warmstart.py", "warm_start", "sum"): RECORD,
     ("rl/warmstart.py", "warm_start", "builtin sum"): f"{INTEGERS}; and {RECORD}",
     ("rl/reference.py", "metrics", "sum"): RECORD,

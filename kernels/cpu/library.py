@@ -113,7 +113,8 @@ def _keep_freed_memory() -> None:
 
 
 def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
-    """Raises unless both libraries give equal bits for exp, log, Gumbel noise, products, attention and sampling."""
+    """Raises unless both libraries give equal bits for exp, log, Gumbel noise, products, attention, sampling, sums and
+    AdamW's update. (dMel's function needs tables; its digests are among those that the tests compare.)"""
     x = torch.linspace(-110, 95, 999)
     results = []
     for lib in (one, other):
@@ -124,13 +125,24 @@ def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
         word, noise = torch.arange(-500, 499) * 0x0041C64E6D3B5F87, torch.empty_like(x)
         _bind(lib, "vec_gumbel", "ppi")(word.data_ptr(), noise.data_ptr(), x.numel())
         attended, sampled = _attended(lib, x[:300].view(20, 15)), _sampled(lib, x[:300].view(3, 100) / 9)
-        parts = [exp, log, noise, *products, attended, sampled]
-        results.append(torch.cat(parts).view(torch.int32))
+        parts = [exp, log, noise, *products, attended, sampled, *_updated(lib, x / 100)]
+        results.append(torch.cat([part.view(torch.int32) for part in parts]))
     if not torch.equal(*results):
         raise RuntimeError(
             "on this processor the avx512 kernels differ from the avx2 ones, which breaks the promise of equal bits; "
             "set METRONOME_ISA=avx2"
         )
+
+
+def _updated(lib: ctypes.CDLL, x: torch.Tensor) -> list[torch.Tensor]:
+    """AdamW's weights and moments, and the sum of squares (fp64)."""
+    weight, first, second = x.flip(0), x / 3, x * x
+    numbers = (0.99, 0.1, 0.95, 0.05, 1e-3, 0.3, 1e-8)
+    pointers = [t.data_ptr() for t in (weight, x, first, second)]
+    _bind(lib, "adamw_f32", "ppppifffffff")(*pointers, x.numel(), *numbers)
+    partial, total = torch.empty(1, dtype=torch.float64), torch.empty(1, dtype=torch.float64)
+    _bind(lib, "dot_f32", "ppipp")(x.data_ptr(), x.data_ptr(), x.numel(), partial.data_ptr(), total.data_ptr())
+    return [weight, first, second, total]
 
 
 def _product(lib: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

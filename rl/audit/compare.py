@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kernels.errors import MetronomeError
+from model.manifest import PLACE
 from rl.audit.page import render
 from rl.audit.pictures import chart, line
 from rl.audit.records import Records, flat, read
@@ -21,9 +22,6 @@ from rl.audit.report import machines, write
 from rl.audit.verdict import SCHEMA
 from rl.identity import unequal_bits
 from rollout.episode import TENSORS, Episode, load_episodes
-
-PLACE = ("name", "runs", "tracking")
-"""What a recipe says of where a run is kept; it enters no result."""
 
 
 def compare_runs(a: Path, b: Path, out: Path) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def comparison(a: Records, b: Records) -> dict[str, Any]:
         "kind": "comparison",
         "verdict": verdict,
         "title": f"runs {a.name} (A) and {b.name} (B)",
-        "headline": _headline(verdict, len(common), unequal, episodes, reasons),
+        "headline": _headline(verdict, len(common), unequal, episodes, reasons) + _processes(a, b),
         "scope": _scope(a, b, len(common), episodes),
         "num_tokens": episodes.tokens,
         "num_unequal": episodes.tokens_unequal,
@@ -109,6 +107,14 @@ def comparison(a: Records, b: Records) -> dict[str, Any]:
             for s in sorted(steps_a.keys() | steps_b.keys())
         ],
     }
+
+
+def _processes(a: Records, b: Records) -> str:
+    """A sentence where the two were run by different numbers of processes, which sum gradients in different orders."""
+    if a.processes == b.processes:
+        return ""
+    counts = [records.processes or "an unknown number" for records in (a, b)]
+    return f" Processes: {counts[0]} ran A, {counts[1]} ran B."
 
 
 def _reasons(a: Records, b: Records) -> list[str]:

@@ -51,6 +51,7 @@ function counts(report) {
 function runPage() {
   facts([[`Tokens ${report.basis === "records" ? "on record" : "re-scored"}`, whole(report.num_tokens)], ["Tokens that differ", whole(report.num_unequal)], ["Rows that differ", whole(report.rows_unequal)],
     ...(report.verdict === "different" ? [["k1, nats", short(report.k1)], ["k3, nats", short(report.k3)], ["Largest difference, nats", short(report.max_abs)]] : []),
+    ["Processes", report.run.processes === null ? "unknown" : whole(report.run.processes)],
     ["Steps on record", report.run.steps_planned ? `${whole(report.run.steps_recorded)} of ${whole(report.run.steps_planned)}` : whole(report.run.steps_recorded)],
     ["Contract", report.contract.run ?? "unknown", "mono"]]);
   const conflicts = report.not_comparable, first = report.first_difference, why = report.diagnosis;

@@ -54,6 +54,12 @@ class Records:
         return None if found is None else str(found)
 
     @property
+    def processes(self) -> int | None:
+        """How many summed the gradients; digests of the weights are of this number."""
+        found = self.environment.get("processes")
+        return found if type(found) is int else None
+
+    @property
     def planned_steps(self) -> int | None:
         return self.config.rl.steps if self.config else None
 

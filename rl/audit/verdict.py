@@ -65,6 +65,7 @@ def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
             "finished": bool(records.summary),
             "steps_recorded": len(records.metrics),
             "steps_planned": records.planned_steps,
+            "processes": records.processes,
             "weights_digest": _text(records.summary.get("weights_digest")),
         },
         "contract": {

@@ -117,6 +117,9 @@ def test_bf16_trains_on_three_processes(tmp_path: Path) -> None:
     before = digests(folder)
     shutil.rmtree(folder / "checkpoints" / "step_000004")
     (folder / "summary.json").unlink()
+    fewer = launch(tmp_path, "--name", "first", "--resume", "true", *three, processes=2)
+    assert fewer.returncode != 0 and "was begun by 3 processes, this is 2" in fewer.stderr
+    assert digests(folder) == before
     resumed = launch(tmp_path, "--name", "first", "--resume", "true", *three, processes=3)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert digests(folder) == before and without_time(summary(tmp_path, "first")) == without_time(found)

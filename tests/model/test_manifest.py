@@ -145,8 +145,11 @@ def test_every_load_goes_through_the_check(tmp_path: Path) -> None:
     for load in (checkpoint.load, lambda folder: checkpoint.load_into(into, folder)):
         with pytest.raises(CheckpointError, match=r"model/model\.safetensors is damaged: its digest"):
             load(step / "model")
-    (step / MANIFEST).unlink()  # the control: without a manifest the bit is not seen
-    assert checkpoint.weights_digest(checkpoint.load(step / "model")) != digest
+    (step / MANIFEST).unlink()  # a run's checkpoint has one; taking it away hides nothing
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        checkpoint.load(step / "model")
+    step.rename(tmp_path / "elsewhere")  # the control: a folder that no run saved has none, and the bit is not seen
+    assert checkpoint.weights_digest(checkpoint.load(tmp_path / "elsewhere" / "model")) != digest
 
 
 def test_a_renamed_checkpoint_is_not_loaded(tmp_path: Path) -> None:

@@ -35,6 +35,18 @@ def disturb(of: torch.nn.Module) -> None:
         tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype) / 10)
 
 
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
+@pytest.mark.parametrize("name", ["nano", "tiny"])
+def test_no_module_can_be_forgotten(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model(name)
+    monkeypatch.setattr(getattr(one.layers[1], part), "repack", lambda: None)
+    disturb(one)
+    one.changed()
+    one.repack()
+    with torch.no_grad(), pytest.raises(StaleWeightsError):
+        forward(one)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["nano", "tiny"])
 def test_repack_equals_a_fresh_pack_of_every_module(name: str, dtype: torch.dtype) -> None:
@@ -57,6 +69,24 @@ def test_repack_equals_a_fresh_pack_of_every_module(name: str, dtype: torch.dtyp
         for buffer in b.data:
             assert torch.equal(a.data[buffer], b.data[buffer]), (name_a, buffer)
     packs.check(one)
+
+
+@pytest.mark.parametrize("name", ["nano", "tiny"])
+def test_every_pack_that_is_made_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    for op in ("pack_linear", "pack_experts"):
+        honest = getattr(ops, op)
+        monkeypatch.setattr(ops, op, lambda *parts, honest=honest: made.append(honest(*parts)) or made[-1])
+    one = model(name)
+    assert len(made) > 5 and {id(p) for p in made} == {id(p) for _, p in packs.packs(one)}
+    assert all(p.weights is one.generation for _, p in packs.packs(one))
+
+
+def test_a_pack_in_another_place_is_an_error() -> None:
+    one = model("nano")
+    one.layers[0].mlp.packed = (one.layers[0].mlp.packed.down,)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"mlp\.packed is a tuple"):
+        packs.check(one)
 
 
 def test_every_kind_of_copy_is_found() -> None:
@@ -133,6 +163,9 @@ def test_reward_models_copies_are_found_too() -> None:
     reward = RewardModel.build(model("nano"), ("timing",))
     names = [name for name, _ in packs.packs(reward)]
     assert "packed" in names and "backbone.packed" in names
+    reward.backbone.changed()
+    with torch.no_grad(), pytest.raises(StaleWeightsError):
+        ops.linear(torch.zeros(1, reward.heads.weight.shape[1]), reward._ready(), torch.float32)
 
 
 def test_a_pack_alone_needs_no_model() -> None:

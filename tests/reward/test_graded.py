@@ -14,11 +14,15 @@ from torch.nn.functional import logsigmoid
 from trl import RewardConfig
 
 from kernels.adamw import AdamW
+from kernels.errors import MetronomeError
+from model import checkpoint
+from model.config import preset
 from model.tokenizer import load_tokenizer
+from model.transformer import InteractionModel
 from reward.graded import GradedTrainer, log_sigmoid
 from reward.model import RewardModel
 from reward.preference import table
-from reward.train import _optimizer
+from reward.train import BackboneRecipe, RewardTrainConfig, _backbone, _optimizer
 from reward.trainable import Collator, Trainable, doubt
 from tests.kernels.contract import normal, threads
 from tests.reward.test_model import VOCABULARY, reward_model
@@ -104,6 +108,25 @@ def test_gradients_are_clipped_to_a_norm_that_threads_do_not_move(trainer: Grade
     assert norm == pytest.approx(math.sqrt(301 * 301), rel=0.02) and trainer.args.max_grad_norm == 1.0
     assert all(n == norm and torch.equal(g, found[0][1]) for n, g in found)
     assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradient_that_is_not_finite_is_an_error(trainer: GradedTrainer, value: float) -> None:
+    model = torch.nn.Linear(3, 4)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.bias.grad[2] = value
+    with pytest.raises(MetronomeError, match="gradient of step 0 is not finite; no step was taken"):
+        trainer._clip_grad_norm(model)
+
+
+def test_a_policy_in_bf16_is_trained_in_fp32(tmp_path: Path) -> None:
+    policy = InteractionModel(preset("nano"), torch.bfloat16)
+    policy.init_weights(0)
+    checkpoint.save(policy, tmp_path / "policy")
+    made = _backbone(RewardTrainConfig(backbone=BackboneRecipe(checkpoint=str(tmp_path / "policy"))))
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert torch.equal(made.lm_head.weight, policy.lm_head.weight.float())
 
 
 def test_adamw_of_the_recipe_is_ours(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Takes a few learner steps with gradients made up for each rank, and saves the learner; run by `test_processes`.
 
-    accelerate launch … -m tests.rl.steps_of_ranks FOLDER STAGE DTYPE
+    accelerate launch … -m tests.rl.steps_of_ranks FOLDER STAGE DTYPE [mean]
 
 Rank r's gradient of a step is a function of r and the step. Prints the weights' digest, once."""
 
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+import rl.learner
 from model.checkpoint import weights_digest
 from model.config import preset
 from model.transformer import InteractionModel
@@ -39,8 +41,22 @@ def take(of: Learner, parameters: list[Tensor]) -> None:
     of.step(Gradient(tuple(parameters), *[torch.zeros(1)] * 4))
 
 
+def take_means() -> None:
+    """As DeepSpeed does by default: every rank hands over the gradient, and their mean is applied."""
+    deepspeed, every = rl.learner.import_deepspeed(), SimpleNamespace(**vars(ranks) | {"rank": lambda: 0})
+    honest = deepspeed.initialize
+
+    def initialize(config: dict[str, object], **rest: object) -> object:
+        return honest(config=config | {"gradient_allreduce_op": "mean"}, **rest)
+
+    rl.learner.import_deepspeed = lambda: SimpleNamespace(initialize=initialize)  # type: ignore[assignment,return-value]
+    Learner.step.__globals__["ranks"] = every
+
+
 def main() -> None:
     folder, stage, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+    if sys.argv[4:] == ["mean"]:
+        take_means()
     ranks.join()
     torch.set_num_threads(1)
     one = learner(stage, dtype)

@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (0, 2, 4):
         with torch.no_grad():
             model.lm_head.weight += 1.0
-        progress = Progress(step, HeldOut({"": 0.5}, {}), Mismatch.total([]), 1.0, ())
+        progress = Progress(step, HeldOut({"": 0.5}, {}), Mismatch.total([]), 1.0, (), 1)
         save(folder, SavedLearner(model), progress)  # type: ignore[arg-type]
         folder.append_metrics({"step": step, "weights_digest": "0"})
     return runs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ from model.audio import DMel
 from model.config import preset
 from model.transformer import InteractionModel
 from rl import loop
-from rl.config import TrainConfig, WarmstartConfig
-from rl.learner import policy_gradient
+from rl.config import OptimConfig, TrainConfig, WarmstartConfig
+from rl.learner import Gradient, Learner, policy_gradient
 from rl.run import build_engine
 from rl.warmstart import demonstrations
 from rollout.play import play
@@ -46,10 +46,15 @@ MOVES = {
         "expand_as",
         "resolve_conj",
         "resolve_neg",
+        "bitwise_not",
+        "bitwise_or",
+        "masked_fill_",
+        "c10d::allreduce_",
+        "mkldnn::_is_mkldnn_fp16_supported",
     ),
     *("repeat", "repeat_interleave", "masked_select", "flip", "item", "record_stream", "resize_", "_reshape_alias"),
 }
-"""They move numbers, make them or look at them; none is rounded."""
+"""They move numbers, make them or look at them; none is rounded. (Ranks' gradients are added to numbers of -0 only.)"""
 
 ROUNDED_ONCE = {
     *("add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs", "_foreach_add_", "where"),
@@ -68,6 +73,12 @@ KNOWN = {
 }
 
 
+ACCUMULATES = ("index_put", "index_put_", "_index_put_impl_")
+
+RECORDS = ("linalg_vector_norm", "norm", "_foreach_norm", "sqrt", "pow", "sum of floats", "isnan", "isinf")
+"""Of numbers that DeepSpeed keeps and that clip nothing here: the learner clips, by its own norm."""
+
+
 class Seen(TorchDispatchMode):
     """Counts calls by name; sums of integers apart from sums of floats."""
 
@@ -81,6 +92,9 @@ class Seen(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name in ("sum", "cumsum", "mean", "prod") and args[0].is_floating_point():
             name += " of floats"
+        if name in ACCUMULATES and len(args) > 3 and args[3]:
+            (places,) = (i for i in args[1] if i is not None)
+            assert places.unique().numel() == places.numel(), "adds to one place more than once, in any order"
         self.names[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -95,24 +109,36 @@ def refused(run: Callable[[], object]) -> dict[str, int]:
 CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=2))
 
 
-def policy(name: str = "tiny") -> InteractionModel:
-    model = InteractionModel(preset(name))
+def policy(name: str = "tiny", dtype: torch.dtype = torch.float32) -> InteractionModel:
+    model = InteractionModel(preset(name), dtype)
     model.init_weights(0)
     model.pack()
     return model
 
 
-def gradient(model: InteractionModel) -> Callable[[], object]:
+def gradient(model: InteractionModel) -> Callable[[], Gradient]:
     vocabulary = Vocabulary.build(model.vocab)
     some = demonstrations(CONFIG, SpeechBank.load(), DMel.build(), vocabulary, 0)
     weights = [torch.full((len(t.chunk),), 0.01) for t in some]
     return lambda: policy_gradient(model, some, weights, vocabulary.classes, 1.0, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["nano", "tiny"])
 @pytest.mark.usefixtures("world")
-def test_learners_forward_and_backward(name: str) -> None:
-    assert refused(gradient(policy(name))) == {}
+def test_learners_forward_and_backward(name: str, dtype: torch.dtype) -> None:
+    assert refused(gradient(policy(name, dtype))) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.usefixtures("world")
+def test_learners_step(stage: Literal[0, 1, 2], dtype: torch.dtype) -> None:
+    """Clipping, DeepSpeed's way to the optimizer, the update, the rounding of masters."""
+    model = policy("nano", dtype)
+    one, found = Learner(model, OptimConfig(zero_stage=stage, clip_norm=1e-3), 3), gradient(model)()
+    used = refused(lambda: one.step(found))
+    assert used.keys() <= set(RECORDS), used
 
 
 @pytest.mark.usefixtures("world")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import dispatch
 from kernels.errors import MetronomeError
 from rl import fingerprint
 from rl.fingerprint import first_difference
@@ -66,3 +67,12 @@ def test_files_that_are_no_fingerprint(tmp_path: Path, text: str) -> None:
         fingerprint.main(["--against", str(file)])
     with pytest.raises(MetronomeError, match="cannot be read"):
         fingerprint.main(["--against", str(tmp_path / "nowhere.json")])
+
+
+def test_readme_prints_the_quickstarts_digest_of_this_contract() -> None:
+    """The whole quickstart takes minutes and is not run here; its digest is of one contract, and a change that makes
+    another contract asks for a new one."""
+    found = json.loads(GOLDEN.with_name("quickstart.json").read_text())
+    readme = (GOLDEN.parents[2] / "README.md").read_text()
+    assert found["weights_digest"] in readme
+    assert found["contract_id"] == dispatch.contract_id() == golden()["contract_id"]

@@ -5,34 +5,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kernels.cpu import library
 from model.audio import DMel
 from rollout.scenarios.demonstrate import Corruption, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.scenarios.sound import NOISES, amplitude, generator, noise
 from rollout.speech import SpeechBank
+from tests.settings import SETTINGS, run
 
-ROOT = Path(__file__).parents[2]
-NO_FMA = "glibc.cpu.hwcaps=-FMA,-FMA4,-AVX2,-AVX512F,-AVX2_Usable,-FMA_Usable,-AVX512F_Usable"
-WAYS: dict[str, dict[str, str]] = {
-    "numpy without its vector code": {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR X86_V3"},
-    "torch and MKL without theirs": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-    "MKL's own compatible way": {"MKL_CBWR": "COMPATIBLE"},
-    "libm without FMA": {"GLIBC_TUNABLES": NO_FMA},
-    "our kernels for AVX2": {"METRONOME_ISA": "avx2"},
-    "our kernels for AVX-512": {"METRONOME_ISA": "avx512"},
-    "the definitions": {"METRONOME_BACKEND": "reference"},
-    "two threads": {"OMP_NUM_THREADS": "2"},
-}
+WAYS = SETTINGS | {"the definitions": {"METRONOME_BACKEND": "reference"}}
 
 
 def digests(first_seed: int = 0) -> dict[str, str]:
@@ -71,13 +57,7 @@ def here() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_same_bits(way: str, here: dict[str, str]) -> None:
-    variables = WAYS[way]
-    if missing := library._NEEDS.get(variables.get("METRONOME_ISA", ""), set()) - library._processor_flags():
-        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.rollout.test_same_bits"],
-        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run(["-W", "ignore", "-m", "tests.rollout.test_same_bits"], WAYS[way])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == here
 

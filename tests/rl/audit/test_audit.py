@@ -265,7 +265,7 @@ def test_damaged_files_are_gaps(run: Path) -> None:
     report = checked(run)
     gaps = "\n".join(report["gaps"])
     assert "step_000000.rank_0.safetensors: cannot be read as a file of episodes" in gaps
-    assert "model.safetensors is damaged" in gaps and "Without a manifest" in gaps and "step_000001." in gaps
+    assert "manifest.json is missing" in gaps and "Without a manifest" in gaps and "step_000001." in gaps
     assert "summary.json is damaged" in gaps and "metrics.jsonl, line 2: not a whole record" in gaps
     assert (report["verdict"], report["rescored"]["episodes"], report["run"]["finished"]) == ("identical", 2, False)
     assert "1 of 2 steps; the run has not finished" in report["scope"]
