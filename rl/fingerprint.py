@@ -87,8 +87,9 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
         gradient = policy_gradient(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         yield f"step {step}: log-probs and row digests", [gradient.logprob, gradient.digest]
         yield f"step {step}: gradient", gradient.parameters
-        norm = learner.step(gradient)
+        limit, norm = config.warmstart.optim.clip_norm, learner.step(gradient)
         yield f"step {step}: norm before clipping", [repr(norm)]
+        yield f"step {step}: clipped gradient", [g * min(1.0, limit / norm) for g in gradient.parameters]
         yield f"step {step}: weights", list(model.parameters())
 
     yield "sampled tokens, flat rows", _sampled(ROWS, len(vocabulary.classes.allowed[0]), spread=3.0)

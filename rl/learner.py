@@ -150,6 +150,8 @@ class Learner:
                 "gradient_clipping": 0.0,  # clipped here, on the summed gradient, in one order
             },
         )
+        if self.engine.gradient_average:
+            raise RuntimeError("DeepSpeed takes a mean over ranks although gradient_allreduce_op is sum")
         model.repack()
 
     def step(self, gradient: Gradient) -> float:
