@@ -24,7 +24,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "MKL for AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "MKL compatible": {"MKL_CBWR": "COMPATIBLE"},
     "torch without vectors": {"ATEN_CPU_CAPABILITY": "default"},
-    "torch for AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "numpy without its vector code": {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR X86_V3"},
     "glibc without FMA": {"GLIBC_TUNABLES": NO_FMA},
     "two threads": {"OMP_NUM_THREADS": "2"},

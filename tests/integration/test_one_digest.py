@@ -21,7 +21,7 @@ TOGETHER = {
     | SETTINGS["glibc without FMA"],
     "avx512, MKL compatible, four threads": SETTINGS["native avx512"]
     | SETTINGS["MKL compatible"]
-    | SETTINGS["torch for AVX2"]
+    | {"ATEN_CPU_CAPABILITY": "avx2"}
     | SETTINGS["four threads"],
 }
 

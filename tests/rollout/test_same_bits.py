@@ -1,5 +1,6 @@
-"""Recordings, noise, the user's audio, the expert's actions and dMel codes have the same bits whatever instruction sets
-the libraries are told to use; each way is a process of its own."""
+"""Recordings, noise, the user's audio, the expert's actions, dMel codes and mel values have the same bits under settings
+of every library at once and by the definitions; each way is a process of its own. (`tests/integration/test_one_digest.py`
+takes the settings one by one.)"""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ from rollout.scenarios.sound import NOISES, amplitude, generator, noise
 from rollout.speech import SpeechBank
 from tests.settings import SETTINGS, run
 
-WAYS = SETTINGS | {"the definitions": {"METRONOME_BACKEND": "reference"}}
+LIBRARIES = ("MKL compatible", "torch without vectors", "numpy without its vector code", "glibc without FMA")
+WAYS = {
+    "libraries held back": {name: value for key in LIBRARIES for name, value in SETTINGS[key].items()},
+    "the definitions": {"METRONOME_BACKEND": "reference"},
+}
 
 
 def digests(first_seed: int = 0) -> dict[str, str]:
