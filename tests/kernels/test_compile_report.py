@@ -105,7 +105,7 @@ def test_every_kernel_passes(tmp_path: Path) -> None:
     assert all(found["registers"] > 0 and not found["problems"] for found in results)
     products = [f for f in results if f["kernel"].startswith("expert_linear") and f["kernel"].endswith("bf16")]
     assert products and all(found["products"] for found in products)
-    for op in set(OPS) - {"pack_linear", "pack_experts", "repack"}:
+    for op in set(OPS) - {"pack_linear", "pack_experts", "repack", "scale"}:  # scale: a product of torch's, and dot
         assert any(kernel.startswith(op) for kernel in kernels), f"no kernel of {op} in the report: {sorted(kernels)}"
 
 

@@ -75,7 +75,7 @@ def train(
             assert isinstance(roller, PoolRoller)
             roller = Killed(roller, seed=7)
         results = []
-        for result in islice(loop.steps(config, bank, roller, learner, source, None, 0), steps):
+        for result in islice(loop.steps(config, bank, roller, learner, source, None, 0, {}), steps):
             results.append(result)
             kills = roller.kills if isinstance(roller, Killed) else 0
             if kills >= KILLS:
