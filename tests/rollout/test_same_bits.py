@@ -1,6 +1,6 @@
 """Recordings, noise, the user's audio, the expert's actions, dMel codes and mel values have the same bits with every
-library held back and by the definitions; each way is a process of its own. (`tests/integration/test_one_digest.py` takes
-the settings one by one.)"""
+library held back and by the definitions; each way is a process of its own. Settings one by one are the matter of
+`tests/integration/test_one_digest.py`."""
 
 from __future__ import annotations
 
