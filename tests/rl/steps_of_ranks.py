@@ -47,7 +47,9 @@ def take_means() -> None:
     honest = deepspeed.initialize
 
     def initialize(config: dict[str, object], **rest: object) -> object:
-        return honest(config=config | {"gradient_allreduce_op": "mean"}, **rest)
+        found = honest(config=config | {"gradient_allreduce_op": "mean"}, **rest)
+        found[0].gradient_average = False  # as the learner asks; the optimizer that reduces has its own
+        return found
 
     rl.learner.import_deepspeed = lambda: SimpleNamespace(initialize=initialize)  # type: ignore[assignment,return-value]
     Learner.step.__globals__["ranks"] = every
