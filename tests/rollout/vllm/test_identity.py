@@ -141,7 +141,7 @@ def test_preemption(embedded: Embedded, prefix_cache: bool, monkeypatch: pytest.
 
     def disturbed() -> object:
         output = honest()
-        if engine.core.steps % 31 == 3 and len(preempted) < 4 * SESSIONS:
+        if engine.core.steps % 17 == 3 and len(preempted) < 4 * SESSIONS:
             while scheduler.running:
                 preempted.append(scheduler.running.pop())
                 scheduler._preempt_request(preempted[-1], time.monotonic(), drop_stale_output=True)
