@@ -163,7 +163,7 @@ def test_completions_of_ours_are_one_under_any_load(folder: Path, monkeypatch: p
     monkeypatch.setattr(lesson, "MOST_TOGETHER", 2)
     monkeypatch.setattr(lesson, "MOST_OTHERS", 0)
     theirs = completions(Side.load("naive torch", folder, torch.float32), heard, others, 40)
-    assert theirs.count == 40 and theirs.distinct_rows == 2 and theirs.distinct >= 1
+    assert theirs.count == 40 and theirs.distinct_rows > 1 and theirs.distinct >= 1
 
 
 @pytest.mark.slow
