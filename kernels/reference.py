@@ -55,7 +55,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
     checks.adamw(parameter, gradient, first, second)
     # numpy's arrays: its square root of fp32 is the processor's, rounded correctly; torch's is a library's.
-    p, g, m, v = (x.numpy(force=True) if x.requires_grad else x.numpy() for x in (parameter, gradient, first, second))
+    p, g, m, v = (x.detach().numpy() for x in (parameter, gradient, first, second))
     keep, new1, old2, new2, rate, root, eps = (
         np.float32(x) for x in (step.keep, step.new1, step.old2, step.new2, step.rate, step.root, step.eps)
     )

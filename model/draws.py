@@ -11,9 +11,15 @@ AT_ONCE = 1 << 20
 """Draws made at a time; bounds the memory that a large tensor's takes."""
 
 
+def philox(key: str) -> np.random.Philox:
+    """Random bits (Salmon et al. 2011) that depend on a digest of ``key`` only: the same in every process, in any order
+    of creation."""
+    return np.random.Philox(key=np.frombuffer(blake2b(key.encode(), digest_size=16).digest(), dtype="<u8"))
+
+
 def near_normal(key: str, count: int) -> NDArray[np.float32]:
     """``count`` draws [count] of mean 0 and variance 1 that depend on ``key`` only: the sum of twelve uniform 16-bit
-    words, centred (Irwin-Hall; never beyond 6). Philox (Salmon et al. 2011) keyed by a digest of ``key``.
+    words, centred (Irwin-Hall; never beyond 6).
 
     Not a library's normal distribution: those take logarithms, which may differ in the last bit by processor. Here
     every number is an integer until one exact division.
@@ -21,9 +27,7 @@ def near_normal(key: str, count: int) -> NDArray[np.float32]:
     >>> near_normal("example", 3).tolist()
     [0.492401123046875, 1.851043701171875, 0.7723388671875]
     """
-    digest = blake2b(key.encode(), digest_size=16).digest()
-    bits = np.random.Philox(key=np.frombuffer(digest, dtype="<u8"))
-    draws = np.empty(count, np.float32)
+    bits, draws = philox(key), np.empty(count, np.float32)
     for first in range(0, count, AT_ONCE):
         some = min(AT_ONCE, count - first)
         words = bits.random_raw(3 * some).astype("<u8").view("<u2").reshape(some, 12)

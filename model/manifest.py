@@ -131,8 +131,6 @@ def _has_ours(folder: Path) -> bool:
     """Whether ``folder`` has a manifest of ours; other programs have files of that name, which are JSON too."""
     if not (folder / MANIFEST).is_file():
         return False
-    if _SERIES.fullmatch(folder.resolve().name):
-        return True
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):

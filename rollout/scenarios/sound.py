@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels import exact, fourier
 from model.audio import SAMPLE_RATE_HZ
+from model.draws import philox
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.speech import Split
 
@@ -76,8 +76,7 @@ class SoundConfig:
 
 def generator(*key: str | int) -> np.random.Generator:
     """A random generator that depends on ``key`` only: the same in every process, in any order of creation."""
-    digest = blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+    return np.random.Generator(philox("/".join(map(str, key))))
 
 
 def seconds_to_samples(seconds: float) -> int:

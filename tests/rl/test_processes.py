@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -15,19 +12,17 @@ import torch
 from model.checkpoint import weights_digest
 from rl.learner import Learner
 from tests.rl.steps_of_ranks import STEPS, gradient, learner, take
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.settings import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("world")]
 
 
 def launched(folder: Path, processes: int, stage: int, dtype: str, *more: str) -> str:
     """The digest that so many processes end with."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    command = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
     command += ["--num_processes", str(processes), "-m", "tests.rl.steps_of_ranks"]
     command += [str(folder), str(stage), dtype, *more]
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
+    done = run(command, {})
     assert done.returncode == 0, done.stderr[-3000:]
     return re.findall(r"digest ([0-9a-f]{32})", done.stdout)[0]
 
