@@ -7,24 +7,23 @@ library, or a machine without the needed instructions or GPU raises; there is no
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import torch
 
+from kernels.backend import Backend
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS
 
-BACKENDS = {"cpu": "kernels.cpu.backend", "triton": "kernels.triton.backend", "reference": "kernels.reference"}
+BACKENDS = ("cpu", "reference", "triton")
 
-_active: ModuleType | None = None
+_active: Backend | None = None
 
 
-def backend() -> ModuleType:
-    """The active backend module; loads the default one on first use."""
+def backend() -> Backend:
+    """The active backend; loads the default one on first use."""
     global _active
     if _active is None:
         _active = _load(os.environ.get("METRONOME_BACKEND", "cpu"))
@@ -38,21 +37,32 @@ def use_backend(name: str) -> None:
 
 
 @contextmanager
-def substituted(module: ModuleType) -> Iterator[None]:
-    """Runs the ops through ``module`` until the block ends, however it ends: for an observer, or for what a measurement
-    compares with. Weights packed by another backend must be packed anew."""
+def substituted(other: Backend) -> Iterator[None]:
+    """Runs the ops through ``other`` until the block ends, also when it ends by an exception: for an observer, or for a
+    backend that is only measured. Weights packed by another backend must be packed anew."""
     global _active
-    before, _active = backend(), module
+    before, _active = backend(), other
     try:
         yield
     finally:
         _active = before
 
 
-def _load(name: str) -> ModuleType:
-    if name not in BACKENDS:
-        raise ValueError(f"METRONOME_BACKEND={name!r} is not a backend; choose one of {sorted(BACKENDS)}")
-    return importlib.import_module(BACKENDS[name])
+def _load(name: str) -> Backend:
+    """Imports one backend: its libraries need not be there for the others. mypy compares each with `Backend` here."""
+    if name == "cpu":
+        from kernels.cpu import backend as cpu
+
+        return cpu
+    if name == "reference":
+        from kernels import reference
+
+        return reference
+    if name == "triton":
+        from kernels.triton import backend as triton
+
+        return triton
+    raise ValueError(f"METRONOME_BACKEND={name!r} is not a backend; choose one of {list(BACKENDS)}")
 
 
 def contract() -> dict[str, str | int]:
@@ -62,14 +72,19 @@ def contract() -> dict[str, str | int]:
     What does not decide bits is not in it: the CPU backend's instruction sets give equal bits and so share an id
     (`instruction_set` says which is in use), and a build of torch for a GPU computes nothing here that its CPU build
     does not."""
-    module = backend()
-    shared = {"split_tokens": SPLIT_TOKENS, "conv_taps": CONV_TAPS, "torch": torch.__version__.partition("+")[0]}
-    return {"backend": module.NAME, **module.contract(), **shared}
+    active = backend()
+    return {
+        "backend": active.NAME,
+        **active.contract(),
+        "split_tokens": SPLIT_TOKENS,
+        "conv_taps": CONV_TAPS,
+        "torch": torch.__version__.partition("+")[0],
+    }
 
 
 def instruction_set() -> str:
     """What the backend's kernels run on: ``avx2``, ``avx512``, ``sm_90``, ``interpreter`` … Not in the id."""
-    return str(backend().instruction_set())
+    return backend().instruction_set()
 
 
 def contract_id() -> str:

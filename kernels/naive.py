@@ -20,6 +20,7 @@ from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PackedExperts, PackedLinear,
 from kernels.reference import digest, gumbel
 
 NAME = "naive"
+DEVICE = "cpu"
 
 
 def contract() -> dict[str, str | int]:

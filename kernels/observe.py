@@ -1,7 +1,7 @@
 """Lets an audit see every op that a model calls: which function ran, on what, with what result.
 
 Nothing is added to the ops themselves: for the time of a block an observer stands in the active backend's place and
-calls it. What to keep of a call is the audit's affair, which knows what the rows are.
+calls it. What to keep of a call is decided by the audit, which knows what the rows are.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.backend import Backend
+
+Arguments = ParamSpec("Arguments")
+Results = TypeVar("Results", bound=Tensor | tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
@@ -29,26 +32,38 @@ class Call:
 
 @contextmanager
 def observed(see: Callable[[Call], None]) -> Iterator[None]:
-    """Until the block ends ``see`` is told of every op that has results (packing has none)."""
+    """Until the block ends ``see`` is called after every op that returns tensors (packing and `adamw` return none)."""
     with dispatch.substituted(_Observer(dispatch.backend(), see)):
         yield
 
 
-class _Observer(ModuleType):
-    def __init__(self, backend: ModuleType, see: Callable[[Call], None]) -> None:
-        super().__init__(backend.__name__)
-        self._backend, self._see = backend, see
+class _Observer:
+    """The backend ``backend``, but ``see`` is called with the results of every op."""
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._backend, name)
-        if not callable(value):
-            return value
+    def __init__(self, backend: Backend, see: Callable[[Call], None]) -> None:
+        self.NAME, self.DEVICE = backend.NAME, backend.DEVICE
+        self.contract, self.instruction_set = backend.contract, backend.instruction_set
+        self.pack_linear, self.pack_experts, self.repack = backend.pack_linear, backend.pack_experts, backend.repack
+        self.adamw = backend.adamw
 
-        def run(*arguments: Any) -> Any:
-            out = value(*arguments)
-            results = out if isinstance(out, tuple) else (out,)
-            if isinstance(results[0], Tensor):
-                self._see(Call(name, f"{value.__module__}.{value.__name__}", arguments, results))
-            return out
+        def shown(op: str, function: Callable[Arguments, Results]) -> Callable[Arguments, Results]:
+            def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Results:
+                out = function(*arguments, **named)
+                results = out if isinstance(out, tuple) else (out,)
+                see(Call(op, f"{function.__module__}.{function.__name__}", arguments, results))
+                return out
 
-        return run
+            return run
+
+        self.linear = shown("linear", backend.linear)
+        self.expert_linear = shown("expert_linear", backend.expert_linear)
+        self.swiglu = shown("swiglu", backend.swiglu)
+        self.moe_combine = shown("moe_combine", backend.moe_combine)
+        self.rms_norm = shown("rms_norm", backend.rms_norm)
+        self.embedding_sum = shown("embedding_sum", backend.embedding_sum)
+        self.short_conv = shown("short_conv", backend.short_conv)
+        self.attention = shown("attention", backend.attention)
+        self.route = shown("route", backend.route)
+        self.logprob = shown("logprob", backend.logprob)
+        self.sample = shown("sample", backend.sample)
+        self.dot = shown("dot", backend.dot)

@@ -28,6 +28,7 @@ from kernels.reference_arithmetic import (
 from kernels.reference_attention import attention as attention  # the op, in a room of its own
 
 NAME = "reference"
+DEVICE = "cpu"
 NUMERICS_VERSION = 2
 
 OTHERS = "packed: made by another backend; pack again after use_backend('reference')"

@@ -27,6 +27,7 @@ from kernels.cpu.sampling import logprob, route, sample
 from kernels.layout import PackedExperts, PackedLinear
 
 __all__ = [
+    "DEVICE",
     "NAME",
     "adamw",
     "attention",
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
+DEVICE = "cpu"
 NUMERICS_VERSION = 2
 
 

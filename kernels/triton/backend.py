@@ -26,6 +26,7 @@ from kernels.triton.router import route
 from kernels.triton.sampling import logprob, sample
 
 __all__ = [
+    "DEVICE",
     "NAME",
     "adamw",
     "attention",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 NAME = "triton"
+DEVICE = "cpu" if INTERPRET else "cuda"
 NUMERICS_VERSION = 3
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch, naive
+from kernels.backend import Backend
 from model import checkpoint
 from model.state import SessionState
 from model.transformer import InteractionModel
@@ -37,11 +37,12 @@ class Side:
     dtype: str  # "float32" or "bfloat16"
     model: InteractionModel
     vocabulary: Vocabulary
-    backend: ModuleType
+    backend: Backend
 
     @staticmethod
     def load(name: str, folder: Path, dtype: torch.dtype) -> Side:
-        backend = {"ours": dispatch.backend(), "naive torch": naive}[name]
+        backends: dict[str, Backend] = {"ours": dispatch.backend(), "naive torch": naive}
+        backend = backends[name]
         with dispatch.substituted(backend):
             model = checkpoint.load(folder, dtype)
         short = str(dtype).removeprefix("torch.")
