@@ -2,7 +2,7 @@
 
     python -m kernels.compile_report [--json FILE]
 
-Kernels are compiled as `kernels.triton.launch` launches them (`compile_specs`) for Nvidia's sm_80, sm_90 and sm_100 and
+Kernels are compiled as the backend launches them (`kernels.triton.specs`) for Nvidia's sm_80, sm_90 and sm_100 and
 AMD's gfx942. The audit reads the result, not the source:
 
 - no atomic and no reduction instruction on global memory: those add in the order in which the clock lets programs come;
@@ -248,7 +248,7 @@ def main() -> int:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set, which makes kernels Python functions; unset it to compile them")
-    from kernels.triton.launch import compile_specs
+    from kernels.triton.specs import compile_specs
 
     start = time.perf_counter()
     results = report(compile_specs())

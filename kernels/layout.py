@@ -172,6 +172,17 @@ class PackedExperts:
 
 
 @dataclass(frozen=True)
+class DMelTables:
+    """The constants of dMel codes (`kernels.dmel.codes`), fp64. C channels, L the longest filter, B bins."""
+
+    window: Tensor  # [1600]
+    roots: Tensor  # [1600, 2], real and imaginary part of e^(-2 pi i k / 1600)
+    first: Tensor  # int64 [C], the first frequency bin of each filter, 1 ... 799
+    weight: Tensor  # [C, L], of a filter's frequency bins from its first on, 0 after its last
+    edges: Tensor  # [B - 1] ascending: a mel value's code is the number of edges that it reaches
+
+
+@dataclass(frozen=True)
 class AdamWStep:
     """The numbers of one AdamW update (Loshchilov & Hutter 2019, arXiv 1711.05101), as `kernels.ops.adamw` reads them.
 

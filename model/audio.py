@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import dmel, exact
+from kernels.layout import DMelTables
 from model.config import MEL_BINS, MEL_CHANNELS
 
 SAMPLE_RATE_HZ = 16000
@@ -32,7 +33,7 @@ LOG10_MIN, LOG10_MAX = -7, 2
 
 
 @dataclass(frozen=True)
-class DMel(dmel.Tables):
+class DMel(DMelTables):
     """The front end; make it with `DMel.build`."""
 
     @staticmethod

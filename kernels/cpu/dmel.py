@@ -1,4 +1,4 @@
-"""dMel's arithmetic on the CPU; `kernels.dmel` defines it."""
+"""dMel codes by the native library; `kernels.reference_dmel` defines them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import bind
-from kernels.dmel import Tables
+from kernels.layout import DMelTables
 
 _TRANSFORM = bind("dmel_codes", "piiiippppiipipp")
 
 
-def transform(samples: Tensor, hop: int, tables: Tables) -> tuple[Tensor, Tensor]:
+def transform(samples: Tensor, hop: int, tables: DMelTables) -> tuple[Tensor, Tensor]:
     """samples fp32 [S, 1600 + (n - 1) * hop], finite, contiguous -> (codes uint8, mel values fp64), each [S, n, C]."""
     (sessions, length), (channels, longest) = samples.shape, tables.weight.shape
     frames = (length - len(tables.window)) // hop + 1

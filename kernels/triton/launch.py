@@ -94,23 +94,3 @@ class CompileSpec:
     divisible: tuple[str, ...]  # arguments that 16 divides: pointers (bytes) and integers
     num_warps: int
     num_stages: int
-
-
-def compile_specs() -> list[CompileSpec]:
-    """Every kernel of the backend, in fp32 and bf16."""
-    from kernels.triton import (
-        attention_backward,
-        attention_forward,
-        conv,
-        elementwise,
-        embedding,
-        experts,
-        linear,
-        norm,
-        optimizer,
-        router,
-        sampling,
-    )  # these import launch
-
-    forward = (linear, experts, norm, conv, elementwise, embedding, attention_forward, router, sampling, optimizer)
-    return [spec for module in (*forward, attention_backward) for spec in module.specs()]

@@ -30,7 +30,10 @@ from model.logprob import TokenClasses
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_FRAMES
 from rollout.vllm.pages import PageBackend, Pages, page_spec, view_pages
-from rollout.vllm.plugin import ARCHITECTURE, MODEL_TYPE
+
+MODEL_TYPE = "metronome"
+ARCHITECTURE = "MetronomePolicy"
+"""Names of the configuration class, in transformers, and of the model class, in vLLM."""
 
 CACHE_LAYER = "model.layers.0"
 """The name of the one cache layer; vLLM wants a number in it."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch, dmel, fourier
+from kernels import dispatch, dmel, fourier, reference_dmel
 from kernels.cpu.dmel import transform
 from model.audio import HOP, WINDOW, DMel
 from tests.kernels.contract import generator, threads
@@ -24,7 +24,7 @@ def sound(sessions: int, frames: int, seed: int = 0) -> Tensor:
     return samples
 
 
-@pytest.mark.parametrize("radices", [(2,), (4,), (5,), (5, 4), (4, 5, 2), dmel.RADICES])
+@pytest.mark.parametrize("radices", [(2,), (4,), (5,), (5, 4), (4, 5, 2), reference_dmel.RADICES])
 def test_transforms_agree_with_numpys(radices: tuple[int, ...]) -> None:
     half = int(np.prod(radices))
     rng = np.random.default_rng(half)
@@ -45,9 +45,9 @@ def test_transforms_agree_with_numpys(radices: tuple[int, ...]) -> None:
 
 def test_a_column_does_not_depend_on_its_neighbours() -> None:
     x, roots = np.random.default_rng(0).standard_normal((WINDOW, 9)), DMel.build().roots.numpy()
-    together = fourier.real_fft(x, dmel.RADICES, roots)
+    together = fourier.real_fft(x, reference_dmel.RADICES, roots)
     for i in range(9):
-        alone = fourier.real_fft(x[:, i : i + 1].copy(), dmel.RADICES, roots)
+        alone = fourier.real_fft(x[:, i : i + 1].copy(), reference_dmel.RADICES, roots)
         assert all(np.array_equal(a[:, 0], t[:, i]) for a, t in zip(alone, together, strict=True))
 
 
@@ -57,7 +57,7 @@ def test_native_code_gives_the_definitions_bits(sessions: int, frames: int) -> N
     samples, tables = sound(sessions, frames), DMel.build()
     codes, mel = transform(samples, HOP, tables)
     assert codes.dtype == torch.uint8 and codes.shape == mel.shape == (sessions, frames, 80)
-    defined = dmel.definition(samples, HOP, tables)
+    defined = reference_dmel.transform(samples, HOP, tables)
     assert torch.equal(codes, defined[0]) and torch.equal(mel, defined[1])
     assert sessions < 24 or codes.unique().tolist() == list(range(2, 16))  # the floor keeps silence in bin 2
 
@@ -68,8 +68,8 @@ def test_control_another_order_of_summation_has_other_bits() -> None:
     _, mel = transform(samples, HOP, tables)
     backwards = tables.weight.flip(1)
     frames = samples.unfold(1, WINDOW, HOP).reshape(-1, WINDOW).T.double().numpy()
-    re, im = fourier.real_fft(frames * tables.window.numpy()[:, None], dmel.RADICES, tables.roots.numpy())
-    magnitude = np.pad(np.sqrt(np.maximum(re * re + im * im, dmel.FLOOR)), ((0, 59), (0, 0)))
+    re, im = fourier.real_fft(frames * tables.window.numpy()[:, None], reference_dmel.RADICES, tables.roots.numpy())
+    magnitude = np.pad(np.sqrt(np.maximum(re * re + im * im, reference_dmel.FLOOR)), ((0, 59), (0, 0)))
     last = tables.first.numpy() - 1 + backwards.shape[1] - 1
     other = np.zeros((80, magnitude.shape[1]))
     for j in range(backwards.shape[1]):
@@ -101,7 +101,7 @@ def test_a_changed_table_is_seen() -> None:
         table[place] *= 1 + 1e-9
         changed = replace(tables, **{name: table})
         assert not torch.equal(transform(samples, HOP, changed)[1], mel), name
-        assert torch.equal(transform(samples, HOP, changed)[1], dmel.definition(samples, HOP, changed)[1])
+        assert torch.equal(transform(samples, HOP, changed)[1], reference_dmel.transform(samples, HOP, changed)[1])
 
 
 def test_without_a_native_library_the_definition_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_without_a_native_library_the_definition_is_used(monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, "kernels.cpu.dmel")
     monkeypatch.setattr("kernels.cpu.library.bind", missing)
     dmel._native.cache_clear()
-    assert dmel._native() is dmel.definition
+    assert dmel._native() is reference_dmel.transform
     monkeypatch.undo()
     dmel._native.cache_clear()
-    assert dispatch.backend().NAME != "cpu" or dmel._native() is not dmel.definition
+    assert dispatch.backend().NAME != "cpu" or dmel._native() is not reference_dmel.transform

@@ -18,9 +18,8 @@ from torch import Tensor
 from kernels import dispatch, ops
 from kernels.cpu import library
 from kernels.cpu.dmel import transform
-from kernels.dmel import Tables
 from kernels.exact import roots_of_unity
-from kernels.layout import SPLIT_TOKENS, AdamWStep, PagedKV, Segments
+from kernels.layout import SPLIT_TOKENS, AdamWStep, DMelTables, PagedKV, Segments
 from tests.kernels.contract import DTYPES, generator, normal
 from tests.kernels.noise import words
 
@@ -186,7 +185,7 @@ def _dmel() -> Digests:
     first, weight = torch.arange(1, 1 + 131 * channels, 131), normal(42, channels, 5).abs().double()
     weight *= torch.arange(5) <= torch.arange(channels)[:, None] % 5
     roots, edges = torch.from_numpy(roots_of_unity(1600, 1600)), torch.linspace(1, 60, 7, dtype=torch.float64)
-    tables = Tables(normal(41, 1600).double(), roots, first, weight, edges)
+    tables = DMelTables(normal(41, 1600).double(), roots, first, weight, edges)
     return {"dmel": sha(transform(samples, 800, tables))}
 
 

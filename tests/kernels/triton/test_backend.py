@@ -12,6 +12,7 @@ import torch
 
 from kernels import dispatch, ops
 from kernels.triton import launch, tiles
+from kernels.triton.specs import compile_specs
 from tests.kernels.backend import DEVICE_VARIABLE, device
 from tests.kernels.contract import normal
 
@@ -73,7 +74,7 @@ def test_tensors_elsewhere_are_refused() -> None:
 
 def test_every_kernel_has_a_spec_for_compiling() -> None:
     """Names come once, every argument of a kernel has a type or a value, hints name arguments that have a type."""
-    specs = launch.compile_specs()
+    specs = compile_specs()
     assert len({spec.name for spec in specs}) == len(specs)
     for spec in specs:
         assert set(spec.signature) | set(spec.constexprs) == set(spec.fn.arg_names), spec.name
@@ -87,7 +88,7 @@ def test_every_launched_kernel_has_a_spec() -> None:
 
     import kernels.triton as package
 
-    compiled = {spec.fn for spec in launch.compile_specs()}
+    compiled = {spec.fn for spec in compile_specs()}
     for module in pkgutil.iter_modules(package.__path__):
         found = vars(importlib.import_module(f"kernels.triton.{module.name}"))
         missing = [name for name, fn in found.items() if name.endswith("_kernel") and fn not in compiled]
