@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import checks
+from kernels.checks.updates import check_adamw, check_dot
+from kernels.checks.weights import stale_weights
 from kernels.layout import CONV_TAPS, FLOATS, AdamWStep, PackedExperts, PackedLinear, Segments
 from kernels.reference_arithmetic import (
     bounds,
@@ -49,12 +50,12 @@ def instruction_set() -> str:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    checks.dot(a, b)
+    check_dot(a, b)
     return joined_lanes(product_lanes(a, b))
 
 
 def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
-    checks.adamw(parameter, gradient, first, second)
+    check_adamw(parameter, gradient, first, second)
     # numpy's arrays: its square root of fp32 is the processor's, rounded correctly; torch's is a library's.
     p, g, m, v = (x.detach().numpy() for x in (parameter, gradient, first, second))
     keep, new1, old2, new2, rate, root, eps = (
@@ -80,7 +81,7 @@ def repack(packed: PackedLinear | PackedExperts) -> None:
 
 def _own(packed: PackedLinear | PackedExperts) -> None:
     if packed.made != packed.weights.now:
-        raise checks.stale("packed")
+        raise stale_weights("packed")
     require(not packed.data, OTHERS)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import InklingConfig
 
-from kernels import checks, ops
+from kernels import ops
+from kernels.checks.weights import stale_weights
 from kernels.layout import Generation, PackedLinear, Segments
 from model import config as shapes
 from model import packs
@@ -229,7 +230,7 @@ class InteractionModel(nn.Module):
         if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
         if torch.is_grad_enabled() and self._versions != self._present():  # changed, and nobody said so
-            raise checks.stale("InteractionModel")
+            raise stale_weights("InteractionModel")
         tau = None if self.tau is None else self.tau[segments.position]
         for i, layer in enumerate(self.layers):
             layer_tau = tau if layer.window is None else None

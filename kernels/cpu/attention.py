@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
+from kernels.checks.sequences import check_attention, check_attention_cache, needs_cache, no_such_page
 from kernels.cpu.library import bind
 from kernels.layout import PagedKV, Segments
 
@@ -41,11 +42,11 @@ def attention(
     cache: PagedKV | None,
 ) -> Tensor:
     inputs = q, k, v, rel, rel_proj
-    checks.attention(*inputs, segments, window, tau)
+    check_attention(*inputs, segments, window, tau)
     near = q.is_cpu and k.is_cpu and v.is_cpu and rel.is_cpu and rel_proj.is_cpu and (tau is None or tau.is_cpu)
     if not (near and segments.slot.is_cpu):
         places = {"q": q, "k": k, "v": v, "rel": rel, "rel_proj": rel_proj, "tau": tau, "segments": segments.slot}
-        checks.misplaced("attention", "cpu", "cpu", **places)
+        check_device("attention", "cpu", "cpu", **places)
     reach = _NO_WINDOW if window is None else window
     if cache is not None:
         return _attend_cache(inputs, segments, scale, reach, tau, cache)
@@ -79,17 +80,17 @@ def _attend_whole(
     out = torch.empty(inputs[0].shape)
     failed = _WHOLE(*_arguments(inputs, segments, scale, reach, tau, out), 0 if lse is None else lse.data_ptr())
     if failed:
-        raise checks.needs_cache(segments, failed - 1)
+        raise needs_cache(segments, failed - 1)
     return out
 
 
 def _attend_cache(
     inputs: Inputs, segments: Segments, scale: float, reach: int, tau: Tensor | None, cache: PagedKV
 ) -> Tensor:
-    checks.attention_cache(inputs, cache)
+    check_attention_cache(inputs, cache)
     key, value, table = cache.key, cache.value, cache.table
     if not (key.is_cpu and value.is_cpu and table.is_cpu):
-        checks.misplaced("attention", "cpu", "cpu", key=key, value=value, table=table)
+        check_device("attention", "cpu", "cpu", key=key, value=value, table=table)
     q, k, v, rel, rel_proj = inputs
     out = torch.empty(q.shape, dtype=q.dtype)
     wide = q, k, v, rel, rel_proj.float().contiguous()
@@ -98,7 +99,7 @@ def _attend_cache(
         key.data_ptr(), value.data_ptr(), table.data_ptr(), *table.shape, key.shape[0],
     )  # fmt: skip
     if failed:
-        raise checks.no_such_page(segments, *divmod(failed - 1, 1 << 32), cache)
+        raise no_such_page(segments, *divmod(failed - 1, 1 << 32), cache)
     return out
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
 from kernels.cpu.attention import attention
 from kernels.cpu.conv import short_conv
 from kernels.cpu.embedding import embedding_sum
@@ -80,6 +80,6 @@ def repack(packed: PackedLinear | PackedExperts) -> None:
 
 
 def _refuse_changed(now: tuple[int, ...], packed: tuple[int, ...], first: Tensor) -> None:
-    checks.misplaced("repack", "cpu", "cpu", weight=first)
+    check_device("repack", "cpu", "cpu", weight=first)
     if now != packed:
         raise ValueError(f"repack: the weights are now {list(now)}, but {list(packed)} were packed: pack them anew")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
+from kernels.checks.sequences import check_short_conv, no_such_state
 from kernels.cpu.library import bind
 from kernels.layout import Segments
 
@@ -22,10 +23,10 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
             raise ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
         out: Tensor = _ShortConv.apply(x, weight, segments)
         return out
-    (rows, width), stride, dtype = checks.short_conv(x, weight, segments, state)
+    (rows, width), stride, dtype = check_short_conv(x, weight, segments, state)
     slot = segments.slot
     if not (x.is_cpu and weight.is_cpu and slot.is_cpu and (state is None or state.is_cpu)):
-        checks.misplaced("short_conv", "cpu", "cpu", x=x, weight=weight, segments=slot, state=state)
+        check_device("short_conv", "cpu", "cpu", x=x, weight=weight, segments=slot, state=state)
     y = torch.empty(rows, width, dtype=dtype)
     bad = _FORWARD[dtype](
         x.data_ptr(), stride[0], weight.data_ptr(), slot.data_ptr(), segments.start.data_ptr(),
@@ -33,7 +34,7 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
         0 if state is None else state.shape[0], y.data_ptr(), width,
     )  # fmt: skip
     if bad:
-        raise checks.no_such_state(segments, bad - 1, state)
+        raise no_such_state(segments, bad - 1, state)
     return y
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
+from kernels.checks.rows import check_embedding_sum, no_such_code
 from kernels.cpu.library import bind
 
 _CODES = {torch.uint8: "uint8", torch.int16: "int16", torch.int32: "int32", torch.int64: "int64"}
@@ -21,9 +22,9 @@ def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
     if torch.is_grad_enabled() and table.requires_grad:
         out: Tensor = _EmbeddingSum.apply(codes, table, bins)
         return out
-    checks.embedding_sum(codes, table, bins)
+    check_embedding_sum(codes, table, bins)
     if not (codes.is_cpu and table.is_cpu):
-        checks.misplaced("embedding_sum", "cpu", "cpu", codes=codes, table=table)
+        check_device("embedding_sum", "cpu", "cpu", codes=codes, table=table)
     codes = codes.contiguous()
     (rows, channels), width = codes.shape, table.shape[1]
     total = torch.empty(rows, width, dtype=table.dtype)
@@ -31,7 +32,7 @@ def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
         codes.data_ptr(), table.data_ptr(), total.data_ptr(), rows, channels, bins, width
     )
     if bad:
-        raise checks.no_such_code(codes, bad - 1, bins)
+        raise no_such_code(codes, bad - 1, bins)
     return total
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
+from kernels.checks.weights import check_out_dtype, check_rows, packed_buffer
 from kernels.cpu.library import bind
 from kernels.layout import PackedExperts, PackedLinear
 
@@ -28,7 +29,7 @@ _WEIGHT_GRADIENT = bind("linear_weight_gradient", "pipiiiip")
 
 def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
     packed = PackedLinear.build(parts)
-    checks.misplaced("pack_linear", "cpu", "cpu", parts=parts[0])
+    check_device("pack_linear", "cpu", "cpu", parts=parts[0])
     dtype = parts[0].dtype
     packed.data["panels"] = torch.zeros(panel_count(packed.rows), panel_depth(packed.cols, dtype), PANEL, dtype=dtype)
     fill_linear(packed)
@@ -65,18 +66,18 @@ def fill_transposed(panels: Tensor, rows: int, cols: int, out: Tensor) -> None:
 
 
 def panels_of(packed: PackedLinear | PackedExperts, op: str) -> Tensor:
-    return checks.buffer(op, packed, "panels", "cpu")
+    return packed_buffer(op, packed, "panels", "cpu")
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in packed.parts)):
         out: Tensor = _Linear.apply(x, packed, out_dtype, *packed.parts)
         return out
-    k, n, panels = packed.cols, packed.rows, checks.buffer("linear", packed, "panels", "cpu")
-    shape, stride, dtype = checks.rows("linear", x, k, panels.dtype)
-    checks.out_dtype("linear", out_dtype)
+    k, n, panels = packed.cols, packed.rows, packed_buffer("linear", packed, "panels", "cpu")
+    shape, stride, dtype = check_rows("linear", x, k, panels.dtype)
+    check_out_dtype("linear", out_dtype)
     if not x.is_cpu:
-        checks.misplaced("linear", "cpu", "cpu", x=x)
+        check_device("linear", "cpu", "cpu", x=x)
     rows = shape[0]
     y = torch.empty(rows, n, dtype=out_dtype)
     _LINEAR[dtype, out_dtype](x.data_ptr(), stride[0], rows, panels.data_ptr(), n, k, y.data_ptr(), n)

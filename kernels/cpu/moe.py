@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
+from kernels.checks.rows import check_moe_combine, check_swiglu
+from kernels.checks.weights import check_experts, check_rows, no_such_expert, packed_buffer
 from kernels.cpu.library import bind
 from kernels.cpu.linear import PANEL, fill_panels, fill_transposed, panel_count, panel_depth, panels_of
 from kernels.layout import PackedExperts
@@ -27,7 +29,7 @@ _COMBINE_BACKWARD = bind("moe_combine_backward", "pppppiii")
 
 def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
     packed = PackedExperts.build(groups)
-    checks.misplaced("pack_experts", "cpu", "cpu", groups=groups[0][0])
+    check_device("pack_experts", "cpu", "cpu", groups=groups[0][0])
     dtype = groups[0][0].dtype
     panels = panel_count(packed.rows), panel_depth(packed.cols, dtype), PANEL
     packed.data["panels"] = torch.zeros(packed.experts, *panels, dtype=dtype)
@@ -63,18 +65,18 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
 
 def expert_linear_by(path: int, x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
     """`expert_linear` on a path of one's choice, to measure and to compare; without autograd."""
-    k, n, panels = packed.cols, packed.rows, checks.buffer("expert_linear", packed, "panels", "cpu")
-    _, stride, dtype = checks.rows("expert_linear", x, k, panels.dtype)
-    rows = checks.experts_of_rows(x, expert, fan_out)
+    k, n, panels = packed.cols, packed.rows, packed_buffer("expert_linear", packed, "panels", "cpu")
+    _, stride, dtype = check_rows("expert_linear", x, k, panels.dtype)
+    rows = check_experts(x, expert, fan_out)
     if not (x.is_cpu and expert.is_cpu):
-        checks.misplaced("expert_linear", "cpu", "cpu", x=x, expert=expert)
+        check_device("expert_linear", "cpu", "cpu", x=x, expert=expert)
     y = torch.empty(rows, n, dtype=dtype)
     bad = _EXPERT_LINEAR[dtype](
         x.data_ptr(), stride[0], fan_out, expert.data_ptr(), rows, panels.data_ptr(), packed.experts, n, k,
         y.data_ptr(), path,
     )  # fmt: skip
     if bad:
-        raise checks.no_such_expert(expert, bad - 1, packed.experts)
+        raise no_such_expert(expert, bad - 1, packed.experts)
     return y
 
 
@@ -128,9 +130,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if torch.is_grad_enabled() and gate_up.requires_grad:
         out: Tensor = _SwiGLU.apply(gate_up)
         return out
-    (rows, width), stride, dtype = checks.swiglu(gate_up)
+    (rows, width), stride, dtype = check_swiglu(gate_up)
     if not gate_up.is_cpu:
-        checks.misplaced("swiglu", "cpu", "cpu", gate_up=gate_up)
+        check_device("swiglu", "cpu", "cpu", gate_up=gate_up)
     y = torch.empty(rows, width // 2, dtype=dtype)
     _SWIGLU[dtype](gate_up.data_ptr(), stride[0], y.data_ptr(), rows, width // 2)
     return y
@@ -158,9 +160,9 @@ def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (y.requires_grad or weight.requires_grad):
         out: Tensor = _Combine.apply(y, weight)
         return out
-    checks.moe_combine(y, weight)
+    check_moe_combine(y, weight)
     if not (y.is_cpu and weight.is_cpu):
-        checks.misplaced("moe_combine", "cpu", "cpu", y=y, weight=weight)
+        check_device("moe_combine", "cpu", "cpu", y=y, weight=weight)
     (rows, choices), width, dtype = weight.shape, y.shape[1], y.dtype
     total = torch.empty(rows, width, dtype=dtype)
     _COMBINE[dtype](y.data_ptr(), weight.data_ptr(), total.data_ptr(), rows, choices, width)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
+from kernels.checks.rows import check_rms_norm
 from kernels.cpu.library import bind
 
 _FORWARD = {torch.float32: bind("rms_norm_f32", "piiipfpii"), torch.bfloat16: bind("rms_norm_bf16", "piiipfpii")}
@@ -17,9 +18,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _RmsNorm.apply(x, weight, eps)
         return out
-    shape, stride, dtype = checks.rms_norm(x, weight)
+    shape, stride, dtype = check_rms_norm(x, weight)
     if not (x.is_cpu and weight.is_cpu):
-        checks.misplaced("rms_norm", "cpu", "cpu", x=x, weight=weight)
+        check_device("rms_norm", "cpu", "cpu", x=x, weight=weight)
     y = torch.empty(*shape, dtype=dtype)  # a torch.Size in place of integers costs 2 µs
     inner = shape[1] if len(shape) == 3 else 1
     _FORWARD[dtype](

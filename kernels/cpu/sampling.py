@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.common import check_device
+from kernels.checks.logits import bad_row, check_logprob, check_route, check_sample
 from kernels.cpu.library import bind
 
 _LOGPROB = bind("logprob_rows", "pipfppiiippppp")
@@ -19,9 +20,9 @@ def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor
     if torch.is_grad_enabled() and logits.requires_grad:
         result: tuple[Tensor, Tensor] = _Route.apply(logits, bias, top_k, shared)
         return result
-    checks.route(logits, bias, top_k, shared)
+    check_route(logits, bias, top_k, shared)
     if not (logits.is_cpu and bias.is_cpu):
-        checks.misplaced("route", "cpu", "cpu", logits=logits, bias=bias)
+        check_device("route", "cpu", "cpu", logits=logits, bias=bias)
     (rows, width), chosen = logits.shape, top_k + shared
     expert, weight = torch.empty(rows, chosen, dtype=torch.int32), torch.empty(rows, chosen)
     _ROUTE(
@@ -53,9 +54,9 @@ class _Route(torch.autograd.Function):
 def logprob(
     logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.logprob(logits, token, temperature, allowed, row_class)
+    check_logprob(logits, token, temperature, allowed, row_class)
     if not (logits.is_cpu and token.is_cpu and allowed.is_cpu and row_class.is_cpu):
-        checks.misplaced("logprob", "cpu", "cpu", logits=logits, token=token, allowed=allowed, row_class=row_class)
+        check_device("logprob", "cpu", "cpu", logits=logits, token=token, allowed=allowed, row_class=row_class)
     if torch.is_grad_enabled() and logits.requires_grad:
         result: tuple[Tensor, Tensor, Tensor] = _Logprob.apply(logits, token, temperature, allowed, row_class)
         return result
@@ -79,7 +80,7 @@ def _logprob(
         0 if peak is None else peak.data_ptr(), 0 if log_sum is None else log_sum.data_ptr(),
     )  # fmt: skip
     if failed:
-        raise checks.no_such_score("logprob", *divmod(failed, 8), logits, allowed, row_class, token)
+        raise bad_row("logprob", *divmod(failed, 8), logits, allowed, row_class, token)
     return chosen, entropy, digest
 
 
@@ -108,9 +109,9 @@ class _Logprob(torch.autograd.Function):
 def sample(
     logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.sample(logits, temperature, key, allowed, row_class)
+    check_sample(logits, temperature, key, allowed, row_class)
     if not (logits.is_cpu and key.is_cpu and allowed.is_cpu and row_class.is_cpu):
-        checks.misplaced("sample", "cpu", "cpu", logits=logits, key=key, allowed=allowed, row_class=row_class)
+        check_device("sample", "cpu", "cpu", logits=logits, key=key, allowed=allowed, row_class=row_class)
     rows, vocab = logits.shape
     token, digest = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
     chosen = torch.empty(rows)
@@ -119,5 +120,5 @@ def sample(
         rows, vocab, allowed.shape[0], token.data_ptr(), chosen.data_ptr(), digest.data_ptr(),
     )  # fmt: skip
     if failed:
-        raise checks.no_such_score("sample", *divmod(failed, 8), logits, allowed, row_class, None)
+        raise bad_row("sample", *divmod(failed, 8), logits, allowed, row_class, None)
     return token, chosen, digest

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.sequences import check_attention, check_attention_cache, needs_cache, no_such_page
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
 from kernels.triton.attention_backward import differentiate
 from kernels.triton.attention_forward import attend_whole, forward
@@ -29,17 +29,17 @@ def attention(
     cache: PagedKV | None,
 ) -> Tensor:
     inputs = q, k, v, rel, rel_proj
-    checks.attention(*inputs, segments, window, tau)
+    check_attention(*inputs, segments, window, tau)
     check_place("attention", q=q, k=k, v=v, rel=rel, rel_proj=rel_proj, tau=tau)
     reach = NO_WINDOW if window is None else window
     if cache is not None:
-        checks.attention_cache(inputs, cache)
+        check_attention_cache(inputs, cache)
         check_place("attention", q=q, key=cache.key, value=cache.value, table=cache.table)
         _check_pages(segments, reach, cache)
         return forward(q, k, v, rel, rel_proj, segments, segments.slot, scale, reach, tau, cache)[0]
     for n, start in enumerate(segments.start.tolist()):
         if start != 0:
-            raise checks.needs_cache(segments, n)
+            raise needs_cache(segments, n)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         result: Tensor = _Attention.apply(q, k, v, rel, rel_proj, segments, scale, reach, tau)
         return result
@@ -59,7 +59,7 @@ def _check_pages(segments: Segments, reach: int, cache: PagedKV) -> None:
     bad = (~held | (page < 0) | (page >= pages)).nonzero()
     if len(bad):
         at = int(bad[0])
-        raise checks.no_such_page(segments, int(which[at]), int(split[at]), cache)
+        raise no_such_page(segments, int(which[at]), int(split[at]), cache)
 
 
 class _Attention(torch.autograd.Function):

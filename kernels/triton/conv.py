@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.sequences import check_short_conv, no_such_state
 from kernels.layout import CONV_TAPS, Segments
 from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, placed, row_stride, run
 from kernels.triton.tiles import MAP_TILE, ROWS_TILE
@@ -110,7 +110,7 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
 
 
 def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
-    checks.short_conv(x, weight, segments, state)
+    check_short_conv(x, weight, segments, state)
     check_place("short_conv", x=x, weight=weight, state=state)
     _check_segments(segments, state)
     rows, width = x.shape
@@ -134,7 +134,7 @@ def _check_segments(segments: Segments, state: Tensor | None) -> None:
     slot = segments.slot
     bad = segments.start > 0 if state is None else (slot < 0) | (slot >= state.shape[0])
     if bool(bad.any()):
-        raise checks.no_such_state(segments, int(bad.int().argmax()), state)
+        raise no_such_state(segments, int(bad.int().argmax()), state)
 
 
 def _segment_of_row(segments: Segments) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.rows import check_moe_combine, check_swiglu
 from kernels.triton.launch import CompileSpec, aligned, check_place, plain, row_stride, run
 from kernels.triton.tiles import MAP_TILE, norm_tile
 
@@ -83,7 +83,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    checks.swiglu(gate_up)
+    check_swiglu(gate_up)
     check_place("swiglu", gate_up=gate_up)
     rows, half = gate_up.shape[0], gate_up.shape[1] // 2
     gate, up, stride = _halves(gate_up)
@@ -126,7 +126,7 @@ def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
 
 
 def combine(y: Tensor, weight: Tensor) -> Tensor:
-    checks.moe_combine(y, weight)
+    check_moe_combine(y, weight)
     check_place("moe_combine", y=y, weight=weight)
     (rows, choices), width = weight.shape, y.shape[1]
     y, weight = plain(y), plain(weight)

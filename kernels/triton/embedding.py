@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.rows import check_embedding_sum, no_such_code
 from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, plain, row_stride, run
 from kernels.triton.tiles import BINS_TILE, MAP_TILE, PRECISION
 
@@ -60,12 +60,12 @@ def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
 
 
 def _forward(codes: Tensor, table: Tensor, bins: int) -> Tensor:
-    checks.embedding_sum(codes, table, bins)
+    check_embedding_sum(codes, table, bins)
     check_place("embedding_sum", codes=codes, table=table)
     codes = plain(codes)
     outside = (codes < 0) | (codes >= bins)
     if bool(outside.any()):
-        raise checks.no_such_code(codes, int(outside.int().argmax()), bins)
+        raise no_such_code(codes, int(outside.int().argmax()), bins)
     (rows, channels), width = codes.shape, table.shape[1]
     out = table.new_empty(rows, width)
     run(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.weights import check_experts, check_rows, no_such_expert
 from kernels.layout import PackedExperts
 from kernels.triton.elementwise import combine
 from kernels.triton.launch import CompileSpec, aligned, check_place, plain, row_stride, run
@@ -120,12 +120,12 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
 
 def _forward(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
     weight = weight_of(packed, "expert_linear")
-    checks.rows("expert_linear", x, packed.cols, weight.dtype)
-    rows = checks.experts_of_rows(x, expert, fan_out)
+    check_rows("expert_linear", x, packed.cols, weight.dtype)
+    rows = check_experts(x, expert, fan_out)
     check_place("expert_linear", x=x, packed=weight, expert=expert)
     outside = (expert < 0) | (expert >= packed.experts)
     if bool(outside.any()):
-        raise checks.no_such_expert(expert, int(outside.int().argmax()), packed.experts)
+        raise no_such_expert(expert, int(outside.int().argmax()), packed.experts)
     out = x.new_empty(rows, packed.rows)
     x = aligned(x)
     expert_product(x, weight, plain(expert), fan_out, out, weight.shape[2], (1, weight.stride(1)), expert_form(rows))

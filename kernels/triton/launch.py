@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.checks import misplaced
+from kernels.checks.common import check_device
 from kernels.layout import Segments
 from kernels.triton.tiles import FP_FUSION, Tile
 
@@ -42,7 +42,7 @@ def run(
 
 def check_place(op: str, **tensors: Tensor | None) -> None:
     """Raises ValueError unless all of ``tensors`` are on one GPU, or on the CPU for the interpreter."""
-    misplaced(op, "triton", "cpu" if INTERPRET else "cuda", **tensors)
+    check_device(op, "triton", "cpu" if INTERPRET else "cuda", **tensors)
     places = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(places.values())) > 1:
         raise ValueError(f"{op}: need one GPU; {', '.join(f'{name} is on {place}' for name, place in places.items())}")

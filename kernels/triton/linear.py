@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.weights import check_out_dtype, check_rows, packed_buffer
 from kernels.layout import PackedExperts, PackedLinear
 from kernels.triton.launch import ALIGN, CompileSpec, aligned, check_place, row_stride, run
 from kernels.triton.tiles import PRECISION, product_tile
@@ -110,7 +110,7 @@ def fill_linear(packed: PackedLinear) -> None:
 
 def weight_of(packed: PackedLinear | PackedExperts, op: str) -> Tensor:
     """The padded copy: [N, K'] of a linear layer, [E, N, K'] of experts."""
-    return checks.buffer(op, packed, "rows", "triton")
+    return packed_buffer(op, packed, "rows", "triton")
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
@@ -122,8 +122,8 @@ def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
 
 def _forward(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
     weight = weight_of(packed, "linear")
-    checks.rows("linear", x, packed.cols, weight.dtype)
-    checks.out_dtype("linear", out_dtype)
+    check_rows("linear", x, packed.cols, weight.dtype)
+    check_out_dtype("linear", out_dtype)
     check_place("linear", x=x, packed=weight)
     x = aligned(x)
     out = x.new_empty(x.shape[0], packed.rows, dtype=out_dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.rows import check_rms_norm
 from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, row_stride, run
 from kernels.triton.tiles import ROWS_TILE, norm_tile
 
@@ -95,7 +95,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    checks.rms_norm(x, weight)
+    check_rms_norm(x, weight)
     check_place("rms_norm", x=x, weight=weight)
     out, width = x.new_empty(x.shape), weight.shape[0]
     tile, weight = norm_tile(width), aligned(weight)

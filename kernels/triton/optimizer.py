@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.updates import check_adamw, check_dot
 from kernels.layout import AdamWStep
 from kernels.reference_arithmetic import joined_lanes
 from kernels.triton.launch import CompileSpec, check_place, plain, run
@@ -50,7 +50,7 @@ def adamw_kernel(p, g, m, v, count, keep, new1, old2, new2, rate, root, eps, N: 
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    checks.dot(a, b)
+    check_dot(a, b)
     check_place("dot", a=a, b=b)
     programs = triton.cdiv(a.numel(), DOT_TILE.n * DOT_TILE.k)
     lanes = torch.empty(programs, DOT_TILE.n, dtype=torch.float64, device=a.device)
@@ -61,7 +61,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
-    checks.adamw(parameter, gradient, first, second)
+    check_adamw(parameter, gradient, first, second)
     check_place("adamw", parameter=parameter, gradient=gradient, first=first, second=second)
     count = parameter.numel()
     run(

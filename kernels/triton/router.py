@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.logits import check_route
 from kernels.triton.launch import CompileSpec, check_place, plain, run
 from kernels.triton.tiles import router_tile
 
@@ -59,7 +59,7 @@ def route_backward_kernel(
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:
-    checks.route(logits, bias, top_k, shared)
+    check_route(logits, bias, top_k, shared)
     check_place("route", logits=logits, bias=bias)
     if torch.is_grad_enabled() and logits.requires_grad:
         result: tuple[Tensor, Tensor] = _Route.apply(logits, bias, top_k, shared)

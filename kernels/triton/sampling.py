@@ -15,13 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks
+from kernels.checks.logits import (
+    BAD_CLASS,
+    BAD_LOGIT,
+    BAD_TOKEN,
+    NO_TOKEN,
+    NOT_ALLOWED,
+    bad_row,
+    check_logprob,
+    check_sample,
+)
 from kernels.triton.launch import CompileSpec, check_place, plain, run
 from kernels.triton.tiles import VOCAB_TILE
 
-_BAD_LOGIT, _NO_TOKEN = tl.constexpr(checks.BAD_LOGIT), tl.constexpr(checks.NO_TOKEN)
-_NOT_ALLOWED, _BAD_CLASS = tl.constexpr(checks.NOT_ALLOWED), tl.constexpr(checks.BAD_CLASS)
-_BAD_TOKEN = tl.constexpr(checks.BAD_TOKEN)
+_BAD_LOGIT, _NO_TOKEN = tl.constexpr(BAD_LOGIT), tl.constexpr(NO_TOKEN)
+_NOT_ALLOWED, _BAD_CLASS = tl.constexpr(NOT_ALLOWED), tl.constexpr(BAD_CLASS)
+_BAD_TOKEN = tl.constexpr(BAD_TOKEN)
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 
 
@@ -179,7 +188,7 @@ def logprob_backward_kernel(
 def logprob(
     logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.logprob(logits, token, temperature, allowed, row_class)
+    check_logprob(logits, token, temperature, allowed, row_class)
     check_place("logprob", logits=logits, token=token, allowed=allowed, row_class=row_class)
     if torch.is_grad_enabled() and logits.requires_grad:
         result: tuple[Tensor, Tensor, Tensor] = _Logprob.apply(logits, token, temperature, allowed, row_class)
@@ -221,7 +230,7 @@ def _score(
     bad = stats.status.nonzero()
     if len(bad):
         row = int(bad[0])
-        raise checks.no_such_score(op, row, int(stats.status[row]), logits, allowed, row_class, token)
+        raise bad_row(op, row, int(stats.status[row]), logits, allowed, row_class, token)
     return chosen
 
 
@@ -252,7 +261,7 @@ class _Logprob(torch.autograd.Function):
 def sample(
     logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.sample(logits, temperature, key, allowed, row_class)
+    check_sample(logits, temperature, key, allowed, row_class)
     check_place("sample", logits=logits, key=key, allowed=allowed, row_class=row_class)
     logits, key, row_class = plain(logits), plain(key), plain(row_class)
     scored = temperature or 1.0
