@@ -1,8 +1,7 @@
-"""AdamW as a torch optimizer whose update is an op of ours (`kernels.ops.adamw`).
+"""AdamW as a torch optimizer whose update is the op `kernels.ops.adamw`.
 
-torch's own update takes square roots from a library that rounds them otherwise on AVX-512, so that one gradient would
-give other weights on another processor. DeepSpeed drives this class as it drives any optimizer: it hands over flat
-fp32 partitions and their gradients.
+torch's own update takes square roots from a library that rounds them differently on AVX-512, so one gradient would give
+other weights on another processor. DeepSpeed uses this class like any optimizer, on flat fp32 partitions.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from kernels import ops
 from kernels.layout import AdamWStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of an update's running means, of the gradient and of its square; torch's names."""
+"""torch's names of the running means of the gradient and of its square."""
 
 
 class AdamW(torch.optim.Optimizer):
-    """Parameters and gradients must be fp32 and contiguous. State a parameter: its `MOMENTS`, and ``taken``, the number
-    of updates so far."""
+    """Parameters and gradients must be fp32 and contiguous. The state of a parameter holds its `MOMENTS` and ``taken``,
+    the number of its updates so far."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, lr: float, beta1: float, beta2: float, eps: float = 1e-8

@@ -1,16 +1,16 @@
-"""``python -m kernels.bench [--json FILE]``: the cpu kernels beside torch's, which promise nothing about bits.
+"""``python -m kernels.bench [--json FILE]``: times of the cpu kernels and of torch's, which keep no row contract.
 
-One process, ours and torch's alternating, so that a busy moment of the machine hits both; the median over the rounds
-counts. Compared with: ``torch.nn.functional``'s `linear`, `rms_norm`, `scaled_dot_product_attention` (without a
-relative bias, which ours has on top), `log_softmax` with the pick of one token (ours adds entropy and a digest of the
+Both run in one process in turn, so that a busy moment of the machine hits both, and the median over the rounds counts.
+Compared with: ``torch.nn.functional``'s `linear`, `rms_norm`, `scaled_dot_product_attention` (without a
+relative bias, which ours adds), `log_softmax` with the pick of one token (ours adds entropy and a digest of the
 row), and for a mixture of experts the fastest of transformers' implementations of Inkling's experts. Backward is the
 backward alone. `expert_linear` is timed on both of its paths, gather + GEMV and grouped GEMM, and their results must be
 equal in every bit.
 
-Beside the times stand the reached GB/s (each input, weight and output counted once) and GFLOP/s, and what the machine
-can do at most: a loop that only reads, and one that only multiplies and adds. At the end stand the aims: what was set
-out to reach, in how many cases it was, and the worst of them. torch.set_num_threads and OMP_NUM_THREADS govern both
-sides.
+Beside the times are printed the GB/s (each input, weight and output counted once) and GFLOP/s, and the most that the
+machine can do: by a loop that only reads, and by one that only multiplies and adds. At the end are the aims: each with
+its limit, in how many cases it was met, and the worst case. torch.set_num_threads and OMP_NUM_THREADS govern both
+libraries.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from kernels.cpu.library import bind
 from kernels.cpu.moe import GATHER, GROUPED, expert_linear_by
 
 SLOW_S = 0.5
-"""A call that takes longer is run once, and where torch's is one, the shape's greater row counts are left out (its bf16
-backward falls to a few hundredths of ours on processors without bf16 instructions)."""
+"""Seconds beyond which a call is run once only; when it is torch's, the shape's greater row counts are left out (on
+processors without bf16 instructions torch's bf16 backward can take a hundred times as long as ours)."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Effort:
 
 
 def medians(calls: tuple[Call, ...], effort: Effort) -> list[float]:
-    """Seconds a call, one figure each. The calls alternate, each round begun by another; a call too short to time alone
-    is repeated, and run once before the clock starts, not to be charged for the caches that another emptied; one
-    of over SLOW_S is run once in all."""
+    """The median time of each call in seconds. The calls take turns, each round beginning with another one. A call too
+    short to be timed alone is repeated, after one run that is not timed, since another call has emptied the caches. A
+    call of more than SLOW_S is run once in all."""
     first = [_seconds(call, 1) for call in calls]  # fills caches, packs what is packed lazily
     slow = [taken > SLOW_S for taken in first]
     repeats = [
@@ -101,7 +101,7 @@ def ceilings(megabytes: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def measure_paths(rows: tuple[int, ...], effort: Effort, ceiling: tuple[float, float]) -> list[Result]:
-    """`expert_linear` on either path and on the one it takes itself, beside one `F.linear` for each expert in use."""
+    """Times `expert_linear` by each path and by the one it chooses, and one `F.linear` for each expert in use."""
     results = []
     for dtype, (experts, top_k, d, inner) in product(cases.DTYPES, cases.EXPERTS):
         n = 2 * inner
@@ -179,15 +179,15 @@ def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
     )
     for name, group in groups.items():
         if name in chosen:
-            found = list(measure_all(group, effort, ceiling))
-            console.print(table(name, found))
-            results += found
+            timed = list(measure_all(group, effort, ceiling))
+            console.print(table(name, timed))
+            results += timed
     if "expert_linear" in chosen:
-        found = measure_paths(rows, effort, ceiling)
-        console.print(paths_table(found))
-        for line in crossings(found):
+        timed = measure_paths(rows, effort, ceiling)
+        console.print(paths_table(timed))
+        for line in crossings(timed):
             console.print(line)
-        results += found
+        results += timed
     console.print(aims_table(results))
     return results
 

@@ -34,7 +34,7 @@ REL_CHANNELS, REL_EXTENT = 16, 1024
 
 @dataclass(frozen=True)
 class Case:
-    """Two callables that do one piece of work, and how much work that is."""
+    """Two callables that do the same work, ours and torch's, and how much work that is."""
 
     op: str
     dtype: torch.dtype
@@ -59,8 +59,8 @@ def _both_ways(
     op: str, shape: str, rows: int, ours: Op, theirs: Op, leaves: list[Tensor], flops: float, traffic: float,
     fewer: list[Tensor] | None = None,
 ) -> Iterator[Case]:  # fmt: skip
-    """A forward and a backward case. Backward is taken for twice the flops and three times the traffic. ``fewer``:
-    the leaves that torch's function has, where it has not all of ours."""
+    """A forward and a backward case. The backward is counted as twice the flops and three times the traffic. ``fewer``:
+    the leaves of torch's function, when it lacks some of ours."""
     dtype = leaves[0].dtype
     yield Case(op, dtype, shape, rows, "forward", torch.no_grad()(ours), torch.no_grad()(theirs), flops, traffic)
     calls = (_backward(ours(), leaves), _backward(theirs(), fewer or leaves))
@@ -68,7 +68,7 @@ def _both_ways(
 
 
 def _backward(out: Tensor, leaves: list[Tensor]) -> Call:
-    """The backward alone, over and over on one graph."""
+    """The backward alone; it can be called repeatedly on one graph."""
     return partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
 
 
@@ -155,12 +155,12 @@ def _torch_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routed:
-    """Rows and the experts they go to."""
+    """Rows and the experts that they are routed to."""
 
     x: Tensor  # [T, D]
     index: Tensor  # int64 [T, J], ascending in a row
     weight: Tensor  # fp32 [T, J]
-    expert: Tensor  # int32 [T * J], index in our form
+    expert: Tensor  # int32 [T * J], the same as ``index``, for `expert_linear`
 
     @staticmethod
     def random(t: int, experts: int, top_k: int, d: int, dtype: torch.dtype) -> Routed:
@@ -169,7 +169,7 @@ class Routed:
 
 
 def moe_cases(rows: tuple[int, ...], fastest: Callable[[list[Call]], int]) -> Iterator[Case]:
-    """Routed experts as a whole, against the one of transformers' ways to run them that ``fastest`` picks."""
+    """A mixture of experts as a whole, against the implementation of transformers that ``fastest`` picks."""
     for dtype, (experts, top_k, d, inner) in product(DTYPES, EXPERTS):
         config = InklingTextConfig(
             hidden_size=d, moe_intermediate_size=inner, n_routed_experts=experts, num_experts_per_tok=top_k
@@ -208,6 +208,6 @@ def torch_experts(x: Tensor, w: Tensor, expert: Tensor) -> Tensor:
     fan_out = expert.shape[0] // x.shape[0]
     out = x.new_empty(expert.shape[0], w.shape[1])
     for e in expert.unique().tolist():
-        mine = (expert == e).nonzero()[:, 0]
-        out[mine] = F.linear(x[mine // fan_out], w[e])
+        rows_of_expert = (expert == e).nonzero()[:, 0]
+        out[rows_of_expert] = F.linear(x[rows_of_expert // fan_out], w[e])
     return out

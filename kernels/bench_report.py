@@ -1,4 +1,4 @@
-"""What `kernels.bench` prints: tables of times and ratios, where each path of the experts wins, and the aims."""
+"""What `kernels.bench` prints: tables of times and ratios, which path of the experts is faster, and the aims."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a group of cases is to reach: ``value`` at most (``at_least``: at least) ``limit``."""
+    """A limit that ``value`` must not exceed (``at_least``: fall below) in all cases that it applies to."""
 
     name: str
     limit: float
@@ -78,7 +78,7 @@ def _moe(r: Result) -> bool:
 
 
 def weight_bytes(r: Result) -> int:
-    """Of a linear case, whose shape is KxN."""
+    """Bytes of the weights of a linear case, whose shape is written KxN."""
     k, n = (int(size) for size in r.shape.split("x"))
     return k * n * {"fp32": 4, "bf16": 2}[r.dtype]
 
@@ -94,14 +94,14 @@ def aims_table(results: list[Result]) -> Table:
     for column in ("aim", "limit", "cases", "met", "median", "worst", "where"):
         made.add_column(column, justify="left" if column in ("aim", "where") else "right")
     for aim in aims(last_level_cache()):
-        mine = [r for r in results if aim.applies(r)]
-        if not mine:
+        covered = [r for r in results if aim.applies(r)]
+        if not covered:
             continue
-        worst = (min if aim.at_least else max)(mine, key=aim.value)
-        met = sum(aim.met(r) for r in mine)
+        worst = (min if aim.at_least else max)(covered, key=aim.value)
+        met = sum(aim.met(r) for r in covered)
         made.add_row(
-            aim.name, f"{'≥' if aim.at_least else '≤'} {aim.limit}", str(len(mine)),
-            f"[{'green' if met == len(mine) else 'red'}]{met}", f"{statistics.median(map(aim.value, mine)):.2f}",
+            aim.name, f"{'≥' if aim.at_least else '≤'} {aim.limit}", str(len(covered)),
+            f"[{'green' if met == len(covered) else 'red'}]{met}", f"{statistics.median(map(aim.value, covered)):.2f}",
             f"{aim.value(worst):.2f}", worst.where,
         )  # fmt: skip
     return made
@@ -135,9 +135,9 @@ def paths_table(results: list[Result]) -> Table:
 
 
 def crossings(results: list[Result]) -> Iterator[str]:
-    """For each shape the first token count from which grouped GEMM is the faster path."""
+    """For each shape a line with the least number of tokens from which grouped GEMM is the faster path."""
     for dtype, shape in dict.fromkeys((r.dtype, r.shape) for r in results):
-        mine = [r for r in results if (r.dtype, r.shape) == (dtype, shape)]
-        last = max((i for i, r in enumerate(mine) if (r.gather_us or 0) < (r.grouped_us or 0)), default=-1)
-        where = f"from {mine[last + 1].rows} tokens on" if last + 1 < len(mine) else "nowhere measured"
+        by_rows = [r for r in results if (r.dtype, r.shape) == (dtype, shape)]
+        last = max((i for i, r in enumerate(by_rows) if (r.gather_us or 0) < (r.grouped_us or 0)), default=-1)
+        where = f"from {by_rows[last + 1].rows} tokens on" if last + 1 < len(by_rows) else "nowhere measured"
         yield f"{dtype} {shape}: grouped GEMM wins {where}"

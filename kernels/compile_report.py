@@ -1,18 +1,18 @@
-"""Compiles every Triton kernel ahead of time, for each kind of GPU, and audits what came out; no GPU needed.
+"""Compiles every Triton kernel ahead of time for several kinds of GPU and checks the result; needs no GPU.
 
     python -m kernels.compile_report [--json FILE]
 
 Kernels are compiled as the backend launches them (`kernels.triton.specs`) for Nvidia's sm_80, sm_90 and sm_100 and
-AMD's gfx942. The audit reads the result, not the source:
+AMD's gfx942. The compiled code is checked, not the source:
 
-- no atomic and no reduction instruction on global memory: those add in the order in which the clock lets programs come;
+- no atomic and no reduction instruction on global memory: those add in whatever order programs arrive;
 - no tf32 product: fp32 stays fp32;
-- the gathered and the grouped form of the experts' product use the same matrix instructions, for they must be equal;
+- the gathered and the grouped form of the experts' product use the same matrix instructions, as their bits must agree;
 - registers, spilled bytes and shared memory within the target's limits, so that the kernel can be launched at all.
 
 Prints a table and exits with status 1 when a kernel fails to compile or to pass. CI runs it by the slow tests
-(`tests/kernels/test_compile_report.py`, with kernels beside it that must be caught). It does not prove that a kernel
-gives the right numbers: that is for the tests, in Triton's interpreter and, where there is one, on a GPU.
+(`tests/kernels/test_compile_report.py`, with kernels that must be reported). It does not prove that a kernel gives the
+right numbers: the other tests do, in Triton's interpreter and, where there is one, on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # importing it imports triton, whose mode is looked at first
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of GPU and what a single program may take of it."""
+    """One kind of GPU and what a single program can use of it."""
 
     name: str
     platform: str  # "cuda" or "hip"
@@ -56,7 +56,8 @@ TARGETS = (
 )
 
 SPILL_BYTES = 256
-"""Most bytes a thread may spill. A spill costs time, never bits; more than a few registers mean a tile too large."""
+"""The most bytes that a thread may spill. Spilling costs time, never bits; much of it means that a tile is too
+large."""
 
 _PTX_ATOMIC = re.compile(r"(?:\b(?:atom|red)|multimem\.red|cp\.reduce\S*)\.[\w.:]+")
 _GCN_ATOMIC = re.compile(r"\b(?:global|flat|buffer|s)_atomic\w*")
@@ -82,7 +83,7 @@ class Compiled:
 
 
 def compile_one(spec: CompileSpec, target: Target) -> Compiled:
-    """Compiles ``spec`` for ``target`` (or takes it from Triton's cache) and audits it."""
+    """Compiles ``spec`` for ``target``, or takes it from Triton's cache, and checks it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,7 +116,8 @@ def compile_one(spec: CompileSpec, target: Target) -> Compiled:
 
 
 def audit_code(code: str, target: Target) -> list[str]:
-    """What the instructions ``code`` (PTX or AMDGCN) do that would break the row contract or the precision."""
+    """One line for each kind of instruction in ``code`` (PTX or AMDGCN) that breaks the row contract or the
+    precision."""
     # A PTX instruction that names the shared window reduces inside one program, in an order that program fixes.
     if target.platform == "cuda":
         atomics = {x for x in _PTX_ATOMIC.findall(code) if ".shared" not in x or ".global" in x}
@@ -126,7 +128,7 @@ def audit_code(code: str, target: Target) -> list[str]:
 
 
 def audit_size(registers: int, spilled: int, shared: int, threads: int, target: Target) -> list[str]:
-    """What of a program's needs the target cannot give."""
+    """One line for each resource of which a program needs more than the target has."""
     problems = []
     if registers > target.registers or registers * threads > target.file_registers:
         problems.append(
@@ -141,7 +143,7 @@ def audit_size(registers: int, spilled: int, shared: int, threads: int, target: 
 
 
 def audit_forms(results: list[Compiled]) -> list[Compiled]:
-    """``results`` with a problem more where one form of a product uses other instructions than the other."""
+    """``results``, with a problem added where the gathered and the grouped form use different matrix instructions."""
     products = {(result.kernel, result.target): result.products for result in results}
     out = []
     for result in results:
@@ -189,10 +191,10 @@ def _tool(command: list[str]) -> str:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"{pattern!r} is not in what the compiler's tools say; their form has changed")
-    return int(found[1])
+    return int(match[1])
 
 
 _jobs: list[tuple[CompileSpec, Target]] = []  # what forked workers inherit: kernels cannot be pickled
@@ -203,7 +205,7 @@ def _run_job(index: int) -> Compiled:
 
 
 def report(specs: list[CompileSpec], targets: Sequence[Target] = TARGETS) -> list[Compiled]:
-    """Every spec for every target, on every core; Triton's cache makes the second time quick."""
+    """Compiles and checks every spec for every target, one process a core. Triton's cache makes a second run quick."""
     _jobs[:] = [(spec, target) for spec in specs for target in targets]
     if not _jobs:
         return []

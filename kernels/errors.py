@@ -1,8 +1,8 @@
-"""The base of every error that a user can cause and mend; entry points print it as one line, without a traceback."""
+"""Errors that a user can cause and correct. Entry points print them as one line, without a traceback."""
 
 
 class MetronomeError(Exception):
-    """Something outside the program is wrong. The message says what, where, and what to do."""
+    """The base class: something outside the program is wrong. The message says what, where, and what to do."""
 
 
 class StaleWeightsError(MetronomeError):

@@ -1,13 +1,13 @@
-"""Constants and sums whose bits no library, compiler or processor decides.
+"""Constants and sums whose bits depend on no library, compiler or processor.
 
-libm, MKL, BLAS and numpy's own vector code give other last bits on other machines, and in the end a last bit decides
-which side of a threshold a number lies on. Here are three ways around them:
+libm, MKL, BLAS and numpy's own vector code give other last bits on other machines, and a last bit can decide on which
+side of a threshold a number lies. This module avoids them in three ways:
 
 - scalars by `decimal`, whose arithmetic is integer arithmetic: 60 digits, rounded once to fp64;
 - arrays by + - * / and square roots of fp64 elements, which IEEE 754 rounds one by one, whatever the vector register;
-- sums in an order that is written here (`total`).
+- sums in a stated order (`total`).
 
-Knows numbers and numpy arrays, no torch.
+It knows numbers and numpy arrays, no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 DIGITS = 60
-_NOTHING = Decimal("1e-45")  # what is smaller is the rounding of 60 digits
+"""Decimal digits of every intermediate result."""
+_NOTHING = Decimal("1e-45")  # a smaller result is 0 and its rounding error
 
 
 def power_of_ten(numerator: float, denominator: int = 1) -> float:
@@ -42,7 +43,7 @@ def ln(x: float) -> float:
 
 @functools.cache
 def pi() -> Decimal:
-    """To `DIGITS` digits: pi = 16 atan(1/5) - 4 atan(1/239) (Machin)."""
+    """pi to `DIGITS` digits, as 16 atan(1/5) - 4 atan(1/239) (Machin 1706)."""
     with localcontext(Context(prec=DIGITS + 5)):
         return 16 * _atan_of_inverse(5) - 4 * _atan_of_inverse(239)
 
@@ -69,7 +70,7 @@ def roots_of_unity(turns: int, count: int) -> NDArray[np.float64]:
 
 
 def _unit(angle: Decimal) -> tuple[Decimal, Decimal]:
-    """(cos, sin) of an angle in radians, by Taylor's series."""
+    """(cos, sin) of an angle in radians, by their Taylor series."""
     parts = [Decimal(1), angle]
     term, k = angle, 1
     while abs(term) > Decimal(10) ** -(DIGITS + 5):
@@ -101,7 +102,7 @@ def ln_of(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum over the last axis: the second half is added to the first until one element is left.
 
-    numpy's own sum adds in an order of its making, which may change with version and processor."""
+    numpy's own sum adds in an order that may change with its version and the processor."""
     while (n := values.shape[-1]) > 1:
         half = n - n // 2
         left = values[..., :half].copy()

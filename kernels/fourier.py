@@ -2,10 +2,10 @@
 
 X[k] = sum_n x[n] e^(-2 pi i k n / N) by Stockham's passes of radix 2, 4 and 5 (Van Loan 1992, Computational Frameworks
 for the Fast Fourier Transform): after each pass the numbers lie in order, so there is no reordering at the end.
-Elementwise + - * only, on real and imaginary parts kept apart (numpy's complex product may fuse), so every machine
-gives the same bits, and what else lies along the last axis cannot change a column's.
+Only elementwise + - * are used, on separate real and imaginary parts (numpy's complex product may fuse operations), so
+every machine gives the same bits, and no column depends on the others.
 
-kernels/cpu/native/dmel.cpp makes the same passes with the same operations in the same order: change both or none.
+kernels/cpu/native/dmel.cpp does the same operations in the same order: change both or neither.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Complex = tuple[Array, Array]  # real and imaginary parts
 
 
 def long_roots(coarse: int, fine: int) -> Array:
-    """e^(-2 pi i k / N), N = coarse * fine, [N, 2]: products of two correctly rounded roots, within 4e-16. For tables
-    that `roots_of_unity` would take seconds to make."""
+    """e^(-2 pi i k / N), N = coarse * fine, as [N, 2], within 4e-16: products of two correctly rounded roots. For
+    tables that `roots_of_unity` would take seconds to make."""
     (a, b), (c, d) = roots_of_unity(coarse, coarse).T[:, :, None], roots_of_unity(coarse * fine, fine).T
     return np.stack((a * c - b * d, a * d + b * c), -1).reshape(-1, 2)
 
@@ -101,7 +101,8 @@ def real_fft(x: Array, radices: tuple[int, ...], roots: Array) -> Complex:
 def real_inverse(spectrum: Complex, radices: tuple[int, ...], roots: Array) -> Array:
     """N / 2 times the real signal whose bins are 0 at 0 and N / 2 and ``spectrum`` [N/2 - 1] between: [N].
 
-    `real_fft` backwards; the inverse transform is the forward one with real and imaginary parts exchanged."""
+    The steps of `real_fft` in reverse; the inverse transform is the forward one with real and imaginary parts
+    exchanged."""
     (r, i), (mirror_r, mirror_i) = spectrum, (spectrum[0][::-1], spectrum[1][::-1])
     e_r, e_i, d_r, d_i = 0.5 * (r + mirror_r), 0.5 * (i - mirror_i), 0.5 * (r - mirror_r), 0.5 * (i + mirror_i)
     c, s = roots[1 : len(r) + 1].T

@@ -1,7 +1,7 @@
-"""Containers that kernels read: which rows form a sequence, where keys lie, how weights are packed.
+"""Containers that the ops take: which rows form a sequence, where keys lie, how weights are packed.
 
-Knows tensors and integers, nothing of models or sessions. Axes: T packed rows (tokens of several sequences, one
-after another), S segments, N output features, K input features, E experts, H heads, D head width.
+This module knows tensors and integers, nothing of models or sessions. Axes: T packed rows (tokens of several sequences,
+one after another), S segments, N output features, K input features, E experts, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16)
-"""What activations and weights may be."""
+"""Types that activations and weights may have."""
 
 SPLIT_TOKENS = 64
-"""Tokens of one KV page, and the keys of one attention split: a page *is* a split, so page layout cannot change bits. A
-backend reduces a split at once or in aligned parts of it."""
+"""Tokens of one page of the KV cache, and keys of one attention split (the keys that are reduced together before splits
+are combined). A page holds exactly one split, so where pages lie cannot change bits. A backend reduces a split at once
+or in aligned parts."""
 
 CONV_TAPS = 4
-"""Taps of a short convolution; a sequence carries the last CONV_TAPS - 1 inputs from call to call."""
-
+"""Taps of a short convolution. A sequence keeps its last CONV_TAPS - 1 inputs from call to call."""
 
 MOST_ROWS = 2**31 - 1
-"""Of a sequence and of a call: positions and offsets are int32."""
+"""The most rows that a sequence, or a call, may have: positions and offsets are int32."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Segments:
     position: Tensor  # int32 [T], absolute position of every row
 
     def __post_init__(self) -> None:
-        """Refuses tensors that kernels would read as other numbers. Their values are `build`'s to check."""
+        """Raises ValueError for a wrong shape, type, stride or device. Values are checked by `build` only."""
         slot, offset = self.slot, self.offset
         for name, x in (("slot", slot), ("start", self.start), ("offset", offset), ("position", self.position)):
             if x.dtype != torch.int32 or x.dim() != 1 or not x.is_contiguous() or x.device != slot.device:
@@ -59,8 +59,8 @@ class Segments:
 
     @staticmethod
     def build(slots: list[int], starts: list[int], lengths: list[int]) -> Segments:
-        """Raises ValueError when the lists differ in length, a length is < 1, a start is < 0, a slot comes twice or a
-        position would not fit int32."""
+        """From one entry a segment: its slot, its start and its number of rows. Raises ValueError when the lists differ
+        in length, a length is < 1, a start is < 0, a slot comes twice or a position would not fit int32."""
         if not len(slots) == len(starts) == len(lengths):
             raise ValueError(f"segments: {len(slots)} slots, {len(starts)} starts, {len(lengths)} lengths; need equal")
         if len(set(slots)) != len(slots):
@@ -86,7 +86,7 @@ class PagedKV:
 
     ``table[slot, p]`` names the page holding positions ``[p * SPLIT_TOKENS, (p + 1) * SPLIT_TOKENS)`` of the sequence
     in ``slot``, or -1 when that range is not held (not reached yet, or wholly outside a sliding window).
-    Keys lie transposed so that scores for neighbouring keys are one vector load.
+    Keys are stored transposed, so that one vector load reads one component of neighbouring keys.
     """
 
     key: Tensor  # [P, H_kv, D, SPLIT_TOKENS]
@@ -95,8 +95,8 @@ class PagedKV:
 
 
 class Generation:
-    """How often a model's weights have been changed. The model and all its packs share one: whoever changes the weights
-    counts up, and a pack made before that is refused by every op until ``kernels.ops.repack`` has refreshed it."""
+    """Counts the changes of a model's weights. The model and all its packed weights share one object: who changes the
+    weights adds 1 to ``now``, and every op refuses a pack made before until `kernels.ops.repack` has refreshed it."""
 
     __slots__ = ("now",)
 
@@ -108,7 +108,7 @@ class Generation:
 class PackedLinear:
     """Weights of one linear op, ``parts`` stacked along the output axis, with the backend's packed copy.
 
-    The copy is made by ``kernels.ops.pack_linear`` and refreshed by ``kernels.ops.repack`` after every weight update.
+    `kernels.ops.pack_linear` makes the copy, `kernels.ops.repack` refreshes it after a weight update.
     """
 
     parts: tuple[Tensor, ...]  # each [N_i, K], one dtype; parameters stay the caller's
@@ -116,13 +116,14 @@ class PackedLinear:
     cols: int  # K
     data: dict[str, Tensor] = field(default_factory=dict)  # backend buffers, by the backend's own names
     weights: Generation = field(default_factory=Generation)
-    made: int = 0  # the generation of ``weights`` that ``data`` is a copy of
+    made: int = 0  # ``weights.now`` when ``data`` was copied
 
     @staticmethod
     def build(
         parts: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...] = FLOATS, op: str = "pack_linear"
     ) -> PackedLinear:
-        """Without buffers. Raises ValueError, in the name of ``op``, for parts that do not stack."""
+        """With ``data`` still empty. Raises ValueError, naming ``op``, for parts that cannot be stacked or have a type
+        that is not among ``dtypes``."""
         if not parts:
             raise ValueError(f"{op}: parts is empty; give at least one weight [N, K]")
         if parts[0].dim() != 2:
@@ -137,15 +138,15 @@ class PackedLinear:
 
 @dataclass
 class PackedExperts:
-    """Weights of one expert-linear op. ``groups`` are consecutive ranges of experts; inside a group, tensors
-    ``[E_g, N_i, K]`` are stacked along N. E.g. ``((gate_up,), (shared_gate, shared_up))``.
+    """Weights of one `expert_linear`. ``groups`` are consecutive ranges of experts; inside a group, tensors
+    ``[E_g, N_i, K]`` are stacked along N, as in ``((gate_up,), (shared_gate, shared_up))``.
     """
 
-    groups: tuple[tuple[Tensor, ...], ...]
+    groups: tuple[tuple[Tensor, ...], ...]  # parameters, which stay the caller's
     experts: int  # E = sum of E_g
     rows: int  # N, equal in every group
     cols: int  # K
-    data: dict[str, Tensor] = field(default_factory=dict)
+    data: dict[str, Tensor] = field(default_factory=dict)  # these three as in `PackedLinear`
     weights: Generation = field(default_factory=Generation)
     made: int = 0
 
@@ -153,7 +154,8 @@ class PackedExperts:
     def build(
         groups: tuple[tuple[Tensor, ...], ...], dtypes: tuple[torch.dtype, ...] = FLOATS, op: str = "pack_experts"
     ) -> PackedExperts:
-        """Without buffers. Raises ValueError, in the name of ``op``, for groups that do not stack."""
+        """With ``data`` still empty. Raises ValueError, naming ``op``, for groups that cannot be stacked or have a type
+        that is not among ``dtypes``."""
         if not all(groups) or not groups:
             raise ValueError(f"{op}: groups or one of them is empty; give at least one weight [E, N, K]")
         first = groups[0][0]
@@ -200,8 +202,8 @@ class AdamWStep:
 
     @staticmethod
     def build(*, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, taken: int) -> AdamWStep:
-        """``taken``: updates before this one. Powers are products, one after another: a library's ``pow`` may give
-        another last bit on another processor."""
+        """``taken``: the number of updates before this one. Powers are computed by repeated multiplication: a library's
+        ``pow`` may give another last bit on another processor."""
         power1 = power2 = 1.0
         for _ in range(taken + 1):
             power1, power2 = power1 * beta1, power2 * beta2

@@ -1,12 +1,13 @@
-"""What one would have without this project: the same ops by the library's own calls, as transformers' Inkling makes
-them. No row contract: the number of rows, the padding beside them and what came from a cache may change bits.
+"""The baseline: the same ops by torch's own functions, called as transformers' Inkling calls them.
 
-It is here to be measured beside ours, not to be trained with: no environment variable selects it, only
-`kernels.dispatch.substituted`, and its contract id is another one. The batch is padded to its longest sequence for
-`scaled_dot_product_attention` and `conv1d`, as usual; experts are looped over, their rows sorted, and added by
-`index_add_`; keys lie in the same pages as ours and are gathered for each call, about what a cache that grows by
-concatenation costs. Log-prob digests and counter-based noise are kept, so that sessions and comparisons work; a usual
-program has neither.
+It keeps no row contract: the number of rows, padding and whether keys come from a cache may change bits. It exists to
+be measured beside the other backends, not to train with: METRONOME_BACKEND does not select it, only
+`kernels.dispatch.substituted` does, and its contract id differs from theirs.
+
+The batch is padded to its longest sequence for `scaled_dot_product_attention` and `conv1d`, as is usual; a loop over
+the experts takes their rows, sorted, and `index_add_` adds them; keys lie in the same pages as for the other backends
+and are gathered for each call, which costs about as much as a cache that grows by concatenation. Digests of log-prob
+rows and counter-based noise are kept, so that sessions and comparisons work; a usual program has neither.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
 
 @torch.no_grad()
 def repack(packed: PackedLinear | PackedExperts) -> None:
-    """Stacks what has several parts, so that inference need not."""
+    """Stacks weights of several parts once, so that inference need not do it at every call."""
     stacks = [_stack(packed.parts, 0)] if isinstance(packed, PackedLinear) else [_stack(g, 1) for g in packed.groups]
     packed.data = {str(i): stack for i, stack in enumerate(stacks)}
 
@@ -73,12 +74,12 @@ def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
 
 
 def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    live = torch.is_grad_enabled()
-    groups = [_stack(g, 1) for g in packed.groups] if live else list(packed.data.values())
+    training = torch.is_grad_enabled()
+    groups = [_stack(g, 1) for g in packed.groups] if training else list(packed.data.values())
     weights = [w for group in groups for w in group.unbind(0)]
     order = expert.argsort(stable=True)
-    mine = x[order // fan_out].split(torch.bincount(expert, minlength=packed.experts).tolist())
-    out = torch.cat([F.linear(rows, w) for rows, w in zip(mine, weights, strict=True) if len(rows)])
+    by_expert = x[order // fan_out].split(torch.bincount(expert, minlength=packed.experts).tolist())
+    out = torch.cat([F.linear(rows, w) for rows, w in zip(by_expert, weights, strict=True) if len(rows)])
     return torch.empty_like(out).index_copy(0, order, out)
 
 
@@ -102,7 +103,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _padded(segments: Segments) -> tuple[Tensor, Tensor, int]:
-    """Where the T packed rows stand in a padded batch: (segment [T], row within it [T], longest)."""
+    """Places of the T packed rows in a padded batch: (segment [T], row within it [T], length of the longest)."""
     length = segments.offset.diff().long()
     owner = torch.repeat_interleave(torch.arange(len(length)), length)
     return owner, torch.arange(segments.rows) - segments.offset[:-1].long()[owner], int(length.max())

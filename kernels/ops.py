@@ -1,17 +1,19 @@
-"""The batch-invariant ops: what each computes, and the row contract that each backend must keep.
+"""The batch-invariant ops: what each computes, and the row contract that every backend must keep.
 
 **Row contract.** Row i of an output depends, bit for bit, only on row i of the inputs, on the weights and, for
 `short_conv` and `attention`, on the same sequence's rows at smaller positions; never on how many other rows there
 are, what they hold, their order, the thread count, chunk boundaries, whether earlier keys come from a cache or from
-this call, or where pages lie. One output element is reduced by one worker in one fixed order. What is said below of an
-op's order binds every backend; the rest of it is the backend's own, stated in its module (`kernels.cpu.backend`,
-`kernels.triton.tiles`), and enters the contract id: bits are compared within one backend, never across two.
+this call, or where pages lie. One output element is reduced by one worker in one fixed order. Where a docstring
+below states an order, it holds for every backend; otherwise each backend chooses its own, states it in its module
+(`kernels.cpu.backend`, `kernels.triton.tiles`) and is identified by the contract id. So bits are compared within one
+backend, never between two.
 
 Activations are fp32 or bf16 (accumulation is always fp32; one rounding at the end). Under autograd every op but
 `sample` is differentiable. Elementwise single-rounding arithmetic (add, multiply, divide) needs no op of ours: torch's
 is row-invariant by IEEE 754. Anything with exp, log or a sum does.
 
-Axes: see `kernels.layout`. Every op raises ValueError on a wrong shape, dtype, device or stride, naming the argument.
+Axes: see `kernels.layout`. Every op raises ValueError on a wrong shape, dtype, device or stride, naming the argument;
+ops with packed weights raise StaleWeightsError when the weights have been changed since they were packed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from kernels.layout import AdamWStep, PackedExperts, PackedLinear, PagedKV, Segm
 
 
 def pack_linear(*parts: Tensor) -> PackedLinear:
-    """Packs weights [N_i, K] (stacked along N) for `linear`. Call `repack` after the weights change."""
+    """Packs weights [N_i, K], stacked along N, for `linear`. Call `repack` after the weights change."""
     return dispatch.backend().pack_linear(parts)
 
 
@@ -34,8 +36,8 @@ def pack_experts(*groups: tuple[Tensor, ...]) -> PackedExperts:
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
-    """Refreshes the packed copy from the current values of its parts, in place; it is then of the weights' present
-    generation."""
+    """Copies the current values of the weights into the packed copy, in place. Raises ValueError when another backend
+    packed them; they then stay stale."""
     before, packed.made = packed.made, packed.weights.now
     try:
         dispatch.backend().repack(packed)
@@ -45,45 +47,50 @@ def repack(packed: PackedLinear | PackedExperts) -> None:
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
-    """y[t, n] = sum_k x[t, k] * w[n, k], over k in one order, the backend's. x [T, K] (rows may be strided, columns
-    may not) -> [T, N] of ``out_dtype`` (default x.dtype)."""
+    """y[t, n] = sum_k x[t, k] * w[n, k]. x [T, K] (rows may be strided, columns may not) -> [T, N] of ``out_dtype``
+    (default x.dtype)."""
     return dispatch.backend().linear(x, packed, out_dtype or x.dtype)
 
 
 def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int = 1) -> Tensor:
-    """Row r of the result is ``x[r // fan_out] @ w[expert[r]].T``. x [T, K], expert int32 [R], R = T * fan_out, gives
-    [R, N].
+    """y[r] = x[r // fan_out] @ w[expert[r]].T. x [T, K], expert int32 [R] with R = T * fan_out -> [R, N]. Raises
+    ValueError for an expert outside [0, E).
 
-    Few rows take gather + GEMV, many take grouped GEMM; both reduce every row in the same order, so the choice cannot
-    change a bit."""
+    Few rows are computed by gather + GEMV, many by grouped GEMM. Both reduce every row in the same order, so the choice
+    cannot change a bit."""
     return dispatch.backend().expert_linear(x, packed, expert, fan_out)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, [T, 2I] -> [T, I]; gate is the first half, silu(g) = g / (1 + exp(-g)); fp32 inside."""
+    """silu(gate) * up, silu(g) = g / (1 + exp(-g)) (Shazeer 2020, arXiv 2002.05202); computed in fp32.
+
+    gate_up [T, 2I], the gate being the first I columns -> [T, I] of the same dtype."""
     return dispatch.backend().swiglu(gate_up)
 
 
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
-    """out[t] = sum_j weight[t, j] * y[t * J + j] in ascending j. y [T * J, D], weight fp32 [T, J] -> [T, D]."""
+    """The experts' weighted sum: out[t] = sum_j weight[t, j] * y[t * J + j], in ascending j.
+
+    y [T * J, D], weight fp32 [T, J] -> [T, D] of y.dtype."""
     return dispatch.backend().moe_combine(y, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * (x / sqrt(mean(x^2) + eps)), over the last axis; x [T, D] or [T, H, D] (columns must adjoin), weight [D]
-    -> x's shape.
+    """weight * (x / sqrt(mean(x^2) + eps)), the mean over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    Zhang & Sennrich 2019. As in Inkling the normed value is rounded to x.dtype before the weight is applied."""
+    x [T, D] or [T, H, D] (columns must be adjacent), weight [D] of x.dtype -> x's shape. As in Inkling the normed value
+    is rounded to x.dtype before the weight is applied."""
     return dispatch.backend().rms_norm(x, weight, eps)
 
 
 def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None = None) -> Tensor:
-    """Causal depthwise convolution with its residual: y[t, c] = x[t, c] + sum_i w[c, i] * x[t - 3 + i, c], oldest tap
-    first, positions before 0 counting as 0; fp32 inside.
+    """Causal depthwise convolution with a residual: y[t, c] = x[t, c] + sum_i w[c, i] * x[t - 3 + i, c], i = 0 … 3 in
+    ascending order; inputs before position 0 count as 0. Computed in fp32.
 
     x [T, C] (rows may be strided), weight [C, 4] fp32 -> [T, C] of x.dtype. ``state`` [slots, 3, C] of x.dtype holds
     each slot's last three inputs (oldest first); it is read for segments with start > 0 and overwritten in place.
-    Without state every segment must start at 0. With state there is no autograd."""
+    Without ``state`` every segment must start at 0; with it there is no gradient, and asking for one raises
+    ValueError."""
     return dispatch.backend().short_conv(x, weight, segments, state)
 
 
@@ -102,29 +109,32 @@ def attention(
 ) -> Tensor:
     """Causal attention with Inkling's learned relative bias, keys reduced in left-aligned ranges of fixed size.
 
-    score(i, j) = tau_i * (scale * q_i . k_j + b_i(i - j)), b_i(d) = sum_c rel[i, c] * rel_proj[c, d] for
-    d < extent, else 0; keys with i - j >= window are out of sight. Keys are reduced in aligned ranges of
-    absolute positions, splits of SPLIT_TOKENS or equal parts of them as the backend states (max, sum of exp, weighted
-    values), the ranges combined left to right; a range wholly out of sight changes nothing.
+    score(i, j) = tau_i * (scale * q_i . k_j + b_i(i - j)), b_i(d) = sum_c rel[i, c] * rel_proj[c, d] for d < extent,
+    else 0 (transformers.models.inkling). Query i sees key j when 0 <= i - j < window; None is no window. Softmax and
+    weighted sum are computed a range of keys at a time (maximum, sum of exp, weighted values) and the ranges combined
+    from left to right (Milakov & Gimelshein 2018, arXiv 1805.02867). Ranges are aligned to absolute positions: splits
+    of SPLIT_TOKENS, or equal parts of them where the backend says so. A range that the query cannot see changes
+    nothing.
 
     q [T, H, D], k and v [T, H_kv, D] (rows may be strided), rel [T, H, C] (rows may be strided), rel_proj [C, extent],
     tau fp32 [T] or None (1) -> [T, H, D]. With ``cache`` the call first writes its keys and values into the pages, then
-    attends over the pages (no autograd); without it every segment must start at 0 and pages are temporary."""
+    attends over the pages; a position without a page raises ValueError, and so does asking for a gradient. Without
+    ``cache`` every segment must start at 0."""
     return dispatch.backend().attention(q, k, v, rel, rel_proj, segments, scale, window, tau, cache)
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:
-    """Inkling's router. logits fp32 [T, E + shared], bias fp32 [E] -> (expert int32 [T, J], weight fp32 [T, J]) with
-    J = top_k + shared.
+    """The router of a mixture of experts, as in transformers.models.inkling. logits fp32 [T, E + shared], bias fp32 [E]
+    -> (expert int32 [T, J], weight fp32 [T, J]) with J = top_k + shared.
 
-    Experts are the top_k of sigmoid(logit) + bias, ties to the lower index, listed in ascending index, then the shared
-    ones E … E + shared - 1. Weights are sigmoid(logit) normalised over the J, computed as softmax(logsigmoid(logit)).
-    Gradients flow to logits through the weights only."""
+    A row's experts are the top_k of sigmoid(logit) + bias, of equal ones the lower index first, listed in ascending
+    index; then the shared ones E … E + shared - 1. Its weights are sigmoid(logit) divided by their sum over the J
+    experts, computed as softmax(logsigmoid(logit)). Gradients flow to logits through the weights only."""
     return dispatch.backend().route(logits, bias, top_k, shared)
 
 
 def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
-    """dMel embedding: out[t] = sum_c table[codes[t, c] + c * bins] in ascending channel c, fp32 inside.
+    """dMel embedding: out[t] = sum_c table[codes[t, c] + c * bins] in ascending channel c, computed in fp32.
 
     codes uint8 or int16/32/64 [T, C], table [C * bins, D] -> [T, D]. Raises ValueError for a code outside [0, bins)."""
     return dispatch.backend().embedding_sum(codes, table, bins)
@@ -135,35 +145,37 @@ def logprob(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of ``token`` under softmax(logits / temperature) over the tokens its row's class allows.
 
-    logits fp32 [T, V], token int64 [T], allowed bool [classes, V], row_class int64 [T] ->
-    (logprob fp32 [T], entropy fp32 [T] in nats, digest int64 [T]). The digest is a 64-bit hash of the bits of the whole
-    log-prob row (-inf where not allowed): sum over v of splitmix64((v << 32) | bits(logp[v])) modulo 2^64, so equal
-    digests mean equal distributions. Gradients flow to logits from logprob and from entropy. Raises ValueError when a
-    token is not allowed in its row, or a row's allowed logits hold a NaN or +inf."""
+    logits fp32 [T, V], token int64 [T], allowed bool [classes, V], row_class int64 [T] -> (logprob fp32 [T], entropy
+    fp32 [T] in nats, digest int64 [T]). The digest is a 64-bit hash of the bits of the whole log-prob row (-inf where
+    not allowed): sum over v of splitmix64((v << 32) | bits(logp[v])) modulo 2^64 (splitmix64: Steele, Lea & Flood
+    2014), so equal digests mean equal distributions, but for a chance of 2^-64. Gradients flow to logits from logprob
+    and from entropy. Raises ValueError when a token is not allowed in its row, or a row's allowed logits hold a NaN or
+    +inf."""
     return dispatch.backend().logprob(logits, token, temperature, allowed, row_class)
 
 
 def sample(
     logits: Tensor, temperature: float, key: Tensor, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples by the Gumbel-max trick with counter-based noise: argmax_v logp[v] - ln E, E = -ln u, ties to the lower
-    id. u in (0, 1) from h = splitmix64(key + (v + 1) * 0x9E3779B97F4A7C15): with m = the lower 63 bits of h, made odd,
-    and x = fp32(m) / 2^64, rounded once, u = 1 - x where the top bit of h is 0, else u = x.
+    """Samples by the Gumbel-max trick (Gumbel 1954) with counter-based noise: argmax_v logp[v] - ln E, E = -ln u, of
+    equal values the lower id. u in (0, 1) comes from h = splitmix64(key + (v + 1) * 0x9E3779B97F4A7C15): with m = the
+    lower 63 bits of h, made odd, and x = fp32(m) / 2^64, rounded once, u = 1 - x where the top bit of h is 0, else u =
+    x.
 
     x has fp32's relative precision at both ends of (0, 1), so the noise lies in [-3.8, 44.4] and an improbable token is
-    drawn as often as it should be; with 24 bits for u, none of less than p_max e^-20.2 would ever be.
+    drawn as often as it should be; with 24 bits for u, none less probable than p_max e^-20.2 would ever be drawn.
 
     logits fp32 [T, V], key int64 [T] (bits of a uint64) -> (token int64 [T], logprob fp32 [T], digest int64 [T]), the
-    last two bit for bit what `logprob` gives for that token. temperature 0 is greedy: the argmax of the logits, ties to
-    the lower id, scored at temperature 1."""
+    last two bit for bit what `logprob` gives for that token. Temperature 0 is greedy: the argmax of the logits,
+    of equal ones the lower id, with its log-prob at temperature 1."""
     return dispatch.backend().sample(logits, temperature, key, allowed, row_class)
 
 
 def scale(x: Tensor, factor: Tensor) -> Tensor:
     """x * factor, of x.dtype. x [T, N], factor [1] of x.dtype -> [T, N].
 
-    A single multiplication needs no op; the gradient of ``factor`` does: it is a sum over all elements of x, here
-    `dot`'s, where torch's own sum would split by the number of threads."""
+    The multiplication alone would need no op. The gradient of ``factor`` does: it is a sum over all elements of x,
+    taken by `dot`, because torch's own sum is split by the number of threads."""
     if torch.is_grad_enabled() and (x.requires_grad or factor.requires_grad):
         out: Tensor = _Scale.apply(x, factor)
         return out
@@ -192,12 +204,13 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
-    """One AdamW update of ``parameter`` and its moments ``first`` and ``second``, in place; all fp32, contiguous, of
-    equally many elements. ``step`` holds the update's numbers, rounded to fp32 here:
+    """One AdamW update (Loshchilov & Hutter 2019, arXiv 1711.05101) of ``parameter`` and its moments ``first`` and
+    ``second``, in place; all fp32, contiguous, of equally many elements. With p, g, m, v for these tensors and the
+    numbers of ``step`` rounded to fp32:
 
         p = p * keep;  m = m + (g - m) * new1 + 0;  v = v * old2 + (g * g) * new2;
         p = p - (m / (sqrt(v) / root + eps)) * rate
 
-    Every operation is rounded once and none fused, so the bits are the same on every backend and processor. No row
-    contract is at stake: an element's update depends on that element alone."""
+    Every operation is rounded once and none fused, so the bits are the same on every backend and processor. The row
+    contract holds trivially: an element's update depends on that element alone."""
     dispatch.backend().adamw(parameter, gradient, first, second, step)

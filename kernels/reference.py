@@ -1,8 +1,8 @@
-"""The reference backend: short torch code that *defines* each op of `kernels.ops`. Slow; the oracle for the others.
+"""The reference backend: short torch code that *defines* each op of `kernels.ops`; slow, the oracle for the others.
 
-Plain autograd differentiates it, and it works in fp32, bf16 and float64 (a float64 run is the oracle of an fp32 one).
-It keeps the row contract itself (`kernels.reference_arithmetic`); its order of reduction is a chain in ascending index,
-attention's by whole splits. Left out on purpose: speed, and packing.
+torch's autograd differentiates it, and it runs in fp32, bf16 and float64 (a float64 run is the oracle of an fp32 one).
+It keeps the row contract (`kernels.reference_arithmetic` says how). Its order of reduction is a chain in ascending
+index; attention's is by whole splits. Left out on purpose: speed, and packing.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from kernels.reference_arithmetic import (
     sum_last,
     widen,
 )
-from kernels.reference_attention import attention as attention  # the op, in a room of its own
+from kernels.reference_attention import attention as attention  # an op of this backend
 
 NAME = "reference"
 DEVICE = "cpu"
 NUMERICS_VERSION = 2
 
-OTHERS = "packed: made by another backend; pack again after use_backend('reference')"
+_OTHERS = "packed: made by another backend; pack again after use_backend('reference')"
 
 GOLDEN = 0x9E3779B97F4A7C15
 U32 = 0xFFFFFFFF
@@ -76,24 +76,24 @@ def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
     """Nothing to refresh: this backend reads the parts at every call."""
-    require(not packed.data, OTHERS)
+    require(not packed.data, _OTHERS)
 
 
-def _own(packed: PackedLinear | PackedExperts) -> None:
+def _check_packed(packed: PackedLinear | PackedExperts) -> None:
     if packed.made != packed.weights.now:
         raise stale_weights("packed")
-    require(not packed.data, OTHERS)
+    require(not packed.data, _OTHERS)
 
 
 def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
-    _own(packed)
+    _check_packed(packed)
     require(x.dim() == 2 and x.shape[1] == packed.cols, f"linear: x is {tuple(x.shape)}, not [T, {packed.cols}]")
     require(x.dtype == packed.parts[0].dtype, f"linear: x is {x.dtype}, the weights {packed.parts[0].dtype}")
     return matmul_chain(x, torch.cat(packed.parts)).to(out_dtype)
 
 
 def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    _own(packed)
+    _check_packed(packed)
     require(x.dim() == 2 and x.shape[1] == packed.cols, f"expert_linear: x is {tuple(x.shape)}, not [T, {packed.cols}]")
     rows = x.shape[0] * fan_out
     require(expert.shape == (rows,), f"expert_linear: expert is {tuple(expert.shape)}, not [{rows}]")
@@ -102,8 +102,8 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
     blocks = []
     for e in expert.unique(sorted=True).tolist():
         require(0 <= e < packed.experts, f"expert_linear: expert {e} is outside 0..{packed.experts - 1}")
-        mine = (expert == e).nonzero()[:, 0]
-        blocks.append(matmul_chain(x[mine // fan_out], weights[e]).to(x.dtype))
+        rows_of_expert = (expert == e).nonzero()[:, 0]
+        blocks.append(matmul_chain(x[rows_of_expert // fan_out], weights[e]).to(x.dtype))
     empty = x.new_zeros(0, packed.rows)
     return torch.cat([empty, *blocks])[torch.argsort(order)]
 
@@ -200,7 +200,8 @@ def _log_softmax(logits: Tensor, temperature: float, allowed: Tensor, row_class:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64 of int64 bits (Vigna's next() from state x); int64 wraps modulo 2^64, >> needs its sign cleared."""
+    """splitmix64 (Steele, Lea & Flood 2014; Vigna's ``next()`` from state x) of uint64 bits held as int64: sums and
+    products wrap modulo 2^64, and after >> the copies of the sign are masked away."""
     x = x + (GOLDEN - 2**64)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
@@ -208,7 +209,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def digest(logp: Tensor) -> Tensor:
-    """int64 [T] of a log-prob row's bits, as `kernels.ops.logprob` defines it."""
+    """logp [T, V] -> int64 [T], the digest of each row's bits that `kernels.ops.logprob` defines."""
     bits = logp.detach().float().view(torch.int32).long() & U32
     return _mix((torch.arange(logp.shape[1]) << 32) | bits).sum(1)
 
@@ -217,9 +218,9 @@ def logprob(
     logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     logp, mask = _log_softmax(logits, temperature, allowed, row_class)
-    mine = mask.gather(1, token[:, None])[:, 0]
-    if not bool(mine.all()):
-        row = int((~mine).int().argmax())
+    permitted = mask.gather(1, token[:, None])[:, 0]
+    if not bool(permitted.all()):
+        row = int((~permitted).int().argmax())
         raise ValueError(f"token: row {row} has token {int(token[row])}, which its class {int(row_class[row])} forbids")
     safe = logp.masked_fill(~mask, 0)  # 0 * -inf would be NaN, in the sum and in its gradient
     entropy = -sum_last(exp(safe).masked_fill(~mask, 0) * safe)
@@ -227,14 +228,15 @@ def logprob(
 
 
 def gumbel_of(word: Tensor) -> Tensor:
-    """float64, the noise -ln E, E = -ln u, of int64 words (bits of uint64), as `kernels.ops.sample` defines it."""
+    """The noise -ln E, E = -ln u, float64, of words given as int64 (the bits of a uint64); `kernels.ops.sample` defines
+    u."""
     odd = (word & (2**63 - 1)) | 1
     x = odd.float().double() * 2.0**-64  # one rounding, to fp32
     return -torch.log(torch.where(word < 0, -torch.log(x), -torch.log1p(-x)))
 
 
 def gumbel(key: Tensor, vocab: int) -> Tensor:
-    """float64 [T, V], the noise that `kernels.ops.sample` adds for int64 keys [T]."""
+    """key int64 [T] -> float64 [T, V], V = ``vocab``: the noise that `kernels.ops.sample` adds."""
     counter = torch.arange(1, vocab + 1) * (GOLDEN - 2**64)
     return gumbel_of(_mix(key[:, None] + counter))
 

@@ -1,8 +1,8 @@
-"""The arithmetic of the reference backend: sums as chains of elementwise torch calls, exp and log that no vector bends.
+"""The arithmetic of the reference backend: sums as chains of elementwise torch calls, and exp and log in float64.
 
-IEEE 754 rounding of one add or one multiply cannot depend on the neighbours, so a loop over them keeps the row contract
-by itself; exp and log are taken in float64 and rounded to fp32, because torch's own fp32 exp may give another last bit
-in a vector's tail than in its middle.
+IEEE 754 rounds each addition and multiplication by itself, so a loop over elementwise calls keeps the row contract; exp
+and log are computed in float64 and rounded to fp32, because torch's own fp32 exp may give another last bit for elements
+at the end of a row than for those that fill a vector register.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from kernels.layout import Segments
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ValueError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
 
 
 def widen(x: Tensor) -> Tensor:
-    """The accumulation type: fp32, or float64 for a float64 oracle."""
+    """x in the type that sums are taken in: float64 for float64, else fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -41,11 +42,12 @@ def sum_last(x: Tensor) -> Tensor:
 
 
 LANES, CHAIN = 8, 512
-"""A sum over a whole tensor: blocks of LANES * CHAIN products, lane l of a block adding elements l, l + LANES, …"""
+"""How a whole tensor is summed: in blocks of LANES * CHAIN products, lane l of a block adding elements l, l + LANES,
+…"""
 
 
 def product_lanes(a: Tensor, b: Tensor) -> Tensor:
-    """The lanes' sums of the products of two fp32 tensors, fp64 [blocks, LANES]. Each product is exact."""
+    """Sums of the products of two fp32 tensors by lane, fp64 [blocks, LANES]. Each product is exact."""
     terms = a.detach().double().flatten() * b.detach().double().flatten()
     blocks = F.pad(terms, (0, -len(terms) % (LANES * CHAIN))).view(-1, CHAIN, LANES)
     total = blocks.new_zeros(len(blocks), LANES)
@@ -55,7 +57,8 @@ def product_lanes(a: Tensor, b: Tensor) -> Tensor:
 
 
 def joined_lanes(lanes: Tensor) -> Tensor:
-    """fp64 [blocks, LANES] -> fp64 []: lanes l and l + 4 of a block, l + 2, l + 1; then a chain over blocks."""
+    """fp64 [blocks, LANES] -> fp64 []: in each block lanes l and l + 4 are added, then l + 2, then l + 1; then the
+    blocks in order."""
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]

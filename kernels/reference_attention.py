@@ -1,4 +1,4 @@
-"""The reference's attention: `attention` of `kernels.ops`, defined by loops over keys and splits."""
+"""Attention of the reference backend: `kernels.ops.attention` defined by loops over keys and splits."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def attention(
             _write_pages(k[first:end], v[first:end], cache, slot, start)
     for slot, start, first, end in bounds(segments):
         require(start == 0 or cache is not None, f"attention: segment starts at {start}, but there is no cache")
-        mine = slice(first, end)
+        own_rows = slice(first, end)
         if cache is None:
-            key, value = (F.pad(t[mine], (0, 0, 0, 0, 0, -(end - first) % SPLIT_TOKENS)) for t in (k, v))
+            key, value = (F.pad(t[own_rows], (0, 0, 0, 0, 0, -(end - first) % SPLIT_TOKENS)) for t in (k, v))
         else:
             key, value = _read_pages(cache, slot, start + end - first)
-        row_tau = None if tau is None else tau[mine]
-        out.append(_attend(q[mine], key, value, rel[mine], rel_proj, start, scale, window, row_tau))
+        row_tau = None if tau is None else tau[own_rows]
+        out.append(_attend(q[own_rows], key, value, rel[own_rows], rel_proj, start, scale, window, row_tau))
     return torch.cat([q.new_zeros(0, *q.shape[1:]), *out])
 
 
 def _write_pages(k: Tensor, v: Tensor, cache: PagedKV, slot: int, start: int) -> None:
-    """The segment's keys and values, to where the table says. All segments' are written before any row attends: two
-    sequences may share a page that this call fills."""
+    """Writes one segment's keys and values into the pages that the table names. All segments are written before any row
+    attends, because two sequences may share a page that this call fills."""
     for row, position in enumerate(range(start, start + k.shape[0])):
         page = int(cache.table[slot, position // SPLIT_TOKENS])
         require(page >= 0, f"attention: cache.table holds no page for slot {slot}, position {position}")
@@ -56,7 +56,7 @@ def _write_pages(k: Tensor, v: Tensor, cache: PagedKV, slot: int, start: int) ->
 
 
 def _read_pages(cache: PagedKV, slot: int, length: int) -> tuple[Tensor, Tensor]:
-    """The whole sequence: [splits * SPLIT_TOKENS, H_kv, D] each, zeros where nothing is held."""
+    """(keys, values) of the whole sequence, each [splits * SPLIT_TOKENS, H_kv, D], zeros where no page is held."""
     splits = -(-length // SPLIT_TOKENS)
     _, heads, width, _ = cache.key.shape
     key, value = (pages.new_zeros(splits, SPLIT_TOKENS, heads, width) for pages in (cache.key, cache.value))
@@ -81,8 +81,8 @@ def _attend(
 ) -> Tensor:
     """One sequence: queries at start, start + 1, … over keys at 0 … splits * SPLIT_TOKENS - 1.
 
-    With m_s, l_s, a_s a split's max, sum and weighted values and M the max of all m_s:
-    out = (sum_s e^(m_s - M) a_s) / (sum_s e^(m_s - M) l_s), both left to right (Milakov & Gimelshein 2018)."""
+    With m_s, l_s, a_s a split's max, sum and weighted values and M the max of all m_s: out = (sum_s e^(m_s - M) a_s) /
+    (sum_s e^(m_s - M) l_s), both sums from left to right (Milakov & Gimelshein 2018)."""
     rows, heads, keys = q.shape[0], q.shape[1], k.shape[0]
     k, v = (widen(t).repeat_interleave(heads // k.shape[1], dim=1).transpose(0, 1) for t in (k, v))  # [H, keys, D]
     wide_q, extent = widen(q), rel_proj.shape[1]

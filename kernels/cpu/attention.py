@@ -1,8 +1,8 @@
 """Attention on the CPU: the calls into the native kernels, and the backward.
 
 With a cache the native code writes keys and values into the pages and attends over them in their own type. Without one
-(the learner, or whole sequences at once) it runs in fp32 on temporary pages: bf16 inputs are widened first, which is
-exact, and the result rounded once, so both ways give the same bits.
+(the learner, or whole sequences at once) it runs in fp32 on temporary pages: bf16 inputs are converted first, which is
+exact, and the result is rounded once, so both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kernels.cpu.library import bind
 from kernels.layout import PagedKV, Segments
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q, k, v, rel, rel_proj."""
+"""The tensors q, k, v, rel, rel_proj of `kernels.ops.attention`."""
 
 _SHARED = "pipipipipppppiiiiiiifp"
 _WHOLE = bind("attention_f32", _SHARED + "p")
@@ -26,7 +26,7 @@ _CACHED = {
 }
 _BACKWARD = bind("attention_backward", "pipipipipppiiiiiiif" + "pppppppp")
 
-_NO_WINDOW = 1 << 40  # farther than any position
+_NO_WINDOW = 1 << 40  # greater than any distance
 
 
 def attention(
@@ -63,7 +63,7 @@ def attention(
 def _arguments(
     inputs: Inputs, segments: Segments, scale: float, reach: int, tau: Tensor | None, out: Tensor
 ) -> tuple[float, ...]:
-    """What every native call begins with, up to ``out``; inputs checked, rel_proj contiguous fp32."""
+    """The first arguments of every native call, up to ``out``. ``inputs`` are checked, rel_proj is contiguous fp32."""
     q, k, v, rel, rel_proj = inputs
     _, heads, width = q.shape
     return (

@@ -1,11 +1,11 @@
-"""The native CPU backend: every op of `kernels.ops`, gathered here under the names that `kernels.dispatch` calls.
+"""The native CPU backend: every op of `kernels.ops`, under the names of `kernels.backend.Backend`.
 
-NUMERICS_VERSION goes up whenever a change to the native code may change a bit of any result.
+NUMERICS_VERSION is raised whenever a change to the native code may change a bit of any result.
 
-**Orders of reduction**, on every instruction set alike (the sources of native/ say how):
+**Orders of reduction**, the same on every instruction set (the sources in native/ say how):
 
-- products (linear, experts, their gradients): one chain acc = fma(a, b, acc) over ascending k;
-- attention: whole splits of 64 keys from left to right, each element of a split's sums a chain over ascending keys;
+- products (linear, experts, their gradients): one chain acc = fma(a, b, acc) in ascending k;
+- attention: whole splits of 64 keys from left to right; within a split, each sum is a chain in ascending key;
 - RMS norm, log-probabilities: 16 lanes, lane l over elements l, l + 16, …, joined by one fixed tree;
 - convolution, experts' weighted sum, embedding, the router's weights: one chain in ascending index.
 """
@@ -64,7 +64,8 @@ def instruction_set() -> str:
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
-    """A parameter's ``data`` may have been exchanged since it was packed: other sizes would go past the panels."""
+    """Raises ValueError when a weight's shape, type or device is no longer what was packed: its ``data`` may have been
+    replaced since, and other sizes would be written beyond the panels."""
     dtypes = (panels_of(packed, "repack").dtype,)
     if isinstance(packed, PackedLinear):
         now = PackedLinear.build(packed.parts, dtypes, "repack")

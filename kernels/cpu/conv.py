@@ -1,4 +1,4 @@
-"""The short causal convolution on the CPU, with its per-slot state."""
+"""The short causal convolution on the CPU, with the state it keeps for each slot."""
 
 from __future__ import annotations
 

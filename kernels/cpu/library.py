@@ -1,13 +1,13 @@
-"""The native library: found, checked against the processor, loaded once, its functions bound for plain calls.
+"""Loads the native library, once and after checking that the processor can run it, and binds its functions.
 
-Not ``torch.library``: nothing here is traced or compiled, and its dispatcher costs more than a small kernel takes.
-Calls go through cffi, which takes half as long as ctypes over a handful of integers; integers are pointers
-(``tensor.data_ptr()``, 0 for none) or sizes.
+Left out on purpose: ``torch.library``. Nothing here is traced or compiled, and its dispatcher costs more than a small
+kernel takes. Calls go through cffi, which passes a handful of integers in half the time that ctypes needs; the integers
+are addresses (``tensor.data_ptr()``, 0 for none) or sizes.
 
-There is one library per instruction set (``_native_avx2.so``, ``_native_avx512.so``), all made from the same sources
-and giving the same bits; the best one the processor supports is loaded, ``METRONOME_ISA`` forces one. On a machine
-with AVX-512 its library is compared with the AVX2 one on small inputs before it is used. ``METRONOME_NATIVE=FILE``
-loads FILE in place of either, such as a build with sanitizers (.ci/sanitize).
+There is one library per instruction set (``_native_avx2.so``, ``_native_avx512.so``), built from the same sources and
+giving the same bits; the best one that the processor supports is loaded, or the one that ``METRONOME_ISA`` names. On a
+machine with AVX-512 its library is compared with the AVX2 one on small inputs before it is used.
+``METRONOME_NATIVE=FILE`` loads FILE in place of either, such as a build with sanitizers (.ci/sanitize).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _FFI = cffi.FFI()
 
 @functools.cache
 def isa() -> str:
-    """The instruction set in use, ``avx2`` or ``avx512``."""
+    """The instruction set in use, ``avx2`` or ``avx512``. Raises ValueError for an unknown METRONOME_ISA, RuntimeError
+    when the processor cannot run it, or neither."""
     flags = _processor_flags()
     supported = [name for name, needs in _NEEDS.items() if needs <= flags]
     wanted = os.environ.get("METRONOME_ISA")
@@ -59,9 +60,9 @@ def library() -> ctypes.CDLL:
 
 
 def bind(name: str, arguments: str) -> Callable[..., int]:
-    """The native function ``name``. ``arguments`` has a letter for each: p address, i 64-bit integer, f float.
+    """The native function ``name``. ``arguments`` has a letter for each argument: p address, i 64-bit integer, f float.
 
-    Every function returns a 64-bit integer; those that can fail say what it means where they are defined."""
+    Every function returns a 64-bit integer: 0, or what the function's own comment says. Raises as `library` does."""
     return _bind(library(), name, arguments)
 
 
@@ -113,8 +114,8 @@ def _keep_freed_memory() -> None:
 
 
 def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
-    """Raises unless both libraries give equal bits for exp, log, Gumbel noise, products, attention, sampling, sums and
-    AdamW's update. (dMel's function needs tables; its digests are among those that the tests compare.)"""
+    """Raises RuntimeError unless both libraries give equal bits for exp, log, Gumbel noise, products, attention,
+    sampling, sums and AdamW's update. (dMel codes need tables; the tests compare those.)"""
     x = torch.linspace(-110, 95, 999)
     results = []
     for lib in (one, other):

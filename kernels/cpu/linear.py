@@ -1,7 +1,8 @@
 """Linear layers on the CPU: packing, forward and gradient. The reduction order is stated in native/gemm.h.
 
-A pack holds the weights in column panels. The gradient of x needs the panels of the transpose; they are made when the
-first backward runs and then kept fresh by `repack`. Gradients are computed in fp32 also for bf16, and rounded once.
+Packed weights are stored as panels of PANEL columns. The gradient of x needs panels of the transposed weights; the
+first backward makes them, and `repack` refreshes them from then on. Gradients are computed in fp32, for bf16 too, and
+rounded once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from kernels.checks.weights import check_out_dtype, check_rows, packed_buffer
 from kernels.cpu.library import bind
 from kernels.layout import PackedExperts, PackedLinear
 
-PANEL = 16  # columns of a panel, as in native/gemm.h
+PANEL = 16  # columns of a panel; the same number is in native/gemm.h
 
 _SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _PACK = {dtype: bind(f"pack_rows_{name}", "piipi") for dtype, name in _SHORT.items()}
@@ -41,7 +42,7 @@ def panel_count(columns: int) -> int:
 
 
 def panel_depth(cols: int, dtype: torch.dtype) -> int:
-    """Rows of 16 in a panel: bf16 panels hold pairs of k."""
+    """Rows of PANEL elements in a panel: K, for bf16 rounded up to pairs."""
     return cols + cols % 2 if dtype == torch.bfloat16 else cols
 
 
@@ -105,7 +106,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _input_gradient(grad: Tensor, packed: PackedLinear) -> Tensor:
-    """grad [T, N] fp32 -> [T, K]: one chain over n."""
+    """grad [T, N] fp32 -> [T, K]: one chain in ascending n."""
     if "transposed" not in packed.data:
         out = torch.zeros(panel_count(packed.cols), packed.rows, PANEL)
         fill_transposed(packed.data["panels"], packed.rows, packed.cols, out)
@@ -118,7 +119,7 @@ def _input_gradient(grad: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [T, N], x [T, K], fp32 -> [N, K]: one chain over t."""
+    """grad [T, N], x [T, K], fp32 -> [N, K]: one chain in ascending t."""
     dw = torch.empty(grad.shape[1], x.shape[1])
     arguments = (grad.data_ptr(), grad.shape[1], x.data_ptr(), x.stride(0), grad.shape[0], *dw.shape, dw.data_ptr())
     _WEIGHT_GRADIENT(*arguments)

@@ -64,7 +64,7 @@ def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int
 
 
 def expert_linear_by(path: int, x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    """`expert_linear` on a path of one's choice, to measure and to compare; without autograd."""
+    """`expert_linear` by the path AUTO, GATHER or GROUPED, to time and to compare them; without autograd."""
     k, n, panels = packed.cols, packed.rows, packed_buffer("expert_linear", packed, "panels", "cpu")
     _, stride, dtype = check_rows("expert_linear", x, k, panels.dtype)
     rows = check_experts(x, expert, fan_out)
@@ -111,7 +111,8 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 def _expert_input_gradient(grad: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    """grad [R, N] fp32 -> [T, K]: one chain over n, then over the fan-out in ascending row."""
+    """grad [R, N] fp32 -> [T, K]: a chain in ascending n for each row, then a row's fan-out added in ascending
+    order."""
     if "transposed" not in packed.data:
         packed.data["transposed"] = torch.zeros(packed.experts, panel_count(packed.cols), packed.rows, PANEL)
         _fill_transposed(packed)

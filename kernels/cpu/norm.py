@@ -1,4 +1,4 @@
-"""RMS norm on the CPU. The sum of squares runs on 16 virtual lanes and one fixed tree, on every instruction set."""
+"""RMS norm on the CPU. Squares are summed in 16 lanes joined by one fixed tree, whatever the instruction set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ _BACKWARD = bind("rms_norm_backward", "ppfppppii")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Also takes x [T, H, D] (heads of a fused projection, no copy needed) -> [T, H, D]."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _RmsNorm.apply(x, weight, eps)
         return out

@@ -10,7 +10,7 @@ from kernels.checks.updates import check_adamw, check_dot
 from kernels.cpu.library import bind
 from kernels.layout import AdamWStep
 
-BLOCK = 4096  # elements, as in native/optimizer.cpp
+BLOCK = 4096  # elements summed at a time; the same number is in native/optimizer.cpp
 
 _DOT = bind("dot_f32", "ppipp")
 _ADAMW = bind("adamw_f32", "ppppifffffff")

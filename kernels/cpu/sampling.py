@@ -1,4 +1,4 @@
-"""The router, log-probabilities and sampling on the CPU. `sample` and `logprob` share the native code of one row."""
+"""The router, log-probabilities and sampling on the CPU. `sample` and `logprob` treat a row by the same native code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over pages with the relative bias, a sliding window and fixed splits, in Triton: the op and its checks.
+"""Attention over pages with relative bias and sliding window, in Triton: the op and its checks.
 
 The kernels are in `attention_forward` and `attention_backward`, what they share in `attention_parts`.
 """
@@ -47,7 +47,8 @@ def attention(
 
 
 def _check_pages(segments: Segments, reach: int, cache: PagedKV) -> None:
-    """Raises before anything is written. Reads the page table, which waits for the device once a call."""
+    """Raises ValueError for a split of keys without a page, before anything is written. Reads the page table, for which
+    it waits for the device once a call. ``reach`` is the window, or NO_WINDOW."""
     pages, table = cache.key.shape[0], cache.table
     start, slot = segments.start.long().cpu(), segments.slot.long().cpu()
     first = (start - (reach - 1)).clamp_min(0) // SPLIT_TOKENS

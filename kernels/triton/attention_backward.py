@@ -1,15 +1,16 @@
 """Gradients of attention: dq, dk, dv, drel and drel_proj of whole sequences, without an atomic add.
 
-With P = exp(score - lse), dP = dout . v and delta = sum of dout * out, dscore = P (dP - delta); score's factor tau and
-scale pass it on to q . k, and tau alone to the bias. Who sums what, each in one order:
+With P = exp(score - lse), dP = dout . v and delta = sum of dout * out: dscore = P (dP - delta) (Dao et al. 2022, arXiv
+2205.14135, appendix B). score = tau (scale q . k + bias), so the gradient of q . k is dscore * tau * scale, that of the
+bias dscore * tau. Each sum is taken by one program in one order:
 
-- dq: one program per query tile and key head, over keys from left to right;
-- dk, dv: one program per KEYS keys and key head, over query tiles from left to right;
-- the bias: the first program also lays dscore * tau out *by distance*, [row, extent], every element from the one key at
-  that distance. Then drel and drel_proj are plain products over distances and over rows. The layout is kept for
-  PASS_TILES query tiles at a time; drel_proj is summed within a pass and a key head, then over these in order.
+- dq: a program a query tile and key head, over keys from left to right;
+- dk, dv: a program for KEYS keys and a key head, over query tiles from left to right;
+- the bias: the program of dq also stores dscore * tau *by distance*, [row, extent], every element from the one key at
+  that distance. Then drel and drel_proj are matrix products over distances and over rows. This is kept for PASS_TILES
+  query tiles at a time, a pass; drel_proj is summed within a pass and a key head, then over these in order.
 
-Sums are fp32, in bf16 as in the forward; every gradient is rounded once, to its input's type.
+Sums are fp32, for bf16 too; every gradient is rounded once, to its input's type.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from kernels.triton.attention_parts import (
 from kernels.triton.launch import SHORT, CompileSpec, plain, run
 from kernels.triton.tiles import DISTANCES, PASS_TILES, attention_tile
 
-ADDENDS = 256  # elements of drel_proj per program of the last sum
+ADDENDS = 256  # elements of drel_proj that one program of the last sum takes
 
 
 @triton.jit
@@ -125,10 +126,10 @@ def keys_kernel(
         score = factor[:, None] * (scale * dot + bias)
         weight = tl.where(visible, tl.exp(score - log_sum[:, None]), 0.0)
         dscore = tl.where(visible, weight * (dweight - mean[:, None]) * factor[:, None], 0.0)
-        theirs = row[:, None] * WIDTH + d[None, :]
-        upstream = tl.load(dout + theirs, mask=inside, other=0.0)
+        query_place = row[:, None] * WIDTH + d[None, :]
+        upstream = tl.load(dout + query_place, mask=inside, other=0.0)
         dvalues += wide_product(tl.trans(weight), upstream)
-        queries = tl.load(q + theirs, mask=inside, other=0.0)
+        queries = tl.load(q + query_place, mask=inside, other=0.0)
         dkeys += wide_product(tl.trans(dscore * scale), queries)
     place = source[:, None] + d[None, :]
     held = (at < end)[:, None] & (d < WIDTH)[None, :]
@@ -156,10 +157,10 @@ def rel_kernel(
     total = tl.zeros((ROWS, CHANNELS_PAD), tl.float32)
     for first in range(0, EXTENT, STEP):
         d = first + tl.arange(0, STEP)
-        theirs = tl.load(by_distance + own[:, None] + d[None, :], mask=(d < EXTENT)[None, :], other=0.0)
+        gradient = tl.load(by_distance + own[:, None] + d[None, :], mask=(d < EXTENT)[None, :], other=0.0)
         inside = (d < EXTENT)[:, None] & (c < CHANNELS)[None, :]
         proj = tl.load(rel_proj + c[None, :] * EXTENT + d[:, None], mask=inside, other=0.0)
-        total += wide_product(theirs, proj)
+        total += wide_product(gradient, proj)
     inside = valid[:, None] & (c < CHANNELS)[None, :]
     tl.store(drel + row[:, None] * CHANNELS + c[None, :], total.to(drel.dtype.element_ty), mask=inside)
 
@@ -186,9 +187,9 @@ def proj_kernel(
         row = (position + shift).to(tl.int64) * HEADS + key_head * GROUP + r % GROUP_PAD
         own = ((n * KEY_HEADS + key_head) * ROWS + r).to(tl.int64) * EXTENT
         inside = valid[:, None] & (c < CHANNELS)[None, :]
-        mine = tl.load(rel + row[:, None] * CHANNELS + c[None, :], mask=inside, other=0.0)
-        theirs = tl.load(by_distance + own[:, None] + d[None, :], mask=(d < EXTENT)[None, :], other=0.0)
-        total += tl.trans(wide_product(tl.trans(theirs), mine))
+        left = tl.load(rel + row[:, None] * CHANNELS + c[None, :], mask=inside, other=0.0)
+        gradient = tl.load(by_distance + own[:, None] + d[None, :], mask=(d < EXTENT)[None, :], other=0.0)
+        total += tl.trans(wide_product(tl.trans(gradient), left))
     inside = (c < CHANNELS)[:, None] & (d < EXTENT)[None, :]
     place = ((order * KEY_HEADS + key_head).to(tl.int64) * CHANNELS + c[:, None]) * EXTENT + d[None, :]
     tl.store(partial + place, total, mask=inside)
@@ -206,7 +207,7 @@ def proj_sum_kernel(partial, drel_proj, count, ELEMENTS: tl.constexpr, BLOCK: tl
 
 
 def flat_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Constexprs of the products with the gradients by distance."""
+    """Compile-time constants of the products with the gradients by distance."""
     heads, key_heads, width, channels, extent, _ = shape
     size = sizes(dtype, heads, key_heads, width)
     of_model = {"HEADS": heads, "KEY_HEADS": key_heads, "CHANNELS": channels, "EXTENT": extent}
@@ -228,7 +229,8 @@ def differentiate(
     scale: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, drel, drel_proj); all arguments with adjacent elements."""
+    """(dq, dk, dv, drel, drel_proj), given the forward's ``out`` and ``lse`` and the gradient ``dout``. All arguments
+    are contiguous; ``reach`` is the window, or NO_WINDOW."""
     (rows, heads, width), key_heads, tile = q.shape, k.shape[1], attention_tile(q.dtype)
     channels, extent = rel_proj.shape
     size = sizes(q.dtype, heads, key_heads, width)
@@ -246,16 +248,16 @@ def differentiate(
     shape: Shape = heads, key_heads, width, channels, extent, reach
     over = shape_constants(q.dtype, shape) | {"HAS_TAU": tau is not None}
     flat = flat_constants(q.dtype, shape)
-    for n, mine in enumerate(passes):
+    for n, pass_tiles in enumerate(passes):
         by_distance.zero_()
-        grid = len(mine), key_heads
+        grid = len(pass_tiles), key_heads
         run(
             queries_kernel, grid, q.device, tile,
-            q, k, v, rel, rel_proj, factor, mine, out, lse, dout, dq, delta, by_distance, float(scale), **over,
+            q, k, v, rel, rel_proj, factor, pass_tiles, out, lse, dout, dq, delta, by_distance, float(scale), **over,
         )  # fmt: skip
-        run(rel_kernel, grid, q.device, tile, rel_proj, mine, by_distance, drel, **flat)
+        run(rel_kernel, grid, q.device, tile, rel_proj, pass_tiles, by_distance, drel, **flat)
         steps = triton.cdiv(extent, DISTANCES), key_heads
-        run(proj_kernel, steps, q.device, tile, rel, mine, by_distance, partial, n, len(mine), **flat)
+        run(proj_kernel, steps, q.device, tile, rel, pass_tiles, by_distance, partial, n, len(pass_tiles), **flat)
     run(
         keys_kernel, (len(parts), key_heads), q.device, tile,
         q, k, v, rel, rel_proj, factor, parts, lse, dout, dk, dv, delta, float(scale), **over,

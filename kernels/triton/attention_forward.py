@@ -1,15 +1,16 @@
-"""Attention's forward kernels: new keys and values into their pages, then every query over the keys it sees.
+"""Attention's forward kernels: one writes new keys and values into their pages, one attends over them.
 
-One program takes a query tile over the keys it sees from left to right, KEYS at a time: aligned parts of a split, each
-with its own maximum, sum of exp and weighted values, combined left to right. Why a row's bits are its own:
+One program takes a query tile over the keys that it sees from left to right, KEYS at a time: aligned parts of a split,
+each with its own maximum, sum of exp and weighted values, combined from left to right. Why a row's bits depend on no
+other row:
 
-- tiles and parts lie by absolute position (`attention_parts`);
-- every part runs the same code over KEYS keys; one out of a row's sight leaves its sums untouched;
-- a product's rows share nothing but the values, whose NaNs and infinities are taken out before the product and put
-  back into the rows that see them: 0 * NaN would carry them into rows that do not.
+- tiles and parts are aligned to absolute positions (`attention_parts`);
+- every part runs the same code over KEYS keys; a part that a row cannot see leaves its sums unchanged;
+- the rows of a product share only the values. NaNs and infinities among those are taken out before the product and
+  added afterwards to the rows that see them, because 0 * NaN would bring them into the other rows too.
 
-Left out on purpose: one sequence's splits in several programs at once (flash decoding), whose merging kernel would be
-another kernel for few rows than for many.
+Left out on purpose: splits of one sequence in several programs at once (flash decoding), which would need another
+kernel for few rows than for many.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def attention_kernel(
     WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, key heads). tiles int32 [tiles, 5]: see `tiles_of`. lse fp32 [T, H]: ln of a row's sum."""
+    """Grid (query tiles, key heads). tiles int32 [tiles, 5]: see `tiles_of`. lse fp32 [T, H]: ln of a row's sum of
+    exp."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     tile = tiles + tl.program_id(0) * 5
     key_head = tl.program_id(1)
@@ -121,11 +123,11 @@ def write_kernel(
     j = tl.arange(0, SPLIT)
     d = tl.arange(0, WIDTH_PAD)
     position = base + j
-    mine = ((position >= start) & (position < end))[:, None] & (d < WIDTH)[None, :]
+    fresh = ((position >= start) & (position < end))[:, None] & (d < WIDTH)[None, :]
     page = tl.load(table + slot.to(tl.int64) * table_width + base // SPLIT).to(tl.int64) * KEY_HEADS + key_head
     source = ((position + shift).to(tl.int64) * KEY_HEADS + key_head)[:, None] * WIDTH + d[None, :]
-    tl.store(key + (page * WIDTH + d[None, :]) * SPLIT + j[:, None], tl.load(k + source, mask=mine), mask=mine)
-    tl.store(value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :], tl.load(v + source, mask=mine), mask=mine)
+    tl.store(key + (page * WIDTH + d[None, :]) * SPLIT + j[:, None], tl.load(k + source, mask=fresh), mask=fresh)
+    tl.store(value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :], tl.load(v + source, mask=fresh), mask=fresh)
 
 
 def forward(
@@ -141,7 +143,8 @@ def forward(
     tau: Tensor | None,
     cache: PagedKV,
 ) -> tuple[Tensor, Tensor]:
-    """Writes the new keys and values into the pages, then attends: (out [T, H, D], lse fp32 [T, H])."""
+    """Writes the new keys and values into the pages, then attends: (out [T, H, D], lse fp32 [T, H]). ``reach`` is the
+    window, or NO_WINDOW."""
     rows, heads, width = q.shape
     key_heads, tile = k.shape[1], attention_tile(q.dtype)
     size = sizes(q.dtype, heads, key_heads, width)
@@ -175,7 +178,7 @@ def attend_whole(
     reach: int,
     tau: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Whole sequences through temporary pages, of which only what is written is read: (out, lse)."""
+    """`forward` of whole sequences over temporary pages, of which only what was written is read: (out, lse)."""
     needed = -(-segments.offset.long().cpu().diff() // SPLIT_TOKENS)
     width = int(needed.max()) if len(needed) else 0
     table = (torch.cumsum(needed, 0) - needed)[:, None] + torch.arange(width)

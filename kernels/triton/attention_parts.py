@@ -1,11 +1,12 @@
-"""What attention's forward and backward share: the geometry of tiles, and products at full precision.
+"""What attention's forward and backward share: which rows and keys a program takes, and products at full precision.
 
-A *query tile* is all query heads of one key head at ROWS / GROUP_PAD neighbouring positions; keys come KEYS at a time,
-in aligned parts of a split. Both lie by absolute position, so a query is in the same row of the same tile, and meets
-the same parts, however the sequence was cut into calls. Sizes follow the type and the model alone.
+A *query tile* is all query heads of one key head at ROWS / GROUP_PAD neighbouring positions; keys are taken KEYS at a
+time, in aligned parts of a split. Both are aligned to absolute positions, so a query is in the same row of the same
+tile, and is reduced over the same parts, however the sequence was cut into calls. Sizes depend on the type and the
+model alone.
 
-bf16 products are exact in the fp32 sum; an fp32 factor, such as a softmax weight, enters as three bf16 parts that add
-up to it exactly.
+Products of bf16 numbers are exact in fp32; an fp32 factor, such as a softmax weight, is split into three bf16 parts
+that add up to it exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from kernels.layout import SPLIT_TOKENS, Segments
 from kernels.triton.tiles import PRECISION, attention_tile
 
-NO_WINDOW = 1 << 30  # farther than any position
+NO_WINDOW = 1 << 30  # greater than any distance
 
 Shape = tuple[int, ...]  # heads, key heads, width, channels, extent, window
 
@@ -27,7 +28,7 @@ SPEC_SHAPES: tuple[Shape, ...] = (
     (32, 8, 128, 16, 1024, NO_WINDOW),
     (4, 2, 32, 16, 1024, 512),
 )
-"""What to compile ahead of time: sliding and global layers, and a small model's."""
+"""Shapes to compile ahead of time: those of sliding and of global layers, and a small model's."""
 
 
 @triton.jit
@@ -68,14 +69,14 @@ def relative_bias(rel, rel_rows, rel_proj, distance, valid, CHANNELS: tl.constex
     near = (distance >= 0) & (distance < EXTENT) & valid[:, None]
     bias = tl.zeros(distance.shape, tl.float32)
     for c in range(CHANNELS):
-        mine = tl.load(rel + rel_rows + c, mask=valid, other=0.0).to(tl.float32)
-        theirs = tl.load(rel_proj + c * EXTENT + distance, mask=near, other=0.0).to(tl.float32)
-        bias += mine[:, None] * theirs
+        left = tl.load(rel + rel_rows + c, mask=valid, other=0.0).to(tl.float32)
+        right = tl.load(rel_proj + c * EXTENT + distance, mask=near, other=0.0).to(tl.float32)
+        bias += left[:, None] * right
     return tl.where(near, bias, 0.0)  # a NaN of rel stays within the extent
 
 
 def sizes(dtype: torch.dtype, heads: int, key_heads: int, width: int) -> dict[str, int]:
-    """Constexprs of a tile: functions of the type, the model's head counts and width alone."""
+    """Compile-time constants of a tile, from the type and the model's head counts and width alone."""
     tile, group = attention_tile(dtype), triton.next_power_of_2(heads // key_heads)
     width_pad = max(16, triton.next_power_of_2(width))  # 16 is the least that a product takes
     return {
@@ -109,7 +110,7 @@ def tiles_of(segments: Segments, slot: Tensor, size: int) -> Tensor:
 
 
 def shape_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Constexprs of a kernel over query tiles, but for HAS_TAU."""
+    """Compile-time constants of a kernel over query tiles, without HAS_TAU."""
     heads, key_heads, width, channels, extent, window = shape
     of_model = {"HEADS": heads, "KEY_HEADS": key_heads, "WIDTH": width, "CHANNELS": channels, "EXTENT": extent}
     return {**of_model, "WINDOW": window, **sizes(dtype, heads, key_heads, width)}

@@ -1,8 +1,8 @@
-"""The Triton backend: every op of `kernels.ops`, gathered here under the names that `kernels.dispatch` calls.
+"""The Triton backend: every op of `kernels.ops`, under the names of `kernels.backend.Backend`.
 
-It runs on a GPU or, with TRITON_INTERPRET=1 set before triton is first imported, slowly, in Triton's interpreter on CPU
-tensors: that is how it is tested where there is no GPU. NUMERICS_VERSION goes up whenever a change to a kernel's text
-may change a bit of any result; what else decides them, orders of reduction included, is in `kernels.triton.tiles`.
+It runs on a GPU or, when TRITON_INTERPRET=1 is set before triton is first imported, slowly in Triton's interpreter on
+CPU tensors, which is how it is tested where there is no GPU. NUMERICS_VERSION is raised whenever a change to a kernel
+may change a bit of any result. What else decides bits, orders of reduction included, is in `kernels.triton.tiles`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The short causal convolution in Triton, with its per-slot state. Four taps and the residual, one add at a time."""
+"""The short causal convolution in Triton, with the state it keeps for each slot: one chain over taps and residual."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def conv_kernel(
     x, weight, state, segment, slot, start, offset, y, rows, width, x_row,
     STATE: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Row r of segment s is its row j = r - offset[s]; tap i reads its row j - TAPS + 1 + i, which lies in x, or in the
-    state when negative, or is 0 when the sequence begins here."""
+    """Row r of segment s is row j = r - offset[s] of the segment. Tap i reads the segment's row j - TAPS + 1 + i: from
+    x, or when that is negative from the state, or 0 when the sequence begins with this call."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
     live = row < rows
@@ -44,9 +44,9 @@ def conv_kernel(
 
 @triton.jit
 def state_kernel(x, state, slot, start, offset, width, x_row, TAPS: tl.constexpr, N: tl.constexpr):
-    """The last TAPS - 1 inputs of every segment's sequence, from x or moved up within the state. Runs after the
-    convolution. A program owns its columns of a slot, and reads an element before it overwrites it: the row read lies
-    below the row written, and rows are written upwards."""
+    """Stores the last TAPS - 1 inputs of every segment's sequence, from x or moved up within the state. Runs after the
+    convolution. A program has columns of a slot for itself and reads each element before it overwrites it, because rows
+    are written in ascending order and each is read from a row of higher index."""
     s = tl.program_id(0)
     column = tl.program_id(1) * N + tl.arange(0, N)
     inside = column < width
@@ -130,7 +130,8 @@ def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None
 
 
 def _check_segments(segments: Segments, state: Tensor | None) -> None:
-    """Cheap for segments as `Segments.build` makes them, on the CPU; on a GPU it waits for the device."""
+    """Raises ValueError for a segment without its state. Segments are on the CPU as `Segments.build` makes them; with
+    segments on a GPU this waits for the device."""
     slot = segments.slot
     bad = segments.start > 0 if state is None else (slot < 0) | (slot >= state.shape[0])
     if bool(bad.any()):

@@ -14,7 +14,7 @@ from kernels.triton.tiles import MAP_TILE, norm_tile
 
 @triton.jit(do_not_specialize=["rows"])
 def swiglu_kernel(gate, up, out, rows, half, x_row, M: tl.constexpr, N: tl.constexpr):
-    """``gate`` and ``up`` [rows, half] lie ``x_row`` apart by rows."""
+    """out = silu(gate) * up; ``x_row`` is the row stride of both gate and up [rows, half]."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
     inside = (row < rows) & (column < half)
@@ -26,7 +26,8 @@ def swiglu_kernel(gate, up, out, rows, half, x_row, M: tl.constexpr, N: tl.const
 
 @triton.jit(do_not_specialize=["rows"])
 def swiglu_backward_kernel(gate, up, grad, dgate, dup, rows, half, x_row, grad_row, M: tl.constexpr, N: tl.constexpr):
-    """s = sigmoid(g): dup = dy g s, dgate = dy u s (1 + g (1 - s)). The gradients are halves of one [rows, 2 half]."""
+    """With s = sigmoid(g): dup = dy g s, dgate = dy u s (1 + g (1 - s)). dgate and dup are halves of one [rows, 2
+    half]."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
     inside = (row < rows) & (column < half)
@@ -94,7 +95,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(gate, up, their row stride): views, or copies of both, for 16 divides half the width or it does not."""
+    """(gate, up, their row stride). Both are views or both are copies, since both have the same width."""
     gate, up = (aligned(part) for part in gate_up.chunk(2, dim=1))
     return gate, up, row_stride(gate)
 

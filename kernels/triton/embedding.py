@@ -1,4 +1,4 @@
-"""The summed dMel embedding in Triton: channels in ascending order, and its gradient as one-hot products."""
+"""The summed dMel embedding in Triton, channels in ascending order; its gradient is a product with a one-hot matrix."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def embedding_backward_kernel(
 
 
 def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
-    """Checking the codes against ``bins`` waits for the device."""
+    """Waits for the device, to check that the codes are below ``bins``."""
     if torch.is_grad_enabled() and table.requires_grad:
         out: Tensor = _EmbeddingSum.apply(codes, table, bins)
         return out

@@ -1,9 +1,9 @@
-"""Experts' linear op in Triton: gather + GEMV for few rows, grouped GEMM for many, equal bit for bit.
+"""`expert_linear` in Triton: gather + GEMV for few rows, grouped GEMM for many, equal bit for bit.
 
-Both forms hand their tile to `linear.chain`, so an output element meets the same instructions in the same order. They
-differ in which rows share a tile: none (a row a program, its expert read in place), or rows of one expert, found by
-a table of tiles that is made on the device (no synchronisation). In the gather form all but one row of the tile are
-masked: the matrix unit idles, but with few rows the time goes into reading weights.
+Both forms compute their tile by `linear.chain`, so an output element is made by the same instructions in the same
+order. They differ in which rows share a tile: none (one row a program, the other rows of its tile masked), or rows of
+one expert, which a table made on the device lists (so the host need not wait). Masking leaves the matrix unit mostly
+idle, but with few rows reading the weights takes the time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def gather_kernel(
     a, b, c, expert, columns, depth, fan_out, a_row, b_expert, b_red, b_col,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """c[r] = a[r // fan_out] @ b[expert[r]], a program for every r and column tile."""
+    """c[r] = a[r // fan_out] @ b[expert[r]]; one program a row r and tile of columns."""
     r = tl.program_id(1).to(tl.int64)
     live = tl.arange(0, M) == 0
     column = tl.program_id(0) * N + tl.arange(0, N)
@@ -42,8 +42,8 @@ def grouped_kernel(
     a, b, c, order, bound, tile_end, tile_expert, experts, columns, depth, fan_out, a_row, b_expert, b_red, b_col,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The same for tiles of rows of one expert: rows ``order[bound[e] : bound[e + 1]]`` are expert e's, whose
-    last tile is the one before ``tile_end[e]``. A tile past the last names no expert."""
+    """As `gather_kernel`, for tiles of rows of one expert: ``order[bound[e] : bound[e + 1]]`` are expert e's rows, and
+    its last tile is ``tile_end[e] - 1``. Tiles beyond the last one have an expert >= ``experts`` and do nothing."""
     tile = tl.program_id(1)
     e = tl.load(tile_expert + tile)
     if e < experts:
@@ -64,7 +64,7 @@ def expert_weight_gradient_kernel(
     grad, x, dw, order, bound, rows, columns, fan_out, grad_row, x_row,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] [rows, columns] = sum over e's rows r, ascending, of grad[r] x[r // fan_out]^T; one program a tile."""
+    """dw[e] [rows, columns] = sum over e's rows r, ascending, of grad[r] x[r // fan_out]^T; a tile of dw a program."""
     e = tl.program_id(2)
     row = tl.program_id(1) * M + tl.arange(0, M)
     column = tl.program_id(0) * N + tl.arange(0, N)
@@ -98,7 +98,7 @@ def pack_experts(groups: tuple[tuple[Tensor, ...], ...]) -> PackedExperts:
 
 
 def fill_experts(packed: PackedExperts) -> None:
-    """Copies the parts' current values."""
+    """Copies the current values of the parts into the packed copy."""
     weight = weight_of(packed, "repack")
     expert = 0
     with torch.no_grad():
@@ -110,7 +110,7 @@ def fill_experts(packed: PackedExperts) -> None:
 
 
 def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    """Checking ``expert`` against its range waits for the device."""
+    """Waits for the device, to check that ``expert`` is in its range."""
     parts = [part for group in packed.groups for part in group]
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)):
         out: Tensor = _ExpertLinear.apply(x, packed, expert, fan_out, *parts)
@@ -142,7 +142,8 @@ def expert_product(
     strides: tuple[int, int],
     form: str,
 ) -> None:
-    """``strides`` (reduced, column) within an expert's weights; ``form`` "gather" or "grouped"."""
+    """out[r] = a[r // fan_out] @ weight[expert[r]] over ``depth`` terms. ``strides`` are those of (term, column) within
+    an expert's weights, ``form`` is "gather" or "grouped"."""
     rows, columns = out.shape
     tile, widen = _tile(a, weight), a.dtype != weight.dtype
     sizes = (columns, depth, fan_out, row_stride(a), weight.stride(0), *strides)
@@ -167,7 +168,8 @@ def _tile(a: Tensor, b: Tensor) -> Tile:
 
 
 def sort_by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """(rows by expert, then ascending, int32 [R]; where each expert's begin and the last's end, int32 [E + 1])."""
+    """(row numbers sorted by expert, ascending within one, int32 [R]; int32 [E + 1]: where each expert's rows begin,
+    and the end of the last's)."""
     by_expert, order = torch.sort(expert, stable=True)
     edges = torch.arange(experts + 1, dtype=torch.int32, device=expert.device)
     return order.to(torch.int32), torch.searchsorted(by_expert, edges, out_int32=True)
@@ -205,7 +207,7 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    """grad [R, N] -> fp32 [T, K]: over n in ascending order, then over the fan-out in ascending row."""
+    """grad [R, N] -> fp32 [T, K]: summed over n in ascending order, then over a row's fan-out in ascending order."""
     rows = grad.new_empty(expert.shape[0], packed.cols, dtype=torch.float32)
     form = expert_form(expert.shape[0])
     expert_product(grad, weight, plain(expert), 1, rows, packed.rows, (weight.stride(1), 1), form)
@@ -228,9 +230,9 @@ def specs() -> list[CompileSpec]:
             ):
                 signature = pointers | {"c": f"*{to}"} | extra | integers | {stride: "i32"}
                 name = f"expert_linear {form} {use}: {t}"
-                found = tuple(a for a, kind in extra.items() if kind == "*i32")
+                indices = tuple(a for a, kind in extra.items() if kind == "*i32")
                 out.append(
-                    CompileSpec(name, kernel, signature, {one: 1} | sizes, shared + found, tile.warps, tile.stages)
+                    CompileSpec(name, kernel, signature, {one: 1} | sizes, shared + indices, tile.warps, tile.stages)
                 )
         signature = {"grad": f"*{t}", "x": f"*{t}", "dw": f"*{t}", "order": "*i32", "bound": "*i32"}
         signature |= dict.fromkeys(("rows", "columns", "fan_out", "grad_row", "x_row"), "i32")

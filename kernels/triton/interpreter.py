@@ -1,9 +1,10 @@
-"""Mends Triton's interpreter, which runs the kernels in tests where there is no GPU, so that it computes as a GPU does.
+"""Corrects Triton's interpreter, in which the kernels are tested where there is no GPU, so that it computes as a GPU
+does.
 
-- ``tl.dot`` calls numpy's matmul. That reads bf16 as integers; and it gives a row other bits in another place of
-  the tile, for BLAS computes a matrix' last rows by another routine. A matrix unit does neither. Here a product is one
-  chain over k, ascending, each product and each sum rounded to fp32: the order of `kernels.reference`.
-- Conversion to bf16 truncates; a GPU rounds to nearest, ties to even.
+- ``tl.dot`` calls numpy's matmul. That reads bf16 as integers, and it may give a row other bits at another place of the
+  tile, because BLAS computes a matrix' last rows by another routine. A GPU's matrix unit does neither. The replacement
+  is one chain in ascending k, each product and each sum rounded to fp32: the order of `kernels.reference`.
+- Conversion to bf16 truncates. A GPU rounds to nearest, ties to even, and so does the replacement.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _library_cast = InterpreterBuilder.cast_impl
 
 
 def mend() -> None:
+    """Replaces both functions of the interpreter, for the whole process."""
     InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.cast_impl = _cast
 

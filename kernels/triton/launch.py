@@ -1,6 +1,7 @@
-"""Launching a Triton kernel: where tensors must lie and how they must be aligned, and how a kernel is compiled ahead.
+"""Launching a Triton kernel: where tensors must lie, how they must be aligned, and how to compile a kernel ahead.
 
-What a launch's sizes are is said in `kernels.triton.tiles`; here is what keeps one compiled kernel serving every call.
+`kernels.triton.tiles` holds the sizes of a launch; the functions of this module see to it that one compiled kernel
+serves every call.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kernels.layout import Segments
 from kernels.triton.tiles import FP_FUSION, Tile
 
 INTERPRET: bool = triton.knobs.runtime.interpret
-"""TRITON_INTERPRET=1 was set when this was first imported: kernels run in Triton's interpreter, on CPU tensors."""
+"""Whether TRITON_INTERPRET=1 was set when triton was imported: then kernels run in its interpreter, on CPU tensors."""
 
 if INTERPRET:
     from kernels.triton.interpreter import mend
@@ -33,7 +34,8 @@ SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def run(
     kernel: Any, grid: tuple[int, ...], device: torch.device, tile: Tile, *args: Any, **constants: int | bool
 ) -> None:
-    """Launches ``kernel`` on ``device``; an empty grid launches nothing."""
+    """Launches ``kernel`` with the positional ``args`` and the compile-time ``constants`` over ``grid``, on ``device``.
+    An empty grid launches nothing."""
     if 0 in grid:
         return
     with contextlib.nullcontext() if INTERPRET else torch.cuda.device(device):
@@ -49,10 +51,10 @@ def check_place(op: str, **tensors: Tensor | None) -> None:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x`` [..., K] itself when every row starts at a multiple of 16 bytes, and 16 divides K and the row strides; else
-    a copy of which that holds, K padded with zeros.
+    """``x`` [..., K] itself when its address in bytes, K and the row strides are multiples of 16; else a copy of which
+    that holds, K padded with zeros.
 
-    So alignment is a constant of every compiled kernel, never a property of the call."""
+    Triton compiles another kernel for other alignments; so all calls, whatever their tensors, run the same one."""
     width = x.shape[-1]
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     last = x.stride(-1) == 1 or width == 1
@@ -64,12 +66,12 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def row_stride(x: Tensor, axis: int = 0) -> int:
-    """The stride of a row axis of an `aligned` tensor. Of an axis of one row torch may report any; 0 serves it."""
+    """The stride of a row axis of an `aligned` tensor; 0 for an axis of one row, for which torch may report any."""
     return x.stride(axis) if x.shape[axis] > 1 else 0
 
 
 def plain(x: Tensor) -> Tensor:
-    """x with adjacent elements from an address that 16 divides: one layout, so one compiled kernel for all calls."""
+    """``x`` itself when it is contiguous and starts at a multiple of 16 bytes, else a copy of which that holds."""
     x = x.contiguous()
     return x if x.data_ptr() % ALIGN == 0 else x.clone()
 

@@ -1,7 +1,8 @@
-"""Linear layers in Triton: packing, forward and gradient, all three products by one kernel.
+"""Linear layers in Triton: packing, forward and gradients. One kernel computes all three products.
 
-A pack is a copy of the stacked weights, [N, K] with K padded by zeros to a multiple of 16. An output element is one
-program's: K is reduced in tiles of a constant size, ascending, by the matrix unit (bf16) or FMA units (fp32).
+Packed weights are a copy of the stacked weights, [N, K] with K padded by zeros to a multiple of 16. One program
+computes an output element, reducing K in tiles of constant size, ascending, by the matrix unit (bf16) or the FMA units
+(fp32).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def chain(
 ):
     """sum over r < depth of a[m, r] * b[r, n] for one tile, K terms at a time in ascending r.
 
-    ``a_rows`` [M] and ``b_columns`` [N] point at r = 0. Masked rows, columns and terms count as 0. ``WIDEN``: to fp32
-    first, for operands of two types."""
+    ``a_rows`` [M] and ``b_columns`` [N] point at r = 0. Masked rows, columns and terms count as 0. WIDEN converts both
+    to fp32 first, for operands of different types."""
     r = tl.arange(0, K)
     total = tl.zeros((M, N), tl.float32)
     for first in range(0, depth, K):
@@ -79,7 +80,7 @@ def product_kernel(
 def product(
     a: Tensor, b: Tensor, c: Tensor, depth: int, a_strides: tuple[int, int], b_strides: tuple[int, int]
 ) -> None:
-    """``a_strides`` (row, reduced), ``b_strides`` (reduced, column)."""
+    """c = a @ b over ``depth`` terms; ``a_strides`` are those of (row, term), ``b_strides`` of (term, column)."""
     rows, columns = c.shape
     widen = a.dtype != b.dtype
     tile = product_tile(torch.float32 if a.dtype != b.dtype else a.dtype)
@@ -97,11 +98,12 @@ def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
 
 
 def padded(cols: int) -> int:
+    """K rounded up to a multiple of ALIGN."""
     return triton.cdiv(cols, ALIGN) * ALIGN
 
 
 def fill_linear(packed: PackedLinear) -> None:
-    """Copies the parts' current values."""
+    """Copies the current values of the parts into the packed copy."""
     weight = weight_of(packed, "repack")
     with torch.no_grad():
         for part, rows in zip(packed.parts, weight.split([part.shape[0] for part in packed.parts]), strict=True):
@@ -109,7 +111,7 @@ def fill_linear(packed: PackedLinear) -> None:
 
 
 def weight_of(packed: PackedLinear | PackedExperts, op: str) -> Tensor:
-    """The padded copy: [N, K'] of a linear layer, [E, N, K'] of experts."""
+    """The packed copy, K' = K padded: [N, K'] of a linear layer, [E, N, K'] of experts."""
     return packed_buffer(op, packed, "rows", "triton")
 
 

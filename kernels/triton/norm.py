@@ -1,4 +1,4 @@
-"""RMS norm in Triton: lanes sum columns n apart, one tree joins them; n follows the width only, never the rows."""
+"""RMS norm in Triton: each of n lanes sums columns n apart, one tree joins them; n depends on the width alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def norm_backward_kernel(
     x, weight, grad, dx, inverse, rows, heads, width, x_row, x_head, g_row, g_head, eps,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """i = 1 / rms, n = x i, g = grad * weight: dx = i (g - n mean(g n)). Keeps i for the weights' gradient."""
+    """With i = 1 / rms, n = x i and g = grad * weight: dx = i (g - n mean(g n)). Stores i, for the weight's
+    gradient."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     live = (row < rows)[:, None]
     outer, inner = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
@@ -71,7 +72,7 @@ def norm_backward_kernel(
 def norm_weight_gradient_kernel(
     x, grad, inverse, dweight, rows, heads, width, x_row, x_head, g_row, g_head, M: tl.constexpr, N: tl.constexpr
 ):
-    """dweight = sum over rows of grad * round(x / rms), in chunks of M rows; one program for N columns."""
+    """dweight = sum over rows of grad * round(x / rms), M rows at a time; N columns a program."""
     column = tl.program_id(0) * N + tl.arange(0, N)
     total = tl.zeros((M, N), tl.float32)
     for first in range(0, rows, M):
@@ -87,7 +88,6 @@ def norm_weight_gradient_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Also takes x [T, H, D] (heads of a fused projection) -> [T, H, D]."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _RmsNorm.apply(x, weight, eps)
         return out
@@ -109,7 +109,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
-    """(x `aligned`, rows of its inner axis, strides of the outer and the inner one)."""
+    """(x after `aligned`, its number of heads or 1, strides of its rows and of its heads)."""
     x = aligned(x)
     return (x, 1, (row_stride(x), 0)) if x.dim() == 2 else (x, x.shape[1], (row_stride(x), row_stride(x, 1)))
 

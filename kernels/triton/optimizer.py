@@ -16,7 +16,7 @@ from kernels.triton.launch import CompileSpec, check_place, plain, run
 from kernels.triton.tiles import DOT_TILE, MAP_TILE
 
 ELEMENTS = tl.constexpr(1024)
-"""Elements that one program of the update takes."""
+"""Elements of a parameter that one program of `adamw` updates."""
 
 
 @triton.jit(do_not_specialize=["count"])

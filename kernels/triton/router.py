@@ -1,7 +1,7 @@
-"""The router in Triton, forward and gradient. A program a row, the whole row of experts at once.
+"""The router in Triton, forward and gradient. One program a row, with the whole row of experts at once.
 
-The top_k are taken one after another, greatest first, the lowest index of equals; weights are summed over the row of
-experts, 0 for those that were not taken, in the one order of a row of that length.
+The top_k are taken one after another, the greatest first and of equal ones the lowest index. Weights are summed over
+the row of all experts, with 0 for those not taken, in an order that depends on the row's length alone.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def route_backward_kernel(
     """dlogit_j = w_j (dw_j - sum_i w_i dw_i) (1 - sigmoid(logit_j)), into zeros. Grid (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
-    mine = j < CHOICES
-    e = tl.load(expert + row * CHOICES + j, mask=mine, other=0)
-    w = tl.load(weight + row * CHOICES + j, mask=mine, other=0.0)
-    dw = tl.load(dweight + row * CHOICES + j, mask=mine, other=0.0)
-    x = tl.load(logits + row * WIDTH + e, mask=mine, other=0.0)
+    inside = j < CHOICES
+    e = tl.load(expert + row * CHOICES + j, mask=inside, other=0)
+    w = tl.load(weight + row * CHOICES + j, mask=inside, other=0.0)
+    dw = tl.load(dweight + row * CHOICES + j, mask=inside, other=0.0)
+    x = tl.load(logits + row * WIDTH + e, mask=inside, other=0.0)
     rest = tl.div_rn(1.0, 1.0 + tl.exp(x))
-    tl.store(dlogits + row * WIDTH + e, w * (dw - tl.sum(w * dw, 0)) * rest, mask=mine)
+    tl.store(dlogits + row * WIDTH + e, w * (dw - tl.sum(w * dw, 0)) * rest, mask=inside)
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
-"""Log-probabilities with their digest, entropy and Gumbel sampling in Triton. fp32 rows throughout, a program a row.
+"""Log-probabilities with digest and entropy, and Gumbel sampling, in Triton. Rows are fp32, one program a row.
 
-Learner and sampler share kernels and not just code: `stats_kernel` gives a row's maximum, ln of its sum, entropy and
-digest to both, `score_kernel` the log-prob of the token that was given or drawn. So what `sample` returns is bit for
+Learner and sampler run the same compiled kernels: `stats_kernel` computes a row's maximum, ln of its sum, entropy and
+digest for both, `score_kernel` the log-prob of the token that was given or drawn. So what `sample` returns is bit for
 bit what `logprob` recomputes. A row is taken BLOCK tokens at a time in ascending order.
 
-exp is the device's fp32 one; ln is taken in float64 and rounded, once a row and twice a token drawn: the fast fp32 ln
-of GPUs is off by 2^-22 near 1, which would blur just those noises that win.
+exp is the device's fp32 function. ln is computed in float64 and rounded, once a row and twice a drawn token: the fast
+fp32 ln of GPUs is off by 2^-22 near 1, where the greatest noises come from.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 
 @triton.jit
 def splitmix64(x):
-    """Vigna's next() from state x, uint64."""
+    """splitmix64 (Steele, Lea & Flood 2014; Vigna's ``next()`` from state x) of uint64."""
     x = x + _GOLDEN
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -45,14 +45,14 @@ def splitmix64(x):
 
 @triton.jit
 def ln(x):
-    """Of fp32."""
+    """The natural logarithm of an fp32 number, computed in float64 and rounded to fp32."""
     return tl.log(x.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def gumbel(word):
     """fp32 noise -ln E, E = -ln u, of uint64 words. u = 1 - x where the word's top bit is 0, else u = x; x = m / 2^64,
-    m the lower 63 bits made odd: precise to 2^-24 of itself at both ends of (0, 1).
+    m being the lower 63 bits made odd, so that u is precise near 0 and 1 - u is precise near 1.
 
     m fits an int64, whose conversion to fp32 rounds once. Near u = 1, -ln(1 - x) comes from y = 1 - x, rounded, and
     d = y - 1, exact, as x ln(y) / d (Goldberg 1991, theorem 4); where y rounds to 1 it is x."""
@@ -67,10 +67,10 @@ def gumbel(word):
 
 @triton.jit
 def scaled_logits(logits, allowed, v, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """(logit / temperature of tokens v, -inf where not allowed or beyond the row; which are allowed)."""
-    mine = tl.load(allowed + v, mask=v < VOCAB, other=0) != 0
-    x = tl.load(logits + v, mask=mine, other=float("-inf"))
-    return tl.where(mine, tl.div_rn(x, temperature), float("-inf")), mine
+    """(logit / temperature of tokens v, -inf where not allowed or beyond the row; whether each is allowed)."""
+    permitted = tl.load(allowed + v, mask=v < VOCAB, other=0) != 0
+    x = tl.load(logits + v, mask=permitted, other=float("-inf"))
+    return tl.where(permitted, tl.div_rn(x, temperature), float("-inf")), permitted
 
 
 @triton.jit(do_not_specialize=["classes"])
@@ -88,14 +88,14 @@ def stats_kernel(
     peak = tl.full((), float("-inf"), tl.float32)
     bad = tl.full((), 0, tl.int32)
     for first in range(0, VOCAB, BLOCK):
-        x, mine = scaled_logits(logits, allowed, first + offset, temperature, VOCAB, BLOCK)
-        bad = tl.maximum(bad, tl.max((mine & ~(x < float("inf"))).to(tl.int32), 0))  # NaN or +inf
+        x, permitted = scaled_logits(logits, allowed, first + offset, temperature, VOCAB, BLOCK)
+        bad = tl.maximum(bad, tl.max((permitted & ~(x < float("inf"))).to(tl.int32), 0))  # NaN or +inf
         peak = tl.maximum(peak, tl.max(tl.where(x < float("inf"), x, float("-inf")), 0))
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.full((), 0.0, tl.float32)
     weighted = tl.full((), 0.0, tl.float32)
     for first in range(0, VOCAB, BLOCK):
-        x, mine = scaled_logits(logits, allowed, first + offset, temperature, VOCAB, BLOCK)
+        x, permitted = scaled_logits(logits, allowed, first + offset, temperature, VOCAB, BLOCK)
         shifted = x - safe
         weight = tl.exp(shifted)
         total += tl.sum(weight, 0)
@@ -104,7 +104,7 @@ def stats_kernel(
     digest = tl.full((), 0, tl.uint64)
     for first in range(0, VOCAB, BLOCK):
         v = first + offset
-        x, mine = scaled_logits(logits, allowed, v, temperature, VOCAB, BLOCK)
+        x, permitted = scaled_logits(logits, allowed, v, temperature, VOCAB, BLOCK)
         bits = ((x - safe) - log_sum).to(tl.uint32, bitcast=True)
         mixed = splitmix64((v.to(tl.uint64) << 32) | bits.to(tl.uint64))
         digest += tl.sum(tl.where(v < VOCAB, mixed, tl.full((BLOCK,), 0, tl.uint64)), 0)
@@ -120,17 +120,18 @@ def stats_kernel(
 def score_kernel(
     logits, allowed, row_class, token, peak, log_sum, status, logp_out, temperature, VOCAB: tl.constexpr
 ):  # fmt: skip
-    """The log-prob of a row's token, if the row is fine and the token allowed. Grid (rows,)."""
+    """The log-prob of each row's token. Sets the row's status when it was 0 and the token is not allowed. Grid
+    (rows,)."""
     row = tl.program_id(0).to(tl.int64)
-    found = tl.load(status + row)
+    code = tl.load(status + row)
     chosen = tl.load(token + row)
     inside = (chosen >= 0) & (chosen < VOCAB)
     kind = tl.load(row_class + row)
-    mine = tl.load(allowed + kind * VOCAB + chosen, mask=inside & (found == 0), other=0) != 0
-    x = tl.load(logits + row * VOCAB + chosen, mask=mine, other=0.0)
+    permitted = tl.load(allowed + kind * VOCAB + chosen, mask=inside & (code == 0), other=0) != 0
+    x = tl.load(logits + row * VOCAB + chosen, mask=permitted, other=0.0)
     tl.store(logp_out + row, (tl.div_rn(x, temperature) - tl.load(peak + row)) - tl.load(log_sum + row))
-    wrong = tl.where(inside, tl.where(mine, 0, _NOT_ALLOWED), _BAD_TOKEN)
-    tl.store(status + row, tl.where(found == 0, wrong, found))
+    wrong = tl.where(inside, tl.where(permitted, 0, _NOT_ALLOWED), _BAD_TOKEN)
+    tl.store(status + row, tl.where(code == 0, wrong, code))
 
 
 @triton.jit
@@ -138,7 +139,8 @@ def draw_kernel(
     logits, allowed, row_class, key, peak, log_sum, status, token_out, temperature,
     GREEDY: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The lowest token of the greatest logp + noise, or logit. Grid (rows,)."""
+    """The token of the greatest logp + noise, or of the greatest logit when GREEDY; of equal ones the lowest. Grid
+    (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     kind = tl.where(tl.load(status + row) == 0, tl.load(row_class + row), 0)
     allowed += kind * VOCAB
@@ -151,14 +153,14 @@ def draw_kernel(
     seen = tl.full((), 0, tl.int32)
     for first in range(0, VOCAB, BLOCK):
         v = first + offset
-        x, mine = scaled_logits(logits, allowed, v, temperature, VOCAB, BLOCK)
+        x, permitted = scaled_logits(logits, allowed, v, temperature, VOCAB, BLOCK)
         score = x
         if not GREEDY:
             score = ((x - top) - shift) + gumbel(splitmix64(state + (v + 1).to(tl.uint64) * _GOLDEN))
-        score = tl.where(mine, score, float("-inf"))
+        score = tl.where(permitted, score, float("-inf"))
         greatest = tl.max(score, 0)
-        lowest = tl.min(tl.where(mine & (score == greatest), v, VOCAB), 0)
-        some = tl.max(mine.to(tl.int32), 0)
+        lowest = tl.min(tl.where(permitted & (score == greatest), v, VOCAB), 0)
+        some = tl.max(permitted.to(tl.int32), 0)
         better = (some != 0) & ((seen == 0) | (greatest > best))
         best, token = tl.where(better, greatest, best), tl.where(better, lowest, token)
         seen = tl.maximum(seen, some)
@@ -175,14 +177,14 @@ def logprob_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     allowed += tl.load(row_class + row) * VOCAB
-    x, mine = scaled_logits(logits + row * VOCAB, allowed, v, temperature, VOCAB, BLOCK)
+    x, permitted = scaled_logits(logits + row * VOCAB, allowed, v, temperature, VOCAB, BLOCK)
     logp = (x - tl.load(peak + row)) - tl.load(log_sum + row)
     p = tl.exp(logp)
     far = tl.where(logp > float("-inf"), logp, 0.0)  # p = 0 there
     own = tl.where(v == tl.load(token + row), 1.0, 0.0)
     grad = tl.load(dlogp + row) * (own - p) - tl.load(dentropy + row) * p * (far + tl.load(entropy + row))
     grad = tl.div_rn(grad, temperature)
-    tl.store(dlogits + row * VOCAB + v, tl.where(mine, grad, 0.0), mask=v < VOCAB)
+    tl.store(dlogits + row * VOCAB + v, tl.where(permitted, grad, 0.0), mask=v < VOCAB)
 
 
 def logprob(
@@ -199,7 +201,7 @@ def logprob(
 
 
 class _Stats:
-    """What `stats_kernel` finds: fp32 peak, log_sum and entropy, int64 digest, int32 status, all [T]."""
+    """The outputs of `stats_kernel`: fp32 peak, log_sum and entropy, int64 digest, int32 status, all [T]."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
         self.peak, self.log_sum, self.entropy = (like.new_empty(rows, dtype=torch.float32) for _ in range(3))
@@ -221,7 +223,8 @@ def _stats(logits: Tensor, temperature: float, allowed: Tensor, row_class: Tenso
 def _score(
     op: str, logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor, stats: _Stats
 ) -> Tensor:
-    """The tokens' log-probs. Raises for the first row that is not fine; to know, it waits for the device."""
+    """The tokens' log-probs. Raises ValueError for the first row whose status is not 0, for which it waits for the
+    device."""
     chosen = torch.empty_like(stats.peak)
     run(
         score_kernel, (len(chosen),), logits.device, VOCAB_TILE, logits, allowed.view(torch.uint8), row_class, token,
