@@ -55,7 +55,7 @@ def _load(name: str) -> Backend:
 
         return cpu
     if name == "reference":
-        from kernels import reference
+        from kernels.reference import backend as reference
 
         return reference
     if name == "triton":

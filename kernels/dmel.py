@@ -1,6 +1,6 @@
 """dMel codes: samples to mel values to codes, on the host, with equal bits on every machine.
 
-Not an op of a backend: codes are data, and a session's must be the same whoever computes them. `kernels.reference_dmel`
+Not an op of a backend: codes are data, and a session's must be the same whoever computes them. `kernels.reference.dmel`
 defines them; the native library computes them faster and gives the same bits, whatever the processor, the number of
 frames in a call and the active backend.
 """
@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import dispatch, reference_dmel
+from kernels import dispatch
 from kernels.layout import DMelTables
+from kernels.reference import dmel as reference_dmel
 
 
 def codes(samples: Tensor, hop: int, tables: DMelTables) -> tuple[Tensor, Tensor]:

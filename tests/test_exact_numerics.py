@@ -21,7 +21,7 @@ _REWARDS = (
     *("model", "prefixes", "trainable", "graded", "train"),
 )
 SCANNED = [
-    *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel", "reference_dmel", "adamw", "layout", "ops")),
+    *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel", "reference/dmel", "adamw", "layout", "ops")),
     *sorted(
         f"kernels/cpu/{p.name}" for p in (ROOT / "kernels/cpu").glob("*.py") if p.stem not in ("__init__", "library")
     ),

@@ -1,4 +1,4 @@
-"""dMel codes by the native library; `kernels.reference_dmel` defines them."""
+"""dMel codes by the native library; `kernels.reference.dmel` defines them."""
 
 from __future__ import annotations
 

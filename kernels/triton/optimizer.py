@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.checks.updates import check_adamw, check_dot
 from kernels.layout import AdamWStep
-from kernels.reference_arithmetic import joined_lanes
+from kernels.reference.arithmetic import joined_lanes
 from kernels.triton.launch import CompileSpec, check_place, plain, run
 from kernels.triton.tiles import DOT_TILE, MAP_TILE
 

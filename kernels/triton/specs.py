@@ -1,4 +1,4 @@
-"""Every kernel of the Triton backend as it is launched, for compiling ahead of time (`kernels.compile_report`)."""
+"""Every kernel of the Triton backend as it is launched; `kernels.tools.compile_report` compiles them ahead of time."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """``python -m rl.audit.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
 
 One recipe, one checkpoint and one seed, several runs side by side: ours (`rl.loop`, exact or stopped), naive torch
-(`kernels.naive`), whose sampler and learner differ in their last bits, and a bf16 sampler with an fp32 learner, which
-differ a thousand times as much, as where rollouts run in lower precision. The latter with truncated importance weights:
-every token's advantage is multiplied by min(p_learner / p_sampler, CAP) (Yao et al. 2025, "truncated importance
-sampling"; TRL's ``token_truncate``), and once without. The mismatch is reported here, not fatal; that is why this is a
-program of its own and no option of `rl.train`. Writes FOLDER/baseline.json and baseline.png: reward and mismatch at
-each step, and the held-out score.
+(`kernels.reference.naive`), whose sampler and learner differ in their last bits, and a bf16 sampler with an fp32
+learner, which differ a thousand times as much, as where rollouts run in lower precision. The latter with truncated
+importance weights: every token's advantage is multiplied by min(p_learner / p_sampler, CAP) (Yao et al. 2025,
+"truncated importance sampling"; TRL's ``token_truncate``), and once without. The mismatch is reported here, not fatal;
+that is why this is a program of its own and no option of `rl.train`. Writes FOLDER/baseline.json and baseline.png:
+reward and mismatch at each step, and the held-out score.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import dispatch, naive
+from kernels import dispatch
+from kernels.reference import naive
 from model import checkpoint
 from model.files import write_whole
 from model.transformer import InteractionModel

@@ -210,7 +210,7 @@ def _lesson(
             f"KL and time on {GROUPS * ROLLOUTS} episodes sampled together at temperature 1 and learned from "
             f"{MICRO_BATCH} at a time; times are medians of ratios, the sides by turns in one process with "
             f"{torch.get_num_threads()} thread(s), torch's CPU capability {torch.backends.cpu.get_cpu_capability()}. "
-            "With a model as small as this, naive torch spends its time between ops; `python -m kernels.bench` "
+            "With a model as small as this, naive torch spends its time between ops; `python -m kernels.tools.bench` "
             "compares the ops themselves."
         ),
     }

@@ -1,8 +1,9 @@
 """``python -m rl.audit.matrix --checkpoint CKPT --out FOLDER``: what must not change bits, and whether it does.
 
-For our kernels and for naive torch (`kernels.naive`), in fp32 and bf16: tokens sampled once are scored in two ways that
-differ in one thing only (how many episodes run together, where chunks are cut, …), and every log-prob and row digest is
-compared bit for bit. Then the lesson's table (`rl.audit.lesson`). Both are printed and written to FOLDER/matrix.json.
+For our kernels and for naive torch (`kernels.reference.naive`), in fp32 and bf16: tokens sampled once are scored in two
+ways that differ in one thing only (how many episodes run together, where chunks are cut, …), and every log-prob and row
+digest is compared bit for bit. Then the lesson's table (`rl.audit.lesson`). Both are printed and written to
+FOLDER/matrix.json.
 """
 
 from __future__ import annotations

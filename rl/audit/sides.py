@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import dispatch, naive
+from kernels import dispatch
 from kernels.backend import Backend
+from kernels.reference import naive
 from model import checkpoint
 from model.state import SessionState
 from model.transformer import InteractionModel

@@ -8,7 +8,7 @@ from decimal import Decimal, localcontext
 import torch
 from torch import Tensor
 
-from kernels.reference import GOLDEN, _mix
+from kernels.reference.backend import GOLDEN, _mix
 
 MASK64 = 2**64 - 1
 

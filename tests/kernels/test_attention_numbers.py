@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference
 from kernels.layout import Segments
+from kernels.reference import backend as reference
 from tests.kernels.attention_cases import (
     EXTENT,
     SHAPES,

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import reference
 from kernels.layout import Segments
+from kernels.reference import backend as reference
 from tests.kernels.backend import examples, ops, small
 from tests.kernels.contract import DTYPES, SEEDS, assert_gradients, assert_same, generator, normal, strided, threads
 

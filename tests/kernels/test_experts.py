@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import reference
+from kernels.reference import backend as reference
 from tests.kernels.backend import NATIVE, ROWS, examples, ops, small
 from tests.kernels.contract import (
     DTYPES,

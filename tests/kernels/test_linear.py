@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import reference
 from kernels.layout import PackedLinear
+from kernels.reference import backend as reference
 from tests.kernels.backend import NATIVE, ROWS, examples, native_only, ops, small
 from tests.kernels.contract import (
     DTYPES,

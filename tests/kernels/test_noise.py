@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import ops, reference
+from kernels import ops
 from kernels.cpu import library
+from kernels.reference import backend as reference
 from tests.kernels.contract import generator
 from tests.kernels.noise import ULPS, exact_noise, noise_of_24_bits, words
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import reference
+from kernels.reference import backend as reference
 from tests.kernels.backend import ROWS, examples, ops, small
 from tests.kernels.contract import (
     DTYPES,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import reference
 from kernels.layout import AdamWStep
+from kernels.reference import backend as reference
 from tests.kernels.backend import native_only, ops, small
 from tests.kernels.contract import normal, threads
 

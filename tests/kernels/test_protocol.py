@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kernels import naive
+from kernels.reference import naive
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = """
 from kernels.backend import Backend
-from kernels import naive
+from kernels.reference import naive
 import lacks_an_op, returns_another_type
 
 whole: Backend = naive

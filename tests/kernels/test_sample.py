@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import reference
+from kernels.reference import backend as reference
 from tests.kernels.backend import ROWS, examples, native_only, ops, small
 from tests.kernels.contract import SEEDS, assert_row_contract, generator, normal, threads
 from tests.kernels.noise import exact_noise, key_of, noise_of_24_bits

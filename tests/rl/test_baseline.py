@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import dispatch, naive
+from kernels import dispatch
+from kernels.reference import naive
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch, reference_attention
+from kernels import dispatch
 from kernels.layout import PackedLinear
+from kernels.reference import attention as reference_attention
 from model.config import preset
 from model.transformer import InteractionModel
 from rl import loop

@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kernels import naive
+from kernels.reference import naive
 from model import checkpoint
 from model.config import preset
 from model.state import SessionState

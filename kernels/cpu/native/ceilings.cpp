@@ -1,4 +1,4 @@
-// What the machine can do at most, for kernels.bench to stand its figures against: bytes read and multiply-adds.
+// What the machine can do at most, for kernels.tools.bench to stand its figures against: bytes read and multiply-adds.
 #include "vec.h"
 
 // Reads n floats (a ragged end of up to 64 * streams * threads is skipped) and returns bits of their sum, so that the

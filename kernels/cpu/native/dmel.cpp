@@ -1,6 +1,6 @@
 // dMel: windows of 1600 samples to magnitudes, mel sums and codes, in fp64 without a fused operation.
 //
-// kernels/reference_dmel.py and kernels/fourier.py define every operation and its order. This code does the same ones,
+// kernels/reference/dmel.py and kernels/fourier.py define every operation and its order. This code does the same ones,
 // one frame a lane, so it gives their bits on every instruction set, and no frame depends on its neighbours.
 #include <stdlib.h>
 

@@ -285,7 +285,7 @@ INLINE int64_t grouped_gemm(const T* x, int64_t ldx, int64_t fan_out, const int3
 }
 // path: GATHER, GROUPED, or AUTO, which takes the one expected to be faster. Tiles follow the path, bits do not: gemm.h.
 enum { AUTO = 0, GATHER = 1, GROUPED = 2 };
-constexpr int64_t GATHER_ROWS = 4;  // measured by kernels.bench: with more, reading an expert twice costs more than sorting
+constexpr int64_t GATHER_ROWS = 4;  // measured by kernels.tools.bench: with more, reading an expert twice costs more than sorting
 template <class T>
 INLINE int64_t expert_linear(const T* x, int64_t ldx, int64_t fan_out, const int32_t* expert, int64_t rows,
                              const T* panels, int64_t experts, int64_t n, int64_t k_size, T* y, int64_t path) {

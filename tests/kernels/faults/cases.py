@@ -15,8 +15,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import ops, reference
+from kernels import ops
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
+from kernels.reference import backend as reference
 from tests.kernels.contract import assert_same, generator, normal
 
 Inputs = dict[str, Tensor]

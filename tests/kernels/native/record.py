@@ -88,7 +88,7 @@ class Recorder:
 
 
 def _exported() -> set[str]:
-    """The library's functions, without those that measure the machine for kernels.bench."""
+    """The library's functions, without those that measure the machine for kernels.tools.bench."""
     native = Path(library.__file__).with_name(f"_native_{library.isa()}.so")
     said = subprocess.run(
         ["nm", "-D", "--defined-only", str(native)], check=True, capture_output=True, text=True

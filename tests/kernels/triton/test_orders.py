@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import reference
 from kernels.layout import Segments
+from kernels.reference import backend as reference
 from kernels.triton import launch
 from kernels.triton.experts import expert_product
 from kernels.triton.linear import weight_of

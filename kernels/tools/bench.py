@@ -1,4 +1,4 @@
-"""``python -m kernels.bench [--json FILE]``: times of the cpu kernels and of torch's, which keep no row contract.
+"""``python -m kernels.tools.bench [--json FILE]``: times of the cpu kernels and of torch's, which keep no row contract.
 
 Both run in one process in turn, so that a busy moment of the machine hits both, and the median over the rounds counts.
 Compared with: ``torch.nn.functional``'s `linear`, `rms_norm`, `scaled_dot_product_attention` (without a
@@ -29,12 +29,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from kernels import bench_cases as cases
 from kernels import dispatch, ops
-from kernels.bench_cases import Call, Case
-from kernels.bench_report import Result, aims_table, crossings, paths_table, table
 from kernels.cpu.library import bind
 from kernels.cpu.moe import GATHER, GROUPED, expert_linear_by
+from kernels.tools import bench_cases as cases
+from kernels.tools.bench_cases import Call, Case
+from kernels.tools.bench_report import Result, aims_table, crossings, paths_table, table
 
 SLOW_S = 0.5
 """Seconds beyond which a call is run once only; when it is torch's, the shape's greater row counts are left out (on
@@ -193,7 +193,7 @@ def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m kernels.tools.bench", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="file for the results: a list of objects")
     parser.add_argument("--quick", action="store_true", help="few rows and rounds: checks the bench, not the speed")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="time only these")

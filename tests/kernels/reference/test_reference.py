@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import reference
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
+from kernels.reference import backend as reference
 from tests.kernels.contract import assert_row_contract, normal, uneven
 
 F64 = torch.float64

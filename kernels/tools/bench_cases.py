@@ -1,4 +1,4 @@
-"""What `kernels.bench` times: for each op and shape one call of ours and one of torch's that do the same work."""
+"""What `kernels.tools.bench` times: for each op and shape one call of ours and one of torch's that do the same work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `kernels.bench` prints: tables of times and ratios, which path of the experts is faster, and the aims."""
+"""What `kernels.tools.bench` prints: tables of times and ratios, which path of the experts is faster, and the aims."""
 
 from __future__ import annotations
 

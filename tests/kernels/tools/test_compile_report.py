@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from kernels import compile_report as report
+from kernels.tools import compile_report as report
 from tests.kernels.backend import OPS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 CONTROLS = """
 import json
 import triton
 import triton.language as tl
 from dataclasses import asdict
-from kernels import compile_report
+from kernels.tools import compile_report
 from kernels.triton.launch import CompileSpec
 
 @triton.jit
@@ -97,7 +97,7 @@ def test_controls(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_kernel_passes(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    done = run("-m", "kernels.compile_report", "--json", str(path))
+    done = run("-m", "kernels.tools.compile_report", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(path.read_text())
     kernels = {found["kernel"] for found in results}
@@ -125,7 +125,7 @@ def test_exit_status(
 
 
 def test_refuses_the_interpreter() -> None:
-    done = run("-m", "kernels.compile_report", TRITON_INTERPRET="1")
+    done = run("-m", "kernels.tools.compile_report", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr
 

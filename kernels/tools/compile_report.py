@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time for several kinds of GPU and checks the result; needs no GPU.
 
-    python -m kernels.compile_report [--json FILE]
+    python -m kernels.tools.compile_report [--json FILE]
 
 Kernels are compiled as the backend launches them (`kernels.triton.specs`) for Nvidia's sm_80, sm_90 and sm_100 and
 AMD's gfx942. The compiled code is checked, not the source:
@@ -11,8 +11,8 @@ AMD's gfx942. The compiled code is checked, not the source:
 - registers, spilled bytes and shared memory within the target's limits, so that the kernel can be launched at all.
 
 Prints a table and exits with status 1 when a kernel fails to compile or to pass. CI runs it by the slow tests
-(`tests/kernels/test_compile_report.py`, with kernels that must be reported). It does not prove that a kernel gives the
-right numbers: the other tests do, in Triton's interpreter and, where there is one, on a GPU.
+(`tests/kernels/tools/test_compile_report.py`, with kernels that must be reported). It does not prove that a kernel
+gives the right numbers: the other tests do, in Triton's interpreter and, where there is one, on a GPU.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import bench
-from kernels import bench_cases as cases
+from kernels.tools import bench
+from kernels.tools import bench_cases as cases
 from tests.kernels.contract import relative_error, telling
 
 KEYS = {"op", "dtype", "shape", "rows", "direction", "ours_us", "torch_us", "ratio", "gbs", "gflops"}
@@ -66,7 +66,7 @@ def test_ceilings_are_of_this_world() -> None:
 def test_quick_run_writes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "LINEAR", cases.LINEAR[:3])
     monkeypatch.setattr(cases, "EXPERTS", cases.EXPERTS[:2])
-    monkeypatch.setattr(sys, "argv", ["kernels.bench", "--quick", "--json", str(tmp_path / "bench.json")])
+    monkeypatch.setattr(sys, "argv", ["kernels.tools.bench", "--quick", "--json", str(tmp_path / "bench.json")])
     bench.main()
     rows = json.loads((tmp_path / "bench.json").read_text())
     wanted = {"linear", "rms_norm", "logprob", "attention_decode", "attention_prefill", "moe", "expert_linear"}

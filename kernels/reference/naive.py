@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import reference
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PackedExperts, PackedLinear, PagedKV, Segments
-from kernels.reference import digest, gumbel
+from kernels.reference import backend as reference
+from kernels.reference.backend import digest, gumbel
 
 NAME = "naive"
 DEVICE = "cpu"

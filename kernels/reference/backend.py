@@ -1,7 +1,7 @@
 """The reference backend: short torch code that *defines* each op of `kernels.ops`; slow, the oracle for the others.
 
 torch's autograd differentiates it, and it runs in fp32, bf16 and float64 (a float64 run is the oracle of an fp32 one).
-It keeps the row contract (`kernels.reference_arithmetic` says how). Its order of reduction is a chain in ascending
+It keeps the row contract (`kernels.reference.arithmetic` says how). Its order of reduction is a chain in ascending
 index; attention's is by whole splits. Left out on purpose: speed, and packing.
 """
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kernels.checks.updates import check_adamw, check_dot
 from kernels.checks.weights import stale_weights
 from kernels.layout import CONV_TAPS, FLOATS, AdamWStep, PackedExperts, PackedLinear, Segments
-from kernels.reference_arithmetic import (
+from kernels.reference.arithmetic import (
     bounds,
     exp,
     joined_lanes,
@@ -26,7 +26,7 @@ from kernels.reference_arithmetic import (
     sum_last,
     widen,
 )
-from kernels.reference_attention import attention as attention  # an op of this backend
+from kernels.reference.attention import attention as attention  # an op of this backend
 
 NAME = "reference"
 DEVICE = "cpu"

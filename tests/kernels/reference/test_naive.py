@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import dispatch, naive
+from kernels import dispatch
 from kernels.dispatch import contract_id, substituted
 from kernels.errors import MetronomeError
+from kernels.reference import naive
 from model.state import SessionState
 from model.transformer import InteractionModel
 from tests.model.cases import ROWS, in_pieces, random_rows, twins, whole
@@ -40,7 +41,7 @@ def test_same_function_up_to_rounding(seed: int, dtype: torch.dtype) -> None:
     for found in (uncached, *pieces):
         gap = (found - wanted).float().abs().amax(1) / wanted.float().abs().max()
         assert gap.median() < BOUND[dtype]  # a rounding may send single rows to another expert
-    # Whether `pieces` have other bits than `uncached` follows the machine's library; kernels.naive promises neither.
+    # Whether `pieces` have other bits than `uncached` depends on the machine's library; naive backend promises neither.
 
 
 def test_gradients_are_those_of_our_kernels_up_to_rounding() -> None:
@@ -71,7 +72,7 @@ def test_updated_weights_are_read_after_repacking() -> None:
 
 
 def test_sampling_agrees_with_scoring_and_with_the_reference() -> None:
-    from kernels import reference
+    from kernels.reference import backend as reference
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 97, generator=generator) * 3

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
-from kernels.reference_arithmetic import bounds, exp, matmul_chain, require, sum_last, widen
+from kernels.reference.arithmetic import bounds, exp, matmul_chain, require, sum_last, widen
 
 
 def attention(
