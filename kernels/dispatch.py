@@ -55,6 +55,11 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
+def device() -> torch.device:
+    """Where the active backend's tensors lie: weights, activations, caches. What the host decides by is on the CPU."""
+    return torch.device(getattr(backend(), "DEVICE", "cpu"))
+
+
 def contract() -> dict[str, str | int]:
     """Everything that decides bits, as plain values: split and tap sizes and torch's version, and what the backend adds
     by its own `contract`: the version of its numerics, tiles, number formats, and the kind of GPU.
