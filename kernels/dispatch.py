@@ -65,6 +65,11 @@ def _load(name: str) -> Backend:
     raise ValueError(f"METRONOME_BACKEND={name!r} is not a backend; choose one of {list(BACKENDS)}")
 
 
+def device() -> torch.device:
+    """Where the active backend's tensors lie: weights, activations, caches. What the host decides by is on the CPU."""
+    return torch.device(getattr(backend(), "DEVICE", "cpu"))
+
+
 def contract() -> dict[str, str | int]:
     """Everything that decides bits, as plain values: split and tap sizes and torch's version, and what the backend adds
     by its own `contract`: the version of its numerics, tiles, number formats, and the kind of GPU.

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InklingConfig
 
+from kernels import dispatch
 from model import manifest
 from model.files import whole_folder
 from model.manifest import CheckpointError as CheckpointError
@@ -75,7 +76,7 @@ def save(model: InteractionModel, folder: Path | str) -> None:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """What the model computes with, by name, as safetensors stores it."""
-    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionModel:
@@ -85,7 +86,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionMod
     config = InklingConfig(**stored)
     with torch.device("meta"):
         model = InteractionModel(config, dtype or getattr(torch, stored.get("dtype") or "float32"))
-    model.to_empty(device="cpu")
+    model.to_empty(device=dispatch.device())
     _fill(model, folder)
     model.pack()
     return model
@@ -205,5 +206,5 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

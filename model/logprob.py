@@ -6,7 +6,7 @@ policy; there is no top-k and no top-p, whose cut would make the sampled policy 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class TokenClasses:
     """
 
     allowed: Tensor  # bool [3, V], rows MODE, FIRST_TEXT, NEXT_TEXT
+    copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def build(tokenizer: PreTrainedTokenizerBase, vocab: int, delegate: bool = False) -> TokenClasses:
@@ -52,11 +53,22 @@ class TokenClasses:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits fp32 [T, V], token and row_class int64 [T] -> (logprob fp32 [T], entropy fp32 [T] in nats, digest of
         the whole log-prob row int64 [T]). Differentiable. Temperature 0 (greedy) is scored at 1, as `sample` does."""
-        return ops.logprob(logits, token, temperature or 1.0, self.allowed, row_class)
+        token, row_class = (x.to(logits.device, non_blocking=True) for x in (token, row_class))
+        return ops.logprob(logits, token, temperature or 1.0, self.on(logits.device), row_class)
 
     def sample(
         self, logits: Tensor, key: Tensor, row_class: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits fp32 [T, V], key int64 [T] (bits of the row's uint64 random key) -> (token int64 [T], logprob fp32
         [T], digest int64 [T]), the last two equal to what `score` gives for that token."""
-        return ops.sample(logits, temperature, key, self.allowed, row_class)
+        key, row_class = (x.to(logits.device, non_blocking=True) for x in (key, row_class))
+        return ops.sample(logits, temperature, key, self.on(logits.device), row_class)
+
+    def on(self, device: torch.device) -> Tensor:
+        """``allowed`` there; copied once."""
+        if device.type == "cpu":
+            return self.allowed
+        if device not in self.copies:
+            with torch.inference_mode(False):  # the learner keeps it for its backward, whoever asked first
+                self.copies[device] = self.allowed.to(device)
+        return self.copies[device]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from kernels.errors import MetronomeError
 
 RESERVE = 0.1
@@ -30,9 +32,10 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUP
     return max(0, min(left))
 
 
-def check_room(needed: int, purpose: str, remedy: str) -> None:
+def check_room(needed: int, purpose: str, remedy: str, device: torch.device | None = None) -> None:
     """Raises MetronomeError when ``needed`` bytes cannot be taken; the alternative is to be killed while using them."""
-    usable = int((1 - RESERVE) * available_bytes())
+    there = device is not None and device.type == "cuda"
+    usable = int((1 - RESERVE) * (torch.cuda.mem_get_info(device)[0] if there else available_bytes()))
     if needed > usable:
         raise MetronomeError(
             f"{purpose} would take {needed / 2**30:.2f} GiB of memory, of which {usable / 2**30:.2f} GiB can be had: "

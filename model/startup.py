@@ -69,13 +69,19 @@ def check_native() -> None:
 
 def prepare_process() -> None:
     """Settings that must stand before deepspeed and wandb are imported, and before anything is loaded."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed takes a GPU where it sees one
+    os.environ.setdefault("DS_ACCELERATOR", accelerator())  # otherwise DeepSpeed takes a GPU wherever it sees one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Whatever a library reads by torch.load may be tensors and plain values only, even where the library says otherwise
     # (DeepSpeed does): nothing that lies in a checkpoint's folder is ever executed.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def accelerator() -> str:
+    """DeepSpeed's name for where the chosen backend works, before anything of it is imported."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
+    return "cuda" if os.environ.get("METRONOME_BACKEND") == "triton" and not interpreted else "cpu"
 
 
 def import_deepspeed() -> ModuleType:

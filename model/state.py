@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import InklingConfig, InklingTextConfig
 
+from kernels import dispatch
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PagedKV, Segments
 from model import config as shapes
 from model.memory import check_room
@@ -45,9 +46,11 @@ class LayerState:
 class _Pages:
     """Page ids of one kind of layer: which slot holds which, and how many slots share each."""
 
-    def __init__(self, pages: int, slots: int, max_pages: int, window: int | None) -> None:
-        self.table = torch.full((slots, max_pages), -1, dtype=torch.int32)
-        self.rows = self.table.numpy()  # same memory; a scalar store here is ten times cheaper than through torch
+    def __init__(self, pages: int, slots: int, max_pages: int, window: int | None, device: torch.device) -> None:
+        self.host = torch.full((slots, max_pages), -1, dtype=torch.int32)
+        self.rows = self.host.numpy()  # same memory; a scalar store here is ten times cheaper than through torch
+        self.table = self.host if device.type == "cpu" else self.host.to(device)  # what kernels read
+        self.changed = False
         self.free = list(range(pages - 1, -1, -1))
         self.users = [0] * pages
         self.held: list[dict[int, int]] = [{} for _ in range(slots)]  # slot -> {page index: page id}, ascending
@@ -87,13 +90,21 @@ class _Pages:
         self._set(slot, index, page)
         return page
 
+    def show(self) -> None:
+        """Lets kernels see the table as it is."""
+        if self.changed and self.table is not self.host:
+            self.table.copy_(self.host, non_blocking=True)
+        self.changed = False
+
     def _set(self, slot: int, index: int, page: int) -> None:
         self.held[slot][index] = page
         self.rows[slot, index] = page
+        self.changed = True
 
     def _release(self, slot: int, index: int) -> None:
         page = self.held[slot].pop(index)
         self.rows[slot, index] = -1
+        self.changed = True
         self.users[page] -= 1
         if self.users[page] == 0:
             self.free.append(page)
@@ -103,7 +114,13 @@ class SessionState:
     """Slots for sessions of one model. ``extend`` hands out rows; the model's forward fills them."""
 
     def __init__(
-        self, config: InklingConfig, slots: int, max_tokens: int, dtype: torch.dtype, max_rows: int = 1024
+        self,
+        config: InklingConfig,
+        slots: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        max_rows: int = 1024,
+        device: torch.device | None = None,
     ) -> None:
         """``max_tokens``: rows a session can hold. ``max_rows``: rows in one call, over all sessions.
 
@@ -120,17 +137,19 @@ class SessionState:
         )
         windows = [shapes.window(text, i) for i in range(text.num_hidden_layers)]
         sizes = [_layer_sizes(text, i, counts[window], slots) for i, window in enumerate(windows)]
+        device = device or dispatch.device()
         check_room(
             sum(math.prod(size) for layer in sizes for size in layer) * dtype.itemsize,
             f"{slots} sessions of up to {max_tokens} tokens",
             "lower the number of slots (rl.groups, rl.rollouts) or of tokens (rollout.max_tokens)",
+            device,
         )
-        self._pages = {w: _Pages(counts[w], slots, max_pages, w) for w in dict.fromkeys(windows)}
+        self._pages = {w: _Pages(counts[w], slots, max_pages, w, device) for w in dict.fromkeys(windows)}
         self.layers: list[LayerState] = []
         self.pasts: list[list[Tensor]] = []  # every layer's convolution windows
         for window, layer in zip(windows, sizes, strict=True):
             # Written to, not only asked for: the system hands out memory when it is first touched, not before.
-            key, value, *past = (torch.empty(size, dtype=dtype).zero_() for size in layer)
+            key, value, *past = (torch.empty(size, dtype=dtype, device=device).zero_() for size in layer)
             self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
             self.pasts.append(past)
         self._windows = windows
@@ -207,6 +226,8 @@ class SessionState:
                 for pages in self._pages.values():
                     pages.reserve(slot, start, end)
             self._length[slot] = end
+        for pages in self._pages.values():
+            pages.show()
         if rows == len(slots):
             return self._one_row_each(slots, starts)
         return Segments.build(slots, starts, lengths)

@@ -148,6 +148,10 @@ class InteractionModel(nn.Module):
         self._versions: tuple[int, ...] = ()  # torch's own count of each parameter's changes, when they were packed
         self.tau: Tensor | None = None  # fp32 [positions], when log scaling is on
 
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Sets every weight from ``seed`` and its name alone: matrices of variance 1/fan_in, embeddings 1, norms and
@@ -178,7 +182,8 @@ class InteractionModel(nn.Module):
         for layer in self.layers:
             layer.pack()
         self.packed = ops.pack_linear(self.lm_head.weight)
-        self.tau = shapes.log_scale_table(self.config.text_config)
+        tau = shapes.log_scale_table(self.config.text_config)
+        self.tau = None if tau is None else tau.to(self.device)
         packs.adopt(self, self.generation)
         self._versions = self._present()
 
@@ -207,8 +212,8 @@ class InteractionModel(nn.Module):
         state: SessionState | None = None,
         capture: Capture | None = None,
     ) -> Tensor:
-        """tokens int64 [T], codes uint8 [A, channels] for the rows whose token is the audio token, in order -> hidden
-        [T, D] after the final norm and the division by the muP multiplier.
+        """tokens int64 [T], codes uint8 [A, channels] of the rows whose token is the audio token, in order, both on the
+        CPU -> hidden [T, D] on the model's device, after the final norm and the division by the muP multiplier.
 
         ``segments`` is what ``state.extend`` returned, or, without state, whole sequences. ``capture`` collects
         (name, [T, D]) after each sub-block, to find the first layer where two runs differ."""
@@ -231,7 +236,7 @@ class InteractionModel(nn.Module):
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
         if torch.is_grad_enabled() and self._versions != self._present():  # changed, and nobody said so
             raise stale_weights("InteractionModel")
-        tau = None if self.tau is None else self.tau[segments.position]
+        tau = None if self.tau is None else self.tau[segments.position.to(self.tau.device, non_blocking=True)]
         for i, layer in enumerate(self.layers):
             layer_tau = tau if layer.window is None else None
             x = layer.run(x, segments, None if layers is None else layers[i], layer_tau, capture)
@@ -239,14 +244,16 @@ class InteractionModel(nn.Module):
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier
 
     def _embed(self, tokens: Tensor, codes: Tensor) -> Tensor:
-        rows = (tokens == self.audio_token_id).nonzero()[:, 0]
+        rows = (tokens == self.audio_token_id).nonzero()[:, 0]  # on the CPU, where the host need not wait for it
         if rows.shape[0] != codes.shape[0]:
             raise ValueError(f"tokens holds {rows.shape[0]} audio tokens, but codes has {codes.shape[0]} rows")
+        tokens = tokens.to(self.device, non_blocking=True)
         if rows.shape[0] == 0:
             return self.model.language_model.embed_tokens(tokens)
-        audio = self.model.audio_tower(codes)
+        audio = self.model.audio_tower(codes.to(self.device, non_blocking=True))
         if rows.shape[0] == tokens.shape[0]:
             return audio
+        rows = rows.to(self.device, non_blocking=True)
         return self.model.language_model.embed_tokens(tokens).index_copy(0, rows, audio)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -51,4 +51,5 @@ def score_choices(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The learner's own (logprob, entropy, digest) of every chosen token, each [N], under autograd."""
     hidden = model(batch.tokens, batch.codes, batch.segments)
-    return classes.score(model.logits(hidden[batch.row]), batch.target, batch.row_class, temperature)
+    row = batch.row.to(hidden.device, non_blocking=True)
+    return classes.score(model.logits(hidden[row]), batch.target, batch.row_class, temperature)

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels import ops
+from kernels import dispatch, ops
 from kernels.errors import MetronomeError
 from model.audio import DMel
 from model.files import write_whole
@@ -107,7 +107,9 @@ def _sampled(rows: int, vocab: int, spread: float) -> list[Tensor]:
     place = torch.arange(rows * vocab, dtype=torch.int64).view(rows, vocab) * 2_654_435_761 % 65_537
     logits = place.float() * (spread / 65_536)
     allowed, row_class = torch.ones(1, vocab, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64)
-    return list(ops.sample(logits, 1.0, torch.arange(rows) * 0x9E3779B97F4A7, allowed, row_class))
+    key = torch.arange(rows) * 0x9E3779B97F4A7
+    logits, key, allowed, row_class = (x.to(dispatch.device()) for x in (logits, key, allowed, row_class))
+    return list(ops.sample(logits, 1.0, key, allowed, row_class))
 
 
 def _digest(arrays: Iterable[Array]) -> str:
@@ -116,7 +118,9 @@ def _digest(arrays: Iterable[Array]) -> str:
         if isinstance(array, str):
             found.update(array.encode())
         else:
-            found.update(np.ascontiguousarray(array.detach().numpy() if isinstance(array, Tensor) else array).tobytes())
+            found.update(
+                np.ascontiguousarray(array.detach().cpu().numpy() if isinstance(array, Tensor) else array).tobytes()
+            )
     return found.hexdigest()
 
 

@@ -79,13 +79,13 @@ def policy_gradient(
                 f"{first + int(batch.owner[where])}, chunk {int(batch.chunk[where])}, is {logprob[where].item()}: the "
                 "weights have diverged. Lower the learning rate, or resume from an earlier checkpoint."
             )
-        upstream = -torch.cat(list(weights[first : first + micro_batch]))
+        upstream = -torch.cat(list(weights[first : first + micro_batch])).to(logprob.device, non_blocking=True)
         gradient = torch.autograd.grad(logprob, parameters, upstream, materialize_grads=True)
         if total is None:
             total = [g.float().clone() for g in gradient]
         else:
             torch._foreach_add_(total, [g.float() for g in gradient])
-        seen.append((logprob.detach(), entropy.detach(), digest, batch.owner + first))
+        seen.append((logprob.detach().cpu(), entropy.detach().cpu(), digest.cpu(), batch.owner + first))
     assert total is not None, "no episodes"
     return Gradient(tuple(total), *(torch.cat(column) for column in zip(*seen, strict=True)))
 
@@ -103,7 +103,7 @@ class _Handover(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gradients, *parameters):  # type: ignore[no-untyped-def]
         ctx.gradients = gradients
-        return torch.zeros(())
+        return torch.zeros((), device=parameters[0].device)
 
     @staticmethod
     def backward(ctx, scale):  # type: ignore[no-untyped-def]
@@ -207,7 +207,7 @@ class Learner:
         }
         if self._masters is not self._weights:
             tensors |= {
-                f"master.{name}": m.detach().clone() for name, m in zip(self._names, self._masters, strict=True)
+                f"master.{name}": m.detach().cpu().clone() for name, m in zip(self._names, self._masters, strict=True)
             }
         if ranks.rank() == 0:
             (folder / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -275,10 +275,10 @@ class Learner:
 
     def _gathered(self, master: Tensor, moment: str) -> Tensor:
         """All of a moment, on every rank. Each element is one rank's; the others add zeros, which change no bit."""
-        whole, parts = torch.zeros(master.numel()), self._parts(master, moment)
+        whole, parts = torch.zeros(master.numel(), device=master.device), self._parts(master, moment)
         if parts is not None and (self.optim.zero_stage or ranks.rank() == 0):
             whole[parts[1]] = parts[0]
-        return ranks.sum_in_order(whole).view(master.shape).clone()
+        return ranks.sum_in_order(whole).view(master.shape).cpu().clone()
 
     def _put(self, master: Tensor, value: Tensor, moment: str | None) -> None:
         parts = self._parts(master, moment)

@@ -11,18 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.startup import import_deepspeed
+from model.startup import accelerator, import_deepspeed
 
 
 def join() -> None:
-    """Joins the launcher's processes over gloo; without a launcher this process is a world of its own."""
+    """Joins the launcher's processes, over gloo on the CPU and nccl between GPUs; without a launcher this process is a
+    world of its own."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+    backend = "cpu:gloo,cuda:nccl" if accelerator() == "cuda" else "gloo"
+    if accelerator() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
 
 
 def leave() -> None:

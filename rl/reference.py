@@ -44,7 +44,7 @@ class Reference:
         for first in range(0, len(episodes), self._micro_batch):
             some = episodes[first : first + self._micro_batch]
             logprob, _, _ = score_choices(self._model, collate(some), self._classes, some[0].temperature)
-            reference.append(logprob)
+            reference.append(logprob.cpu())
         ratio = concatenate(episodes, "logprob") - torch.cat(reference)
         return list(ratio.split([len(e.chunk) for e in episodes]))
 

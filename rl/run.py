@@ -285,6 +285,7 @@ def build_model(config: TrainConfig) -> InteractionModel:
     if config.model.checkpoint is None:
         model = InteractionModel(preset(config.model.preset), dtype)
         model.init_weights(config.seed)
+        model.to(dispatch.device())
     else:
         model = checkpoint.load(Path(config.model.checkpoint), dtype)
     model.pack()

@@ -122,7 +122,7 @@ class SessionEngine:
             self._part(sessions, [row.tobytes() for row in chunks.numpy()])
         heard = {s.slot: (s.past, chunk) for s, chunk in zip(sessions, chunks.unbind(), strict=True)}
         samples = torch.cat([part for sound in heard.values() for part in sound]).view(len(heard), -1)
-        codes = self.dmel.continued(samples)
+        codes = self.dmel.continued(samples)  # on the host: a code never depends on a device
         try:
             rest, rows = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
             place = {slot: i for i, slot in enumerate(heard)}
@@ -191,11 +191,11 @@ class SessionEngine:
         if len(leads) == 1:
             hidden = hidden[-1:]
         elif segments.rows > len(leads):
-            hidden = hidden[torch.tensor([end - 1 for end in accumulate(lengths)])]
+            hidden = hidden[self._there([end - 1 for end in accumulate(lengths)])]
         logits = self.model.logits(hidden)
         if len(leads) < len(sessions):
             place = {slot: i for i, slot in enumerate(leads)}
-            rows = torch.tensor([place[s.slot] for s in sessions])
+            rows = self._there([place[s.slot] for s in sessions])
             hidden, logits = hidden[rows], logits[rows]
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
         classes = torch.full((len(sessions),), row_class)
@@ -210,6 +210,9 @@ class SessionEngine:
         if len(leads) < len(sessions):
             self._part(sessions, tokens)
         return tokens
+
+    def _there(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows).to(self.model.device, non_blocking=True)
 
     def _part(self, sessions: Sequence[Session], kinds: Sequence[int | bytes]) -> None:
         """Sessions that share a slot go on apart where ``kinds`` differ: the first kind keeps the slot, if all of the

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 
 from kernels.layout import PackedExperts, PackedLinear
 from kernels.triton import tiles
@@ -54,7 +55,8 @@ NUMERICS_VERSION = 3
 
 
 def contract() -> dict[str, str | int]:
-    return {"architecture": instruction_set(), "numerics": NUMERICS_VERSION, **tiles.contract()}
+    compiler = {} if INTERPRET else {"triton": triton.__version__, "cuda": str(torch.version.cuda or torch.version.hip)}
+    return {"architecture": instruction_set(), "numerics": NUMERICS_VERSION, **compiler, **tiles.contract()}
 
 
 @functools.cache

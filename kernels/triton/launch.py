@@ -77,9 +77,20 @@ def plain(x: Tensor) -> Tensor:
 
 
 def placed(segments: Segments, device: torch.device) -> Segments:
-    """``segments`` with its tensors on ``device``."""
-    parts = (segments.slot, segments.start, segments.offset, segments.position)
-    return Segments(*(part.to(device, non_blocking=True) for part in parts))
+    """``segments`` with its tensors on ``device``: one copy for all, made when it is first asked for."""
+    if segments.slot.device == device:
+        return segments
+    copies = segments.__dict__.setdefault("_copies", {})
+    if device not in copies:
+        parts = (segments.slot, segments.start, segments.offset, segments.position)
+        # Each from an address that 16 divides, like tensors of their own: else Triton would compile for their places.
+        sizes = [-(-len(part) // 4) * 4 for part in parts]
+        packed = torch.zeros(sum(sizes), dtype=torch.int32)
+        for place, part in zip(packed.split(sizes), parts, strict=True):
+            place[: len(part)] = part
+        there = packed.to(device, non_blocking=True).split(sizes)
+        copies[device] = Segments(*(place[: len(part)] for place, part in zip(there, parts, strict=True)))
+    return copies[device]
 
 
 @dataclass(frozen=True)

@@ -247,5 +247,5 @@ def _score(model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[Seen]
         batch = collate([one.episode for one in some])
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, some[0].episode.temperature)
         lengths = [len(one.episode.chunk) for one in some]
-        for one, p, d in zip(some, logprob.split(lengths), digest.split(lengths), strict=True):
+        for one, p, d in zip(some, logprob.cpu().split(lengths), digest.cpu().split(lengths), strict=True):
             yield replace(one, logprob=p, digest=d)

@@ -110,7 +110,7 @@ def whole(side: Side, episodes: Sequence[Episode], together: int = 1) -> Scored:
             logprob, _, digest = score_choices(side.model, batch, side.vocabulary.classes, episodes[0].temperature)
             parts.append((logprob, digest))
     logprobs, digests = zip(*parts, strict=True)
-    return Scored(torch.cat(logprobs), torch.cat(digests))
+    return Scored(torch.cat(logprobs).cpu(), torch.cat(digests).cpu())
 
 
 def first_of(side: Side, episodes: Sequence[Episode]) -> Scored:
@@ -160,12 +160,13 @@ def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
             out = model(torch.cat(tokens), torch.cat(codes), state.extend([mine[e] for e in turn], lengths), state)
             for e, rows in zip(turn, out.split(lengths), strict=True):
                 hidden[e].append(rows)
-        rows = torch.cat([torch.cat(h)[e.sampled_at - 1] for h, e in zip(hidden, episodes, strict=True)])
+        at = [(e.sampled_at - 1).to(model.device) for e in episodes]
+        rows = torch.cat([torch.cat(h)[a] for h, a in zip(hidden, at, strict=True)])
         batch = collate(episodes)
         logprob, _, digest = side.vocabulary.classes.score(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
         )
-    return Scored(logprob, digest)
+    return Scored(logprob.cpu(), digest.cpu())
 
 
 def _ends(episode: Episode, cuts: Cuts) -> list[int]:
