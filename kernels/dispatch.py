@@ -67,7 +67,7 @@ def _load(name: str) -> Backend:
 
 def device() -> torch.device:
     """Where the active backend's tensors lie: weights, activations, caches. What the host decides by is on the CPU."""
-    return torch.device(getattr(backend(), "DEVICE", "cpu"))
+    return torch.device(backend().DEVICE)
 
 
 def contract() -> dict[str, str | int]:
