@@ -6,6 +6,7 @@ policy; there is no top-k and no top-p, whose cut would make the sampled policy 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +61,17 @@ class TokenClasses:
         """logits fp32 [T, V], key int64 [T] (bits of the row's uint64 random key) -> (token int64 [T], logprob fp32
         [T], digest int64 [T]), the last two equal to what `score` gives for that token."""
         return ops.sample(logits, temperature, key, self.allowed, row_class)
+
+    def sample_rows(
+        self, logits: Tensor, key: Tensor, row_class: Tensor, temperature: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `sample`, with a temperature a row, [T]. The op takes one for all of its rows, so it is called once for
+        each temperature; by the row contract that changes no bit."""
+        distinct = dict.fromkeys(temperature)
+        if len(distinct) == 1:
+            return self.sample(logits, key, row_class, temperature[0])
+        rows = [torch.tensor([i for i, t in enumerate(temperature) if t == one]) for one in distinct]
+        parts = [self.sample(logits[r], key[r], row_class[r], t) for r, t in zip(rows, distinct, strict=True)]
+        back = torch.cat(rows).argsort()
+        token, logprob, digest = (torch.cat(column)[back] for column in zip(*parts, strict=True))
+        return token, logprob, digest

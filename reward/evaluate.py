@@ -157,7 +157,7 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
     policy = checkpoint.load(unseen.policy.checkpoint)
     engine = SessionEngine(
         policy, Vocabulary.build(policy.vocab), slots=SLOTS, max_tokens=unseen.max_tokens,
-        temperature=unseen.policy.temperature, words_per_chunk=unseen.words_per_chunk,
+        words_per_chunk=unseen.words_per_chunk,
     )  # fmt: skip
     items = [
         scenario(family, "held_out", FIRST_SEED + UNSEEN_SEEDS + i, bank, config.scenarios)
@@ -165,7 +165,7 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
         for family in FAMILIES
     ]
     start = time.perf_counter()
-    episodes = play(engine, [Play(item, 0) for item in items], config.seed)
+    episodes = play(engine, [Play(item, 0) for item in items], config.seed, unseen.policy.temperature)
     rollout_s = (time.perf_counter() - start) / len(episodes)
     yield "speed/rollout_ms_an_episode", 1000 * rollout_s
     rule = [rule_rewards(e.family, e.facts, e.actions, config.reward) for e in episodes]

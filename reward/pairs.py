@@ -226,11 +226,11 @@ class Maker:
         done: dict[int, Played] = {}
         for p, (model, temperature) in enumerate(self.policies):
             engine = SessionEngine(
-                model, self.vocabulary, slots=SLOTS, max_tokens=recipe.max_tokens, temperature=temperature,
+                model, self.vocabulary, slots=SLOTS, max_tokens=recipe.max_tokens,
                 words_per_chunk=self.config.words_per_chunk,
             )  # fmt: skip
             places = [int(i) for i in np.flatnonzero(policy == p)]
-            episodes = play(engine, [wanted[i] for i in places], self.config.seed)
+            episodes = play(engine, [wanted[i] for i in places], self.config.seed, temperature)
             for i, episode in zip(places, episodes, strict=True):
                 done[i] = of_episode(wanted[i].scenario, episode, self.config.reward)
         return [done[i] for i in range(len(wanted))]

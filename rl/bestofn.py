@@ -56,13 +56,14 @@ def sample(
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Each family's (rule scores, learned rewards), both [scenarios, samples]."""
     bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    seed, temperature = config.seed, config.rollout.temperature
     found = {}
     with display.phase("best of n", scenarios * len(FAMILIES)) as phase:
         for family in FAMILIES:
             rule, proxy = np.zeros((2, scenarios, samples))
             for i in range(scenarios):
                 item = scenario(family, "held_out", i, bank, config.scenarios)
-                judged = source.judge(play(engine, [Play(item, r) for r in range(samples)], config.seed))
+                judged = source.judge(play(engine, [Play(item, r) for r in range(samples)], seed, temperature))
                 rule[i] = [s.value for s in judged.scores]
                 proxy[i] = [p.total for p in judged.proxy]
                 phase.advance({"reward/score": float(rule[i].mean()), "proxy/mean": float(proxy[i].mean())})
@@ -97,7 +98,6 @@ def main(arguments: list[str] | None = None) -> None:
         Vocabulary.build(policy.vocab),
         slots=given.samples,
         max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
         words_per_chunk=config.rollout.words_per_chunk,
     )
     found = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))

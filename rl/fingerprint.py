@@ -40,7 +40,8 @@ from rl.config import TrainConfig
 from rl.credit import token_weights
 from rl.environment import environment
 from rl.learner import Learner, policy_gradient
-from rl.run import build_engine, build_model
+from rl.rollers import build_engine
+from rl.run import build_model
 from rl.warmstart import demonstration, demonstrations
 from rollout.episode import concatenate
 from rollout.play import play
@@ -94,8 +95,8 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
 
     yield "sampled tokens, flat rows", _sampled(ROWS, len(vocabulary.classes.allowed[0]), spread=3.0)
     yield "sampled tokens, long tails", _sampled(8, VOCABULARY, spread=6.0)
-    engine = build_engine(config, model, vocabulary, config.rollout.temperature)
-    episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed)
+    engine = build_engine(config, model, vocabulary)
+    episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed, config.rollout.temperature)
     yield "episodes", [concatenate(episodes, name) for name in ("tokens", "codes", "logprob", "digest")]
     judged = RewardSource.load(config.reward, config.source).judge(episodes)
     yield "rewards", [rewards.axis(axis) for rewards in judged.rules for axis in AXES]

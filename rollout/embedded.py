@@ -30,7 +30,7 @@ from model.state import SessionState
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_FRAMES, Action
 from rollout.sampler import token_key
-from rollout.session import Session, check_append
+from rollout.session import Session, check_append, check_temperature
 from rollout.vocabulary import Vocabulary
 
 
@@ -49,16 +49,14 @@ class SessionEngine:
         *,
         slots: int,
         max_tokens: int,
-        temperature: float = 1.0,
         words_per_chunk: int = 1,
         keep_hidden: bool = False,
     ) -> None:
-        if temperature < 0 or words_per_chunk < 1:
-            raise ValueError(f"need temperature >= 0 and words_per_chunk >= 1, got {temperature}, {words_per_chunk}")
+        if words_per_chunk < 1:
+            raise ValueError(f"need words_per_chunk >= 1, got {words_per_chunk}")
         self.model = model
         self.vocabulary = vocabulary
         self.dmel = DMel.build()
-        self.temperature = temperature
         self.words_per_chunk = words_per_chunk
         self.keep_hidden = keep_hidden
         self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk  # of one micro-turn: unfed tokens, audio, words
@@ -80,14 +78,16 @@ class SessionEngine:
         self.model.repack()
         self.weights_digest = checkpoint.weights_digest(self.model)
 
-    def open(self, key: int) -> Session:
-        """A new session that has heard nothing. Raises MetronomeError when every slot is taken."""
+    def open(self, key: int, temperature: float = 1.0) -> Session:
+        """A new session that has heard nothing. Raises ValueError for a temperature that is no number from 0 on,
+        MetronomeError when every slot is taken."""
+        check_temperature(temperature)
         self._check_free()
         return self._enter(
             Session(
                 slot=self.state.open(),
                 key=key,
-                temperature=self.temperature,
+                temperature=temperature,
                 weights_digest=self.weights_digest,
                 tokens=[self.vocabulary.bos],
                 past=torch.zeros(WINDOW - HOP),
@@ -95,8 +95,8 @@ class SessionEngine:
         )
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and another key; what it does from here on equals a separate session's bits.
-        Costs nothing until the two differ. Raises MetronomeError when every slot is taken."""
+        """A session with the same past and temperature and another key; from here on it equals a separate session's
+        bits. Costs nothing until the two differ. Raises MetronomeError when every slot is taken."""
         session.check_open()
         self._check_free()
         return self._enter(session.forked(session.slot, key))
@@ -198,8 +198,8 @@ class SessionEngine:
             rows = torch.tensor([place[s.slot] for s in sessions])
             hidden, logits = hidden[rows], logits[rows]
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
-        classes = torch.full((len(sessions),), row_class)
-        sampled, logprob, digest = self.vocabulary.classes.sample(logits, keys, classes, self.temperature)
+        classes, temperatures = torch.full((len(sessions),), row_class), [s.temperature for s in sessions]
+        sampled, logprob, digest = self.vocabulary.classes.sample_rows(logits, keys, classes, temperatures)
         tokens = sampled.tolist()
         for session, t, p, d in zip(sessions, tokens, logprob.tolist(), digest.tolist(), strict=True):
             session.fed = len(session.tokens)

@@ -1,7 +1,7 @@
 """What the rest of the program knows of an engine: something that holds streaming sessions of one model.
 
-`rollout.embedded.SessionEngine` is the one embedded in this process. An engine is built around a model and a
-temperature; `publish` takes over that model's weights as they are now. Every engine is bit for bit the learner: same
+`rollout.embedded.SessionEngine` is the one embedded in this process. An engine is built around a
+model; `publish` takes over that model's weights as they are now. Every engine is bit for bit the learner: same
 kernels, same sampling keys, same contract.
 """
 
@@ -30,13 +30,15 @@ class Engine(Protocol):
     def publish(self) -> None:
         """Takes over the model's present weights. Raises MetronomeError while sessions are open."""
 
-    def open(self, key: int) -> Session:
-        """A session that has heard nothing; ``key`` is its 64-bit sampling key (`rollout.sampler.session_key`). Raises
-        MetronomeError when none is free."""
+    def open(self, key: int, temperature: float = 1.0) -> Session:
+        """A session that has heard nothing; ``key`` is its 64-bit sampling key (`rollout.sampler.session_key`),
+        ``temperature`` that of its policy, 0 for greedy. Raises ValueError for a temperature that is no number from 0
+        on, MetronomeError when no session is free."""
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and another key; its bits are those of a separate one. Sessions with one past
-        may be computed once, for as long as they hear and say the same. Raises MetronomeError when none is free."""
+        """A session with the same past and temperature and another key; its bits are those of a separate one. Sessions
+        with one past may be computed once, for as long as they hear and say the same. Raises MetronomeError when none
+        is free."""
 
     def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
         """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did. The records

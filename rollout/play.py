@@ -32,8 +32,9 @@ class _Live:
     heard: Action | None = None
 
 
-def play(engine: Engine, plays: Sequence[Play], seed: int) -> list[Episode]:
-    """Rolls every play out to its scenario's last chunk. A session that ends makes room for the next play at once.
+def play(engine: Engine, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
+    """Rolls every play out to its scenario's last chunk, at ``temperature``. A session that ends makes room for the
+    next play at once.
 
     Rollouts of one scenario that begin together are forks of one session, which an engine may compute once for as long
     as they hear and say the same. By the row contract the result does not depend on that, nor on how many run
@@ -47,7 +48,7 @@ def play(engine: Engine, plays: Sequence[Play], seed: int) -> list[Episode]:
             place, item = waiting.pop()
             name = item.scenario.id
             key = session_key(seed, name, item.rollout)
-            session = engine.fork(begun[name], key) if name in begun else engine.open(key)
+            session = engine.fork(begun[name], key) if name in begun else engine.open(key, temperature)
             begun.setdefault(name, session)
             live.append(_Live(place, item.scenario.user(), session))
         audio = torch.from_numpy(np.stack([one.user.next_chunk(one.heard) for one in live]))

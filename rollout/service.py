@@ -74,11 +74,11 @@ class Service:
         self.clients: list[Client] = []  # those whose sessions are open
         self._silence = torch.zeros(CHUNK_SAMPLES)
 
-    def open(self, key: int) -> Client:
-        """A session whose first chunk, number 0, is heard at the next tick. Raises Busy when there is no room."""
+    def open(self, key: int, temperature: float = 1.0) -> Client:
+        """As `rollout.engine.Engine.open`; chunk 0 is heard at the next tick. Raises Busy when there is no room."""
         if not self.engine.free:
             raise Busy(f"all {len(self.clients)} sessions are open; come again when one has ended")
-        self.clients.append(Client(self.engine.open(key)))
+        self.clients.append(Client(self.engine.open(key, temperature)))
         return self.clients[-1]
 
     def offer(self, client: Client, number: int, chunk: Tensor) -> None:

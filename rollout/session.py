@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -84,6 +85,12 @@ class Session:
             logprob=torch.tensor(self.logprob, dtype=torch.float32),
             digest=torch.tensor(self.digest),
         )
+
+
+def check_temperature(temperature: float) -> None:
+    """What every engine refuses before it opens a session."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"open: temperature is {temperature}; it must be a number >= 0 (0 is greedy)")
 
 
 def check_append(sessions: Sequence[Session], chunks: Tensor, most_rows: int, max_tokens: int) -> None:

@@ -41,7 +41,7 @@ from rl.environment import environment
 from rl.evaluate import evaluate
 from rl.identity import compare
 from rl.learner import Learner, policy_gradient
-from rl.run import build_engine
+from rl.rollers import build_engine
 from rollout.episode import Episode, concatenate
 from rollout.roller import InProcess, Roller
 from rollout.scenarios.registry import FAMILIES, scenario
@@ -92,14 +92,15 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
         model = checkpoint.load(folder, torch.float32)
         sampling = model if arm.sampler == torch.float32 else checkpoint.load(folder, arm.sampler)
         vocabulary = Vocabulary.build(model.vocab)
-        roller = InProcess(build_engine(config, sampling, vocabulary, config.rollout.temperature))
+        roller = InProcess(build_engine(config, sampling, vocabulary))
         source = RewardSource.load(config.reward, config.source)
         held_out = [
             scenario(family, "held_out", i, bank, config.scenarios)
             for i in range(config.eval.scenarios)
             for family in FAMILIES
         ]
-        before = evaluate(roller, held_out, source, config.seed).score[""]
+        temperature = config.rollout.temperature
+        before = evaluate(roller, held_out, source, config.seed, temperature).score[""]
         learner = Learner(model, config.rl.optim, config.rl.steps)
         clock = time.perf_counter()
         if arm.exact:
@@ -107,7 +108,8 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
         else:
             records = list(_inexact(arm, config, bank, roller, learner, source, sampling))
         wall_s = time.perf_counter() - clock
-        return Result(arm.name, records, before, evaluate(roller, held_out, source, config.seed).score[""], wall_s)
+        after = evaluate(roller, held_out, source, config.seed, temperature).score[""]
+        return Result(arm.name, records, before, after, wall_s)
 
 
 def _inexact(

@@ -73,15 +73,15 @@ def completions(side: Side, heard: Tensor, others: Sequence[Tensor], count: int)
     digests: set[tuple[int, ...]] = set()
     rows = 0
     with side.active():
-        engine = session_engine(side, MOST_TOGETHER + MOST_OTHERS, longest, 0.0)
+        engine = session_engine(side, MOST_TOGETHER + MOST_OTHERS, longest)
         while (made := sum(seen.values())) < count:
             mine = min(load.randint(1, MOST_TOGETHER), count - made)
             ahead = load.randint(0, MOST_AHEAD)
             beside = [others[load.randrange(len(others))] for _ in range(load.randint(0, MOST_OTHERS))]
-            company = [engine.open(0) for _ in beside]
+            company = [engine.open(0, 0.0) for _ in beside]
             for chunk in range(ahead if beside else 0):
                 engine.append(company, torch.stack([x[chunk % len(x)] for x in beside]))
-            sessions = [engine.open(0) for _ in range(mine)]
+            sessions = [engine.open(0, 0.0) for _ in range(mine)]
             for chunk in range(len(heard)):
                 audio = [x[(ahead + chunk) % len(x)] for x in beside] + [heard[chunk]] * mine
                 engine.append([*company, *sessions], torch.stack(audio))
@@ -136,7 +136,7 @@ def measured(sides: Sequence[Side], rounds: int) -> list[Measured]:
 
 
 def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
-    engine = session_engine(side, len(plays), 512, 1.0)
+    engine = session_engine(side, len(plays), 512)
     clock = [time.perf_counter()]
     episodes = play(engine, plays, SEED)
     clock.append(time.perf_counter())

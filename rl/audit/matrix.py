@@ -67,7 +67,7 @@ def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
 
 def sampled(side: Side, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:
     """One rollout of each scenario at temperature 1, ``slots`` at a time."""
-    with side.active(), engines(side)[engine](side, slots, 1024, 1.0) as started:
+    with side.active(), engines(side)[engine](side, slots, 1024) as started:
         return play(started, [Play(item, 0) for item in items], SEED)
 
 

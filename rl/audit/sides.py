@@ -55,24 +55,24 @@ def both(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Side]:
     return [Side.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
 
 
-Start = Callable[["Side", int, int, float], AbstractContextManager[Engine]]
-"""Starts an engine for a side: slots, longest context in tokens, temperature."""
+Start = Callable[["Side", int, int], AbstractContextManager[Engine]]
+"""Starts an engine for a side: slots, longest context in tokens."""
 
 
-def session_engine(side: Side, slots: int, max_tokens: int, temperature: float) -> Engine:
-    return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+def session_engine(side: Side, slots: int, max_tokens: int) -> Engine:
+    return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens)
 
 
-def _session(side: Side, slots: int, max_tokens: int, temperature: float) -> AbstractContextManager[Engine]:
-    return nullcontext(session_engine(side, slots, max_tokens, temperature))
+def _session(side: Side, slots: int, max_tokens: int) -> AbstractContextManager[Engine]:
+    return nullcontext(session_engine(side, slots, max_tokens))
 
 
 @contextmanager
-def _vllm(side: Side, slots: int, max_tokens: int, temperature: float) -> Iterator[Engine]:
+def _vllm(side: Side, slots: int, max_tokens: int) -> Iterator[Engine]:
     """Ended afterwards: a process holds one vLLM at a time."""
     from rollout.vllm.engine import VllmEngine
 
-    engine = VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+    engine = VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens)
     try:
         yield engine
     finally:

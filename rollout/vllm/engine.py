@@ -17,14 +17,14 @@ from model.audio import HOP, WINDOW, DMel
 from model.logprob import NEXT_TEXT
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_FRAMES, Action
-from rollout.session import Session, check_append
+from rollout.session import Session, check_append, check_temperature
 from rollout.vllm.core import shared_core
 from rollout.vocabulary import Vocabulary
 
 
 class VllmEngine:
     """Sessions of one model in vLLM; see `rollout.embedded.SessionEngine` for the first arguments, `Core` for the rest.
-    Engines of one model that differ in temperature only share one vLLM."""
+    Engines of one model with equal arguments share one vLLM."""
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class VllmEngine:
         *,
         slots: int,
         max_tokens: int,
-        temperature: float = 1.0,
         words_per_chunk: int = 1,
         keep_hidden: bool = False,
         worker_process: bool = False,
@@ -41,8 +40,8 @@ class VllmEngine:
         prefill_tokens: int = 2048,
         pages: int | None = None,
     ) -> None:
-        if temperature < 0 or words_per_chunk < 1:
-            raise ValueError(f"need temperature >= 0 and words_per_chunk >= 1, got {temperature}, {words_per_chunk}")
+        if words_per_chunk < 1:
+            raise ValueError(f"need words_per_chunk >= 1, got {words_per_chunk}")
         self.core = shared_core(
             model,
             vocabulary,
@@ -56,7 +55,6 @@ class VllmEngine:
         self.vocabulary = vocabulary
         self.dmel = DMel.build()
         self.max_tokens = max_tokens
-        self.temperature = temperature
         self.words_per_chunk = words_per_chunk
         self.keep_hidden = keep_hidden
         self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk
@@ -78,19 +76,21 @@ class VllmEngine:
         self.core.model.repack()
         self.core.publish()
 
-    def open(self, key: int) -> Session:
-        """A new session that has heard nothing. Raises MetronomeError when every slot is taken."""
+    def open(self, key: int, temperature: float = 1.0) -> Session:
+        """A new session that has heard nothing. Raises ValueError for a temperature that is no number from 0 on,
+        MetronomeError when every slot is taken."""
+        check_temperature(temperature)
         return Session(
             slot=self.core.take(),
             key=key,
-            temperature=self.temperature,
+            temperature=temperature,
             weights_digest=self.weights_digest,
             tokens=[self.vocabulary.bos],
             past=torch.zeros(WINDOW - HOP),
         )
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and another key."""
+        """A session with the same past and temperature and another key."""
         session.check_open()
         return session.forked(self.core.take(), key)
 
@@ -132,7 +132,7 @@ class VllmEngine:
         ask = {
             "key": session.key,
             "chunk": session.chunks,
-            "temperature": self.temperature,
+            "temperature": session.temperature,
             "keep_hidden": self.keep_hidden,
         }
         codes = session.codes[len(session.codes) - len(heard) :]

@@ -68,29 +68,17 @@ class RowSampler(LogitsProcessor):
         policy = cast(Policy, self.layers[CACHE_LAYER])
         turns = [self.turns[row] for row in range(logits.shape[0])]
         chosen = torch.full_like(logits, -torch.inf)
-        for temperature in dict.fromkeys(turn.temperature for turn in turns):
-            rows = [row for row, turn in enumerate(turns) if turn.temperature == temperature]
-            self._sample(policy, logits, chosen, [turns[row] for row in rows], rows, temperature)
-        return chosen
-
-    def _sample(
-        self,
-        policy: Policy,
-        logits: Tensor,
-        chosen: Tensor,
-        turns: list[Turn],
-        rows: list[int],
-        temperature: float,
-    ) -> None:
+        if not turns:
+            return chosen
         device = logits.device
         keys = torch.tensor([token_key(t.key, t.chunk, t.position) for t in turns], device=device)
         classes = torch.tensor([t.row_class for t in turns], device=device)
-        index = torch.tensor(rows, device=device)
-        token, logprob, digest = policy.classes.sample(logits[index], keys, classes, temperature)
-        chosen[index, token] = 0.0
+        token, logprob, digest = policy.classes.sample_rows(logits, keys, classes, [t.temperature for t in turns])
+        chosen[torch.arange(len(turns), device=device), token] = 0.0
         assert policy.hidden is not None
-        values = zip(turns, rows, token.tolist(), logprob.tolist(), digest.tolist(), strict=True)
+        values = zip(turns, policy.hidden, token.tolist(), logprob.tolist(), digest.tolist(), strict=True)
         for turn, row, *record in values:
-            hidden = policy.hidden[row].cpu().view(torch.uint8).numpy().tobytes() if turn.keep_hidden else b""
+            hidden = row.cpu().view(torch.uint8).numpy().tobytes() if turn.keep_hidden else b""
             # A row in the middle of a chunked prefill is sampled too; the real one overwrites it.
             policy.records.setdefault(turn.session, {})[turn.position] = (*record, hidden)
+        return chosen

@@ -14,7 +14,8 @@ from rl import loop
 from rl.config import RLConfig, TrainConfig
 from rl.identity import Mismatch, NotComparableError, NotEqualError
 from rl.learner import policy_gradient
-from rl.run import build_engine, build_model
+from rl.rollers import build_engine
+from rl.run import build_model
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import play
@@ -33,7 +34,7 @@ def bank() -> SpeechBank:
 @pytest.fixture
 def engine() -> SessionEngine:
     model = build_model(CONFIG)
-    return build_engine(CONFIG, model, Vocabulary.build(model.vocab), temperature=1.0)
+    return build_engine(CONFIG, model, Vocabulary.build(model.vocab))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from model.transformer import InteractionModel
 from rl import loop
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner import Gradient, Learner, policy_gradient
-from rl.run import build_engine
+from rl.rollers import build_engine
 from rl.warmstart import demonstrations
 from rollout.play import play
 from rollout.speech import SpeechBank
@@ -144,7 +144,7 @@ def test_learners_step(stage: Literal[0, 1, 2], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("world")
 def test_sampler() -> None:
     model = policy()
-    engine = build_engine(CONFIG, model, Vocabulary.build(model.vocab), 1.0)
+    engine = build_engine(CONFIG, model, Vocabulary.build(model.vocab))
     plays = loop.plays(CONFIG, SpeechBank.load(), 0)[:4]
     assert refused(lambda: play(engine, plays, 0)) == {}
 

@@ -42,10 +42,10 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def episodes(vocabulary: Vocabulary) -> list[Episode]:
-    engine = SessionEngine(policy(0), vocabulary, slots=4, max_tokens=512, temperature=0.8)
+    engine = SessionEngine(policy(0), vocabulary, slots=4, max_tokens=512)
     bank = SpeechBank.load()
     items = [scenario(family, "train", 0, bank, ScenarioConfig()) for family in FAMILIES]
-    return play(engine, [Play(item, r) for item in items for r in range(GROUP)], 0)
+    return play(engine, [Play(item, r) for item in items for r in range(GROUP)], 0, 0.8)
 
 
 def test_no_bit_of_distance_from_itself(episodes: list[Episode], vocabulary: Vocabulary, tmp_path: Path) -> None:

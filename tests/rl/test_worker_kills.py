@@ -18,13 +18,13 @@ from reward.source import RewardSource
 from rl import loop
 from rl.config import RLConfig, TrainConfig
 from rl.learner import Learner
-from rl.rollers import rollers
-from rl.run import build_engine, build_model
+from rl.rollers import start_roller
+from rl.run import build_model
 from rollout.episode import Episode
 from rollout.play import Play
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
-from rollout.workers import ATTEMPTS, PoolRoller, WorkerPool
+from rollout.workers import ATTEMPTS, WorkerPool
 
 KILLS = 30
 CONFIG = TrainConfig(rl=RLConfig(steps=60, groups=2, rollouts=3))  # at most; as many as `KILLS` kills take
@@ -34,18 +34,18 @@ KILLS_A_STEP = ATTEMPTS - 1  # fewer than make the pool give up, whomever they h
 class Killed:
     """A roller whose workers are killed while they play, at moments drawn from a seed."""
 
-    def __init__(self, roller: PoolRoller, seed: int) -> None:
-        self.roller, self.random, self.kills = roller, random.Random(seed), 0
+    def __init__(self, roller: WorkerPool, seed: int) -> None:
+        self.pool, self.random, self.kills = roller, random.Random(seed), 0
 
     def publish(self) -> None:
-        self.roller.publish()
+        self.pool.publish()
 
-    def play(self, plays: list[Play], seed: int) -> list[Episode]:
+    def play(self, plays: list[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
         done = threading.Event()
-        killer = threading.Thread(target=self._kill, args=(self.roller.pool, done))
+        killer = threading.Thread(target=self._kill, args=(self.pool, done))
         killer.start()
         try:
-            return self.roller.play(plays, seed)
+            return self.pool.play(plays, seed, temperature)
         finally:
             done.set()
             killer.join()
@@ -69,10 +69,10 @@ def train(
     vocabulary = Vocabulary.build(model.vocab)
     learner = Learner(model, config.rl.optim, config.rl.steps)
     source = RewardSource(config.reward, "rules", [])
-    with rollers(config, model, lambda t: build_engine(config, model, vocabulary, t)) as roller_at:
-        roller, kills = roller_at(1.0), 0
+    with start_roller(config, model, vocabulary) as roller:
+        kills = 0
         if kill:
-            assert isinstance(roller, PoolRoller)
+            assert isinstance(roller, WorkerPool)
             roller = Killed(roller, seed=7)
         results = []
         for result in islice(loop.steps(config, bank, roller, learner, source, None, 0, {}), steps):

@@ -97,7 +97,7 @@ def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) 
     here = [sessions[n] for n in step.sessions]
     if step.kind in ("open", "fork"):
         key = session_key(schedule.seed, "x", len(sessions))
-        sessions.append(engine.open(key) if step.kind == "open" else engine.fork(here[0], key))
+        sessions.append(engine.open(key, schedule.temperature) if step.kind == "open" else engine.fork(here[0], key))
     elif step.kind == "close":
         engine.close(here[0])
     elif step.kind == "append":

@@ -18,7 +18,7 @@ def planned(seed: int, dtype: torch.dtype) -> tuple[Schedule, bool]:
     """A schedule, and whether every log-prob and row digest of its sessions is the learner's."""
     model = make_model(dtype)
     vocabulary, temperature = Vocabulary.build(model.vocab), (1.0, 0.2)[seed % 2]
-    engine = SessionEngine(model, vocabulary, temperature=temperature, **SIZES)
+    engine = SessionEngine(model, vocabulary, **SIZES)
     schedule = Planner(engine, seed, temperature).plan(STEPS)
     assert (engine.free, engine.state.open_slots) == (SIZES["slots"], 0)
     whole = [s for n, s in enumerate(schedule.sessions) if s.chunks and n not in failed(schedule)]

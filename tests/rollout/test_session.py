@@ -107,7 +107,7 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
     classes = engine.vocabulary.classes
 
     def mismatch() -> tuple[int, int, int]:
-        logprob, _, digest = score_choices(model, collate(episodes), classes, engine.temperature)
+        logprob, _, digest = score_choices(model, collate(episodes), classes, 1.0)
         found = compare(
             torch.cat([e.logprob for e in episodes]), logprob.detach(), torch.cat([e.digest for e in episodes]), digest
         )
@@ -172,11 +172,30 @@ def test_greedy_is_deterministic_and_ignores_the_key(model: InteractionModel) ->
     episodes = []
     for key in (1, 2):
         engine = make_engine(model)
-        engine.temperature = 0.0
-        session = engine.open(key)
+        session = engine.open(key, temperature=0.0)
         talk(engine, {0: session}, range(4))
         episodes.append(record(session))
     assert torch.equal(episodes[0].tokens, episodes[1].tokens)
+
+
+def test_sessions_of_several_temperatures_share_a_call(model: InteractionModel) -> None:
+    temperatures = (1.0, 0.0, 0.3, 1.0, 0.3)
+    engine, other = make_engine(model), make_engine(model)
+    together = {i: engine.open(i, t) for i, t in enumerate(temperatures)}
+    talk(engine, together, range(CHUNKS))
+    for i, session in together.items():
+        alone = {i: other.open(i, temperatures[i])}
+        talk(other, alone, range(CHUNKS))
+        assert same(record(session), record(alone[i])) and record(session).temperature == temperatures[i]
+        other.close(alone[i])
+        stranger = {i: other.open(i, temperatures[i - 1])}  # the control: the temperature of the one before
+        talk(other, stranger, range(CHUNKS))
+        assert not same(record(session), record(stranger[i]))
+        other.close(stranger[i])
+    assert engine.fork(together[2], 9).temperature == 0.3
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature is"):
+            engine.open(0, wrong)
 
 
 def test_context_limit_is_an_error_and_moves_nothing(model: InteractionModel) -> None:

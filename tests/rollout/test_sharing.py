@@ -33,13 +33,12 @@ def model() -> InteractionModel:
     return model
 
 
-def make_engine(model: InteractionModel, slots: int = GROUP, temperature: float = 1.0) -> SessionEngine:
+def make_engine(model: InteractionModel, slots: int = GROUP) -> SessionEngine:
     return SessionEngine(
         model,
         Vocabulary.build(model.vocab),
         slots=slots,
         max_tokens=512,
-        temperature=temperature,
         words_per_chunk=3,
         keep_hidden=True,
     )
@@ -74,9 +73,9 @@ def test_groups_played_together_equal_separate_sessions(model: InteractionModel,
     items = [scenario(FAMILIES[i % 2], "train", i, bank, ScenarioConfig()) for i in range(3)]
     plays = [Play(item, r) for item in items for r in range(GROUP)]
     # At a low temperature they part late, as those of a trained policy do.
-    shared = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=512, temperature=0.05)
-    apart = Separate(model, shared.vocabulary, slots=slots, max_tokens=512, temperature=0.05)
-    ours, theirs = play(shared, plays, 3), play(apart, plays, 3)
+    shared = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=512)
+    apart = Separate(model, shared.vocabulary, slots=slots, max_tokens=512)
+    ours, theirs = play(shared, plays, 3, 0.05), play(apart, plays, 3, 0.05)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
     assert shared.stats()["rows"] < 0.9 * apart.stats()["rows"]
     assert len({tuple(e.tokens.tolist()) for e in ours}) > len(items)  # they did part
@@ -114,8 +113,8 @@ def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, mon
 
 
 def test_a_slot_is_taken_only_where_sessions_differ(model: InteractionModel) -> None:
-    engine = make_engine(model, temperature=0.0)  # greedy: what they say never differs
-    first = engine.open(1)
+    engine = make_engine(model)
+    first = engine.open(1, temperature=0.0)  # greedy: what they say never differs
     second, third = engine.fork(first, 2), engine.fork(first, 3)
     engine.append([first, second, third], sound(0, 0, 0))
     assert held(engine) == (3, 1, 1)
@@ -126,10 +125,10 @@ def test_a_slot_is_taken_only_where_sessions_differ(model: InteractionModel) -> 
     assert engine.stats()["slots_used"] == 3
     engine.append([third, first], sound(4, 5))
 
-    other = make_engine(model, temperature=0.0)
+    other = make_engine(model)
     alone = {"first": (0, 2, 5), "second": (0, 1, 3), "third": (0, 1, 4)}
     for name, seeds in alone.items():
-        session = other.open(0)
+        session = other.open(0, temperature=0.0)
         for seed in seeds:
             other.append([session], sound(seed))
         assert same(record(session), record(locals()[name])), name
@@ -157,7 +156,7 @@ def test_an_error_inside_a_micro_turn_closes_its_sessions(model: InteractionMode
     bystander, first = engine.open(1), engine.open(5)
     second = engine.fork(first, 6)
     engine.append([bystander, first, second], sound(0, 1, 1))
-    sample = engine.vocabulary.classes.sample
+    sample = engine.vocabulary.classes.sample_rows
 
     def failing(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal calls
@@ -167,7 +166,7 @@ def test_an_error_inside_a_micro_turn_closes_its_sessions(model: InteractionMode
         return sample(*arguments)
 
     whole = engine.vocabulary
-    engine.vocabulary = replace(whole, classes=SimpleNamespace(sample=failing))
+    engine.vocabulary = replace(whole, classes=SimpleNamespace(sample_rows=failing))
     with pytest.raises(RuntimeError, match="a kernel failed"):
         for k in range(20):
             engine.append([first, second], sound(k, k))

@@ -14,7 +14,8 @@ from model import checkpoint, packs
 from rl import loop
 from rl.environment import environment
 from rl.folder import RunFolder
-from rl.run import build_engine, build_model
+from rl.rollers import build_engine
+from rl.run import build_model
 from rl.train import parse
 from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.play import play
@@ -38,7 +39,7 @@ def make(runs: Path) -> Path:
         if step:
             folder.append_metrics(record(step - 1, digest, before) | {"packs_digest": packs.digest(model)})
         if step < STEPS:
-            engine = build_engine(config, model, Vocabulary.build(model.vocab), 1.0)
+            engine = build_engine(config, model, Vocabulary.build(model.vocab))
             episodes = play(engine, loop.plays(config, bank, step), config.seed)
             before = sum(len(e.chunk) for e in episodes)
             for rank in (0, 1):

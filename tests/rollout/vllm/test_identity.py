@@ -70,6 +70,17 @@ def play(engine: Engine, count: int = SESSIONS) -> list[Session]:
     return sessions + forks
 
 
+def play_mixed(engine: Engine, temperatures: tuple[float, ...], together: bool) -> list[Session]:
+    """A session of each temperature, all in one call or one after another."""
+    sessions = [engine.open(i, t) for i, t in enumerate(temperatures)]
+    for some in [sessions] if together else [[session] for session in sessions]:
+        for k in range(6):
+            engine.append(some, sound(k)[:1].expand(len(some), -1).contiguous())
+    for session in sessions:
+        engine.close(session)
+    return sessions
+
+
 def unequal(a: list[Session], b: list[Session]) -> int:
     """How many of the sessions differ in anything."""
     names = ("tokens", "fed", "sampled", "logprob", "digest", "actions", "weights_digest", "temperature")
@@ -128,6 +139,17 @@ def test_in_process(embedded: Embedded, prefix_cache: bool, prefill_tokens: int)
     assert against_learner(embedded.model, sessions, embedded.vocabulary)[1:] == (0, 0)
     alone = play(engine, 1)  # its fork too
     assert unequal(alone, [embedded.sessions[0], embedded.sessions[SESSIONS]]) == 0
+    engine.core.close()
+
+
+def test_sessions_of_several_temperatures_share_a_call(fp32: Embedded) -> None:
+    temperatures = (1.0, 0.0, 0.3, 1.0, 0.3)
+    engine, embedded = fp32.vllm(), SessionEngine(fp32.model, fp32.vocabulary, **SIZES)
+    together = play_mixed(engine, temperatures, together=True)
+    assert unequal(together, play_mixed(engine, temperatures, together=False)) == 0
+    assert unequal(together, play_mixed(embedded, temperatures, together=True)) == 0
+    others = play_mixed(engine, temperatures[::-1], together=True)  # the control: its ends change, its middle does not
+    assert [a.digest == b.digest for a, b in zip(together, others, strict=True)] == [False, False, True, False, False]
     engine.core.close()
 
 
