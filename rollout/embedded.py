@@ -1,9 +1,9 @@
 """The embedded engine: persistent sequences that hear 200 ms at a time and answer each micro-turn, in this process.
 
 A `SessionEngine` owns the weights' packed copies, the KV pages and the convolution windows of all its sessions; a
-`Session` is one growing sequence. ``append`` takes one chunk of audio for any subset of the open sessions, at whatever
+`Session` is one growing sequence. ``append`` takes one observation for any subset of the open sessions, at whatever
 positions they are (continuous batching), prefills the new rows in one forward pass and decodes until every session has
-ended its micro-turn. By the row contract of `kernels.ops` the batch a session rides in cannot change its bits.
+ended its micro-turn. By the row contract of `kernels.ops` the batch that a session is part of cannot change its bits.
 
 A fork shares its origin's memory and computation for as long as the two say and hear the same: the row of log-probs is
 computed once and every session draws its own token from it by its own key. Where tokens or sound differ they part, and
@@ -31,6 +31,7 @@ from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_FRAMES, Action
 from rollout.sampler import token_key
 from rollout.session import Session, check_append, check_temperature
+from rollout.turn.observation import Observation
 from rollout.vocabulary import Vocabulary
 
 
@@ -62,7 +63,7 @@ class SessionEngine:
         self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk  # of one micro-turn: unfed tokens, audio, words
         self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=slots * self.most_rows)
         self.weights_digest = checkpoint.weights_digest(model)
-        self._riders = [0] * slots  # open sessions in each slot
+        self._sharing = [0] * slots  # open sessions in each slot
         self._open = 0
         self._rows = 0  # that went through the model
         self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
@@ -106,21 +107,17 @@ class SessionEngine:
         session.check_open()
         session.closed = True
         self._open -= 1
-        self._riders[session.slot] -= 1
-        if not self._riders[session.slot]:
+        self._sharing[session.slot] -= 1
+        if not self._sharing[session.slot]:
             self.state.close(session.slot)
 
     @torch.inference_mode()
-    def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
-        """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did.
-
-        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
-        ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
-        sessions of the call are closed: none goes on from half a micro-turn."""
-        check_append(sessions, chunks, self.most_rows, self.state.max_tokens)
-        if any(self._riders[s.slot] > 1 for s in sessions):
-            self._part(sessions, [row.tobytes() for row in chunks.numpy()])
-        heard = {s.slot: (s.past, chunk) for s, chunk in zip(sessions, chunks.unbind(), strict=True)}
+    def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
+        """One micro-turn of each session; see `rollout.engine.Engine.append`, also for the errors."""
+        check_append(sessions, observations, self.most_rows, self.state.max_tokens)
+        if any(self._sharing[s.slot] > 1 for s in sessions):
+            self._part(sessions, [o.audio.numpy().tobytes() for o in observations])
+        heard = {s.slot: (s.past, o.audio) for s, o in zip(sessions, observations, strict=True)}
         samples = torch.cat([part for sound in heard.values() for part in sound]).view(len(heard), -1)
         codes = self.dmel.continued(samples)
         try:
@@ -150,7 +147,7 @@ class SessionEngine:
             )
 
     def _enter(self, session: Session) -> Session:
-        self._riders[session.slot] += 1
+        self._sharing[session.slot] += 1
         self._open += 1
         return session
 
@@ -182,19 +179,19 @@ class SessionEngine:
 
     def _next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
         """Runs the unfed tokens, once for each slot; samples and books the next token of every session."""
-        leads = {s.slot: s for s in sessions}
-        unfed = [s.tokens[s.fed :] for s in leads.values()]
+        computed = {s.slot: s for s in sessions}  # one session of those that share a slot
+        unfed = [s.tokens[s.fed :] for s in computed.values()]
         lengths = [len(tokens) for tokens in unfed]
-        segments = self.state.extend(list(leads), lengths)
+        segments = self.state.extend(list(computed), lengths)
         self._rows += segments.rows
         hidden = self.model(torch.tensor([t for tokens in unfed for t in tokens]), codes, segments, self.state)
-        if len(leads) == 1:
+        if len(computed) == 1:
             hidden = hidden[-1:]
-        elif segments.rows > len(leads):
+        elif segments.rows > len(computed):
             hidden = hidden[torch.tensor([end - 1 for end in accumulate(lengths)])]
         logits = self.model.logits(hidden)
-        if len(leads) < len(sessions):
-            place = {slot: i for i, slot in enumerate(leads)}
+        if len(computed) < len(sessions):
+            place = {slot: i for i, slot in enumerate(computed)}
             rows = torch.tensor([place[s.slot] for s in sessions])
             hidden, logits = hidden[rows], logits[rows]
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
@@ -207,7 +204,7 @@ class SessionEngine:
         if self.keep_hidden:
             for session, row in zip(sessions, hidden.unbind(), strict=True):
                 session.hidden.append(row)
-        if len(leads) < len(sessions):
+        if len(computed) < len(sessions):
             self._part(sessions, tokens)
         return tokens
 
@@ -215,7 +212,7 @@ class SessionEngine:
         """Sessions that share a slot go on apart where ``kinds`` differ: the first kind keeps the slot, if all of the
         slot's sessions are here, and each other kind gets a copy."""
         here = Counter(s.slot for s in sessions)
-        whole = {slot for slot, count in here.items() if count == self._riders[slot]}
+        whole = {slot for slot, count in here.items() if count == self._sharing[slot]}
         slots: dict[tuple[int, int | bytes], int] = {}
         for session, kind in zip(sessions, kinds, strict=True):
             origin = session.slot
@@ -223,5 +220,5 @@ class SessionEngine:
                 slots[origin, kind] = origin if origin in whole else self.state.fork(origin)
                 whole.discard(origin)
             session.slot = slots[origin, kind]
-            self._riders[origin] -= 1
-            self._riders[session.slot] += 1
+            self._sharing[origin] -= 1
+            self._sharing[session.slot] += 1

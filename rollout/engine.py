@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from rollout.chunk import Action
 from rollout.session import Session
+from rollout.turn.observation import Observation
 
 
 class Engine(Protocol):
@@ -40,13 +39,14 @@ class Engine(Protocol):
         with one past may be computed once, for as long as they hear and say the same. Raises MetronomeError when none
         is free."""
 
-    def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
-        """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did. The records
+    def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
+        """One micro-turn of each session, which gets the observation at its place; returns what each did. The records
         of the sessions then hold the sampled tokens, their log-probs and row digests.
 
-        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
-        ContextFull when one would outgrow its context; then no session has moved. After any other error the sessions of
-        the call are closed, so that none goes on from half a micro-turn."""
+        Raises ValueError for another number of observations, sound that is no number, a closed session or one that
+        comes twice, MissingSenseError for what the model cannot take, ContextFull when a session would outgrow its
+        context; then no session has moved. After any other error the sessions of the call are closed, so that none goes
+        on from half a micro-turn."""
 
     def close(self, session: Session) -> None:
         """Gives the session's memory back; its record stays readable. Closing twice is an error."""

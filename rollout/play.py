@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from rollout.chunk import Action
 from rollout.engine import Engine
 from rollout.episode import Episode
@@ -51,8 +48,8 @@ def play(engine: Engine, plays: Sequence[Play], seed: int, temperature: float = 
             session = engine.fork(begun[name], key) if name in begun else engine.open(key, temperature)
             begun.setdefault(name, session)
             live.append(_Live(place, item.scenario.user(), session))
-        audio = torch.from_numpy(np.stack([one.user.next_chunk(one.heard) for one in live]))
-        for one, action in zip(live, engine.append([one.session for one in live], audio), strict=True):
+        observations = [one.user.next_chunk(one.heard) for one in live]
+        for one, action in zip(live, engine.append([one.session for one in live], observations), strict=True):
             one.heard = action
         going = []
         for one in live:

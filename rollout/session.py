@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kernels import dispatch
 from model.state import ContextFull
-from rollout.chunk import CHUNK_FRAMES, CHUNK_SAMPLES, Action
+from rollout.chunk import CHUNK_FRAMES, Action
 from rollout.episode import Episode
+from rollout.turn.observation import Observation, check_senses
 
 
 @dataclass
@@ -93,14 +94,16 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"open: temperature is {temperature}; it must be a number >= 0 (0 is greedy)")
 
 
-def check_append(sessions: Sequence[Session], chunks: Tensor, most_rows: int, max_tokens: int) -> None:
-    """What every engine refuses before a session has moved: a wrong shape or dtype, a session that is closed or comes
-    twice, and one whose context of ``max_tokens`` rows has no room for a micro-turn of ``most_rows``."""
-    if chunks.shape != (len(sessions), CHUNK_SAMPLES) or chunks.dtype != torch.float32:
-        raise ValueError(
-            f"append: chunks must be float32 [{len(sessions)}, {CHUNK_SAMPLES}], not {chunks.dtype} "
-            f"{list(chunks.shape)}"
-        )
+def check_append(
+    sessions: Sequence[Session], observations: Sequence[Observation], most_rows: int, max_tokens: int
+) -> None:
+    """What every engine refuses before a session has moved: observations that do not pair with the sessions or that the
+    model has no sense for, a session that is closed or comes twice, and one whose context of ``max_tokens`` rows has no
+    room for a micro-turn of ``most_rows``."""
+    if len(observations) != len(sessions):
+        raise ValueError(f"append: {len(observations)} observations for {len(sessions)} sessions")
+    for observation in observations:
+        check_senses(observation)
     if len({id(session) for session in sessions}) != len(sessions):
         raise ValueError("append: a session comes twice in one call")
     for session in sessions:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.speech import SpeechBank
+from rollout.turn.observation import Observation, audio_of
 
 MOST_TOGETHER, MOST_OTHERS, MOST_AHEAD = 32, 16, 20
 """Of a round of load: sessions that hear the recording, others beside them, and chunks these are ahead."""
@@ -51,7 +51,7 @@ def recording(item: Scenario) -> Tensor:
     for _ in range(item.chunks):
         chunks.append(user.next_chunk(heard))
         heard = LISTEN
-    return torch.from_numpy(np.stack(chunks))
+    return audio_of(chunks)
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def completions(side: Side, heard: Tensor, others: Sequence[Tensor], count: int)
             beside = [others[load.randrange(len(others))] for _ in range(load.randint(0, MOST_OTHERS))]
             company = [engine.open(0, 0.0) for _ in beside]
             for chunk in range(ahead if beside else 0):
-                engine.append(company, torch.stack([x[chunk % len(x)] for x in beside]))
+                engine.append(company, [Observation(x[chunk % len(x)]) for x in beside])
             sessions = [engine.open(0, 0.0) for _ in range(mine)]
             for chunk in range(len(heard)):
                 audio = [x[(ahead + chunk) % len(x)] for x in beside] + [heard[chunk]] * mine
-                engine.append([*company, *sessions], torch.stack(audio))
+                engine.append([*company, *sessions], [Observation(x) for x in audio])
             for session in sessions:
                 tokens = tuple(session.tokens[at] for at, _, _ in session.sampled)
                 seen[tokens] = seen.get(tokens, 0) + 1

@@ -20,6 +20,7 @@ from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.sampler import session_key
 from rollout.session import Session
+from rollout.turn.observation import of_audio
 from rollout.vocabulary import Vocabulary
 
 
@@ -42,9 +43,9 @@ class Crowd:
 
     def tick(self) -> float:
         """One micro-turn of all; seconds from the chunks' arrival to the last action."""
-        chunks = 0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise)
+        observations = of_audio(0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise))
         begin = time.perf_counter()
-        self.engine.append(self.sessions, chunks)
+        self.engine.append(self.sessions, observations)
         return time.perf_counter() - begin
 
     def sampled(self) -> int:

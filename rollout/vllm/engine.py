@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.audio import HOP, WINDOW, DMel
@@ -18,6 +17,7 @@ from model.logprob import NEXT_TEXT
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_FRAMES, Action
 from rollout.session import Session, check_append, check_temperature
+from rollout.turn.observation import Observation
 from rollout.vllm.core import shared_core
 from rollout.vocabulary import Vocabulary
 
@@ -101,14 +101,11 @@ class VllmEngine:
         session.closed = True
 
     @torch.inference_mode()
-    def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
-        """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did.
-
-        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
-        ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
-        sessions of the call are closed: none goes on from half a micro-turn."""
-        check_append(sessions, chunks, self.most_rows, self.max_tokens)
-        samples = torch.cat((torch.stack([session.past for session in sessions]), chunks), 1)
+    def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
+        """One micro-turn of each session; see `rollout.engine.Engine.append`, also for the errors."""
+        check_append(sessions, observations, self.most_rows, self.max_tokens)
+        parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.past, o.audio)]
+        samples = torch.cat(parts).view(len(sessions), -1)
         codes = self.dmel.continued(samples)
         try:
             for session, sound, heard in zip(sessions, samples, codes, strict=True):

@@ -45,7 +45,7 @@ def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]
     heard: Action | None = None
     audio = []
     for action in actions:
-        audio.append(user.next_chunk(heard))
+        audio.append(user.next_chunk(heard).audio)
         heard = action
     return np.stack(audio), user.facts()
 

@@ -28,6 +28,7 @@ from rl.run import DIFFERENCE, Run
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.sampler import session_key
+from rollout.turn.observation import of_audio
 from rollout.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -50,7 +51,7 @@ def sampled(model: InteractionModel) -> list[Episode]:
     sessions = [engine.open(session_key(0, name, 0)) for name in names]
     audio = torch.randn(CHUNKS, 3, 3200, generator=torch.Generator().manual_seed(0)) / 10
     for chunk in audio:
-        engine.append(sessions, chunk)
+        engine.append(sessions, of_audio(chunk))
     return [s.episode(scenario=n, rollout=0, seed=0, facts={}) for s, n in zip(sessions, names, strict=True)]
 
 

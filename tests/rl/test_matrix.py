@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from kernels import naive
 from model import checkpoint
@@ -30,6 +29,7 @@ from rl.learner import policy_gradient
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.episode import Episode
 from rollout.scenarios.base import Scenario, User
+from rollout.turn.observation import Observation
 from tests.kernels.contract import uneven
 
 CHUNKS = 14
@@ -45,8 +45,8 @@ class NoiseUser(User):
         super().__init__(CHUNKS)
         self._noise = np.random.default_rng(seed)
 
-    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
-        return self._noise.standard_normal(CHUNK_SAMPLES, dtype=np.float32) / 10
+    def _produce(self, k: int, heard: Action | None) -> Observation:
+        return Observation(torch.from_numpy(self._noise.standard_normal(CHUNK_SAMPLES, dtype=np.float32) / 10))
 
     def facts(self) -> NoFacts:
         return NoFacts()

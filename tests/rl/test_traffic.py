@@ -13,6 +13,7 @@ from rl.traffic import episode_bytes, main, traffic
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.embedded import SessionEngine
 from rollout.episode import TENSORS
+from rollout.turn.observation import of_audio
 from rollout.vocabulary import Vocabulary
 
 
@@ -23,7 +24,9 @@ def test_episode_bytes_are_those_of_a_real_episode() -> None:
     engine = SessionEngine(model, Vocabulary.build(model.vocab), slots=1, max_tokens=128)
     session = engine.open(1)
     for k in range(10):
-        engine.append([session], 0.1 * torch.randn(1, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(k)))
+        engine.append(
+            [session], of_audio(0.1 * torch.randn(1, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(k)))
+        )
     words = sum(a.mode is Mode.SPEAK for a in session.actions)
     episode = session.episode(scenario="x/train/0", rollout=0, seed=0, facts={})
     real = sum(getattr(episode, name).nbytes for name in TENSORS)

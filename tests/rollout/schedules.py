@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from kernels import ops
 from kernels.layout import SPLIT_TOKENS
@@ -23,6 +22,7 @@ from rollout.chunk import CHUNK_FRAMES, CHUNK_SAMPLES
 from rollout.engine import Engine
 from rollout.sampler import session_key
 from rollout.session import Session
+from rollout.turn.observation import Observation
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
 MOST_ROWS = CHUNK_FRAMES + 2 + WORDS
@@ -69,8 +69,8 @@ def make_model(dtype: torch.dtype) -> InteractionModel:
     return model
 
 
-def sound(number: int) -> Tensor:
-    return 0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(number))
+def sound(number: int) -> Observation:
+    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(number)))
 
 
 @contextmanager
@@ -101,11 +101,11 @@ def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) 
     elif step.kind == "close":
         engine.close(here[0])
     elif step.kind == "append":
-        engine.append(here, torch.stack([sound(n) for n in step.sounds]))
+        engine.append(here, [sound(n) for n in step.sounds])
     else:
         try:
             with failing(step.op, step.at):
-                engine.append(here, torch.stack([sound(n) for n in step.sounds]))
+                engine.append(here, [sound(n) for n in step.sounds])
         except FloatingPointError:
             return
         raise AssertionError(f"{step} did not fail")

@@ -20,6 +20,7 @@ from rollout.rows import pack
 from rollout.sampler import session_key
 from rollout.session import Session
 from rollout.transcript import write_transcript
+from rollout.turn.observation import Observation, of_audio
 from rollout.vocabulary import Vocabulary
 
 CHUNKS = 12
@@ -40,14 +41,14 @@ def make_engine(
     return SessionEngine(model, vocabulary, slots=slots, max_tokens=max_tokens, words_per_chunk=words_per_chunk)
 
 
-def sound(session: int, chunk: int) -> torch.Tensor:
+def sound(session: int, chunk: int) -> Observation:
     generator = torch.Generator().manual_seed(1000 * session + chunk)
-    return 0.1 * torch.randn(CHUNK_SAMPLES, generator=generator)
+    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=generator))
 
 
 def talk(engine: SessionEngine, sessions: dict[int, Session], chunks: range) -> None:
     for k in chunks:
-        engine.append(list(sessions.values()), torch.stack([sound(i, k) for i in sessions]))
+        engine.append(list(sessions.values()), [sound(i, k) for i in sessions])
 
 
 def record(session: Session) -> Episode:
@@ -81,7 +82,7 @@ def test_a_session_that_joins_late_is_not_changed(model: InteractionModel) -> No
     talk(engine, early, range(3))
     late = engine.open(2)
     for k in range(CHUNKS):
-        engine.append([early[0], late], torch.stack([sound(0, 3 + k), sound(7, k)]))
+        engine.append([early[0], late], [sound(0, 3 + k), sound(7, k)])
     alone = {7: other.open(2)}
     talk(other, alone, range(CHUNKS))
     assert same(record(late), record(alone[7]))
@@ -94,7 +95,7 @@ def test_fork_equals_separate(model: InteractionModel) -> None:
     twin = engine.fork(origin, 11)
     branch = engine.fork(origin, 12)
     for k in range(7, CHUNKS):
-        engine.append([branch, twin, origin], sound(3, k).expand(3, -1).contiguous())
+        engine.append([branch, twin, origin], [sound(3, k)] * 3)
     assert same(record(origin), record(twin))
     assert not torch.equal(record(origin).tokens, record(branch).tokens)
 
@@ -205,21 +206,19 @@ def test_context_limit_is_an_error_and_moves_nothing(model: InteractionModel) ->
         talk(engine, {0: session}, range(CHUNKS))
     tokens = list(session.tokens)
     with pytest.raises(ContextFull):
-        engine.append([session], sound(0, 0)[None])
+        engine.append([session], [sound(0, 0)])
     assert session.tokens == tokens
 
 
 def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: InteractionModel) -> None:
     engine = make_engine(model, slots=1)
     session = engine.open(0)
-    with pytest.raises(ValueError, match="float32"):
-        engine.append([session], sound(0, 0)[None].double())
-    with pytest.raises(ValueError, match="3200"):
-        engine.append([session], torch.zeros(1, 1600))
+    with pytest.raises(ValueError, match="0 observations for 1 sessions"):
+        engine.append([session], [])
     with pytest.raises(ValueError, match="twice"):
-        engine.append([session, session], torch.zeros(2, CHUNK_SAMPLES))
+        engine.append([session, session], [sound(0, 0)] * 2)
     with pytest.raises(ValueError, match="NaN"):
-        engine.append([session], torch.full((1, CHUNK_SAMPLES), torch.nan))
+        engine.append([session], of_audio(torch.full((1, CHUNK_SAMPLES), torch.nan)))
     for one_more in (lambda: engine.open(1), lambda: engine.fork(session, 1)):
         with pytest.raises(MetronomeError, match="all 1 slots are open"):
             one_more()
@@ -227,7 +226,7 @@ def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: Interactio
         engine.publish()
     engine.close(session)
     with pytest.raises(ValueError, match="closed"):
-        engine.append([session], sound(0, 0)[None])
+        engine.append([session], [sound(0, 0)])
     with pytest.raises(ValueError, match="closed"):
         engine.close(session)
 

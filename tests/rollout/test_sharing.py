@@ -20,6 +20,7 @@ from rollout.sampler import session_key
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.session import Session
 from rollout.speech import SpeechBank
+from rollout.turn.observation import Observation, of_audio
 from rollout.vocabulary import Vocabulary
 
 GROUP = 4
@@ -57,9 +58,9 @@ def held(engine: SessionEngine) -> tuple[float, ...]:
     return stats["sessions_open"], stats["sessions_free"], stats["slots_used"]
 
 
-def sound(*seeds: int) -> Tensor:
+def sound(*seeds: int) -> list[Observation]:
     rows = [torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return 0.1 * torch.stack(rows)
+    return of_audio(0.1 * torch.stack(rows))
 
 
 def record(session: Session) -> Episode:
@@ -89,7 +90,7 @@ def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, mon
         first = engine.open(session_key(0, "x", 0))
         sessions = [first, *(engine.fork(first, session_key(0, "x", r)) for r in range(1, GROUP))]
         for k in range(10):
-            engine.append(sessions, sound(k).expand(GROUP, -1))
+            engine.append(sessions, sound(k) * GROUP)
         return [record(s) for s in sessions]
 
     right = together(make_engine(model))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.sampler import session_key
 from rollout.session import Session
+from rollout.turn.observation import MissingSenseError, Observation, of_audio
 from rollout.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -47,9 +49,9 @@ def make_model(dtype: torch.dtype) -> InteractionModel:
     return model
 
 
-def sound(chunk: int) -> torch.Tensor:
+def sound(chunk: int) -> list[Observation]:
     generator = torch.Generator().manual_seed(chunk)
-    return 0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator)
+    return of_audio(0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator))
 
 
 def talk(engine: Engine, sessions: list[Session], chunks: range) -> None:
@@ -75,7 +77,7 @@ def play_mixed(engine: Engine, temperatures: tuple[float, ...], together: bool) 
     sessions = [engine.open(i, t) for i, t in enumerate(temperatures)]
     for some in [sessions] if together else [[session] for session in sessions]:
         for k in range(6):
-            engine.append(some, sound(k)[:1].expand(len(some), -1).contiguous())
+            engine.append(some, sound(k)[:1] * len(some))
     for session in sessions:
         engine.close(session)
     return sessions
@@ -244,8 +246,10 @@ def test_refusals(fp32: Embedded, engine: VllmEngine) -> None:
     session = engine.open(1)
     with pytest.raises(MetronomeError, match="1 open sessions"):
         engine.publish()
-    with pytest.raises(ValueError, match="append: chunks must be float32"):
-        engine.append([session], torch.zeros(1, 7))
+    with pytest.raises(ValueError, match="2 observations for 1 sessions"):
+        engine.append([session], sound(0)[:2])
+    with pytest.raises(MissingSenseError, match="1 text events"):
+        engine.append([session], [replace(sound(0)[0], events=("a result",))])
     sessions = [session] + [engine.open(i) for i in range(engine.free)]
     with pytest.raises(MetronomeError, match="all 20 sessions are open"):
         engine.open(0)
