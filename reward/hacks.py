@@ -42,6 +42,7 @@ from rollout.scenarios.timespeak import TimespeakFacts
 from rollout.scenarios.turn_taking import TurnTakingFacts
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.transcript import write_transcript
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 CARELESS = Corruption(*(getattr(Corruption(), field.name) / 2 for field in fields(Corruption)))
@@ -153,7 +154,7 @@ def perform(
         if source.models:
             codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
             vocabulary = Vocabulary.build(source.models[0].backbone.vocab)
-            transcripts.append(write_transcript(codes, actions, vocabulary, WORDS_PER_CHUNK))
+            transcripts.append(write_transcript(codes, actions, Grammar(vocabulary, WORDS_PER_CHUNK)))
     rewards = {"rules": [float(s.timing.sum()) + float(s.content.sum()) for s in scores]}
     if source.models:
         rewards["learned"] = [r.total for r in source.learned(transcripts)]

@@ -41,6 +41,7 @@ from reward.preference import Preference, Stretch
 from rollout.chunk import CHUNK_MS, CHUNK_SAMPLES, Action, Mode
 from rollout.scenarios.registry import FAMILIES
 from rollout.transcript import write_transcript
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 NEEDED = {"id", "family", "axis", "first", "second", "preferred"}
@@ -167,7 +168,7 @@ def _stretch(
 ) -> Stretch:
     codes: Tensor = dmel.codes(torch.from_numpy(samples).view(1, -1))[0].unflatten(0, (len(actions), -1))
     try:
-        written = write_transcript(codes, actions, vocabulary, most)
+        written = write_transcript(codes, actions, Grammar(vocabulary, most))
     except ValueError as error:
         raise MetronomeError(f"{where}, {side}: {error}") from None
     return Stretch(written.tokens, written.codes, 0, len(actions))

@@ -28,7 +28,8 @@ from model.embed import Weight
 from model.files import whole_folder
 from model.transformer import InteractionModel
 from reward.prefixes import last_hidden
-from rollout.rows import Conversation, chunk_ends, pack
+from rollout.rows import Conversation, pack
+from rollout.turn.grammar import chunk_ends
 
 AXES = ("timing", "content")
 BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"

@@ -28,6 +28,7 @@ from rollout.scenarios.base import Facts, Scenario
 from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
 from rollout.scenarios.sound import generator
 from rollout.transcript import write_transcript
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 LEAST_MARGIN = 0.05
@@ -60,8 +61,7 @@ class Writer:
 
     def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, rule: RewardConfig) -> None:
         self._dmel = DMel.build()
-        self._vocabulary = vocabulary
-        self._words_per_chunk = words_per_chunk
+        self._grammar = Grammar(vocabulary, words_per_chunk)
         self._rule = rule
 
     def demonstration(
@@ -74,7 +74,7 @@ class Writer:
         """``played``: what `demonstrate` returned."""
         audio, actions, facts = played
         codes = self._dmel.codes(torch.from_numpy(audio.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
-        written = write_transcript(codes, actions, self._vocabulary, self._words_per_chunk)
+        written = write_transcript(codes, actions, self._grammar)
         rewards = rule_rewards(scenario.family, facts.to_json(), actions, self._rule)
         return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
 

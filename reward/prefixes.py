@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rollout.rows import Conversation, chunk_ends
+from rollout.rows import Conversation
+from rollout.turn.grammar import chunk_ends
 
 LEAST_ROWS = 24
 """Of a stem that is worth a place in the tree; shorter ones are read with each of the conversations that share them."""

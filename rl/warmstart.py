@@ -22,6 +22,7 @@ from rollout.scenarios.demonstrate import demonstrate
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
 from rollout.transcript import Transcript, write_transcript
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 FIRST_SEED = 1_000_000_000
@@ -45,7 +46,7 @@ def demonstrations(
     for i in ranks.share(config.warmstart.episodes):
         waveform, actions = demonstration(config, bank, step * config.warmstart.episodes + i)
         codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
-        out.append(write_transcript(codes, actions, vocabulary, config.rollout.words_per_chunk))
+        out.append(write_transcript(codes, actions, Grammar(vocabulary, config.rollout.words_per_chunk)))
     return out
 
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model import checkpoint
 from model.audio import HOP, WINDOW, DMel
-from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_FRAMES, Action
+from rollout.chunk import Action
 from rollout.sampler import token_key
 from rollout.session import Session, check_append, check_temperature
+from rollout.turn.grammar import Grammar, row_class
 from rollout.turn.observation import Observation
 from rollout.vocabulary import Vocabulary
 
@@ -53,15 +53,13 @@ class SessionEngine:
         words_per_chunk: int = 1,
         keep_hidden: bool = False,
     ) -> None:
-        if words_per_chunk < 1:
-            raise ValueError(f"need words_per_chunk >= 1, got {words_per_chunk}")
         self.model = model
         self.vocabulary = vocabulary
         self.dmel = DMel.build()
-        self.words_per_chunk = words_per_chunk
+        self.grammar = Grammar(vocabulary, words_per_chunk)
         self.keep_hidden = keep_hidden
-        self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk  # of one micro-turn: unfed tokens, audio, words
-        self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=slots * self.most_rows)
+        most_rows = slots * self.grammar.most_rows
+        self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=most_rows)
         self.weights_digest = checkpoint.weights_digest(model)
         self._sharing = [0] * slots  # open sessions in each slot
         self._open = 0
@@ -114,7 +112,7 @@ class SessionEngine:
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """One micro-turn of each session; see `rollout.engine.Engine.append`, also for the errors."""
-        check_append(sessions, observations, self.most_rows, self.state.max_tokens)
+        check_append(sessions, observations, self.grammar.most_rows, self.state.max_tokens)
         if any(self._sharing[s.slot] > 1 for s in sessions):
             self._part(sessions, [o.audio.numpy().tobytes() for o in observations])
         heard = {s.slot: (s.past, o.audio) for s, o in zip(sessions, observations, strict=True)}
@@ -125,7 +123,7 @@ class SessionEngine:
             place = {slot: i for i, slot in enumerate(heard)}
             for session in sessions:
                 row = place[session.slot]
-                session.hear(rest[row], rows[row], self.vocabulary.audio)
+                session.hear(rest[row], rows[row], self.grammar.observed)
             return self._act(sessions, codes.flatten(0, 1))
         except BaseException:
             for session in sessions:
@@ -152,30 +150,19 @@ class SessionEngine:
         return session
 
     def _act(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
-        """The micro-turn after its audio ``codes`` [4 x slots, 80]: mode, words."""
-        mode, listen = self._next(sessions, codes, MODE), self.vocabulary.listen
-        words: list[list[int]] = [[] for _ in sessions]
-        speaking = [i for i, token in enumerate(mode) if token != listen]
-        while speaking:
-            said = len(words[speaking[0]])  # equal for all that still speak
-            tokens = self._next([sessions[i] for i in speaking], self._no_codes, NEXT_TEXT if said else FIRST_TEXT)
-            goes_on = []
-            for i, token in zip(speaking, tokens, strict=True):
-                if token == self.vocabulary.end:
-                    continue
-                words[i].append(token)
-                if said + 1 == self.words_per_chunk:
-                    sessions[i].tokens.append(self.vocabulary.end)  # the turn is full: forced, not sampled
-                else:
-                    goes_on.append(i)
-            speaking = goes_on
-        actions = [
-            Action(self.vocabulary.modes[m], tuple(self.vocabulary.words[w] for w in said))
-            for m, said in zip(mode, words, strict=True)
-        ]
-        for session, action in zip(sessions, actions, strict=True):
-            session.act(action)
-        return actions
+        """The micro-turn after its audio ``codes`` [4 x slots, 80]: all that is sampled."""
+        sampled: list[list[int]] = [[] for _ in sessions]
+        going = list(range(len(sessions)))
+        while going:
+            kind = row_class(len(sampled[going[0]]))  # equal for all that go on
+            tokens = self._next([sessions[i] for i in going], codes, kind)
+            codes = self._no_codes
+            for i, token in zip(going, tokens, strict=True):
+                sampled[i].append(token)
+            going = [i for i in going if not self.grammar.is_over(sampled[i])]
+        for session, its in zip(sessions, sampled, strict=True):
+            session.end_turn(self.grammar.read(its), self.grammar.forced(its))
+        return [session.actions[-1] for session in sessions]
 
     def _next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
         """Runs the unfed tokens, once for each slot; samples and books the next token of every session."""

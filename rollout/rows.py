@@ -50,17 +50,3 @@ def pack(conversations: Sequence[Conversation], lengths: Sequence[int] | None = 
         codes=torch.cat([c.codes for c in conversations]),
         segments=Segments.build(list(range(len(lengths))), [0] * len(lengths), lengths),
     )
-
-
-def chunk_ends(tokens: Tensor, audio: int) -> Tensor:
-    """The last row of every chunk of one conversation; tokens int64 [T], ``audio`` the audio token's id -> int64
-    [chunks].
-
-    A chunk is its audio, what else was observed, and what the model did; so it ends before the next chunk's audio.
-
-    >>> chunk_ends(torch.tensor([1, 2, 2, 2, 2, 3, 2, 2, 2, 2, 4, 90, 6]), audio=2).tolist()
-    [5, 12]
-    """
-    heard = tokens == audio
-    ends = (~heard[:-1] & heard[1:]).nonzero()[1:, 0]  # the first is bos
-    return torch.cat((ends, torch.tensor([len(tokens) - 1])))

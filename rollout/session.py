@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from model.state import ContextFull
-from rollout.chunk import CHUNK_FRAMES, Action
+from rollout.chunk import Action
 from rollout.episode import Episode
 from rollout.turn.observation import Observation, check_senses
 
@@ -53,14 +53,16 @@ class Session:
         self.digest.append(digest)
         self.tokens.append(token)
 
-    def hear(self, past: Tensor, codes: Tensor, audio: int) -> None:
-        """Adds one chunk's audio rows: ``past`` [800] are its last samples, ``codes`` uint8 [CHUNK_FRAMES, 80]."""
+    def hear(self, past: Tensor, codes: Tensor, rows: list[int]) -> None:
+        """Adds one chunk's observed ``rows``: ``past`` [800] are its last samples, ``codes`` uint8 [CHUNK_FRAMES,
+        80]."""
         self.past = past
         self.codes.append(codes)
-        self.tokens += [audio] * CHUNK_FRAMES
+        self.tokens += rows
 
-    def act(self, action: Action) -> None:
-        """Ends the micro-turn."""
+    def end_turn(self, action: Action, forced: list[int]) -> None:
+        """Ends the micro-turn with the rows that are not sampled."""
+        self.tokens += forced
         self.actions.append(action)
         self.chunks += 1
 

@@ -18,10 +18,10 @@ import torch
 from transformers import InklingConfig
 
 from model.config import MEL_CHANNELS
-from rollout.chunk import CHUNK_FRAMES
 from rollout.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import Split
+from rollout.turn.grammar import AUDIO_ROWS
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 READY = -1
@@ -106,7 +106,7 @@ def cuts(plays: Sequence[Wanted], workers: int, slots: int) -> list[int]:
 def check(episode: Episode, wanted: Wanted, task: Task, contract_id: str) -> None:
     """Raises ValueError unless the episode is of the play, weights and contract asked for and its tensors have their
     form."""
-    tokens, audio, sampled = len(episode.tokens), wanted.chunks * CHUNK_FRAMES, len(episode.sampled_at)
+    tokens, audio, sampled = len(episode.tokens), wanted.chunks * AUDIO_ROWS, len(episode.sampled_at)
     expected = {
         "scenario": wanted.scenario,
         "rollout": wanted.rollout,

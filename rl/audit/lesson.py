@@ -32,6 +32,7 @@ from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.speech import SpeechBank
+from rollout.turn.grammar import context_rows
 from rollout.turn.observation import Observation, audio_of
 
 MOST_TOGETHER, MOST_OTHERS, MOST_AHEAD = 32, 16, 20
@@ -68,7 +69,7 @@ class Completions:
 def completions(side: Side, heard: Tensor, others: Sequence[Tensor], count: int) -> Completions:
     """``heard`` fp32 [chunks, 3200], ``others`` the recordings that sessions beside it hear; temperature 0."""
     load = random.Random(SEED)
-    longest = (len(heard) + MOST_AHEAD) * 7 + 1  # rows: 4 audio, a mode, a word and its end a chunk
+    longest = context_rows(len(heard) + MOST_AHEAD, words_per_chunk=1)
     seen: dict[tuple[int, ...], int] = {}
     digests: set[tuple[int, ...]] = set()
     rows = 0

@@ -30,6 +30,7 @@ from rl.identity import Mismatch, compare, unequal_bits
 from rollout.chunk import CHUNK_FRAMES
 from rollout.episode import Episode, load_episodes
 from rollout.transcript import write_transcript
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 DTYPES = {
@@ -225,7 +226,7 @@ def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int
         return Reason.TOKENS, f"its audio has codes above {MEL_BINS - 1}"
     try:
         codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
-        made = write_transcript(codes, episode.actions, vocabulary, words_per_chunk)
+        made = write_transcript(codes, episode.actions, Grammar(vocabulary, words_per_chunk))
     except (ValueError, RuntimeError) as error:
         return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
     if not torch.equal(episode.tokens, made.tokens):

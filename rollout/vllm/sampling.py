@@ -17,8 +17,8 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from model.logprob import NEXT_TEXT
 from rollout.sampler import token_key
+from rollout.turn.grammar import row_class
 from rollout.vllm.policy import CACHE_LAYER, Policy
 
 
@@ -37,11 +37,6 @@ class Turn:
     @property
     def position(self) -> int:
         return self.heard + len(self.said)
-
-    @property
-    def row_class(self) -> int:
-        """MODE, then FIRST_TEXT, then NEXT_TEXT for good."""
-        return min(len(self.said), NEXT_TEXT)
 
 
 def _turn(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> Turn:
@@ -72,7 +67,7 @@ class RowSampler(LogitsProcessor):
             return chosen
         device = logits.device
         keys = torch.tensor([token_key(t.key, t.chunk, t.position) for t in turns], device=device)
-        classes = torch.tensor([t.row_class for t in turns], device=device)
+        classes = torch.tensor([row_class(len(t.said)) for t in turns], device=device)
         token, logprob, digest = policy.classes.sample_rows(logits, keys, classes, [t.temperature for t in turns])
         chosen[torch.arange(len(turns), device=device), token] = 0.0
         assert policy.hidden is not None

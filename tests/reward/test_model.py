@@ -17,8 +17,8 @@ from model.config import preset
 from model.transformer import InteractionModel
 from reward.model import RewardModel, episode_scores
 from rollout.chunk import CHUNK_FRAMES, LISTEN, speak
-from rollout.rows import chunk_ends
 from rollout.transcript import Transcript, write_transcript
+from rollout.turn.grammar import Grammar, chunk_ends
 from rollout.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -31,7 +31,7 @@ def conversation(seed: int, chunks: int, words_per_chunk: int = 2) -> Transcript
     generator = torch.Generator().manual_seed(seed)
     actions = [pick.choice([LISTEN, LISTEN, speak("breathe"), speak("thank", "you")]) for _ in range(chunks)]
     codes = torch.randint(16, (chunks, CHUNK_FRAMES, 80), generator=generator, dtype=torch.uint8)
-    return write_transcript(codes, actions, VOCABULARY, words_per_chunk)
+    return write_transcript(codes, actions, Grammar(VOCABULARY, words_per_chunk))
 
 
 def reward_model(axes: tuple[str, ...] = ("timing", "content"), seed: int = 0) -> RewardModel:

@@ -10,6 +10,7 @@ from reward.model import RewardModel
 from reward.prefixes import LEAST_ROWS, Stem, tree
 from rollout.chunk import CHUNK_FRAMES, LISTEN, Action, speak
 from rollout.transcript import Transcript, write_transcript
+from rollout.turn.grammar import Grammar
 from tests.reward.test_model import VOCABULARY, conversation, reward_model
 
 CHUNKS = 30
@@ -20,7 +21,7 @@ def talk(changes: dict[int, Action], heard_from: int = CHUNKS, chunks: int = CHU
     codes = torch.randint(16, (chunks, CHUNK_FRAMES, 80), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     codes[heard_from:] = 15 - codes[heard_from:]
     actions = [changes.get(k, speak("breathe") if k % 7 == 3 else LISTEN) for k in range(chunks)]
-    return write_transcript(codes, actions, VOCABULARY, 2)
+    return write_transcript(codes, actions, Grammar(VOCABULARY, 2))
 
 
 GROUP = [

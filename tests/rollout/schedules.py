@@ -18,15 +18,15 @@ from kernels import ops
 from kernels.layout import SPLIT_TOKENS
 from model.config import preset
 from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_FRAMES, CHUNK_SAMPLES
+from rollout.chunk import CHUNK_SAMPLES
 from rollout.engine import Engine
 from rollout.sampler import session_key
 from rollout.session import Session
+from rollout.turn.grammar import AUDIO_ROWS, most_rows
 from rollout.turn.observation import Observation
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
-MOST_ROWS = CHUNK_FRAMES + 2 + WORDS
-SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * MOST_ROWS, "words_per_chunk": WORDS}
+SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * most_rows(WORDS), "words_per_chunk": WORDS}
 FEW_PAGES = 20
 """Enough for the sessions that a schedule has open at a time; every page is used many times over."""
 BANK = 3
@@ -147,7 +147,7 @@ class Planner:
 
     def pages(self, spare: int = 0) -> int:
         """That the open sessions and ``spare`` forks of the longest one may have after their next chunk."""
-        rows = [len(self.schedule.sessions[n].tokens) + MOST_ROWS for n in self.open()]
+        rows = [len(self.schedule.sessions[n].tokens) + most_rows(WORDS) for n in self.open()]
         return sum(-(-n // SPLIT_TOKENS) for n in rows + spare * [max(rows, default=0)])
 
     def room(self, forks: int) -> bool:
@@ -172,7 +172,7 @@ class Planner:
     def at_the_end(self, n: int) -> bool:
         """Whether its next chunk's audio takes it over the end of a page."""
         session = self.schedule.sessions[n]
-        return session.fed // SPLIT_TOKENS < (len(session.tokens) + CHUNK_FRAMES - 1) // SPLIT_TOKENS
+        return session.fed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS - 1) // SPLIT_TOKENS
 
     def fork(self, origin: int) -> int:
         self.step("fork", origin)

@@ -18,6 +18,7 @@ from rollout.bench.overhead import heap_bytes
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
+from rollout.turn.grammar import context_rows
 from rollout.turn.observation import MissingSenseError, Observation
 from rollout.vocabulary import Vocabulary
 
@@ -36,7 +37,9 @@ def model() -> InteractionModel:
 @pytest.fixture
 def make(model: InteractionModel) -> Callable[..., Service]:
     def build(slots: int = 3, idle_chunks: int = 4) -> Service:
-        engine = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=7 * MAX_CHUNKS + 1)
+        engine = SessionEngine(
+            model, Vocabulary.build(model.vocab), slots=slots, max_tokens=context_rows(MAX_CHUNKS, 1)
+        )
         return Service(engine, max_chunks=MAX_CHUNKS, idle_chunks=idle_chunks)
 
     return build

@@ -152,7 +152,7 @@ def test_transcript_of_the_actions_is_what_the_session_wrote(model: InteractionM
         episode = record(session)
         assert Mode.SPEAK in {a.mode for a in episode.actions}
         codes = episode.codes.unflatten(0, (CHUNKS, -1))
-        written = write_transcript(codes, episode.actions, engine.vocabulary, words)
+        written = write_transcript(codes, episode.actions, engine.grammar)
         for name in ("tokens", "codes", "sampled_at", "row_class", "chunk"):
             assert torch.equal(getattr(written, name), getattr(episode, name)), name
 
