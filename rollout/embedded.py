@@ -25,6 +25,7 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model import checkpoint
 from model.audio import HOP, WINDOW, DMel
+from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
 from rollout.chunk import Action
@@ -171,7 +172,8 @@ class SessionEngine:
         lengths = [len(tokens) for tokens in unfed]
         segments = self.state.extend(list(computed), lengths)
         self._rows += segments.rows
-        hidden = self.model(torch.tensor([t for tokens in unfed for t in tokens]), codes, segments, self.state)
+        tokens = torch.tensor([t for part in unfed for t in part])
+        hidden = self.model(Inputs.of(tokens, codes, segments, self.vocabulary.audio), self.state)
         if len(computed) == 1:
             hidden = hidden[-1:]
         elif segments.rows > len(computed):
@@ -184,16 +186,16 @@ class SessionEngine:
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
         classes, temperatures = torch.full((len(sessions),), row_class), [s.temperature for s in sessions]
         sampled, logprob, digest = self.vocabulary.classes.sample_rows(logits, keys, classes, temperatures)
-        tokens = sampled.tolist()
-        for session, t, p, d in zip(sessions, tokens, logprob.tolist(), digest.tolist(), strict=True):
+        drawn = sampled.tolist()
+        for session, t, p, d in zip(sessions, drawn, logprob.tolist(), digest.tolist(), strict=True):
             session.fed = len(session.tokens)
             session.book(t, row_class, p, d)
         if self.keep_hidden:
             for session, row in zip(sessions, hidden.unbind(), strict=True):
                 session.hidden.append(row)
         if len(computed) < len(sessions):
-            self._part(sessions, tokens)
-        return tokens
+            self._part(sessions, drawn)
+        return drawn
 
     def _part(self, sessions: Sequence[Session], kinds: Sequence[int | bytes]) -> None:
         """Sessions that share a slot go on apart where ``kinds`` differ: the first kind keeps the slot, if all of the

@@ -155,7 +155,7 @@ def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: in
     classes, found = Vocabulary.build(model.vocab).classes, []
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
-        logprob, _, _ = score_choices(model, collate(some), classes, some[0].temperature)
+        logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), classes, some[0].temperature)
         found.append((logprob - concatenate(some, "logprob")).exp())
     return list(torch.cat(found).split([len(e.chunk) for e in episodes]))
 

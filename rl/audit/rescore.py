@@ -245,7 +245,7 @@ def _score(model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[Seen]
     """By the row contract the number of episodes in a pass does not enter the result."""
     for first in range(0, len(seen), micro_batch):
         some = seen[first : first + micro_batch]
-        batch = collate([one.episode for one in some])
+        batch = collate([one.episode for one in some], model.audio_token_id)
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, some[0].episode.temperature)
         lengths = [len(one.episode.chunk) for one in some]
         for one, p, d in zip(some, logprob.split(lengths), digest.split(lengths), strict=True):

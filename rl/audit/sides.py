@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import dispatch, naive
 from model import checkpoint
+from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
 from rl.batch import collate, score_choices
@@ -104,7 +105,7 @@ def whole(side: Side, episodes: Sequence[Episode], together: int = 1) -> Scored:
     with torch.no_grad(), side.active():
         parts = []
         for first in range(0, len(episodes), together):
-            batch = collate(episodes[first : first + together])
+            batch = collate(episodes[first : first + together], side.model.audio_token_id)
             logprob, _, digest = score_choices(side.model, batch, side.vocabulary.classes, episodes[0].temperature)
             parts.append((logprob, digest))
     logprobs, digests = zip(*parts, strict=True)
@@ -143,23 +144,20 @@ def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
         mine = [state.open() for _ in episodes]
         ends = [_ends(e, cuts) for e in episodes]
         hidden: list[list[Tensor]] = [[] for _ in episodes]
-        fed, heard = [0] * len(episodes), [0] * len(episodes)
+        inputs = Inputs.cat(episodes, model.audio_token_id)
         for call in range(max(map(len, ends))):
             turn = [e for e in range(len(episodes)) if call < len(ends[e])]
-            tokens, codes, lengths = [], [], []
-            for e in turn:
-                if cuts.fork_at and fed[e] == cuts.fork_at:
+            spans = [(e, ends[e][call - 1] if call else 0, ends[e][call]) for e in turn]
+            for e, first, _ in spans:
+                if cuts.fork_at and first == cuts.fork_at:
                     mine[e] = state.fork(mine[e])
-                tokens.append(episodes[e].tokens[fed[e] : ends[e][call]])
-                audio = int((tokens[-1] == model.audio_token_id).sum())
-                codes.append(episodes[e].codes[heard[e] : heard[e] + audio])
-                lengths.append(ends[e][call] - fed[e])
-                fed[e], heard[e] = ends[e][call], heard[e] + audio
-            out = model(torch.cat(tokens), torch.cat(codes), state.extend([mine[e] for e in turn], lengths), state)
+            lengths = [end - first for _, first, end in spans]
+            segments = state.extend([mine[e] for e in turn], lengths)
+            out = model(inputs.part(spans, segments), state)
             for e, rows in zip(turn, out.split(lengths), strict=True):
                 hidden[e].append(rows)
         rows = torch.cat([torch.cat(h)[e.sampled_at - 1] for h, e in zip(hidden, episodes, strict=True)])
-        batch = collate(episodes)
+        batch = collate(episodes, model.audio_token_id)
         logprob, _, digest = side.vocabulary.classes.score(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
         )

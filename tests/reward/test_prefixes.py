@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.inputs import Inputs
 from model.transformer import InteractionModel
 from reward.model import RewardModel
 from reward.prefixes import LEAST_ROWS, Stem, tree
@@ -69,9 +70,9 @@ def test_shared_rows_are_read_once_and_give_everybodys_bits(
     rows: list[int] = []
     forward = InteractionModel.forward
 
-    def counted(self: InteractionModel, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
-        rows.append(len(tokens))
-        return forward(self, tokens, *rest)  # type: ignore[arg-type]
+    def counted(self: InteractionModel, inputs: Inputs, *rest: object) -> torch.Tensor:
+        rows.append(inputs.segments.rows)
+        return forward(self, inputs, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(InteractionModel, "forward", counted)
     with torch.no_grad():

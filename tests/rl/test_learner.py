@@ -76,7 +76,7 @@ def test_gradient_is_that_of_the_weighted_logprobs(
 ) -> None:
     some = transcripts[:2]
     gradient = policy_gradient(model, some, weights(some), vocabulary.classes, 1.0, 2)
-    logprob, _, _ = score_choices(model, collate(some), vocabulary.classes, 1.0)
+    logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
     loss = -(torch.cat(weights(some)) * logprob).sum()
     for got, wanted in zip(gradient.parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True):
         assert torch.equal(got, wanted)

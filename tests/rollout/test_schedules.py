@@ -24,7 +24,9 @@ def planned(seed: int, dtype: torch.dtype) -> tuple[Schedule, bool]:
     whole = [s for n, s in enumerate(schedule.sessions) if s.chunks and n not in failed(schedule)]
     episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in whole]
     with torch.no_grad():
-        logprob, _, digest = score_choices(model, collate(episodes), vocabulary.classes, temperature)
+        logprob, _, digest = score_choices(
+            model, collate(episodes, model.audio_token_id), vocabulary.classes, temperature
+        )
     return schedule, all(
         torch.equal(learned, torch.cat(sampled))
         for learned, sampled in (

@@ -8,6 +8,7 @@ import torch
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.config import preset
+from model.inputs import Inputs
 from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
 from model.state import ContextFull
 from model.transformer import InteractionModel
@@ -16,7 +17,6 @@ from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
-from rollout.rows import pack
 from rollout.sampler import session_key
 from rollout.session import Session
 from rollout.transcript import write_transcript
@@ -108,7 +108,7 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
     classes = engine.vocabulary.classes
 
     def mismatch() -> tuple[int, int, int]:
-        logprob, _, digest = score_choices(model, collate(episodes), classes, 1.0)
+        logprob, _, digest = score_choices(model, collate(episodes, model.audio_token_id), classes, 1.0)
         found = compare(
             torch.cat([e.logprob for e in episodes]), logprob.detach(), torch.cat([e.digest for e in episodes]), digest
         )
@@ -138,8 +138,7 @@ def test_kept_hidden_states_are_the_learners(model: InteractionModel) -> None:
     session = engine.open(3)
     talk(engine, {0: session}, range(CHUNKS))
     episode = record(session)
-    rows = pack([episode])
-    learner = model(rows.tokens, rows.codes, rows.segments)[episode.sampled_at - 1]
+    learner = model(Inputs.cat([episode], model.audio_token_id))[episode.sampled_at - 1]
     assert torch.equal(torch.stack(session.hidden), learner)
     assert not torch.equal(torch.stack(session.hidden), learner.roll(1, 0))
 

@@ -97,7 +97,7 @@ def unequal(a: list[Session], b: list[Session]) -> int:
 def against_learner(model: InteractionModel, sessions: list[Session], vocabulary: Vocabulary) -> tuple[int, int, int]:
     """Tokens, unequal log-probs and unequal rows in one teacher-forced forward over all sessions."""
     episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in sessions]
-    batch = collate(episodes)
+    batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
     found = compare(torch.cat([e.logprob for e in episodes]), logprob, torch.cat([e.digest for e in episodes]), digest)
