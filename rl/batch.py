@@ -30,14 +30,14 @@ class Batch:
 def collate(episodes: Sequence[Episode | Transcript], audio: int) -> Batch:
     """``audio`` is the audio token's id. Tokens after an episode's last choice are dropped: nothing is computed from
     them."""
-    inputs = Inputs.cat(episodes, audio).cut([int(e.sampled_at[-1]) for e in episodes])
+    inputs = Inputs.cat(episodes, audio).cut([int(e.text.sampled_at[-1]) for e in episodes])
     return Batch(
         inputs=inputs,
-        row=torch.cat([e.sampled_at - 1 + s for e, s in zip(episodes, inputs.starts, strict=True)]),
-        target=torch.cat([e.tokens[e.sampled_at] for e in episodes]),
-        row_class=torch.cat([e.row_class for e in episodes]),
-        owner=torch.cat([torch.full_like(e.chunk, i) for i, e in enumerate(episodes)]),
-        chunk=torch.cat([e.chunk for e in episodes]),
+        row=torch.cat([e.text.sampled_at - 1 + s for e, s in zip(episodes, inputs.starts, strict=True)]),
+        target=torch.cat([e.tokens[e.text.sampled_at] for e in episodes]),
+        row_class=torch.cat([e.text.row_class for e in episodes]),
+        owner=torch.cat([torch.full_like(e.text.chunk, i) for i, e in enumerate(episodes)]),
+        chunk=torch.cat([e.text.chunk for e in episodes]),
     )
 
 

@@ -83,8 +83,8 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(STEPS):
         some = demonstrations(config, bank, dmel, vocabulary, step)
-        tokens = sum(len(t.chunk) for t in some)
-        weights = [torch.full((len(t.chunk),), 1.0 / tokens) for t in some]
+        tokens = sum(len(t.text.chunk) for t in some)
+        weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in some]
         gradient = policy_gradient(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         yield f"step {step}: log-probs and row digests", [gradient.logprob, gradient.digest]
         yield f"step {step}: gradient", gradient.parameters
@@ -97,7 +97,8 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     yield "sampled tokens, long tails", _sampled(8, VOCABULARY, spread=6.0)
     engine = build_engine(config, model, vocabulary)
     episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed, config.rollout.temperature)
-    yield "episodes", [concatenate(episodes, name) for name in ("tokens", "codes", "logprob", "digest")]
+    inputs = [torch.cat([e.tokens for e in episodes]), torch.cat([e.codes for e in episodes])]
+    yield "episodes", [*inputs, concatenate(episodes, "logprob"), concatenate(episodes, "digest")]
     judged = RewardSource.load(config.reward, config.source).judge(episodes)
     yield "rewards", [rewards.axis(axis) for rewards in judged.rules for axis in AXES]
     yield "advantages", token_weights(episodes, judged.acting, [], config.rl, {}).weights

@@ -48,7 +48,7 @@ class Reference:
             )
             reference.append(logprob)
         ratio = concatenate(episodes, "logprob") - torch.cat(reference)
-        return list(ratio.split([len(e.chunk) for e in episodes]))
+        return list(ratio.split([len(e.text.chunk) for e in episodes]))
 
 
 def metrics(log_ratio: Sequence[Tensor]) -> dict[str, float]:

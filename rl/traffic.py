@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import fields
 
 import torch
 
@@ -17,7 +18,7 @@ from model.config import MEL_CHANNELS
 from model.info import parameter_counts
 from rl.config import RLConfig
 from rollout.chunk import CHUNKS_PER_SECOND
-from rollout.episode import TENSORS
+from rollout.episode import TEXT, Stream
 from rollout.turn.grammar import AUDIO_ROWS, turn_rows
 
 
@@ -27,11 +28,11 @@ def episode_tensors(seconds: int, words: int) -> dict[str, torch.Tensor]:
     turns = zip(turn_rows(0, 1), turn_rows(1, 1), strict=True)
     rows, sampled = ((chunks - words) * silent + words * speaking for silent, speaking in turns)
     with torch.device("meta"):
-        per_token = {name: torch.empty(sampled, dtype=torch.int64) for name in TENSORS}
+        per_token = {f"{TEXT}.{field.name}": torch.empty(sampled, dtype=torch.int64) for field in fields(Stream)}
         return per_token | {
             "tokens": torch.empty(1 + rows, dtype=torch.int64),
             "codes": torch.empty(chunks * AUDIO_ROWS, MEL_CHANNELS, dtype=torch.uint8),
-            "logprob": torch.empty(sampled, dtype=torch.float32),
+            f"{TEXT}.logprob": torch.empty(sampled, dtype=torch.float32),
         }
 
 

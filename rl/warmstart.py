@@ -58,8 +58,8 @@ def warm_start(
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
         transcripts = demonstrations(config, bank, dmel, vocabulary, step)
-        tokens = sum(ranks.gather(sum(len(t.chunk) for t in transcripts)))
-        weights = [torch.full((len(t.chunk),), 1.0 / tokens) for t in transcripts]
+        tokens = sum(ranks.gather(sum(len(t.text.chunk) for t in transcripts)))
+        weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in transcripts]
         gradient = policy_gradient(model, transcripts, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         norm = learner.step(gradient)
         loss = -sum(ranks.gather(float(gradient.logprob.double().sum()))) / tokens

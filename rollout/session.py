@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import dispatch
 from model.state import ContextFull
 from rollout.chunk import Action
-from rollout.episode import Episode
+from rollout.episode import TEXT, Episode, Stream
 from rollout.turn.observation import Observation, check_senses
 
 
@@ -71,6 +71,13 @@ class Session:
         if len(self.codes) > self.chunks:
             raise ValueError(f"the session was closed by an error inside chunk {self.chunks}; it is no whole episode")
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
+        text = Stream(
+            sampled_at=torch.tensor(positions),
+            row_class=torch.tensor(row_class),
+            chunk=torch.tensor(chunk),
+            logprob=torch.tensor(self.logprob, dtype=torch.float32),
+            digest=torch.tensor(self.digest),
+        )
         return Episode(
             scenario=scenario,
             rollout=rollout,
@@ -82,11 +89,7 @@ class Session:
             actions=tuple(self.actions),
             tokens=torch.tensor(self.tokens),
             codes=torch.cat(self.codes),
-            sampled_at=torch.tensor(positions),
-            row_class=torch.tensor(row_class),
-            chunk=torch.tensor(chunk),
-            logprob=torch.tensor(self.logprob, dtype=torch.float32),
-            digest=torch.tensor(self.digest),
+            streams={TEXT: text},
         )
 
 

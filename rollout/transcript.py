@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from rollout.chunk import Action
+from rollout.episode import Choices
 from rollout.turn.grammar import Grammar, row_class
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """Tokens of a conversation and which of them the model is to choose. T tokens, A audio rows, N chosen."""
+    """Tokens of a conversation and which of them the model is to choose. T tokens, A audio rows."""
 
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
-    sampled_at: Tensor  # int64 [N]
-    row_class: Tensor  # int64 [N]
-    chunk: Tensor  # int64 [N]
+    text: Choices
 
 
 def write_transcript(codes: Tensor, actions: Sequence[Action], grammar: Grammar) -> Transcript:
@@ -42,5 +41,5 @@ def write_transcript(codes: Tensor, actions: Sequence[Action], grammar: Grammar)
             raise ValueError(f"transcript: chunk {k}: {error}") from error
         chosen += [(len(tokens) + i, row_class(i), k) for i in range(len(sampled))]
         tokens += sampled + grammar.forced(sampled)
-    sampled_at, classes, chunk = (torch.tensor(column) for column in zip(*chosen, strict=True))
-    return Transcript(torch.tensor(tokens), codes.flatten(0, 1), sampled_at, classes, chunk)
+    text = Choices(*(torch.tensor(column) for column in zip(*chosen, strict=True)))
+    return Transcript(torch.tensor(tokens), codes.flatten(0, 1), text)

@@ -157,7 +157,7 @@ def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: in
         some = episodes[first : first + micro_batch]
         logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), classes, some[0].temperature)
         found.append((logprob - concatenate(some, "logprob")).exp())
-    return list(torch.cat(found).split([len(e.chunk) for e in episodes]))
+    return list(torch.cat(found).split([len(e.text.chunk) for e in episodes]))
 
 
 def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor]:

@@ -141,14 +141,14 @@ def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
     clock = [time.perf_counter()]
     episodes = play(engine, plays, SEED)
     clock.append(time.perf_counter())
-    weights = [torch.ones(len(e.chunk)) for e in episodes]
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, MICRO_BATCH)
     clock.append(time.perf_counter())
     whole(side, episodes, MICRO_BATCH)
     clock.append(time.perf_counter())
-    lengths = [len(e.chunk) for e in episodes]
+    lengths = [len(e.text.chunk) for e in episodes]
     parts = [
-        compare(e.logprob, logprob, e.digest, digest)
+        compare(e.text.logprob, logprob, e.text.digest, digest)
         for e, logprob, digest in zip(episodes, g.logprob.split(lengths), g.digest.split(lengths), strict=True)
     ]
     return Cost(*(after - before for before, after in pairwise(clock))), parts

@@ -114,7 +114,7 @@ def whole(side: Side, episodes: Sequence[Episode], together: int = 1) -> Scored:
 
 def first_of(side: Side, episodes: Sequence[Episode]) -> Scored:
     """The first episode's tokens, with all episodes in one pass."""
-    scored, n = whole(side, episodes, len(episodes)), len(episodes[0].sampled_at)
+    scored, n = whole(side, episodes, len(episodes)), len(episodes[0].text.sampled_at)
     return Scored(scored.logprob[:n], scored.digest[:n])
 
 
@@ -134,7 +134,7 @@ class Cuts:
 
 def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
     """Through a session's cache."""
-    longest = max(int(e.sampled_at[-1]) for e in episodes)
+    longest = max(int(e.text.sampled_at[-1]) for e in episodes)
     slots = 2 * len(episodes) + SPARE_SLOTS
     with torch.no_grad(), side.active():
         model = side.model
@@ -156,7 +156,7 @@ def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
             out = model(inputs.part(spans, segments), state)
             for e, rows in zip(turn, out.split(lengths), strict=True):
                 hidden[e].append(rows)
-        rows = torch.cat([torch.cat(h)[e.sampled_at - 1] for h, e in zip(hidden, episodes, strict=True)])
+        rows = torch.cat([torch.cat(h)[e.text.sampled_at - 1] for h, e in zip(hidden, episodes, strict=True)])
         batch = collate(episodes, model.audio_token_id)
         logprob, _, digest = side.vocabulary.classes.score(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
@@ -166,9 +166,9 @@ def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
 
 def _ends(episode: Episode, cuts: Cuts) -> list[int]:
     """Where each call's rows of an episode end; the last row is that of its last sampled token."""
-    last = int(episode.sampled_at[-1])
+    last = int(episode.text.sampled_at[-1])
     if cuts.micro_turns:
-        return episode.sampled_at.tolist()
+        return episode.text.sampled_at.tolist()
     marks = set(range(cuts.rows, last, cuts.rows)) if cuts.rows else set()
     if 0 < cuts.fork_at < last:
         marks.add(cuts.fork_at)

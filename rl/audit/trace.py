@@ -170,7 +170,7 @@ def _draw(
     for e, position in turn:
         episode = episodes[e]
         keys.append(token_key(session_key(episode.seed, episode.scenario, episode.rollout), chunk, position))
-        row_class.append(episode.row_class[episode.sampled_at == position])
+        row_class.append(episode.text.row_class[episode.text.sampled_at == position])
     _, logprob, digest = classes.sample(logits, torch.tensor(keys), torch.cat(row_class), episodes[0].temperature)
     trace.add(LOGPROB, logprob)
     trace.add(DIGEST, digest)
@@ -179,11 +179,11 @@ def _draw(
 def learner(model: InteractionModel, episodes: Sequence[Episode], mine: int, classes: TokenClasses) -> Trace:
     """Episode ``mine`` as the learner computes it in one forward pass with the others, under autograd."""
     trace, batch = Trace(model), collate(episodes, model.audio_token_id)
-    rows = _part([int(e.sampled_at[-1]) for e in episodes], mine)
+    rows = _part([int(e.text.sampled_at[-1]) for e in episodes], mine)
     trace.begin(len(batch.inputs.tokens), rows, _inside(batch.inputs, rows))
     with observed(trace.see):
         hidden = model(batch.inputs, None, _Activations(trace))
-        sampled = [len(e.sampled_at) for e in episodes]
+        sampled = [len(e.text.sampled_at) for e in episodes]
         trace.begin(len(batch.row), _part(sampled, mine), slice(0, 0))
         logits = model.logits(hidden[batch.row])
         logprob, _, digest = classes.score(logits, batch.target, batch.row_class, episodes[0].temperature)
@@ -194,7 +194,7 @@ def learner(model: InteractionModel, episodes: Sequence[Episode], mine: int, cla
 
 def _state(model: InteractionModel, episodes: Sequence[Episode]) -> SessionState:
     longest = max(len(e.tokens) for e in episodes)
-    rows = sum(int(e.sampled_at.diff(prepend=torch.tensor([0])).max()) for e in episodes)
+    rows = sum(int(e.text.sampled_at.diff(prepend=torch.tensor([0])).max()) for e in episodes)
     return SessionState(model.config, len(episodes), longest, model.dtype, max_rows=rows)
 
 
@@ -203,7 +203,7 @@ def _turns(episodes: Sequence[Episode]) -> list[tuple[int, list[tuple[int, int]]
     calls: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for e, episode in enumerate(episodes):
         within, before = 0, -1
-        for chunk, position in zip(episode.chunk.tolist(), episode.sampled_at.tolist(), strict=True):
+        for chunk, position in zip(episode.text.chunk.tolist(), episode.text.sampled_at.tolist(), strict=True):
             within, before = (within + 1 if chunk == before else 0), chunk
             calls.setdefault((chunk, within), []).append((e, position))
     return [(chunk, calls[chunk, within]) for chunk, within in sorted(calls)]

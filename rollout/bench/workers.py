@@ -23,7 +23,7 @@ from model import checkpoint
 from model.transformer import InteractionModel
 from rollout.bench.text import seconds
 from rollout.embedded import SessionEngine
-from rollout.episode import TENSORS, Episode
+from rollout.episode import Episode, tensors
 from rollout.play import Play
 from rollout.roller import InProcess, Roller
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
@@ -101,7 +101,8 @@ def publishing(model: InteractionModel, pool: WorkerPool, play: Play, rounds: in
 
 
 def equal(one: Episode, other: Episode) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
+    others = tensors(other)
+    return all(torch.equal(tensor, others[name]) for name, tensor in tensors(one).items())
 
 
 def cpu_s(pid: int) -> float:

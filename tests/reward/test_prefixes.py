@@ -90,7 +90,7 @@ def test_what_differs_is_not_shared(model: RewardModel) -> None:
     one = talk({})
     codes = one.codes.clone()
     codes[10 * CHUNK_FRAMES, 3] ^= 1
-    other = Transcript(one.tokens, codes, one.sampled_at, one.row_class, one.chunk)
+    other = Transcript(one.tokens, codes, one.text)
     first, second = model.score([one, other])
     assert torch.equal(first[:10], second[:10]) and not torch.equal(first[10], second[10])
     assert torch.equal(second, model([other])[0].detach())

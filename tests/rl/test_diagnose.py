@@ -56,7 +56,7 @@ def sampled(model: InteractionModel) -> list[Episode]:
 
 
 def learned(model: InteractionModel, episodes: list[Episode]) -> Gradient:
-    weights = [torch.ones(len(e.chunk)) for e in episodes]
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     return policy_gradient(model, episodes, weights, VOCABULARY.classes, 1.0, 2)
 
 
@@ -147,8 +147,8 @@ def test_healthy_model_has_no_gap_in_any_way_to_run_it(model: InteractionModel) 
         "mlp_sconv (short_conv)",
     ]
     assert names[-4:] == ["norm (rms_norm)", "lm_head (linear)", trace.LOGPROB, trace.DIGEST]
-    assert torch.equal(ways[0].entries[trace.LOGPROB].rows[:, 0], episodes[1].logprob)
-    assert torch.equal(ways[0].entries[trace.DIGEST].rows[:, 0], episodes[1].digest)
+    assert torch.equal(ways[0].entries[trace.LOGPROB].rows[:, 0], episodes[1].text.logprob)
+    assert torch.equal(ways[0].entries[trace.DIGEST].rows[:, 0], episodes[1].text.digest)
     with pytest.raises(ValueError, match="every log-prob and every row digest is equal"):
         explained(model, episodes)
 

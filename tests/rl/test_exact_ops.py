@@ -119,7 +119,7 @@ def policy(name: str = "tiny", dtype: torch.dtype = torch.float32) -> Interactio
 def gradient(model: InteractionModel) -> Callable[[], Gradient]:
     vocabulary = Vocabulary.build(model.vocab)
     some = demonstrations(CONFIG, SpeechBank.load(), DMel.build(), vocabulary, 0)
-    weights = [torch.full((len(t.chunk),), 0.01) for t in some]
+    weights = [torch.full((len(t.text.chunk),), 0.01) for t in some]
     return lambda: policy_gradient(model, some, weights, vocabulary.classes, 1.0, 1)
 
 

@@ -57,7 +57,7 @@ def transcripts(vocabulary: Vocabulary) -> list[Transcript]:
 
 def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(len(t.chunk), generator=generator) / 100 for t in transcripts]
+    return [torch.randn(len(t.text.chunk), generator=generator) / 100 for t in transcripts]
 
 
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:
@@ -82,7 +82,8 @@ def test_gradient_is_that_of_the_weighted_logprobs(
         assert torch.equal(got, wanted)
     halves = policy_gradient(model, some, weights(some), vocabulary.classes, 1.0, 1)
     assert torch.equal(halves.logprob, gradient.logprob) and torch.equal(halves.digest, gradient.digest)
-    assert halves.owner.tolist() == gradient.owner.tolist() == [0] * len(some[0].chunk) + [1] * len(some[1].chunk)
+    owner = [i for i, t in enumerate(some) for _ in t.text.chunk]
+    assert halves.owner.tolist() == gradient.owner.tolist() == owner
     for a, b in zip(halves.parameters, gradient.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # another order of summation
 

@@ -52,7 +52,7 @@ def test_no_bit_of_distance_from_itself(episodes: list[Episode], vocabulary: Voc
     checkpoint.save(policy(0), tmp_path / "start")
     start = Reference.load(tmp_path / "start", vocabulary.classes, micro_batch=3)
     ratio = start.log_ratio(episodes)
-    assert [len(r) for r in ratio] == [len(e.chunk) for e in episodes]
+    assert [len(r) for r in ratio] == [len(e.text.chunk) for e in episodes]
     assert all(torch.equal(r, torch.zeros_like(r)) for r in ratio)
     assert reference.metrics(ratio) == {"reference/kl_k1": 0.0, "reference/kl_k3": 0.0}
 

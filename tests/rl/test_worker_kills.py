@@ -8,11 +8,10 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 
 import pytest
-import torch
 
 from reward.source import RewardSource
 from rl import loop
@@ -25,6 +24,7 @@ from rollout.play import Play
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 from rollout.workers import ATTEMPTS, WorkerPool
+from tests.episodes import unequal_fields
 
 KILLS = 30
 CONFIG = TrainConfig(rl=RLConfig(steps=60, groups=2, rollouts=3))  # at most; as many as `KILLS` kills take
@@ -89,10 +89,8 @@ def differing(one: list[loop.StepResult], other: list[loop.StepResult]) -> Itera
         if a.metrics["weights_digest"] != b.metrics["weights_digest"]:
             yield f"weights after step {step}"
         for x, y in zip(a.episodes, b.episodes, strict=True):
-            for name in (field.name for field in fields(Episode)):
-                u, v = getattr(x, name), getattr(y, name)
-                if not (torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v):
-                    yield f"{name} of {x.name} in step {step}"
+            for name in unequal_fields(x, y):
+                yield f"{name} of {x.name} in step {step}"
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from rollout.sampler import session_key
 from rollout.session import Session
 from rollout.turn.grammar import AUDIO_ROWS, most_rows
 from rollout.turn.observation import Observation
+from tests.episodes import unequal_fields
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
 SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * most_rows(WORDS), "words_per_chunk": WORDS}
@@ -221,7 +222,6 @@ def unequal(schedule: Schedule, sessions: list[Session]) -> list[int]:
         if n in failed(schedule) or one.chunks == other.chunks == 0:
             continue
         a, b = (s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in (one, other))
-        names = ("tokens", "logprob", "digest", "sampled_at", "codes")
-        if a.actions != b.actions or not all(torch.equal(getattr(a, name), getattr(b, name)) for name in names):
+        if unequal_fields(a, b):
             differs.append(n)
     return differs

@@ -30,8 +30,8 @@ def planned(seed: int, dtype: torch.dtype) -> tuple[Schedule, bool]:
     return schedule, all(
         torch.equal(learned, torch.cat(sampled))
         for learned, sampled in (
-            (logprob, [e.logprob for e in episodes]),
-            (digest, [e.digest for e in episodes]),
+            (logprob, [e.text.logprob for e in episodes]),
+            (digest, [e.text.digest for e in episodes]),
         )
     )
 

@@ -16,7 +16,7 @@ from rl.batch import collate, score_choices
 from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rollout.episode import Episode, concatenate, tensors
 from rollout.sampler import session_key
 from rollout.session import Session
 from rollout.transcript import write_transcript
@@ -56,10 +56,7 @@ def record(session: Session) -> Episode:
 
 
 def same(a: Episode, b: Episode) -> bool:
-    return all(
-        torch.equal(getattr(a, name), getattr(b, name))
-        for name in ("tokens", "codes", "sampled_at", "row_class", "chunk", "logprob", "digest")
-    )
+    return all(torch.equal(tensor, tensors(b)[name]) for name, tensor in tensors(a).items())
 
 
 def test_a_session_alone_equals_itself_among_others(model: InteractionModel) -> None:
@@ -110,7 +107,10 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
     def mismatch() -> tuple[int, int, int]:
         logprob, _, digest = score_choices(model, collate(episodes, model.audio_token_id), classes, 1.0)
         found = compare(
-            torch.cat([e.logprob for e in episodes]), logprob.detach(), torch.cat([e.digest for e in episodes]), digest
+            concatenate(episodes, "logprob"),
+            logprob.detach(),
+            concatenate(episodes, "digest"),
+            digest,
         )
         return found.num_tokens, found.num_unequal, found.rows_unequal
 
@@ -138,7 +138,7 @@ def test_kept_hidden_states_are_the_learners(model: InteractionModel) -> None:
     session = engine.open(3)
     talk(engine, {0: session}, range(CHUNKS))
     episode = record(session)
-    learner = model(Inputs.cat([episode], model.audio_token_id))[episode.sampled_at - 1]
+    learner = model(Inputs.cat([episode], model.audio_token_id))[episode.text.sampled_at - 1]
     assert torch.equal(torch.stack(session.hidden), learner)
     assert not torch.equal(torch.stack(session.hidden), learner.roll(1, 0))
 
@@ -152,8 +152,9 @@ def test_transcript_of_the_actions_is_what_the_session_wrote(model: InteractionM
         assert Mode.SPEAK in {a.mode for a in episode.actions}
         codes = episode.codes.unflatten(0, (CHUNKS, -1))
         written = write_transcript(codes, episode.actions, engine.grammar)
-        for name in ("tokens", "codes", "sampled_at", "row_class", "chunk"):
-            assert torch.equal(getattr(written, name), getattr(episode, name)), name
+        assert torch.equal(written.tokens, episode.tokens) and torch.equal(written.codes, episode.codes)
+        for name in ("sampled_at", "row_class", "chunk"):
+            assert torch.equal(getattr(written.text, name), getattr(episode.text, name)), name
 
 
 def test_classes_follow_the_grammar(model: InteractionModel) -> None:
@@ -162,10 +163,10 @@ def test_classes_follow_the_grammar(model: InteractionModel) -> None:
     talk(engine, {0: session}, range(CHUNKS))
     episode = record(session)
     allowed = engine.vocabulary.classes.allowed
-    tokens = episode.tokens[episode.sampled_at]
-    assert bool(allowed[episode.row_class, tokens].all())
-    assert set(episode.row_class.tolist()) == {MODE, FIRST_TEXT, NEXT_TEXT}
-    assert (episode.row_class == MODE).sum() == CHUNKS
+    tokens = episode.tokens[episode.text.sampled_at]
+    assert bool(allowed[episode.text.row_class, tokens].all())
+    assert set(episode.text.row_class.tolist()) == {MODE, FIRST_TEXT, NEXT_TEXT}
+    assert (episode.text.row_class == MODE).sum() == CHUNKS
 
 
 def test_greedy_is_deterministic_and_ignores_the_key(model: InteractionModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +22,7 @@ from rollout.session import Session
 from rollout.speech import SpeechBank
 from rollout.turn.observation import Observation, of_audio
 from rollout.vocabulary import Vocabulary
+from tests.episodes import unequal_fields
 
 GROUP = 4
 
@@ -46,10 +47,7 @@ def make_engine(model: InteractionModel, slots: int = GROUP) -> SessionEngine:
 
 
 def same(a: Episode, b: Episode) -> bool:
-    return all(
-        torch.equal(x, y) if isinstance(x, Tensor) else x == y
-        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(Episode))
-    )
+    return not unequal_fields(a, b)
 
 
 def held(engine: SessionEngine) -> tuple[float, ...]:

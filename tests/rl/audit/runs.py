@@ -41,7 +41,7 @@ def make(runs: Path) -> Path:
         if step < STEPS:
             engine = build_engine(config, model, Vocabulary.build(model.vocab))
             episodes = play(engine, loop.plays(config, bank, step), config.seed)
-            before = sum(len(e.chunk) for e in episodes)
+            before = sum(len(e.text.chunk) for e in episodes)
             for rank in (0, 1):
                 name = f"episodes/step_{step:06d}.rank_{rank}.safetensors"
                 save_episodes(folder.path / name, episodes[2 * rank : 2 * rank + 2])

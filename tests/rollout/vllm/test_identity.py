@@ -25,6 +25,7 @@ from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.engine import Engine
+from rollout.episode import concatenate
 from rollout.sampler import session_key
 from rollout.session import Session
 from rollout.turn.observation import MissingSenseError, Observation, of_audio
@@ -100,7 +101,7 @@ def against_learner(model: InteractionModel, sessions: list[Session], vocabulary
     batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
-    found = compare(torch.cat([e.logprob for e in episodes]), logprob, torch.cat([e.digest for e in episodes]), digest)
+    found = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
     return found.num_tokens, found.num_unequal, found.rows_unequal
 
 
