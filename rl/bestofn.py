@@ -38,7 +38,6 @@ from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = RunFolder(run, [])
     path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
     policy = checkpoint.load(path / "model")
-    engine = SessionEngine(
-        policy,
-        Vocabulary.build(policy.vocab),
-        slots=given.samples,
-        max_tokens=config.rollout.max_tokens,
-        words_per_chunk=config.rollout.words_per_chunk,
-    )
+    engine = SessionEngine.of(policy, config.rollout, given.samples)
     found = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))
     curves = [curve(family, rule, proxy) for family, (rule, proxy) in found.items()]
     picks = [*mean(curves), *(p for one in curves for p in one)]

@@ -82,7 +82,7 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     vocabulary = Vocabulary.build(model.vocab)
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(STEPS):
-        some = demonstrations(config, bank, dmel, vocabulary, step)
+        some = demonstrations(config, bank, vocabulary, step)
         tokens = sum(len(t.text.chunk) for t in some)
         weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in some]
         gradient = policy_gradient(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
@@ -95,7 +95,7 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
 
     yield "sampled tokens, flat rows", _sampled(ROWS, len(vocabulary.classes.allowed[0]), spread=3.0)
     yield "sampled tokens, long tails", _sampled(8, VOCABULARY, spread=6.0)
-    engine = build_engine(config, model, vocabulary)
+    engine = build_engine(config, model)
     episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed, config.rollout.temperature)
     inputs = [torch.cat([e.tokens for e in episodes]), torch.cat([e.codes for e in episodes])]
     yield "episodes", [*inputs, concatenate(episodes, "logprob"), concatenate(episodes, "digest")]

@@ -48,33 +48,31 @@ def plays_of_a_step(config: TrainConfig) -> int:
     return max(1, len(ranks.share(config.rl.groups))) * config.rl.rollouts
 
 
-def build_engine(config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary) -> Engine:
+def build_engine(config: TrainConfig, model: InteractionModel) -> Engine:
     """An engine with room for all of this rank's rollouts of a step. Raises MetronomeError when vLLM is asked for and
     not there."""
     rollout, slots = config.rollout, plays_of_a_step(config)
-    if rollout.engine == "vllm":
-        from rollout.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
+    if rollout.engine == "session":
+        return SessionEngine.of(model, rollout, slots)
+    from rollout.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
 
-        return VllmEngine(
-            model,
-            vocabulary,
-            slots=slots,
-            max_tokens=rollout.max_tokens,
-            words_per_chunk=rollout.words_per_chunk,
-            worker_process=rollout.workers == 1,
-        )
-    return SessionEngine(
-        model, vocabulary, slots=slots, max_tokens=rollout.max_tokens, words_per_chunk=rollout.words_per_chunk
+    return VllmEngine(
+        model,
+        Vocabulary.build(model.vocab),
+        slots=slots,
+        max_tokens=rollout.max_tokens,
+        words_per_chunk=rollout.words_per_chunk,
+        worker_process=rollout.workers == 1,
     )
 
 
 @contextmanager
-def start_roller(config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary) -> Iterator[Roller]:
+def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Roller]:
     """While the block runs, gives what rolls out: one engine, or the recipe's workers. A machine's ranks share its
     cores."""
     rollout = config.rollout
     if not rollout.workers or rollout.engine == "vllm":  # vLLM's engine has its process in its own hands
-        yield InProcess(build_engine(config, model, vocabulary))
+        yield InProcess(build_engine(config, model))
         return
     setup = Setup(
         config=model.config,

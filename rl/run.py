@@ -106,7 +106,7 @@ class Run:
             f"{dispatch.contract_id()}"
         )
         try:
-            with start_roller(self.config, self.model, self.vocabulary) as self.roller:
+            with start_roller(self.config, self.model) as self.roller:
                 learner, progress = self.resume(*self._newest) if self._newest else self.begin()
                 self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
                 self.finish(self.learn(learner, progress))

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,11 +30,21 @@ from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
 from rollout.chunk import Action
-from rollout.sampler import token_key
+from rollout.seeds import token_key
 from rollout.session import Session, check_append, check_temperature
 from rollout.turn.grammar import Grammar, row_class
 from rollout.turn.observation import Observation
 from rollout.vocabulary import Vocabulary
+
+
+class SessionRecipe(Protocol):
+    """What of a recipe says how long a session is and what it may say."""
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def words_per_chunk(self) -> int: ...
 
 
 class SessionEngine:
@@ -66,6 +77,17 @@ class SessionEngine:
         self._open = 0
         self._rows = 0  # that went through the model
         self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
+
+    @staticmethod
+    def of(model: InteractionModel, recipe: SessionRecipe, slots: int) -> SessionEngine:
+        """An engine for ``slots`` sessions as the recipe has them, in the model's own vocabulary."""
+        return SessionEngine(
+            model,
+            Vocabulary.build(model.vocab),
+            slots=slots,
+            max_tokens=recipe.max_tokens,
+            words_per_chunk=recipe.words_per_chunk,
+        )
 
     @property
     def free(self) -> int:

@@ -30,7 +30,7 @@ class Engine(Protocol):
         """Takes over the model's present weights. Raises MetronomeError while sessions are open."""
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
-        """A session that has heard nothing; ``key`` is its 64-bit sampling key (`rollout.sampler.session_key`),
+        """A session that has heard nothing; ``key`` is its 64-bit sampling key (`rollout.seeds.session_key`),
         ``temperature`` that of its policy, 0 for greedy. Raises ValueError for a temperature that is no number from 0
         on, MetronomeError when no session is free."""
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from rollout.chunk import Action
 from rollout.engine import Engine
 from rollout.episode import Episode
-from rollout.sampler import session_key
 from rollout.scenarios.base import Scenario, User
+from rollout.seeds import session_key
 from rollout.session import Session
 
 

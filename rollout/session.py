@@ -22,7 +22,7 @@ class Session:
     """One open sequence. ``tokens[:fed]`` have been through the model; the rest go in with the next chunk."""
 
     slot: int  # in the engine's state; sessions that have the same past may share it
-    key: int  # 64-bit sampling key (rollout.sampler.session_key)
+    key: int  # 64-bit sampling key (rollout.seeds.session_key)
     temperature: float
     weights_digest: str
     tokens: list[int]

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rollout.chunk import Action
+from model.audio import DMel
+from rollout.chunk import CHUNK_FRAMES, Action
 from rollout.episode import Choices
 from rollout.turn.grammar import Grammar, row_class
 
@@ -24,6 +27,13 @@ class Transcript:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
     text: Choices
+
+
+def from_audio(audio: NDArray[np.float32], actions: Sequence[Action], grammar: Grammar) -> Transcript:
+    """audio float32 [chunks, CHUNK_SAMPLES] or the same samples in a row, one action a chunk. Raises ValueError as
+    `write_transcript` does."""
+    codes = DMel.build().codes(torch.from_numpy(audio.reshape(1, -1)))[0]
+    return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar)
 
 
 def write_transcript(codes: Tensor, actions: Sequence[Action], grammar: Grammar) -> Transcript:

@@ -27,7 +27,6 @@ from rollout.play import Play, play
 from rollout.scenarios.registry import scenario
 from rollout.speech import SpeechBank
 from rollout.task import Reply, Setup, Task, seal
-from rollout.vocabulary import Vocabulary
 
 
 class Worker:
@@ -39,7 +38,6 @@ class Worker:
         self._weights = f"/proc/self/fd/{weights}"
         self._bank = SpeechBank.load(setup.speech_dir)
         self._model = InteractionModel(setup.config, setup.dtype)
-        self._vocabulary = Vocabulary.build(self._model.vocab)
         self._engine: SessionEngine | None = None
 
     def roll(self, task: Task) -> list[Episode]:
@@ -54,13 +52,7 @@ class Worker:
         if self._engine is None:
             safetensors.torch.load_model(self._model, self._weights)
             self._model.pack()
-            self._engine = SessionEngine(
-                self._model,
-                self._vocabulary,
-                slots=self._setup.slots,
-                max_tokens=self._setup.max_tokens,
-                words_per_chunk=self._setup.words_per_chunk,
-            )
+            self._engine = SessionEngine.of(self._model, self._setup, self._setup.slots)
         elif self._engine.weights_digest != weights_digest:
             safetensors.torch.load_model(self._model, self._weights)
             self._model.changed()

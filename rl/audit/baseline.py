@@ -91,8 +91,7 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
     with arm.backend():
         model = checkpoint.load(folder, torch.float32)
         sampling = model if arm.sampler == torch.float32 else checkpoint.load(folder, arm.sampler)
-        vocabulary = Vocabulary.build(model.vocab)
-        roller = InProcess(build_engine(config, sampling, vocabulary))
+        roller = InProcess(build_engine(config, sampling))
         source = RewardSource.load(config.reward, config.source)
         held_out = [
             scenario(family, "held_out", i, bank, config.scenarios)

@@ -24,7 +24,7 @@ from model.state import SessionState
 from model.transformer import Capture, InteractionModel
 from rl.batch import collate
 from rollout.episode import Episode
-from rollout.sampler import session_key, token_key
+from rollout.seeds import session_key, token_key
 
 _UNNAMED = re.compile(r"\.(weight|conv1d\.weight|e_score_correction_bias|rel_logits_proj\.proj)$")
 _BLOCK = re.compile(r"layers\.\d+\.(self_attn|mlp)|layers\.\d+|\w+")

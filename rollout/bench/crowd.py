@@ -18,7 +18,7 @@ from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.engine import Engine
-from rollout.sampler import session_key
+from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.turn.grammar import context_rows
 from rollout.turn.observation import of_audio

@@ -22,7 +22,7 @@ from kernels.layout import Segments
 from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rollout.sampler import token_key
+from rollout.seeds import token_key
 
 PROMPT_TOKENS = 64
 SAMPLED_TOKENS = 64

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.scenarios.base import Scenario, User
-from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
+from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
+from rollout.seeds import generator
 from rollout.speech import Clip, SpeechBank, Split
 from rollout.turn.observation import Observation
 

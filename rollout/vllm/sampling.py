@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from rollout.sampler import token_key
+from rollout.seeds import token_key
 from rollout.turn.grammar import row_class
 from rollout.vllm.policy import CACHE_LAYER, Policy
 

@@ -21,7 +21,6 @@ from rollout.episode import Episode
 from rollout.play import play
 from rollout.roller import InProcess
 from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
 from tests.episodes import with_text
 
 CONFIG = TrainConfig(rl=RLConfig(groups=2, rollouts=2, micro_batch=2))
@@ -35,7 +34,7 @@ def bank() -> SpeechBank:
 @pytest.fixture
 def engine() -> SessionEngine:
     model = build_model(CONFIG)
-    return build_engine(CONFIG, model, Vocabulary.build(model.vocab))
+    return build_engine(CONFIG, model)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from rl.learner import Gradient, policy_gradient
 from rl.run import DIFFERENCE, Run
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
-from rollout.sampler import session_key
+from rollout.seeds import session_key
 from rollout.turn.observation import of_audio
 from rollout.vocabulary import Vocabulary
 from tests.kernels.contract import uneven

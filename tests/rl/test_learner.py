@@ -15,7 +15,6 @@ from kernels import ops
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
 from model import checkpoint
-from model.audio import DMel
 from model.checkpoint import weights_digest
 from model.config import preset
 from model.transformer import InteractionModel
@@ -52,7 +51,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def transcripts(vocabulary: Vocabulary) -> list[Transcript]:
-    return demonstrations(CONFIG, SpeechBank.load(), DMel.build(), vocabulary, 0)
+    return demonstrations(CONFIG, SpeechBank.load(), vocabulary, 0)
 
 
 def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
@@ -61,13 +60,13 @@ def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
 
 
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:
-    bank, dmel = SpeechBank.load(), DMel.build()
-    again = demonstrations(CONFIG, bank, dmel, vocabulary, 0)
+    bank = SpeechBank.load()
+    again = demonstrations(CONFIG, bank, vocabulary, 0)
     assert all(
         torch.equal(a.tokens, b.tokens) and torch.equal(a.codes, b.codes)
         for a, b in zip(again, transcripts, strict=True)
     )
-    other = demonstrations(CONFIG, bank, dmel, vocabulary, 1)
+    other = demonstrations(CONFIG, bank, vocabulary, 1)
     assert not torch.equal(other[0].codes, transcripts[0].codes)
 
 

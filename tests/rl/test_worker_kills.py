@@ -22,7 +22,6 @@ from rl.run import build_model
 from rollout.episode import Episode
 from rollout.play import Play
 from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
 from rollout.workers import ATTEMPTS, WorkerPool
 from tests.episodes import unequal_fields
 
@@ -66,10 +65,9 @@ def train(
     """Every step's result, and how many workers were killed; with ``kill`` no more steps than `KILLS` kills take."""
     config = replace(CONFIG, seed=seed, rollout=replace(CONFIG.rollout, workers=workers, worker_threads=1))
     model = build_model(CONFIG)
-    vocabulary = Vocabulary.build(model.vocab)
     learner = Learner(model, config.rl.optim, config.rl.steps)
     source = RewardSource(config.reward, "rules", [])
-    with start_roller(config, model, vocabulary) as roller:
+    with start_roller(config, model) as roller:
         kills = 0
         if kill:
             assert isinstance(roller, WorkerPool)

@@ -20,7 +20,7 @@ from model.config import preset
 from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.engine import Engine
-from rollout.sampler import session_key
+from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.turn.grammar import AUDIO_ROWS, most_rows
 from rollout.turn.observation import Observation

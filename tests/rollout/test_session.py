@@ -17,7 +17,7 @@ from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode, concatenate, tensors
-from rollout.sampler import session_key
+from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.transcript import write_transcript
 from rollout.turn.observation import Observation, of_audio

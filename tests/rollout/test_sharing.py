@@ -16,8 +16,8 @@ from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
-from rollout.sampler import session_key
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.speech import SpeechBank
 from rollout.turn.observation import Observation, of_audio

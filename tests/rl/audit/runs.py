@@ -20,7 +20,6 @@ from rl.train import parse
 from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.play import play
 from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
 
 STEPS = 2
 RECIPE = {"name": "small", "rl.steps": STEPS, "rl.groups": 2, "rl.rollouts": 2, "rl.micro_batch": 3}
@@ -39,7 +38,7 @@ def make(runs: Path) -> Path:
         if step:
             folder.append_metrics(record(step - 1, digest, before) | {"packs_digest": packs.digest(model)})
         if step < STEPS:
-            engine = build_engine(config, model, Vocabulary.build(model.vocab))
+            engine = build_engine(config, model)
             episodes = play(engine, loop.plays(config, bank, step), config.seed)
             before = sum(len(e.text.chunk) for e in episodes)
             for rank in (0, 1):

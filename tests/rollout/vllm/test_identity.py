@@ -26,7 +26,7 @@ from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.episode import concatenate
-from rollout.sampler import session_key
+from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.turn.observation import MissingSenseError, Observation, of_audio
 from rollout.vocabulary import Vocabulary
