@@ -51,6 +51,7 @@ MOVES = {
         "masked_fill_",
         "c10d::allreduce_",
         "mkldnn::_is_mkldnn_fp16_supported",
+        "searchsorted",
     ),
     *("repeat", "repeat_interleave", "masked_select", "flip", "item", "record_stream", "resize_", "_reshape_alias"),
 }
