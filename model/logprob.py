@@ -6,6 +6,7 @@ policy; there is no top-k and no top-p, whose cut would make the sampled policy 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +64,23 @@ class TokenClasses:
         [T], digest int64 [T]), the last two equal to what `score` gives for that token."""
         key, row_class = (x.to(logits.device, non_blocking=True) for x in (key, row_class))
         return ops.sample(logits, temperature, key, self.on(logits.device), row_class)
+
+    def sample_rows(
+        self, logits: Tensor, key: Tensor, row_class: Tensor, temperature: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `sample`, with a temperature a row, [T]. The op takes one for all of its rows, so it is called once for
+        each temperature; by the row contract that changes no bit."""
+        distinct = dict.fromkeys(temperature)
+        if len(distinct) == 1:
+            return self.sample(logits, key, row_class, temperature[0])
+        rows = [torch.tensor([i for i, t in enumerate(temperature) if t == one]) for one in distinct]
+        parts = [
+            self.sample(logits[r.to(logits.device, non_blocking=True)], key[r], row_class[r], t)
+            for r, t in zip(rows, distinct, strict=True)
+        ]
+        back = torch.cat(rows).argsort().to(logits.device, non_blocking=True)
+        token, logprob, digest = (torch.cat(column)[back] for column in zip(*parts, strict=True))
+        return token, logprob, digest
 
     def on(self, device: torch.device) -> Tensor:
         """``allowed`` there; copied once."""

@@ -28,6 +28,7 @@ from model import packs
 from model.attention import Attention, ShortConv, short_conv
 from model.draws import near_normal
 from model.embed import AudioTower, TextEmbedding, Weight
+from model.inputs import Inputs
 from model.moe import DenseMLP, MixtureOfExperts
 from model.state import LayerState, SessionState
 
@@ -206,23 +207,19 @@ class InteractionModel(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
-        codes: Tensor,
-        segments: Segments,
+        inputs: Inputs,
         state: SessionState | None = None,
         capture: Capture | None = None,
     ) -> Tensor:
-        """tokens int64 [T], codes uint8 [A, channels] of the rows whose token is the audio token, in order, both on the
-        CPU -> hidden [T, D] on the model's device, after the final norm and the division by the muP multiplier.
+        """T rows, on the CPU -> hidden [T, D] on the model's device, after the final norm and the division by the muP
+        multiplier.
 
-        ``segments`` is what ``state.extend`` returned, or, without state, whole sequences. ``capture`` collects
-        (name, [T, D]) after each sub-block, to find the first layer where two runs differ."""
-        if tokens.shape[0] != segments.rows:
-            raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
-        x = self._embed(tokens, codes)
+        The inputs' segments are what ``state.extend`` returned, or, without state, whole sequences. ``capture``
+        collects (name, [T, D]) after each sub-block, to find the first layer where two runs differ."""
+        x = self._embed(inputs)
         if capture is not None:
             capture.append(("embed", x))
-        return self.run(x, segments, None if state is None else state.layers, capture)
+        return self.run(x, inputs.segments, None if state is None else state.layers, capture)
 
     def run(
         self,
@@ -243,17 +240,14 @@ class InteractionModel(nn.Module):
         hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier
 
-    def _embed(self, tokens: Tensor, codes: Tensor) -> Tensor:
-        rows = (tokens == self.audio_token_id).nonzero()[:, 0]  # on the CPU, where the host need not wait for it
-        if rows.shape[0] != codes.shape[0]:
-            raise ValueError(f"tokens holds {rows.shape[0]} audio tokens, but codes has {codes.shape[0]} rows")
-        tokens = tokens.to(self.device, non_blocking=True)
+    def _embed(self, inputs: Inputs) -> Tensor:
+        inputs = inputs.to(self.device, non_blocking=True)
+        tokens, rows = inputs.tokens, inputs.audio_rows
         if rows.shape[0] == 0:
             return self.model.language_model.embed_tokens(tokens)
-        audio = self.model.audio_tower(codes.to(self.device, non_blocking=True))
+        audio = self.model.audio_tower(inputs.codes)
         if rows.shape[0] == tokens.shape[0]:
             return audio
-        rows = rows.to(self.device, non_blocking=True)
         return self.model.language_model.embed_tokens(tokens).index_copy(0, rows, audio)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from model.files import write_whole
 from model.recipe import read_recipe
 from reward.calibrate import Reliability, fit_temperature, plot, reliability
 from reward.model import RewardModel, episode_scores
-from reward.pairs import FIRST_SEED, SLOTS, PolicyRecipe
+from reward.pairs import SLOTS, PolicyRecipe
 from reward.plays import rule_rewards
 from reward.preference import Preference, Stretch, from_row, load_preferences
 from reward.score import RewardConfig
@@ -44,11 +44,11 @@ from reward.trainable import stretch_scores
 from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.seeds import preference_seed
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.vocabulary import Vocabulary
 
 UNSEEN_SEEDS = 5_000_000
-"""Held-out scenarios from FIRST_SEED plus this on are in no data set of pairs."""
+"""Preference scenarios from this one on, held out, are in no data set of pairs."""
 TOGETHER = 64
 """Pairs whose conversations are scored in one call; they share them."""
 
@@ -155,17 +155,14 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
     unseen = config.unseen
     bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
     policy = checkpoint.load(unseen.policy.checkpoint)
-    engine = SessionEngine(
-        policy, Vocabulary.build(policy.vocab), slots=SLOTS, max_tokens=unseen.max_tokens,
-        temperature=unseen.policy.temperature, words_per_chunk=unseen.words_per_chunk,
-    )  # fmt: skip
+    engine = SessionEngine.of(policy, unseen, SLOTS)
     items = [
-        scenario(family, "held_out", FIRST_SEED + UNSEEN_SEEDS + i, bank, config.scenarios)
+        scenario(family, "held_out", preference_seed(0, UNSEEN_SEEDS + i), bank, config.scenarios)
         for i in range(unseen.scenarios)
         for family in FAMILIES
     ]
     start = time.perf_counter()
-    episodes = play(engine, [Play(item, 0) for item in items], config.seed)
+    episodes = play(engine, [Play(item, 0) for item in items], config.seed, unseen.policy.temperature)
     rollout_s = (time.perf_counter() - start) / len(episodes)
     yield "speed/rollout_ms_an_episode", 1000 * rollout_s
     rule = [rule_rewards(e.family, e.facts, e.actions, config.reward) for e in episodes]

@@ -22,13 +22,11 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import MetronomeError
-from model.audio import DMel
 from model.files import write_whole
 from model.recipe import read_recipe
 from reward.combine import score
@@ -41,7 +39,8 @@ from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.scenarios.timespeak import TimespeakFacts
 from rollout.scenarios.turn_taking import TurnTakingFacts
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.transcript import write_transcript
+from rollout.transcript import from_audio
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 CARELESS = Corruption(*(getattr(Corruption(), field.name) / 2 for field in fields(Corruption)))
@@ -146,14 +145,13 @@ def perform(
     player: Cast, items: Sequence[Scenario], rules: RewardConfig, source: RewardSource
 ) -> tuple[list[Score], dict[str, list[float]]]:
     """Has a player play every scenario: the rules' verdicts [N], and the episodes' rewards [N] by who gives them."""
-    dmel, scores, transcripts = DMel.build(), [], []
+    scores, transcripts = [], []
     for item in items:
         waveform, actions, facts = play(player, item)
         scores.append(score(item.family, facts.to_json(), actions, rules))
         if source.models:
-            codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
             vocabulary = Vocabulary.build(source.models[0].backbone.vocab)
-            transcripts.append(write_transcript(codes, actions, vocabulary, WORDS_PER_CHUNK))
+            transcripts.append(from_audio(waveform, actions, Grammar(vocabulary, WORDS_PER_CHUNK)))
     rewards = {"rules": [float(s.timing.sum()) + float(s.content.sum()) for s in scores]}
     if source.models:
         rewards["learned"] = [r.total for r in source.learned(transcripts)]

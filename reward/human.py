@@ -31,16 +31,15 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
-from torch import Tensor
 
 from kernels.errors import MetronomeError
-from model.audio import SAMPLE_RATE_HZ, DMel
+from model.audio import SAMPLE_RATE_HZ
 from reward.model import AXES
 from reward.preference import Preference, Stretch
 from rollout.chunk import CHUNK_MS, CHUNK_SAMPLES, Action, Mode
 from rollout.scenarios.registry import FAMILIES
-from rollout.transcript import write_transcript
+from rollout.transcript import from_audio
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 NEEDED = {"id", "family", "axis", "first", "second", "preferred"}
@@ -55,7 +54,6 @@ def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MetronomeError(f"{path}: cannot be read as a file of labels ({error})") from None
-    dmel = DMel.build()
     seen: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
     found = []
     for number, line in enumerate(lines, 1):
@@ -70,7 +68,7 @@ def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk:
         if label["preferred"] == "tie" or earlier != number or label.get("split", "train") != split:
             continue  # one pair an id and axis: more people do not make it more true
         stretches = {
-            side: _stretch(where, side, samples, actions, dmel, vocabulary, words_per_chunk)
+            side: _stretch(where, side, samples, actions, vocabulary, words_per_chunk)
             for side, (samples, actions) in sides.items()
         }
         rejected = "second" if label["preferred"] == "first" else "first"
@@ -163,11 +161,10 @@ def _conversation(where: str, folder: Path, side: str, value: Any) -> tuple[np.n
 
 
 def _stretch(
-    where: str, side: str, samples: np.ndarray, actions: list[Action], dmel: DMel, vocabulary: Vocabulary, most: int
+    where: str, side: str, samples: np.ndarray, actions: list[Action], vocabulary: Vocabulary, most: int
 ) -> Stretch:
-    codes: Tensor = dmel.codes(torch.from_numpy(samples).view(1, -1))[0].unflatten(0, (len(actions), -1))
     try:
-        written = write_transcript(codes, actions, vocabulary, most)
+        written = from_audio(samples, actions, Grammar(vocabulary, most))
     except ValueError as error:
         raise MetronomeError(f"{where}, {side}: {error}") from None
     return Stretch(written.tokens, written.codes, 0, len(actions))

@@ -26,9 +26,10 @@ from kernels.layout import PackedLinear
 from model import checkpoint, manifest, packs
 from model.embed import Weight
 from model.files import whole_folder
+from model.inputs import Conversation, Inputs
 from model.transformer import InteractionModel
 from reward.prefixes import last_hidden
-from rollout.rows import Conversation, chunk_ends, pack
+from rollout.turn.grammar import chunk_ends
 
 AXES = ("timing", "content")
 BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"
@@ -76,10 +77,10 @@ class RewardModel(nn.Module):
     def forward(self, conversations: Sequence[Conversation]) -> list[Tensor]:
         """Per conversation fp32 [chunks, axes], under autograd; all in one pass."""
         packed = self._ready()
-        rows = pack(conversations)
+        inputs = Inputs.cat(conversations, self.backbone.audio_token_id)
         ends = [chunk_ends(c.tokens, self.backbone.audio_token_id) for c in conversations]
-        hidden = self.backbone(rows.tokens, rows.codes, rows.segments)
-        at = torch.cat([e + s for e, s in zip(ends, rows.starts, strict=True)])
+        hidden = self.backbone(inputs)
+        at = torch.cat([e + s for e, s in zip(ends, inputs.starts, strict=True)])
         return list(ops.linear(hidden[at], packed, torch.float32).split([len(e) for e in ends]))
 
     @torch.inference_mode()

@@ -40,12 +40,10 @@ from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
 from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.scenarios.sound import generator
+from rollout.seeds import generator, preference_seed
 from rollout.speech import DEFAULT_FOLDER, SpeechBank, Split
 from rollout.vocabulary import Vocabulary
 
-FIRST_SEED = 2_000_000_000
-"""Pairs use scenarios from this seed on; RL's count from 0, the warm start's from a billion."""
 VOCABULARY_PLAYS = 16
 """Expert plays of each family whose words may be swapped for one another."""
 SLOTS = 48
@@ -151,7 +149,7 @@ class Maker:
 
     def _scenario(self, split: Split, index: int) -> Scenario:
         family = FAMILIES[index % len(FAMILIES)]
-        seed = FIRST_SEED + self.config.seed * 10_000_000 + index
+        seed = preference_seed(self.config.seed, index)
         return scenario(family, split, seed, self.bank, self.config.scenarios)
 
     def _words(self) -> tuple[list[str], list[str]]:
@@ -226,11 +224,11 @@ class Maker:
         done: dict[int, Played] = {}
         for p, (model, temperature) in enumerate(self.policies):
             engine = SessionEngine(
-                model, self.vocabulary, slots=SLOTS, max_tokens=recipe.max_tokens, temperature=temperature,
+                model, self.vocabulary, slots=SLOTS, max_tokens=recipe.max_tokens,
                 words_per_chunk=self.config.words_per_chunk,
             )  # fmt: skip
             places = [int(i) for i in np.flatnonzero(policy == p)]
-            episodes = play(engine, [wanted[i] for i in places], self.config.seed)
+            episodes = play(engine, [wanted[i] for i in places], self.config.seed, temperature)
             for i, episode in zip(places, episodes, strict=True):
                 done[i] = of_episode(wanted[i].scenario, episode, self.config.reward)
         return [done[i] for i in range(len(wanted))]

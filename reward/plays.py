@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from math import fsum
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import exact
-from model.audio import DMel
 from reward.combine import score
 from reward.corrupt import FAULTS_OF, Expert, corrupt
 from reward.model import AXES
@@ -26,8 +24,9 @@ from rollout.chunk import Action
 from rollout.episode import Episode
 from rollout.scenarios.base import Facts, Scenario
 from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
-from rollout.scenarios.sound import generator
-from rollout.transcript import write_transcript
+from rollout.seeds import generator
+from rollout.transcript import from_audio
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 LEAST_MARGIN = 0.05
@@ -59,9 +58,7 @@ class Writer:
     """Writes plays of experts as token sequences. Owns the front end's constants."""
 
     def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, rule: RewardConfig) -> None:
-        self._dmel = DMel.build()
-        self._vocabulary = vocabulary
-        self._words_per_chunk = words_per_chunk
+        self._grammar = Grammar(vocabulary, words_per_chunk)
         self._rule = rule
 
     def demonstration(
@@ -73,8 +70,7 @@ class Writer:
     ) -> Played:
         """``played``: what `demonstrate` returned."""
         audio, actions, facts = played
-        codes = self._dmel.codes(torch.from_numpy(audio.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
-        written = write_transcript(codes, actions, self._vocabulary, self._words_per_chunk)
+        written = from_audio(audio, actions, self._grammar)
         rewards = rule_rewards(scenario.family, facts.to_json(), actions, self._rule)
         return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
 

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.inputs import Conversation, Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rollout.rows import Conversation, chunk_ends
+from rollout.turn.grammar import chunk_ends
 
 LEAST_ROWS = 24
 """Of a stem that is worth a place in the tree; shorter ones are read with each of the conversations that share them."""
@@ -70,18 +71,16 @@ def last_hidden(backbone: InteractionModel, conversations: Sequence[Conversation
     """The hidden state of each chunk's last row, [chunks, D] for every conversation."""
     audio = backbone.audio_token_id
     ends = [chunk_ends(c.tokens, audio) for c in conversations]
-    heard = [torch.cat((torch.zeros(1, dtype=torch.int64), (c.tokens == audio).cumsum(0))) for c in conversations]
+    inputs = Inputs.cat(conversations, audio)
     longest = max(len(c.tokens) for c in conversations)
     rows = sum(len(c.tokens) for c in conversations)
     state = SessionState(backbone.config, len(conversations), longest, backbone.dtype, max_rows=rows)
     found: list[list[Tensor]] = [[] for _ in conversations]
     level = [(stem, state.open()) for stem in tree(conversations, audio)]
     while level:
-        stems = [(stem, conversations[stem.members[0]], heard[stem.members[0]]) for stem, _ in level]
-        tokens = torch.cat([c.tokens[s.first : s.end] for s, c, _ in stems])
-        codes = torch.cat([c.codes[int(h[s.first]) : int(h[s.end])] for s, c, h in stems])
-        segments = state.extend([slot for _, slot in level], [s.end - s.first for s, _, _ in stems])
-        hidden = backbone(tokens, codes, segments, state)
+        segments = state.extend([slot for _, slot in level], [stem.end - stem.first for stem, _ in level])
+        spans = [(stem.members[0], stem.first, stem.end) for stem, _ in level]
+        hidden = backbone(inputs.part(spans, segments), state)
         for (stem, _), start in zip(level, segments.offset.tolist(), strict=False):
             for m in stem.members:
                 inside = ends[m][(ends[m] >= stem.first) & (ends[m] < stem.end)]

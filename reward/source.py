@@ -18,12 +18,12 @@ from torch import Tensor, as_tensor
 
 from kernels.errors import MetronomeError
 from model.checkpoint import weights_digest
+from model.inputs import Conversation
 from reward.combine import score
 from reward.model import AXES, RewardModel
 from reward.overoptimisation import WatchConfig
 from reward.score import RewardConfig, Score
 from rollout.episode import Episode
-from rollout.rows import Conversation
 
 
 @dataclass(frozen=True)

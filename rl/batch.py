@@ -8,21 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.layout import Segments
+from model.inputs import Inputs
 from model.logprob import TokenClasses
 from model.transformer import InteractionModel
 from rollout.episode import Episode
-from rollout.rows import pack
 from rollout.transcript import Transcript
 
 
 @dataclass(frozen=True)
 class Batch:
-    """T input rows of several episodes, N tokens that the policy chose."""
+    """Rows of several episodes, N tokens that the policy chose."""
 
-    tokens: Tensor  # int64 [T]
-    codes: Tensor  # uint8 [A, 80]
-    segments: Segments
+    inputs: Inputs
     row: Tensor  # int64 [N], input row whose hidden state gives each chosen token's distribution
     target: Tensor  # int64 [N], the chosen token
     row_class: Tensor  # int64 [N]
@@ -30,19 +27,17 @@ class Batch:
     chunk: Tensor  # int64 [N]
 
 
-def collate(episodes: Sequence[Episode | Transcript]) -> Batch:
-    """Tokens after an episode's last choice are dropped: nothing is computed from them."""
-    lengths = [int(e.sampled_at[-1]) for e in episodes]
-    rows = pack(episodes, lengths)
+def collate(episodes: Sequence[Episode | Transcript], audio: int) -> Batch:
+    """``audio`` is the audio token's id. Tokens after an episode's last choice are dropped: nothing is computed from
+    them."""
+    inputs = Inputs.cat(episodes, audio).cut([int(e.text.sampled_at[-1]) for e in episodes])
     return Batch(
-        tokens=rows.tokens,
-        codes=rows.codes,
-        segments=rows.segments,
-        row=torch.cat([e.sampled_at - 1 + s for e, s in zip(episodes, rows.starts, strict=True)]),
-        target=torch.cat([e.tokens[e.sampled_at] for e in episodes]),
-        row_class=torch.cat([e.row_class for e in episodes]),
-        owner=torch.cat([torch.full_like(e.chunk, i) for i, e in enumerate(episodes)]),
-        chunk=torch.cat([e.chunk for e in episodes]),
+        inputs=inputs,
+        row=torch.cat([e.text.sampled_at - 1 + s for e, s in zip(episodes, inputs.starts, strict=True)]),
+        target=torch.cat([e.tokens[e.text.sampled_at] for e in episodes]),
+        row_class=torch.cat([e.text.row_class for e in episodes]),
+        owner=torch.cat([torch.full_like(e.text.chunk, i) for i, e in enumerate(episodes)]),
+        chunk=torch.cat([e.text.chunk for e in episodes]),
     )
 
 
@@ -50,6 +45,6 @@ def score_choices(
     model: InteractionModel, batch: Batch, classes: TokenClasses, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The learner's own (logprob, entropy, digest) of every chosen token, each [N], under autograd."""
-    hidden = model(batch.tokens, batch.codes, batch.segments)
+    hidden = model(batch.inputs)
     row = batch.row.to(hidden.device, non_blocking=True)
     return classes.score(model.logits(hidden[row]), batch.target, batch.row_class, temperature)

@@ -38,7 +38,6 @@ from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,14 @@ def sample(
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Each family's (rule scores, learned rewards), both [scenarios, samples]."""
     bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    seed, temperature = config.seed, config.rollout.temperature
     found = {}
     with display.phase("best of n", scenarios * len(FAMILIES)) as phase:
         for family in FAMILIES:
             rule, proxy = np.zeros((2, scenarios, samples))
             for i in range(scenarios):
                 item = scenario(family, "held_out", i, bank, config.scenarios)
-                judged = source.judge(play(engine, [Play(item, r) for r in range(samples)], config.seed))
+                judged = source.judge(play(engine, [Play(item, r) for r in range(samples)], seed, temperature))
                 rule[i] = [s.value for s in judged.scores]
                 proxy[i] = [p.total for p in judged.proxy]
                 phase.advance({"reward/score": float(rule[i].mean()), "proxy/mean": float(proxy[i].mean())})
@@ -92,14 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = RunFolder(run, [])
     path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
     policy = checkpoint.load(path / "model")
-    engine = SessionEngine(
-        policy,
-        Vocabulary.build(policy.vocab),
-        slots=given.samples,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        words_per_chunk=config.rollout.words_per_chunk,
-    )
+    engine = SessionEngine.of(policy, config.rollout, given.samples)
     found = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))
     curves = [curve(family, rule, proxy) for family, (rule, proxy) in found.items()]
     picks = [*mean(curves), *(p for one in curves for p in one)]

@@ -103,9 +103,9 @@ def token_weights(
             for row in leave_one_out(reward_to_go(group, config.gamma), config.rollouts)
         )  # fmt: skip
         advantages = [advantage + row for advantage, row in zip(advantages, rows, strict=True)]
-    tokens = sum(ranks.gather(sum(len(e.chunk) for e in episodes)))
+    tokens = sum(ranks.gather(sum(len(e.text.chunk) for e in episodes)))
     return Credit(
-        weights=[(a[e.chunk] / tokens).float() for a, e in zip(advantages, episodes, strict=True)],
+        weights=[(a[e.text.chunk] / tokens).float() for a, e in zip(advantages, episodes, strict=True)],
         scales=updated,
         groups=sum(map(len, everyone.values())),
         degenerate_groups=sum(count == 0 for term in everyone.values() for _, count in term),
@@ -143,7 +143,7 @@ def _by_chunk(episodes: Sequence[Episode], per_token: Sequence[Tensor]) -> list[
     out = []
     for episode, values in zip(episodes, per_token, strict=True):
         sums = [0.0] * len(episode.actions)
-        for chunk, value in zip(episode.chunk.tolist(), values.tolist(), strict=True):
+        for chunk, value in zip(episode.text.chunk.tolist(), values.tolist(), strict=True):
             sums[chunk] += value
         out.append(torch.tensor(sums, dtype=torch.float64))
     return out

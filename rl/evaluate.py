@@ -27,9 +27,11 @@ class HeldOut:
         return named(f"eval/{when}", self.score) | named(f"proxy/{when}", self.proxy)
 
 
-def evaluate(roller: Roller, scenarios: Sequence[Scenario], source: RewardSource, seed: int) -> HeldOut:
+def evaluate(
+    roller: Roller, scenarios: Sequence[Scenario], source: RewardSource, seed: int, temperature: float
+) -> HeldOut:
     """Every rank plays its share of the scenarios; the result is the same on all, and for any number of ranks."""
-    episodes = roller.play([Play(scenarios[i], 0) for i in ranks.share(len(scenarios))], seed)
+    episodes = roller.play([Play(scenarios[i], 0) for i in ranks.share(len(scenarios))], seed, temperature)
     judged = source.judge(episodes)
     scores = [(e.family, s.value, s.tight) for e, s in zip(episodes, judged.scores, strict=True)]
     proxies = [(e.family, p.total) for e, p in zip(episodes, judged.proxy, strict=bool(judged.proxy))]

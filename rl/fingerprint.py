@@ -40,7 +40,8 @@ from rl.config import TrainConfig
 from rl.credit import token_weights
 from rl.environment import environment
 from rl.learner import Learner, policy_gradient
-from rl.run import build_engine, build_model
+from rl.rollers import build_engine
+from rl.run import build_model
 from rl.warmstart import demonstration, demonstrations
 from rollout.episode import concatenate
 from rollout.play import play
@@ -81,9 +82,9 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     vocabulary = Vocabulary.build(model.vocab)
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(STEPS):
-        some = demonstrations(config, bank, dmel, vocabulary, step)
-        tokens = sum(len(t.chunk) for t in some)
-        weights = [torch.full((len(t.chunk),), 1.0 / tokens) for t in some]
+        some = demonstrations(config, bank, vocabulary, step)
+        tokens = sum(len(t.text.chunk) for t in some)
+        weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in some]
         gradient = policy_gradient(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         yield f"step {step}: log-probs and row digests", [gradient.logprob, gradient.digest]
         yield f"step {step}: gradient", gradient.parameters
@@ -94,9 +95,10 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
 
     yield "sampled tokens, flat rows", _sampled(ROWS, len(vocabulary.classes.allowed[0]), spread=3.0)
     yield "sampled tokens, long tails", _sampled(8, VOCABULARY, spread=6.0)
-    engine = build_engine(config, model, vocabulary, config.rollout.temperature)
-    episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed)
-    yield "episodes", [concatenate(episodes, name) for name in ("tokens", "codes", "logprob", "digest")]
+    engine = build_engine(config, model)
+    episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed, config.rollout.temperature)
+    inputs = [torch.cat([e.tokens for e in episodes]), torch.cat([e.codes for e in episodes])]
+    yield "episodes", [*inputs, concatenate(episodes, "logprob"), concatenate(episodes, "digest")]
     judged = RewardSource.load(config.reward, config.source).judge(episodes)
     yield "rewards", [rewards.axis(axis) for rewards in judged.rules for axis in AXES]
     yield "advantages", token_weights(episodes, judged.acting, [], config.rl, {}).weights

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from rollout.episode import Episode
+from rollout.episode import TEXT, Episode
 
 
 class NotComparableError(MetronomeError):
@@ -71,7 +71,8 @@ class Mismatch:
 
 
 def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_digest: str) -> None:
-    """Raises NotComparableError for the first episode of another contract or other weights."""
+    """Raises NotComparableError for the first episode of another contract or other weights, or with a stream that the
+    learner does not score."""
     for e in episodes:
         if e.contract_id != contract_id:
             raise NotComparableError(
@@ -82,6 +83,10 @@ def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_dige
             raise NotComparableError(
                 f"episode {e.name}: sampled from weights {e.weights_digest}, but the learner holds {weights_digest}. "
                 "Publish the learner's weights to the sampler before rolling out."
+            )
+        if unscored := [name for name in e.streams if name != TEXT]:
+            raise NotComparableError(
+                f"episode {e.name}: was sampled in {', '.join(unscored)} beside text, which this learner does not score"
             )
 
 

@@ -70,7 +70,7 @@ def policy_gradient(
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
-        batch = collate(some)
+        batch = collate(some, model.audio_token_id)
         logprob, entropy, digest = score_choices(model, batch, classes, temperature)
         if not torch.isfinite(logprob).all():
             where = int((~torch.isfinite(logprob)).nonzero()[0])

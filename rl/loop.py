@@ -59,7 +59,7 @@ def steps(
     digest = weights_digest(learner.model)
     for step in range(first, config.rl.steps):
         clock = time.perf_counter()
-        episodes = roller.play(plays(config, bank, step), config.seed)
+        episodes = roller.play(plays(config, bank, step), config.seed, config.rollout.temperature)
         rollout_s = time.perf_counter() - clock
         judged = source.judge(episodes)
         judge_s = time.perf_counter() - clock - rollout_s

@@ -43,10 +43,12 @@ class Reference:
         reference = []
         for first in range(0, len(episodes), self._micro_batch):
             some = episodes[first : first + self._micro_batch]
-            logprob, _, _ = score_choices(self._model, collate(some), self._classes, some[0].temperature)
+            logprob, _, _ = score_choices(
+                self._model, collate(some, self._model.audio_token_id), self._classes, some[0].temperature
+            )
             reference.append(logprob.cpu())
         ratio = concatenate(episodes, "logprob") - torch.cat(reference)
-        return list(ratio.split([len(e.chunk) for e in episodes]))
+        return list(ratio.split([len(e.text.chunk) for e in episodes]))
 
 
 def metrics(log_ratio: Sequence[Tensor]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from kernels.errors import MetronomeError
 from model.transformer import InteractionModel
 from rl import ranks
 from rl.config import TrainConfig
+from rollout.embedded import SessionEngine
 from rollout.engine import Engine
 from rollout.roller import InProcess, Roller
 from rollout.speech import DEFAULT_FOLDER
 from rollout.task import Setup
+from rollout.vocabulary import Vocabulary
 from rollout.workers import WorkerPool
 
 
@@ -46,15 +48,31 @@ def plays_of_a_step(config: TrainConfig) -> int:
     return max(1, len(ranks.share(config.rl.groups))) * config.rl.rollouts
 
 
+def build_engine(config: TrainConfig, model: InteractionModel) -> Engine:
+    """An engine with room for all of this rank's rollouts of a step. Raises MetronomeError when vLLM is asked for and
+    not there."""
+    rollout, slots = config.rollout, plays_of_a_step(config)
+    if rollout.engine == "session":
+        return SessionEngine.of(model, rollout, slots)
+    from rollout.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
+
+    return VllmEngine(
+        model,
+        Vocabulary.build(model.vocab),
+        slots=slots,
+        max_tokens=rollout.max_tokens,
+        words_per_chunk=rollout.words_per_chunk,
+        worker_process=rollout.workers == 1,
+    )
+
+
 @contextmanager
-def rollers(
-    config: TrainConfig, model: InteractionModel, build: Callable[[float], Engine]
-) -> Iterator[Callable[[float], Roller]]:
-    """While the block runs, gives what rolls out at a temperature under the weights of that moment: one engine, or the
-    recipe's workers. A machine's ranks share its cores."""
+def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Roller]:
+    """While the block runs, gives what rolls out: one engine, or the recipe's workers. A machine's ranks share its
+    cores."""
     rollout = config.rollout
     if not rollout.workers or rollout.engine == "vllm":  # vLLM's engine has its process in its own hands
-        yield lambda temperature: InProcess(build(temperature))
+        yield InProcess(build_engine(config, model))
         return
     setup = Setup(
         config=model.config,
@@ -69,4 +87,4 @@ def rollers(
     threads = even if rollout.worker_threads is None else rollout.worker_threads
     pool = WorkerPool(model, setup, workers=rollout.workers, threads=threads, timeout_s=rollout.worker_timeout_s)
     with closing(pool):
-        yield pool.roller
+        yield pool

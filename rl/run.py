@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,11 @@ from rl.folder import RunFolder
 from rl.identity import Mismatch, NotEqualError
 from rl.learner import Learner
 from rl.reference import Reference
-from rl.rollers import check_workers, plays_of_a_step, rollers
+from rl.rollers import check_workers, start_roller
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
-from rollout.embedded import SessionEngine
-from rollout.engine import Engine
 from rollout.episode import save_episodes
+from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
@@ -93,7 +93,6 @@ class Run:
         self.tracker = Tracker(tracking, config.name, self.folder.path, asdict(config))
         self.model = build_model(config)
         self.vocabulary = Vocabulary.build(self.model.vocab)
-        self._engines: dict[float, Engine] = {}  # by temperature
         self.held_out = [
             scenario(family, "held_out", i, self.bank, config.scenarios)
             for i in range(config.eval.scenarios)
@@ -107,7 +106,7 @@ class Run:
             f"{dispatch.contract_id()}"
         )
         try:
-            with rollers(self.config, self.model, self.engine) as self.roller:
+            with start_roller(self.config, self.model) as self.roller:
                 learner, progress = self.resume(*self._newest) if self._newest else self.begin()
                 self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
                 self.finish(self.learn(learner, progress))
@@ -154,13 +153,13 @@ class Run:
     def learn(self, learner: Learner, progress: Progress) -> Progress:
         """RL from where ``progress`` stands to the recipe's last step, with evaluations, records and checkpoints."""
         rl = self.config.rl
-        roller = self.roller(self.config.rollout.temperature)
+        self.roller.publish()
         during = self.held_out[: self.config.eval.during * len(FAMILIES)]
         first = rl.steps if progress.stopped else progress.step
         with self.display.phase("RL", rl.steps, first) as phase:
             phase.held_out(progress.before.score[""])
             steps = loop.steps(
-                self.config, self.bank, roller, learner, self.source, self.reference(), first, progress.scales
+                self.config, self.bank, self.roller, learner, self.source, self.reference(), first, progress.scales
             )
             for result in steps:
                 done = progress.step + 1
@@ -170,7 +169,7 @@ class Run:
                 )
                 metrics = dict(result.metrics)
                 if done % rl.evaluate_every == 0 and done < rl.steps:
-                    found = evaluate(roller, during, self.source, self.config.seed)
+                    found = self.evaluate(during)
                     metrics |= found.named("held_out")
                     phase.held_out(found.score[""])
                 self.folder.append_metrics(metrics)
@@ -246,17 +245,14 @@ class Run:
     def examine(self) -> HeldOut:
         """The held-out result, sampled at the training temperature, and the greedy one beside it under ``greedy``: a
         policy that is right less than half of the time is silent when greedy, so that neither tells the whole."""
-        result = evaluate(self.roller(self.config.rollout.temperature), self.held_out, self.source, self.config.seed)
-        greedy = evaluate(self.roller(0.0), self.held_out, self.source, self.config.seed)
+        self.roller.publish()
+        result, greedy = self.evaluate(self.held_out), self.evaluate(self.held_out, temperature=0.0)
         return replace(result, score=result.score | {"greedy": greedy.score[""]})
 
-    def engine(self, temperature: float) -> Engine:
-        """The run's engine of this temperature, with the model's weights as they are now."""
-        if temperature in self._engines:
-            self._engines[temperature].publish()
-        else:
-            self._engines[temperature] = build_engine(self.config, self.model, self.vocabulary, temperature)
-        return self._engines[temperature]
+    def evaluate(self, scenarios: Sequence[Scenario], temperature: float | None = None) -> HeldOut:
+        """Under the weights last published, at the training temperature if no other is given."""
+        temperature = self.config.rollout.temperature if temperature is None else temperature
+        return evaluate(self.roller, scenarios, self.source, self.config.seed, temperature)
 
     def wall_s(self) -> float:
         return self._earlier_s + time.perf_counter() - self._start
@@ -290,32 +286,6 @@ def build_model(config: TrainConfig) -> InteractionModel:
         model = checkpoint.load(Path(config.model.checkpoint), dtype)
     model.pack()
     return model
-
-
-def build_engine(config: TrainConfig, model: InteractionModel, vocabulary: Vocabulary, temperature: float) -> Engine:
-    """An engine with room for all of this rank's rollouts of a step. Raises MetronomeError when vLLM is asked for and
-    not there."""
-    rollout, slots = config.rollout, plays_of_a_step(config)
-    if rollout.engine == "vllm":
-        from rollout.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
-
-        return VllmEngine(
-            model,
-            vocabulary,
-            slots=slots,
-            max_tokens=rollout.max_tokens,
-            temperature=temperature,
-            words_per_chunk=rollout.words_per_chunk,
-            worker_process=rollout.workers == 1,
-        )
-    return SessionEngine(
-        model,
-        vocabulary,
-        slots=slots,
-        max_tokens=rollout.max_tokens,
-        temperature=temperature,
-        words_per_chunk=rollout.words_per_chunk,
-    )
 
 
 def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:

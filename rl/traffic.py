@@ -9,31 +9,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import fields
 
 import torch
 
 from model import config as shapes
-from model.audio import HOP, SAMPLE_RATE_HZ
 from model.config import MEL_CHANNELS
 from model.info import parameter_counts
 from rl.config import RLConfig
-from rollout.chunk import CHUNK_FRAMES
-from rollout.episode import TENSORS
-
-FRAMES_A_SECOND = SAMPLE_RATE_HZ // HOP
+from rollout.chunk import CHUNKS_PER_SECOND
+from rollout.episode import TEXT, Stream
+from rollout.turn.grammar import AUDIO_ROWS, turn_rows
 
 
 def episode_tensors(seconds: int, words: int) -> dict[str, torch.Tensor]:
-    """Tensors of an episode's shape on the meta device: a mode token a chunk of 200 ms, and for each chunk that speaks
-    one word and an end token."""
-    frames, chunks = seconds * FRAMES_A_SECOND, seconds * FRAMES_A_SECOND // CHUNK_FRAMES
-    sampled = chunks + words
+    """Tensors of an episode's shape on the meta device, where a chunk that speaks says one word, the most it may."""
+    chunks = seconds * CHUNKS_PER_SECOND
+    turns = zip(turn_rows(0, 1), turn_rows(1, 1), strict=True)
+    rows, sampled = ((chunks - words) * silent + words * speaking for silent, speaking in turns)
     with torch.device("meta"):
-        per_token = {name: torch.empty(sampled, dtype=torch.int64) for name in TENSORS}
+        per_token = {f"{TEXT}.{field.name}": torch.empty(sampled, dtype=torch.int64) for field in fields(Stream)}
         return per_token | {
-            "tokens": torch.empty(1 + frames + sampled + words, dtype=torch.int64),
-            "codes": torch.empty(frames, MEL_CHANNELS, dtype=torch.uint8),
-            "logprob": torch.empty(sampled, dtype=torch.float32),
+            "tokens": torch.empty(1 + rows, dtype=torch.int64),
+            "codes": torch.empty(chunks * AUDIO_ROWS, MEL_CHANNELS, dtype=torch.uint8),
+            f"{TEXT}.logprob": torch.empty(sampled, dtype=torch.float32),
         }
 
 
@@ -63,7 +62,7 @@ def main() -> None:
     for name in ("learners", "groups", "rollouts", "seconds"):
         if getattr(given, name) < 1:
             parser.error(f"--{name} is {getattr(given, name)}; it must be at least 1")
-    most = given.seconds * FRAMES_A_SECOND // CHUNK_FRAMES
+    most = given.seconds * CHUNKS_PER_SECOND
     if not 0 <= given.words <= most:
         parser.error(f"--words is {given.words}; with one a chunk, {given.seconds} s hold 0 to {most}")
     total, _ = parameter_counts(shapes.preset(given.preset))

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.audio import DMel
 from model.transformer import InteractionModel
 from rl import ranks
 from rl.config import TrainConfig
@@ -20,32 +19,28 @@ from rl.learner import Learner, policy_gradient
 from rollout.chunk import Action
 from rollout.scenarios.demonstrate import demonstrate
 from rollout.scenarios.registry import FAMILIES, scenario
+from rollout.seeds import demonstration_seed, mistakes
 from rollout.speech import SpeechBank
-from rollout.transcript import Transcript, write_transcript
+from rollout.transcript import Transcript, from_audio
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
-
-FIRST_SEED = 1_000_000_000
-"""Demonstrations use train scenarios from this seed on; RL's count from 0. They never meet."""
 
 
 def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[NDArray[np.float32], list[Action]]:
     """The user's audio [chunks, samples] and the actions of demonstration ``index``, counted over all steps."""
     family = FAMILIES[index % len(FAMILIES)]
-    item = scenario(family, "train", FIRST_SEED + config.seed * 10_000_000 + index, bank, config.scenarios)
-    rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
+    item = scenario(family, "train", demonstration_seed(config.seed, index), bank, config.scenarios)
+    rng = mistakes(config.seed, index)
     waveform, actions, _ = demonstrate(item, rng, config.warmstart.corruption)
     return waveform, actions
 
 
-def demonstrations(
-    config: TrainConfig, bank: SpeechBank, dmel: DMel, vocabulary: Vocabulary, step: int
-) -> list[Transcript]:
+def demonstrations(config: TrainConfig, bank: SpeechBank, vocabulary: Vocabulary, step: int) -> list[Transcript]:
     """This rank's share of a step's demonstrations; a pure function of config and step."""
     out = []
     for i in ranks.share(config.warmstart.episodes):
         waveform, actions = demonstration(config, bank, step * config.warmstart.episodes + i)
-        codes = dmel.codes(torch.from_numpy(waveform.reshape(1, -1)))[0].unflatten(0, (len(actions), -1))
-        out.append(write_transcript(codes, actions, vocabulary, config.rollout.words_per_chunk))
+        out.append(from_audio(waveform, actions, Grammar(vocabulary, config.rollout.words_per_chunk)))
     return out
 
 
@@ -53,12 +48,11 @@ def warm_start(
     config: TrainConfig, bank: SpeechBank, model: InteractionModel, vocabulary: Vocabulary
 ) -> Iterator[dict[str, float]]:
     """Trains the model in place; yields one record a step: step, loss (nats a chosen token), grad_norm."""
-    dmel = DMel.build()
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
-        transcripts = demonstrations(config, bank, dmel, vocabulary, step)
-        tokens = sum(ranks.gather(sum(len(t.chunk) for t in transcripts)))
-        weights = [torch.full((len(t.chunk),), 1.0 / tokens) for t in transcripts]
+        transcripts = demonstrations(config, bank, vocabulary, step)
+        tokens = sum(ranks.gather(sum(len(t.text.chunk) for t in transcripts)))
+        weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in transcripts]
         gradient = policy_gradient(model, transcripts, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         norm = learner.step(gradient)
         loss = -sum(ranks.gather(float(gradient.logprob.double().sum()))) / tokens

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from rollout.chunk import Action
 from rollout.engine import Engine
 from rollout.episode import Episode
-from rollout.sampler import session_key
 from rollout.scenarios.base import Scenario, User
+from rollout.seeds import session_key
 from rollout.session import Session
 
 
@@ -32,8 +29,9 @@ class _Live:
     heard: Action | None = None
 
 
-def play(engine: Engine, plays: Sequence[Play], seed: int) -> list[Episode]:
-    """Rolls every play out to its scenario's last chunk. A session that ends makes room for the next play at once.
+def play(engine: Engine, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
+    """Rolls every play out to its scenario's last chunk, at ``temperature``. A session that ends makes room for the
+    next play at once.
 
     Rollouts of one scenario that begin together are forks of one session, which an engine may compute once for as long
     as they hear and say the same. By the row contract the result does not depend on that, nor on how many run
@@ -47,11 +45,11 @@ def play(engine: Engine, plays: Sequence[Play], seed: int) -> list[Episode]:
             place, item = waiting.pop()
             name = item.scenario.id
             key = session_key(seed, name, item.rollout)
-            session = engine.fork(begun[name], key) if name in begun else engine.open(key)
+            session = engine.fork(begun[name], key) if name in begun else engine.open(key, temperature)
             begun.setdefault(name, session)
             live.append(_Live(place, item.scenario.user(), session))
-        audio = torch.from_numpy(np.stack([one.user.next_chunk(one.heard) for one in live]))
-        for one, action in zip(live, engine.append([one.session for one in live], audio), strict=True):
+        observations = [one.user.next_chunk(one.heard) for one in live]
+        for one, action in zip(live, engine.append([one.session for one in live], observations), strict=True):
             one.heard = action
         going = []
         for one in live:

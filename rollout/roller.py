@@ -12,12 +12,12 @@ from rollout.play import Play, play
 
 
 class Roller(Protocol):
-    """Rolls plays out at one temperature under the weights last taken over. Who does it never shows in the bits."""
+    """Rolls plays out under the weights last taken over. Who does it never shows in the bits."""
 
     def publish(self) -> None:
         """Takes over the model's present weights."""
 
-    def play(self, plays: Sequence[Play], seed: int) -> list[Episode]:
+    def play(self, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
         """An episode of each play, in their order."""
 
 
@@ -30,5 +30,5 @@ class InProcess:
     def publish(self) -> None:
         self.engine.publish()
 
-    def play(self, plays: Sequence[Play], seed: int) -> list[Episode]:
-        return play(self.engine, plays, seed)
+    def play(self, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
+        return play(self.engine, plays, seed, temperature)

@@ -15,15 +15,15 @@ No threads and no network here: whoever has those calls `Service.offer` when a c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from kernels.errors import MetronomeError
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.engine import Engine
 from rollout.session import Session
+from rollout.turn.observation import Observation, check_senses
 
 
 class Refused(MetronomeError):
@@ -55,7 +55,7 @@ class Client:
     """One open session as its client sees it. ``session.chunks`` is the number of the chunk that is due, from 0."""
 
     session: Session
-    waiting: Tensor | None = None  # fp32 [3200], the due chunk, if it is there
+    waiting: Observation | None = None  # the due chunk, if it is there
     quiet: int = 0  # ticks in a row that heard silence in a chunk's place
     missed: set[int] = field(default_factory=set)  # numbers of the chunks that did not come in time
     ended: str = ""  # why the session was closed
@@ -72,25 +72,25 @@ class Service:
         self.max_chunks = max_chunks
         self.idle_chunks = idle_chunks
         self.clients: list[Client] = []  # those whose sessions are open
-        self._silence = torch.zeros(CHUNK_SAMPLES)
+        self._silence = Observation(torch.zeros(CHUNK_SAMPLES))
 
-    def open(self, key: int) -> Client:
-        """A session whose first chunk, number 0, is heard at the next tick. Raises Busy when there is no room."""
+    def open(self, key: int, temperature: float = 1.0) -> Client:
+        """As `rollout.engine.Engine.open`; chunk 0 is heard at the next tick. Raises Busy when there is no room."""
         if not self.engine.free:
             raise Busy(f"all {len(self.clients)} sessions are open; come again when one has ended")
-        self.clients.append(Client(self.engine.open(key)))
+        self.clients.append(Client(self.engine.open(key, temperature)))
         return self.clients[-1]
 
-    def offer(self, client: Client, number: int, chunk: Tensor) -> None:
-        """The client's chunk ``number``, fp32 [3200] at 16 kHz, to be heard at the next tick.
+    def offer(self, client: Client, number: int, chunk: Observation) -> None:
+        """The client's chunk ``number``, to be heard at the next tick.
 
-        Raises ValueError for what is no such chunk, otherwise Ended, Late, Duplicate or OutOfOrder."""
+        Raises ValueError for sound that is no number, MissingSenseError for what the model cannot take, otherwise
+        Ended, Late, Duplicate or OutOfOrder."""
         if client.ended:
             raise Ended(f"the session is closed: {client.ended}")
-        if chunk.shape != (CHUNK_SAMPLES,) or chunk.dtype != torch.float32 or not bool(chunk.isfinite().all()):
-            raise ValueError(
-                f"chunk {number}: need {CHUNK_SAMPLES} finite float32 samples, got {chunk.dtype} {list(chunk.shape)}"
-            )
+        check_senses(chunk)
+        if not bool(chunk.audio.isfinite().all()):
+            raise ValueError(f"chunk {number}: its audio has samples that are not finite")
         due = client.session.chunks
         if number in client.missed:
             raise Late(f"chunk {number} comes late: silence was heard in its place; chunk {due} is due")
@@ -98,7 +98,8 @@ class Service:
             raise Duplicate(f"chunk {number} comes twice; it {'waits to be' if number == due else 'was'} heard")
         if number != due:
             raise OutOfOrder(f"chunk {number} does not come in order: chunk {due} is due")
-        client.waiting = chunk.clone()  # the caller's buffer may be the next chunk's by the time of the tick
+        # A copy: the caller's buffer may be the next chunk's by the time of the tick.
+        client.waiting = replace(chunk, audio=chunk.audio.clone())
 
     def tick(self) -> dict[Client, Action]:
         """One micro-turn of every session, and what each did; then the sweep. An error of the engine ends all sessions
@@ -106,7 +107,7 @@ class Service:
         clients = list(self.clients)
         if not clients:
             return {}
-        chunks = torch.stack([self._silence if c.waiting is None else c.waiting for c in clients])
+        observations = [self._silence if c.waiting is None else c.waiting for c in clients]
         for client in clients:
             if client.waiting is None:
                 client.missed.add(client.session.chunks)
@@ -114,7 +115,7 @@ class Service:
             else:
                 client.waiting, client.quiet = None, 0
         try:
-            actions = self.engine.append([c.session for c in clients], chunks)
+            actions = self.engine.append([c.session for c in clients], observations)
         except BaseException as error:
             for client in clients:
                 self._end(client, f"the engine failed ({type(error).__name__}: {error})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from kernels import dispatch
 from model.state import ContextFull
-from rollout.chunk import CHUNK_FRAMES, CHUNK_SAMPLES, Action
-from rollout.episode import Episode
+from rollout.chunk import Action
+from rollout.episode import TEXT, Episode, Stream
+from rollout.turn.observation import Observation, check_senses
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Session:
     """One open sequence. ``tokens[:fed]`` have been through the model; the rest go in with the next chunk."""
 
     slot: int  # in the engine's state; sessions that have the same past may share it
-    key: int  # 64-bit sampling key (rollout.sampler.session_key)
+    key: int  # 64-bit sampling key (rollout.seeds.session_key)
     temperature: float
     weights_digest: str
     tokens: list[int]
@@ -51,14 +53,16 @@ class Session:
         self.digest.append(digest)
         self.tokens.append(token)
 
-    def hear(self, past: Tensor, codes: Tensor, audio: int) -> None:
-        """Adds one chunk's audio rows: ``past`` [800] are its last samples, ``codes`` uint8 [CHUNK_FRAMES, 80]."""
+    def hear(self, past: Tensor, codes: Tensor, rows: list[int]) -> None:
+        """Adds one chunk's observed ``rows``: ``past`` [800] are its last samples, ``codes`` uint8 [CHUNK_FRAMES,
+        80]."""
         self.past = past
         self.codes.append(codes)
-        self.tokens += [audio] * CHUNK_FRAMES
+        self.tokens += rows
 
-    def act(self, action: Action) -> None:
-        """Ends the micro-turn."""
+    def end_turn(self, action: Action, forced: list[int]) -> None:
+        """Ends the micro-turn with the rows that are not sampled."""
+        self.tokens += forced
         self.actions.append(action)
         self.chunks += 1
 
@@ -67,6 +71,13 @@ class Session:
         if len(self.codes) > self.chunks:
             raise ValueError(f"the session was closed by an error inside chunk {self.chunks}; it is no whole episode")
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
+        text = Stream(
+            sampled_at=torch.tensor(positions),
+            row_class=torch.tensor(row_class),
+            chunk=torch.tensor(chunk),
+            logprob=torch.tensor(self.logprob, dtype=torch.float32),
+            digest=torch.tensor(self.digest),
+        )
         return Episode(
             scenario=scenario,
             rollout=rollout,
@@ -78,22 +89,26 @@ class Session:
             actions=tuple(self.actions),
             tokens=torch.tensor(self.tokens),
             codes=torch.cat(self.codes),
-            sampled_at=torch.tensor(positions),
-            row_class=torch.tensor(row_class),
-            chunk=torch.tensor(chunk),
-            logprob=torch.tensor(self.logprob, dtype=torch.float32),
-            digest=torch.tensor(self.digest),
+            streams={TEXT: text},
         )
 
 
-def check_append(sessions: Sequence[Session], chunks: Tensor, most_rows: int, max_tokens: int) -> None:
-    """What every engine refuses before a session has moved: a wrong shape or dtype, a session that is closed or comes
-    twice, and one whose context of ``max_tokens`` rows has no room for a micro-turn of ``most_rows``."""
-    if chunks.shape != (len(sessions), CHUNK_SAMPLES) or chunks.dtype != torch.float32:
-        raise ValueError(
-            f"append: chunks must be float32 [{len(sessions)}, {CHUNK_SAMPLES}], not {chunks.dtype} "
-            f"{list(chunks.shape)}"
-        )
+def check_temperature(temperature: float) -> None:
+    """What every engine refuses before it opens a session."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"open: temperature is {temperature}; it must be a number >= 0 (0 is greedy)")
+
+
+def check_append(
+    sessions: Sequence[Session], observations: Sequence[Observation], most_rows: int, max_tokens: int
+) -> None:
+    """What every engine refuses before a session has moved: observations that do not pair with the sessions or that the
+    model has no sense for, a session that is closed or comes twice, and one whose context of ``max_tokens`` rows has no
+    room for a micro-turn of ``most_rows``."""
+    if len(observations) != len(sessions):
+        raise ValueError(f"append: {len(observations)} observations for {len(sessions)} sessions")
+    for observation in observations:
+        check_senses(observation)
     if len({id(session) for session in sessions}) != len(sessions):
         raise ValueError("append: a session comes twice in one call")
     for session in sessions:

@@ -11,17 +11,17 @@ import hashlib
 import math
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from transformers import InklingConfig
 
 from model.config import MEL_CHANNELS
-from rollout.chunk import CHUNK_FRAMES
-from rollout.episode import Episode
+from rollout.episode import TEXT, Episode, Stream, tensors
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import Split
+from rollout.turn.grammar import AUDIO_ROWS
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 READY = -1
@@ -106,7 +106,7 @@ def cuts(plays: Sequence[Wanted], workers: int, slots: int) -> list[int]:
 def check(episode: Episode, wanted: Wanted, task: Task, contract_id: str) -> None:
     """Raises ValueError unless the episode is of the play, weights and contract asked for and its tensors have their
     form."""
-    tokens, audio, sampled = len(episode.tokens), wanted.chunks * CHUNK_FRAMES, len(episode.sampled_at)
+    tokens, audio = len(episode.tokens), wanted.chunks * AUDIO_ROWS
     expected = {
         "scenario": wanted.scenario,
         "rollout": wanted.rollout,
@@ -118,17 +118,19 @@ def check(episode: Episode, wanted: Wanted, task: Task, contract_id: str) -> Non
     for name, value in expected.items():
         if getattr(episode, name) != value:
             raise ValueError(f"an episode's {name} is {getattr(episode, name)!r}, not {value!r}")
-    forms = {
-        "tokens": (torch.int64, (tokens,)),
-        "codes": (torch.uint8, (audio, MEL_CHANNELS)),
-        "logprob": (torch.float32, (sampled,)),
-        **dict.fromkeys(("sampled_at", "row_class", "chunk", "digest"), (torch.int64, (sampled,))),
-    }
-    for name, (dtype, shape) in forms.items():
-        tensor = getattr(episode, name)
+    if list(episode.streams) != [TEXT]:
+        raise ValueError(f"an episode has the streams {list(episode.streams)}, not {[TEXT]}")
+    forms = {"tokens": (torch.int64, (tokens,)), "codes": (torch.uint8, (audio, MEL_CHANNELS))}
+    for name, stream in episode.streams.items():
+        sampled = len(stream.sampled_at)
+        per_token = dict.fromkeys((f"{name}.{field.name}" for field in fields(Stream)), (torch.int64, (sampled,)))
+        forms |= per_token | {f"{name}.logprob": (torch.float32, (sampled,))}
+    for name, tensor in tensors(episode).items():
+        dtype, shape = forms[name]
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(f"an episode's {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
-    if len(episode.actions) != wanted.chunks or not wanted.chunks <= sampled < tokens:
-        raise ValueError(f"an episode of {wanted.chunks} chunks has {len(episode.actions)} actions, {sampled} samples")
-    if not 0 < int(episode.sampled_at.min()) <= int(episode.sampled_at.max()) < tokens:
+    at = episode.text.sampled_at
+    if len(episode.actions) != wanted.chunks or not wanted.chunks <= len(at) < tokens:
+        raise ValueError(f"an episode of {wanted.chunks} chunks has {len(episode.actions)} actions, {len(at)} samples")
+    if not 0 < int(at.min()) <= int(at.max()) < tokens:
         raise ValueError(f"an episode samples outside its {tokens} tokens")

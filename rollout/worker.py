@@ -27,7 +27,6 @@ from rollout.play import Play, play
 from rollout.scenarios.registry import scenario
 from rollout.speech import SpeechBank
 from rollout.task import Reply, Setup, Task, seal
-from rollout.vocabulary import Vocabulary
 
 
 class Worker:
@@ -39,38 +38,29 @@ class Worker:
         self._weights = f"/proc/self/fd/{weights}"
         self._bank = SpeechBank.load(setup.speech_dir)
         self._model = InteractionModel(setup.config, setup.dtype)
-        self._vocabulary = Vocabulary.build(self._model.vocab)
         self._engine: SessionEngine | None = None
 
     def roll(self, task: Task) -> list[Episode]:
         """The task's episodes in order. Raises MetronomeError when the shared weights are not those of the task."""
-        engine = self._prepared(task)
+        engine = self._prepared(task.weights_digest)
         config = self._setup.scenarios
         scenarios = {w.scenario: scenario(w.family, w.split, w.seed, self._bank, config) for w in task.plays}
-        return play(engine, [Play(scenarios[w.scenario], w.rollout) for w in task.plays], task.seed)
+        return play(engine, [Play(scenarios[w.scenario], w.rollout) for w in task.plays], task.seed, task.temperature)
 
-    def _prepared(self, task: Task) -> SessionEngine:
-        """The engine, at the task's weights and temperature; it takes the digest of what it holds itself."""
+    def _prepared(self, weights_digest: str) -> SessionEngine:
+        """The engine, at the weights of that digest; it takes the digest of what it holds itself."""
         if self._engine is None:
             safetensors.torch.load_model(self._model, self._weights)
             self._model.pack()
-        elif self._engine.weights_digest != task.weights_digest:
+            self._engine = SessionEngine.of(self._model, self._setup, self._setup.slots)
+        elif self._engine.weights_digest != weights_digest:
             safetensors.torch.load_model(self._model, self._weights)
             self._model.changed()
             self._engine.publish()
-        if self._engine is None or self._engine.temperature != task.temperature:
-            self._engine = SessionEngine(
-                self._model,
-                self._vocabulary,
-                slots=self._setup.slots,
-                max_tokens=self._setup.max_tokens,
-                temperature=task.temperature,
-                words_per_chunk=self._setup.words_per_chunk,
-            )
-        if self._engine.weights_digest != task.weights_digest:
+        if self._engine.weights_digest != weights_digest:
             raise MetronomeError(
                 f"a rollout worker read weights with digest {self._engine.weights_digest}, but the learner published "
-                f"{task.weights_digest}: the memory they share is damaged. Resume the run from its newest checkpoint"
+                f"{weights_digest}: the memory they share is damaged. Resume the run from its newest checkpoint"
             )
         return self._engine
 

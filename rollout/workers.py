@@ -17,7 +17,6 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -42,7 +41,7 @@ class Lost(Exception):
 
 
 class WorkerPool:
-    """Use: construct, `roller`, in the end `close`. Every process of a run owns a pool of its own."""
+    """A `rollout.roller.Roller`; in the end `close` it. Every process of a run owns a pool of its own."""
 
     def __init__(self, model: InteractionModel, setup: Setup, *, workers: int, threads: int, timeout_s: float) -> None:
         """Starts ``workers`` processes with ``threads`` threads each and waits until they are ready. Each has
@@ -60,6 +59,7 @@ class WorkerPool:
             for _ in range(workers):
                 self._workers.append(self._start())
             self._play([])
+            self.publish()
         except BaseException:
             self.close()
             raise
@@ -67,11 +67,6 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
-
-    def roller(self, temperature: float) -> PoolRoller:
-        """The pool at one temperature, under the model's present weights."""
-        self.publish()
-        return PoolRoller(self, temperature)
 
     def publish(self) -> None:
         """Puts the model's present weights where the workers read them when they next get a task."""
@@ -84,7 +79,7 @@ class WorkerPool:
             file.truncate()
         self.weights_digest = digest
 
-    def play(self, plays: Sequence[Play], seed: int, temperature: float) -> list[Episode]:
+    def play(self, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
         """An episode of each play, in their order. Raises what a worker raised, and MetronomeError when a task loses
         one worker after the other; the pool is then closed."""
         if self._weights < 0:
@@ -187,20 +182,6 @@ class WorkerPool:
         if self._weights >= 0:
             os.close(self._weights)
         self._weights = -1
-
-
-@dataclass(frozen=True)
-class PoolRoller:
-    """A pool at one temperature: a `rollout.roller.Roller`."""
-
-    pool: WorkerPool
-    temperature: float
-
-    def publish(self) -> None:
-        self.pool.publish()
-
-    def play(self, plays: Sequence[Play], seed: int) -> list[Episode]:
-        return self.pool.play(plays, seed, self.temperature)
 
 
 class _Process:

@@ -156,7 +156,6 @@ ALLOWED: dict[Place, str] = {
     ("reward/corrupt.py", "corrupt", "builtin sum"): INTEGERS,
     ("rl/credit.py", "token_weights", "builtin sum"): INTEGERS,
     ("kernels/adamw.py", "AdamW", "optim"): "the class that DeepSpeed asks for; its update is an op of ours",
-    ("reward/prefixes.py", "last_hidden", "cumsum"): INTEGERS,
     ("reward/prefixes.py", "last_hidden", "builtin sum"): INTEGERS,
     ("reward/trainable.py", "Trainable.forward", "sum"): INTEGERS,
     ("reward/graded.py", "GradedTrainer.compute_loss", "mean"): "its value is not used; each term's gradient is 1 / P",

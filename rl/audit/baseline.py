@@ -42,7 +42,7 @@ from rl.environment import environment
 from rl.evaluate import evaluate
 from rl.identity import compare
 from rl.learner import Learner, policy_gradient
-from rl.run import build_engine
+from rl.rollers import build_engine
 from rollout.episode import Episode, concatenate
 from rollout.roller import InProcess, Roller
 from rollout.scenarios.registry import FAMILIES, scenario
@@ -92,15 +92,15 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
     with arm.backend():
         model = checkpoint.load(folder, torch.float32)
         sampling = model if arm.sampler == torch.float32 else checkpoint.load(folder, arm.sampler)
-        vocabulary = Vocabulary.build(model.vocab)
-        roller = InProcess(build_engine(config, sampling, vocabulary, config.rollout.temperature))
+        roller = InProcess(build_engine(config, sampling))
         source = RewardSource.load(config.reward, config.source)
         held_out = [
             scenario(family, "held_out", i, bank, config.scenarios)
             for i in range(config.eval.scenarios)
             for family in FAMILIES
         ]
-        before = evaluate(roller, held_out, source, config.seed).score[""]
+        temperature = config.rollout.temperature
+        before = evaluate(roller, held_out, source, config.seed, temperature).score[""]
         learner = Learner(model, config.rl.optim, config.rl.steps)
         clock = time.perf_counter()
         if arm.exact:
@@ -108,7 +108,8 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
         else:
             records = list(_inexact(arm, config, bank, roller, learner, source, sampling))
         wall_s = time.perf_counter() - clock
-        return Result(arm.name, records, before, evaluate(roller, held_out, source, config.seed).score[""], wall_s)
+        after = evaluate(roller, held_out, source, config.seed, temperature).score[""]
+        return Result(arm.name, records, before, after, wall_s)
 
 
 def _inexact(
@@ -154,9 +155,9 @@ def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: in
     classes, found = Vocabulary.build(model.vocab).classes, []
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
-        logprob, _, _ = score_choices(model, collate(some), classes, some[0].temperature)
+        logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), classes, some[0].temperature)
         found.append((logprob - concatenate(some, "logprob")).exp())
-    return list(torch.cat(found).split([len(e.chunk) for e in episodes]))
+    return list(torch.cat(found).split([len(e.text.chunk) for e in episodes]))
 
 
 def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor]:

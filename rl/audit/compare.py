@@ -21,7 +21,7 @@ from rl.audit.records import Records, flat, read
 from rl.audit.report import machines, write
 from rl.audit.verdict import SCHEMA
 from rl.identity import unequal_bits
-from rollout.episode import TENSORS, Episode, load_episodes
+from rollout.episode import Episode, load_episodes, tensors
 
 
 def compare_runs(a: Path, b: Path, out: Path) -> dict[str, Any]:
@@ -174,16 +174,21 @@ class _Episodes:
                 )
                 continue
             self.compared += 1
-            differs = [f for f in TENSORS if not _same(getattr(x, f), getattr(y, f))]
+            ours, theirs = tensors(x), tensors(y)
+            differs = [f for f in ours if f not in theirs or not _same(ours[f], theirs[f])]
             differs += [f for f in ("seed", "temperature", "weights_digest") if getattr(x, f) != getattr(y, f)]
             self.unequal += bool(differs)
             for field in differs:
                 self.fields[field] = self.fields.get(field, 0) + 1
-            if not {"tokens", "codes", "sampled_at", "row_class"} & set(differs):  # else other inputs: nothing to count
-                self.tokens += len(x.logprob)
-                if len(x.logprob) == len(y.logprob) and len(x.digest) == len(y.digest):
-                    self.tokens_unequal += int(unequal_bits(x.logprob, y.logprob).sum())
-                    self.rows_unequal += int((x.digest != y.digest).sum())
+            other_inputs = {"tokens", "codes"} | {f for f in ours if f.endswith((".sampled_at", ".row_class"))}
+            if other_inputs & set(differs):
+                continue  # nothing to count
+            for stream, one in x.streams.items():
+                other = y.streams[stream]
+                self.tokens += len(one.logprob)
+                if len(one.logprob) == len(other.logprob) and len(one.digest) == len(other.digest):
+                    self.tokens_unequal += int(unequal_bits(one.logprob, other.logprob).sum())
+                    self.rows_unequal += int((one.digest != other.digest).sum())
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -164,12 +164,12 @@ def diagnose(
         "learner alone, learner as run": _first(gaps(ways.learner_alone, ways.learner)),
         "sampler alone, learner alone": _first(gaps(ways.sampler_alone, ways.learner_alone)),
     }
-    position = int(episode.sampled_at[within])
+    position = int(episode.text.sampled_at[within])
     return Diagnosis(
         step=step,
         episode=episode.name,
         position=position,
-        chunk=int(episode.chunk[within]),
+        chunk=int(episode.text.chunk[within]),
         token=int(episode.tokens[position]),
         rollout_logprob=float(rollout_logprob[first]),
         learner_logprob=float(learner_logprob[first]),

@@ -78,7 +78,7 @@ def _row(one: Seen, judged: Score | None) -> dict[str, Any]:
         "score": _plain(judged.value) if judged else None,
         "timing": _plain(judged.timing.sum()) if judged else None,
         "content": _plain(judged.content.sum()) if judged else None,
-        "tokens": len(one.episode.logprob),
+        "tokens": len(one.episode.text.logprob),
         "unequal": int(one.token_differs.sum()),
         "rows": int(one.row_differs.sum()),
         "missed": outcomes.count(Outcome.MISSED) + outcomes.count(Outcome.WRONG),
@@ -115,9 +115,10 @@ def _tokens(one: Seen, words: Mapping[int, str]) -> list[list[Any]]:
     """[chunk, text, class, sampler's log-prob, learner's where it differs, whether the row's digest differs] of each
     sampled token. Log-probs are text, because JSON has no NaN and a page must not round."""
     e = one.episode
-    learner = e.logprob if one.logprob is None else one.logprob
+    learner = e.text.logprob if one.logprob is None else one.logprob
     tokens = e.tokens.tolist()
-    columns = (e.chunk, e.sampled_at, e.row_class, e.logprob, learner, one.token_differs, one.row_differs)
+    text = e.text
+    columns = (text.chunk, text.sampled_at, text.row_class, text.logprob, learner, one.token_differs, one.row_differs)
     out: list[list[Any]] = []
     # A file's columns may differ in length; such an episode is not comparable, and shown as far as all of them go.
     for chunk, at, row_class, p, q, token_differs, row_differs in zip(*(c.tolist() for c in columns), strict=False):

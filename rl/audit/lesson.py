@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,8 @@ from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.speech import SpeechBank
+from rollout.turn.grammar import context_rows
+from rollout.turn.observation import Observation, audio_of
 
 MOST_TOGETHER, MOST_OTHERS, MOST_AHEAD = 32, 16, 20
 """Of a round of load: sessions that hear the recording, others beside them, and chunks these are ahead."""
@@ -51,7 +52,7 @@ def recording(item: Scenario) -> Tensor:
     for _ in range(item.chunks):
         chunks.append(user.next_chunk(heard))
         heard = LISTEN
-    return torch.from_numpy(np.stack(chunks))
+    return audio_of(chunks)
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,23 @@ class Completions:
 def completions(side: Side, heard: Tensor, others: Sequence[Tensor], count: int) -> Completions:
     """``heard`` fp32 [chunks, 3200], ``others`` the recordings that sessions beside it hear; temperature 0."""
     load = random.Random(SEED)
-    longest = (len(heard) + MOST_AHEAD) * 7 + 1  # rows: 4 audio, a mode, a word and its end a chunk
+    longest = context_rows(len(heard) + MOST_AHEAD, words_per_chunk=1)
     seen: dict[tuple[int, ...], int] = {}
     digests: set[tuple[int, ...]] = set()
     rows = 0
     with side.active():
-        engine = session_engine(side, MOST_TOGETHER + MOST_OTHERS, longest, 0.0)
+        engine = session_engine(side, MOST_TOGETHER + MOST_OTHERS, longest)
         while (made := sum(seen.values())) < count:
             mine = min(load.randint(1, MOST_TOGETHER), count - made)
             ahead = load.randint(0, MOST_AHEAD)
             beside = [others[load.randrange(len(others))] for _ in range(load.randint(0, MOST_OTHERS))]
-            company = [engine.open(0) for _ in beside]
+            company = [engine.open(0, 0.0) for _ in beside]
             for chunk in range(ahead if beside else 0):
-                engine.append(company, torch.stack([x[chunk % len(x)] for x in beside]))
-            sessions = [engine.open(0) for _ in range(mine)]
+                engine.append(company, [Observation(x[chunk % len(x)]) for x in beside])
+            sessions = [engine.open(0, 0.0) for _ in range(mine)]
             for chunk in range(len(heard)):
                 audio = [x[(ahead + chunk) % len(x)] for x in beside] + [heard[chunk]] * mine
-                engine.append([*company, *sessions], torch.stack(audio))
+                engine.append([*company, *sessions], [Observation(x) for x in audio])
             for session in sessions:
                 tokens = tuple(session.tokens[at] for at, _, _ in session.sampled)
                 seen[tokens] = seen.get(tokens, 0) + 1
@@ -136,18 +137,18 @@ def measured(sides: Sequence[Side], rounds: int) -> list[Measured]:
 
 
 def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
-    engine = session_engine(side, len(plays), 512, 1.0)
+    engine = session_engine(side, len(plays), 512)
     clock = [time.perf_counter()]
     episodes = play(engine, plays, SEED)
     clock.append(time.perf_counter())
-    weights = [torch.ones(len(e.chunk)) for e in episodes]
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, MICRO_BATCH)
     clock.append(time.perf_counter())
     whole(side, episodes, MICRO_BATCH)
     clock.append(time.perf_counter())
-    lengths = [len(e.chunk) for e in episodes]
+    lengths = [len(e.text.chunk) for e in episodes]
     parts = [
-        compare(e.logprob, logprob, e.digest, digest)
+        compare(e.text.logprob, logprob, e.text.digest, digest)
         for e, logprob, digest in zip(episodes, g.logprob.split(lengths), g.digest.split(lengths), strict=True)
     ]
     return Cost(*(after - before for before, after in pairwise(clock))), parts

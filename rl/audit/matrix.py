@@ -68,7 +68,7 @@ def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
 
 def sampled(side: Side, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:
     """One rollout of each scenario at temperature 1, ``slots`` at a time."""
-    with side.active(), engines(side)[engine](side, slots, 1024, 1.0) as started:
+    with side.active(), engines(side)[engine](side, slots, 1024) as started:
         return play(started, [Play(item, 0) for item in items], SEED)
 
 
@@ -92,7 +92,7 @@ def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], else
         yield cell("chunk cuts", f"{rows} rows a call against all", cached(side, tokens, Cuts(rows)), uncut)
     turns = cached(side, tokens, Cuts(micro_turns=True))
     yield cell("cached or recomputed", "micro-turns against no cache", turns, together)
-    half = min(int(e.sampled_at[-1]) for e in tokens) // 2
+    half = min(int(e.text.sampled_at[-1]) for e in tokens) // 2
     unforked = cached(side, tokens, Cuts(half))
     yield cell("forked prefix", f"from row {half}", cached(side, tokens, Cuts(half, fork_at=half)), unforked)
     yield cell(
@@ -116,7 +116,7 @@ def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], else
 
 def _reversed(side: Side, tokens: Sequence[Episode]) -> Scored:
     scored = whole(side, tokens[::-1], len(tokens))
-    lengths = [len(e.sampled_at) for e in tokens[::-1]]
+    lengths = [len(e.text.sampled_at) for e in tokens[::-1]]
     parts = [Scored(p, d) for p, d in zip(scored.logprob.split(lengths), scored.digest.split(lengths), strict=True)]
     return joined(parts[::-1])
 
@@ -126,21 +126,22 @@ def sampled_apart(a: Sequence[Episode], b: Sequence[Episode]) -> Mismatch:
     the largest gap are taken before it."""
     parts = []
     for x, y in zip(a, b, strict=True):
-        n = max(len(x.sampled_at), len(y.sampled_at))
-        both_have = min(len(x.sampled_at), len(y.sampled_at))
-        xs, ys = (e.tokens[e.sampled_at[:both_have]] for e in (x, y))
+        n = max(len(x.text.sampled_at), len(y.text.sampled_at))
+        both_have = min(len(x.text.sampled_at), len(y.text.sampled_at))
+        xs, ys = (e.tokens[e.text.sampled_at[:both_have]] for e in (x, y))
         same = int((xs == ys).int().cumprod(0).sum())
-        m = Scored(x.logprob[:same], x.digest[:same]).against(Scored(y.logprob[:same], y.digest[:same]))
+        first, second = (Scored(e.text.logprob[:same], e.text.digest[:same]) for e in (x, y))
+        m = first.against(second)
         parts.append(Mismatch(n, m.num_unequal + n - same, m.rows_unequal + n - same, m.k1_sum, m.k3_sum, m.max_abs))
     return Mismatch.total(parts)
 
 
 def learner_apart(side: Side, episodes: Sequence[Episode], micro_batch: int = 8) -> Mismatch:
     """What the sampler stored against what the learner finds under autograd."""
-    weights = [torch.ones(len(e.chunk)) for e in episodes]
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     with side.active():
         g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, micro_batch)
-    stored = Scored(torch.cat([e.logprob for e in episodes]), torch.cat([e.digest for e in episodes]))
+    stored = Scored(torch.cat([e.text.logprob for e in episodes]), torch.cat([e.text.digest for e in episodes]))
     return Scored(g.logprob, g.digest).against(stored)
 
 

@@ -94,7 +94,7 @@ def scatter(seen: Sequence[Seen]) -> dict[str, Any] | None:
     scored = [one for one in seen if one.logprob is not None]
     if not scored:
         return None
-    sampler = torch.cat([one.episode.logprob for one in scored]).double()
+    sampler = torch.cat([one.episode.text.logprob for one in scored]).double()
     learner = torch.cat([one.logprob for one in scored if one.logprob is not None]).double()
     differs = torch.cat([one.token_differs for one in scored])
     finite = sampler.isfinite() & learner.isfinite()

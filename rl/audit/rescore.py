@@ -28,18 +28,19 @@ from rl.batch import collate, score_choices
 from rl.config import TrainConfig
 from rl.identity import Mismatch, compare, unequal_bits
 from rollout.chunk import CHUNK_FRAMES
-from rollout.episode import Episode, load_episodes
+from rollout.episode import Episode, load_episodes, tensors
 from rollout.transcript import write_transcript
+from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
 DTYPES = {
     "tokens": torch.int64,
     "codes": torch.uint8,
-    "sampled_at": torch.int64,
-    "row_class": torch.int64,
-    "chunk": torch.int64,
-    "logprob": torch.float32,
-    "digest": torch.int64,
+    "text.sampled_at": torch.int64,
+    "text.row_class": torch.int64,
+    "text.chunk": torch.int64,
+    "text.logprob": torch.float32,
+    "text.digest": torch.int64,
 }
 
 
@@ -77,21 +78,21 @@ class Seen:
     def token_differs(self) -> Tensor:
         """bool [N]: the log-prob's bits are not the learner's."""
         if self.logprob is None:
-            return torch.zeros(len(self.episode.logprob), dtype=torch.bool)
-        return unequal_bits(self.episode.logprob, self.logprob)
+            return torch.zeros(len(self.episode.text.logprob), dtype=torch.bool)
+        return unequal_bits(self.episode.text.logprob, self.logprob)
 
     @property
     def row_differs(self) -> Tensor:
         """bool [N]: the digest of the whole row is not the learner's."""
         if self.digest is None:
-            return torch.zeros(len(self.episode.logprob), dtype=torch.bool)
-        return self.episode.digest != self.digest
+            return torch.zeros(len(self.episode.text.logprob), dtype=torch.bool)
+        return self.episode.text.digest != self.digest
 
     @property
     def mismatch(self) -> Mismatch:
         if self.logprob is None or self.digest is None:
             return Mismatch.total([])
-        return compare(self.episode.logprob, self.logprob, self.episode.digest, self.digest)
+        return compare(self.episode.text.logprob, self.logprob, self.episode.text.digest, self.digest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,7 @@ def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) 
     scored = [one for one in seen if one.logprob is not None and one.digest is not None]
     if all(one.state == "identical" for one in scored):
         return None
-    lengths = torch.tensor([len(one.episode.logprob) for one in scored])
+    lengths = torch.tensor([len(one.episode.text.logprob) for one in scored])
     found = diagnose(
         model,
         [one.episode for one in scored],
@@ -219,22 +220,23 @@ def incomparable(
 
 def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int) -> tuple[Reason, str] | None:
     """Compares the episode with the sequence that a session makes of the same audio and actions."""
-    if wrong := [name for name, kind in DTYPES.items() if getattr(episode, name).dtype != kind]:
+    if wrong := [name for name, tensor in tensors(episode).items() if tensor.dtype != DTYPES.get(name)]:
         return Reason.TOKENS, f"its {', '.join(wrong)} are of other types than a session's"
     if episode.codes.numel() and int(episode.codes.max()) >= MEL_BINS:
         return Reason.TOKENS, f"its audio has codes above {MEL_BINS - 1}"
     try:
         codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
-        made = write_transcript(codes, episode.actions, vocabulary, words_per_chunk)
+        made = write_transcript(codes, episode.actions, Grammar(vocabulary, words_per_chunk))
     except (ValueError, RuntimeError) as error:
         return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
     if not torch.equal(episode.tokens, made.tokens):
         return Reason.TOKENS, "its tokens are not those of its audio and actions"
-    sizes = {len(t) for t in (episode.logprob, episode.digest, made.chunk)}
-    same = torch.equal(episode.sampled_at, made.sampled_at) and torch.equal(episode.chunk, made.chunk)
+    text, wanted = episode.text, made.text
+    sizes = {len(t) for t in (text.logprob, text.digest, wanted.chunk)}
+    same = torch.equal(text.sampled_at, wanted.sampled_at) and torch.equal(text.chunk, wanted.chunk)
     if not same or len(sizes) > 1:
         return Reason.POSITIONS, "its sampled positions are not where the model chose"
-    if not torch.equal(episode.row_class, made.row_class):
+    if not torch.equal(text.row_class, wanted.row_class):
         return Reason.MASKS, "its masks are not those under which the model chose"
     return None
 
@@ -244,8 +246,8 @@ def _score(model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[Seen]
     """By the row contract the number of episodes in a pass does not enter the result."""
     for first in range(0, len(seen), micro_batch):
         some = seen[first : first + micro_batch]
-        batch = collate([one.episode for one in some])
+        batch = collate([one.episode for one in some], model.audio_token_id)
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, some[0].episode.temperature)
-        lengths = [len(one.episode.chunk) for one in some]
+        lengths = [len(one.episode.text.chunk) for one in some]
         for one, p, d in zip(some, logprob.cpu().split(lengths), digest.cpu().split(lengths), strict=True):
             yield replace(one, logprob=p, digest=d)

@@ -18,6 +18,7 @@ from kernels import dispatch
 from kernels.backend import Backend
 from kernels.reference import naive
 from model import checkpoint
+from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
 from rl.batch import collate, score_choices
@@ -57,24 +58,24 @@ def both(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Side]:
     return [Side.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
 
 
-Start = Callable[["Side", int, int, float], AbstractContextManager[Engine]]
-"""Starts an engine for a side: slots, longest context in tokens, temperature."""
+Start = Callable[["Side", int, int], AbstractContextManager[Engine]]
+"""Starts an engine for a side: slots, longest context in tokens."""
 
 
-def session_engine(side: Side, slots: int, max_tokens: int, temperature: float) -> Engine:
-    return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+def session_engine(side: Side, slots: int, max_tokens: int) -> Engine:
+    return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens)
 
 
-def _session(side: Side, slots: int, max_tokens: int, temperature: float) -> AbstractContextManager[Engine]:
-    return nullcontext(session_engine(side, slots, max_tokens, temperature))
+def _session(side: Side, slots: int, max_tokens: int) -> AbstractContextManager[Engine]:
+    return nullcontext(session_engine(side, slots, max_tokens))
 
 
 @contextmanager
-def _vllm(side: Side, slots: int, max_tokens: int, temperature: float) -> Iterator[Engine]:
+def _vllm(side: Side, slots: int, max_tokens: int) -> Iterator[Engine]:
     """Ended afterwards: a process holds one vLLM at a time."""
     from rollout.vllm.engine import VllmEngine
 
-    engine = VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens, temperature=temperature)
+    engine = VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens)
     try:
         yield engine
     finally:
@@ -106,7 +107,7 @@ def whole(side: Side, episodes: Sequence[Episode], together: int = 1) -> Scored:
     with torch.no_grad(), side.active():
         parts = []
         for first in range(0, len(episodes), together):
-            batch = collate(episodes[first : first + together])
+            batch = collate(episodes[first : first + together], side.model.audio_token_id)
             logprob, _, digest = score_choices(side.model, batch, side.vocabulary.classes, episodes[0].temperature)
             parts.append((logprob, digest))
     logprobs, digests = zip(*parts, strict=True)
@@ -115,7 +116,7 @@ def whole(side: Side, episodes: Sequence[Episode], together: int = 1) -> Scored:
 
 def first_of(side: Side, episodes: Sequence[Episode]) -> Scored:
     """The first episode's tokens, with all episodes in one pass."""
-    scored, n = whole(side, episodes, len(episodes)), len(episodes[0].sampled_at)
+    scored, n = whole(side, episodes, len(episodes)), len(episodes[0].text.sampled_at)
     return Scored(scored.logprob[:n], scored.digest[:n])
 
 
@@ -135,7 +136,7 @@ class Cuts:
 
 def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
     """Through a session's cache."""
-    longest = max(int(e.sampled_at[-1]) for e in episodes)
+    longest = max(int(e.text.sampled_at[-1]) for e in episodes)
     slots = 2 * len(episodes) + SPARE_SLOTS
     with torch.no_grad(), side.active():
         model = side.model
@@ -145,24 +146,21 @@ def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
         mine = [state.open() for _ in episodes]
         ends = [_ends(e, cuts) for e in episodes]
         hidden: list[list[Tensor]] = [[] for _ in episodes]
-        fed, heard = [0] * len(episodes), [0] * len(episodes)
+        inputs = Inputs.cat(episodes, model.audio_token_id)
         for call in range(max(map(len, ends))):
             turn = [e for e in range(len(episodes)) if call < len(ends[e])]
-            tokens, codes, lengths = [], [], []
-            for e in turn:
-                if cuts.fork_at and fed[e] == cuts.fork_at:
+            spans = [(e, ends[e][call - 1] if call else 0, ends[e][call]) for e in turn]
+            for e, first, _ in spans:
+                if cuts.fork_at and first == cuts.fork_at:
                     mine[e] = state.fork(mine[e])
-                tokens.append(episodes[e].tokens[fed[e] : ends[e][call]])
-                audio = int((tokens[-1] == model.audio_token_id).sum())
-                codes.append(episodes[e].codes[heard[e] : heard[e] + audio])
-                lengths.append(ends[e][call] - fed[e])
-                fed[e], heard[e] = ends[e][call], heard[e] + audio
-            out = model(torch.cat(tokens), torch.cat(codes), state.extend([mine[e] for e in turn], lengths), state)
+            lengths = [end - first for _, first, end in spans]
+            segments = state.extend([mine[e] for e in turn], lengths)
+            out = model(inputs.part(spans, segments), state)
             for e, rows in zip(turn, out.split(lengths), strict=True):
                 hidden[e].append(rows)
-        at = [(e.sampled_at - 1).to(model.device) for e in episodes]
+        at = [(e.text.sampled_at - 1).to(model.device) for e in episodes]
         rows = torch.cat([torch.cat(h)[a] for h, a in zip(hidden, at, strict=True)])
-        batch = collate(episodes)
+        batch = collate(episodes, model.audio_token_id)
         logprob, _, digest = side.vocabulary.classes.score(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
         )
@@ -171,9 +169,9 @@ def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
 
 def _ends(episode: Episode, cuts: Cuts) -> list[int]:
     """Where each call's rows of an episode end; the last row is that of its last sampled token."""
-    last = int(episode.sampled_at[-1])
+    last = int(episode.text.sampled_at[-1])
     if cuts.micro_turns:
-        return episode.sampled_at.tolist()
+        return episode.text.sampled_at.tolist()
     marks = set(range(cuts.rows, last, cuts.rows)) if cuts.rows else set()
     if 0 < cuts.fork_at < last:
         marks.add(cuts.fork_at)

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from kernels.layout import PackedExperts, PackedLinear
 from kernels.observe import Call, observed
+from model.inputs import Inputs
 from model.logprob import TokenClasses
 from model.state import SessionState
 from model.transformer import Capture, InteractionModel
 from rl.batch import collate
 from rollout.episode import Episode
-from rollout.sampler import session_key, token_key
+from rollout.seeds import session_key, token_key
 
 _UNNAMED = re.compile(r"\.(weight|conv1d\.weight|e_score_correction_bias|rel_logits_proj\.proj)$")
 _BLOCK = re.compile(r"layers\.\d+\.(self_attn|mlp)|layers\.\d+|\w+")
@@ -138,20 +139,19 @@ def sampler(model: InteractionModel, episodes: Sequence[Episode], mine: int, cla
     `SessionEngine.append` when all sessions began together. Draws with the episodes' own keys."""
     trace, state = Trace(model), _state(model, episodes)
     slots = [state.open() for _ in episodes]
-    fed, heard = [0] * len(episodes), [0] * len(episodes)
+    every, fed = Inputs.cat(episodes, model.audio_token_id), [0] * len(episodes)
     for chunk, turn in _turns(episodes):
-        tokens, codes, lengths, audio = [], [], [], []
-        for e, position in turn:
-            tokens.append(episodes[e].tokens[fed[e] : position])
-            lengths.append(position - fed[e])
-            audio.append(int((tokens[-1] == model.audio_token_id).sum()))
-            codes.append(episodes[e].codes[heard[e] : heard[e] + audio[-1]])
-            fed[e], heard[e] = position, heard[e] + audio[-1]
+        spans = [(e, fed[e], position) for e, position in turn]
+        lengths = [end - first for _, first, end in spans]
         segments = state.extend([slots[e] for e, _ in turn], lengths)
+        inputs = every.part(spans, segments)
+        for e, position in turn:
+            fed[e] = position
         at = next((i for i, (e, _) in enumerate(turn) if e == mine), len(turn))
-        trace.begin(sum(lengths), _part(lengths, at), _part(audio, at))
+        rows = _part(lengths, at)
+        trace.begin(sum(lengths), rows, _inside(inputs, rows))
         with observed(trace.see):
-            hidden = model(torch.cat(tokens), torch.cat(codes), segments, state, _Activations(trace))
+            hidden = model(inputs, state, _Activations(trace))
             trace.begin(len(turn), _part([1] * len(turn), at), slice(0, 0))
             logits = model.logits(hidden[segments.offset[1:].long() - 1])
             _draw(trace, episodes, turn, chunk, logits, classes)
@@ -170,7 +170,7 @@ def _draw(
     for e, position in turn:
         episode = episodes[e]
         keys.append(token_key(session_key(episode.seed, episode.scenario, episode.rollout), chunk, position))
-        row_class.append(episode.row_class[episode.sampled_at == position])
+        row_class.append(episode.text.row_class[episode.text.sampled_at == position])
     _, logprob, digest = classes.sample(logits, torch.tensor(keys), torch.cat(row_class), episodes[0].temperature)
     trace.add(LOGPROB, logprob)
     trace.add(DIGEST, digest)
@@ -178,13 +178,12 @@ def _draw(
 
 def learner(model: InteractionModel, episodes: Sequence[Episode], mine: int, classes: TokenClasses) -> Trace:
     """Episode ``mine`` as the learner computes it in one forward pass with the others, under autograd."""
-    trace, batch = Trace(model), collate(episodes)
-    lengths = [int(e.sampled_at[-1]) for e in episodes]
-    audio = [len(e.codes) for e in episodes]
-    trace.begin(len(batch.tokens), _part(lengths, mine), _part(audio, mine))
+    trace, batch = Trace(model), collate(episodes, model.audio_token_id)
+    rows = _part([int(e.text.sampled_at[-1]) for e in episodes], mine)
+    trace.begin(len(batch.inputs.tokens), rows, _inside(batch.inputs, rows))
     with observed(trace.see):
-        hidden = model(batch.tokens, batch.codes, batch.segments, None, _Activations(trace))
-        sampled = [len(e.sampled_at) for e in episodes]
+        hidden = model(batch.inputs, None, _Activations(trace))
+        sampled = [len(e.text.sampled_at) for e in episodes]
         trace.begin(len(batch.row), _part(sampled, mine), slice(0, 0))
         logits = model.logits(hidden[batch.row])
         logprob, _, digest = classes.score(logits, batch.target, batch.row_class, episodes[0].temperature)
@@ -195,7 +194,7 @@ def learner(model: InteractionModel, episodes: Sequence[Episode], mine: int, cla
 
 def _state(model: InteractionModel, episodes: Sequence[Episode]) -> SessionState:
     longest = max(len(e.tokens) for e in episodes)
-    rows = sum(int(e.sampled_at.diff(prepend=torch.tensor([0])).max()) for e in episodes)
+    rows = sum(int(e.text.sampled_at.diff(prepend=torch.tensor([0])).max()) for e in episodes)
     return SessionState(model.config, len(episodes), longest, model.dtype, max_rows=rows)
 
 
@@ -204,10 +203,16 @@ def _turns(episodes: Sequence[Episode]) -> list[tuple[int, list[tuple[int, int]]
     calls: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for e, episode in enumerate(episodes):
         within, before = 0, -1
-        for chunk, position in zip(episode.chunk.tolist(), episode.sampled_at.tolist(), strict=True):
+        for chunk, position in zip(episode.text.chunk.tolist(), episode.text.sampled_at.tolist(), strict=True):
             within, before = (within + 1 if chunk == before else 0), chunk
             calls.setdefault((chunk, within), []).append((e, position))
     return [(chunk, calls[chunk, within]) for chunk, within in sorted(calls)]
+
+
+def _inside(inputs: Inputs, rows: slice) -> slice:
+    """Which frames of codes lie in those rows."""
+    first, end = torch.searchsorted(inputs.audio_rows, torch.tensor([rows.start, rows.stop])).tolist()
+    return slice(first, end)
 
 
 def _part(lengths: Sequence[int], at: int) -> slice:

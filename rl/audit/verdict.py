@@ -256,14 +256,14 @@ def first_difference(seen: Sequence[Seen]) -> dict[str, Any] | None:
         if one.state != "different" or one.logprob is None:
             continue
         place = int((one.token_differs | one.row_differs).nonzero()[0])
-        position = int(one.episode.sampled_at[place])
+        position = int(one.episode.text.sampled_at[place])
         return {
             "step": one.step,
             "episode": one.episode.name,
             "position": position,
-            "chunk": int(one.episode.chunk[place]),
+            "chunk": int(one.episode.text.chunk[place]),
             "token": int(one.episode.tokens[position]),
-            "sampler": exact(one.episode.logprob[place].item()),
+            "sampler": exact(one.episode.text.logprob[place].item()),
             "learner": exact(one.logprob[place].item()),
             "row_differs": bool(one.row_differs[place]),
         }

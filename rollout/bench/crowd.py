@@ -18,8 +18,10 @@ from model.transformer import InteractionModel
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.engine import Engine
-from rollout.sampler import session_key
+from rollout.seeds import session_key
 from rollout.session import Session
+from rollout.turn.grammar import context_rows
+from rollout.turn.observation import of_audio
 from rollout.vocabulary import Vocabulary
 
 
@@ -42,9 +44,9 @@ class Crowd:
 
     def tick(self) -> float:
         """One micro-turn of all; seconds from the chunks' arrival to the last action."""
-        chunks = 0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise)
+        observations = of_audio(0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise))
         begin = time.perf_counter()
-        self.engine.append(self.sessions, chunks)
+        self.engine.append(self.sessions, observations)
         return time.perf_counter() - begin
 
     def sampled(self) -> int:
@@ -87,17 +89,12 @@ def tiny_model() -> InteractionModel:
     return model
 
 
-def most_tokens(ticks: int, words_per_chunk: int) -> int:
-    """Context that ``ticks`` micro-turns may fill."""
-    return (6 + words_per_chunk) * (ticks + 1)
-
-
 def embedded(model: InteractionModel, slots: int, ticks: int, words_per_chunk: int = 1) -> SessionEngine:
     """This project's engine with room for ``ticks`` micro-turns of each session."""
     return SessionEngine(
         model,
         Vocabulary.build(model.vocab),
         slots=slots,
-        max_tokens=most_tokens(ticks, words_per_chunk),
+        max_tokens=context_rows(ticks, words_per_chunk),
         words_per_chunk=words_per_chunk,
     )

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.transformer import InteractionModel
-from rollout.bench.crowd import Crowd, embedded, most_tokens, served, tiny_model
+from rollout.bench.crowd import Crowd, embedded, served, tiny_model
 from rollout.engine import Engine
+from rollout.turn.grammar import context_rows
 from rollout.vocabulary import Vocabulary
 
 SESSIONS = (1, 32)
@@ -60,7 +61,7 @@ def vllm_engine(model: InteractionModel, slots: int, ticks: int) -> Engine:
     """vLLM's engine in this process, with the room that `embedded` has."""
     from rollout.vllm.engine import VllmEngine
 
-    max_tokens = most_tokens(ticks, words_per_chunk=1)
+    max_tokens = context_rows(ticks, words_per_chunk=1)
     return VllmEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=max_tokens)
 
 

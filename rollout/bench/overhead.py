@@ -88,7 +88,7 @@ def watched(engine: SessionEngine) -> Stopwatch:
     watch = Stopwatch()
     engine.model = _Timed(engine.model, watch, "logits")  # type: ignore[assignment]
     engine.dmel = _Timed(engine.dmel, watch, "continued")  # type: ignore[assignment]
-    classes: Any = _Timed(engine.vocabulary.classes, watch, "sample")
+    classes: Any = _Timed(engine.vocabulary.classes, watch, "sample_rows")
     engine.vocabulary = replace(engine.vocabulary, classes=classes)
     return watch
 

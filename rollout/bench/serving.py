@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.layout import Segments
+from model.inputs import Inputs
 from model.transformer import InteractionModel
 from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
 from rollout.chunk import CHUNK_MS, CHUNKS_PER_SECOND
@@ -99,5 +100,6 @@ def resend_s(model: InteractionModel, tokens: list[int], codes: list[Tensor]) ->
     """Seconds to the logits after the whole sequence, computed from nothing."""
     begin = time.perf_counter()
     segments = Segments.build([0], [0], [len(tokens)])
-    model.logits(model(torch.tensor(tokens), torch.cat(codes), segments)[-1:])
+    inputs = Inputs.of(torch.tensor(tokens), torch.cat(codes), segments, model.audio_token_id)
+    model.logits(model(inputs)[-1:])
     return time.perf_counter() - begin

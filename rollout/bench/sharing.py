@@ -29,7 +29,7 @@ class Separate(SessionEngine):
     def fork(self, session: Session, key: int) -> Session:
         if session.chunks:
             raise ValueError("Separate: only sessions that have heard nothing can be forked")
-        return self.open(key)
+        return self.open(key, session.temperature)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,17 @@ from torch import Tensor
 from transformers import InklingConfig, InklingForCausalLM, InklingTextConfig
 
 from kernels import ops
+from kernels.layout import Segments
+from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rollout.sampler import token_key
+from rollout.seeds import token_key
 
 PROMPT_TOKENS = 64
 SAMPLED_TOKENS = 64
 SESSIONS = (1, 8, 32)
 NO_CODES = torch.empty(0, 80, dtype=torch.uint8)
+VOCABULARY = NO_TOKEN = 1024
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class TextSpeed:
 
 def text_config() -> InklingTextConfig:
     return InklingTextConfig(
-        vocab_size=1024, hidden_size=256, num_hidden_layers=6,
+        vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=6,
         num_attention_heads=8, num_key_value_heads=4, head_dim=32,
         swa_num_attention_heads=8, swa_num_key_value_heads=4, swa_head_dim=32, moe_intermediate_size=256,
         n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, logits_mup_width_multiplier=1.0,
@@ -55,7 +58,7 @@ def text_config() -> InklingTextConfig:
 def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalLM]:
     """(ours in fp32, ours in bf16, transformers' in fp32), with one set of weights."""
     text = text_config()
-    config = InklingConfig(text_config=text, audio_config={"mel_vocab_size": 16}, audio_token_id=1024)  # no token
+    config = InklingConfig(text_config=text, audio_config={"mel_vocab_size": 16}, audio_token_id=NO_TOKEN)
     ours = InteractionModel(config)
     ours.init_weights(0)
     theirs = InklingForCausalLM(text).eval()
@@ -72,13 +75,18 @@ def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalL
     return ours, half, theirs
 
 
+def written(tokens: Tensor, segments: Segments) -> Inputs:
+    """Rows of text alone."""
+    return Inputs.of(tokens, NO_CODES, segments, NO_TOKEN)
+
+
 @torch.inference_mode()
 def generate(model: InteractionModel, prompt: Tensor) -> Tensor:
     """prompt int64 [S, P] -> sampled int64 [S, SAMPLED_TOKENS]."""
     sessions, length = prompt.shape
     state = SessionState(model.config, sessions, length + SAMPLED_TOKENS, model.dtype, max_rows=prompt.numel())
     slots = [state.open() for _ in range(sessions)]
-    hidden = model(prompt.flatten(), NO_CODES, state.extend(slots, [length] * sessions), state)
+    hidden = model(written(prompt.flatten(), state.extend(slots, [length] * sessions)), state)
     hidden = hidden[length - 1 :: length]
     allowed = torch.ones(1, model.vocab, dtype=torch.bool)
     row_class = torch.zeros(sessions, dtype=torch.int64)
@@ -89,7 +97,7 @@ def generate(model: InteractionModel, prompt: Tensor) -> Tensor:
         token, _, _ = ops.sample(model.logits(hidden), 1.0, keys, allowed, row_class)
         sampled.append(token)
         if position + 1 < SAMPLED_TOKENS:
-            hidden = model(token, NO_CODES, state.extend(slots, one), state)
+            hidden = model(written(token, state.extend(slots, one)), state)
     return torch.stack(sampled, 1)
 
 

@@ -23,7 +23,7 @@ from model import checkpoint
 from model.transformer import InteractionModel
 from rollout.bench.text import seconds
 from rollout.embedded import SessionEngine
-from rollout.episode import TENSORS, Episode
+from rollout.episode import Episode, tensors
 from rollout.play import Play
 from rollout.roller import InProcess, Roller
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
@@ -48,7 +48,7 @@ def measure_workers(model: InteractionModel, rounds: int) -> dict[str, object]:
     engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS)
     with ExitStack() as stack:
         pools = {size: stack.enter_context(closing(pool_of(model, size, cores))) for size in SIZES}
-        rollers: dict[int, Roller] = {0: InProcess(engine), **{n: pool.roller(1.0) for n, pool in pools.items()}}
+        rollers: dict[int, Roller] = {0: InProcess(engine), **pools}
         first = [roller.play(plays, 0) for roller in rollers.values()]  # also warms up
         unequal = sum(not equal(a, b) for episodes in first[1:] for a, b in zip(first[0], episodes, strict=True))
         taken = [[seconds(partial(r.play, plays, 0)) for r in rollers.values()] for _ in range(rounds)]
@@ -90,18 +90,19 @@ def pool_of(model: InteractionModel, workers: int, cores: int) -> WorkerPool:
 def publishing(model: InteractionModel, pool: WorkerPool, play: Play, rounds: int) -> tuple[float, float]:
     """Milliseconds that `publish` takes, and by how much one play is slower when its worker has to load first."""
     publish, loaded, again = [], [], []
-    weight, roller = model.lm_head.weight.detach(), pool.roller(1.0)
+    weight = model.lm_head.weight.detach()
     for _ in range(2 * rounds):
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf, dtype=weight.dtype))
         publish.append(seconds(pool.publish))
-        loaded.append(seconds(partial(roller.play, [play], 0)))
-        again.append(seconds(partial(roller.play, [play], 0)))
+        loaded.append(seconds(partial(pool.play, [play], 0)))
+        again.append(seconds(partial(pool.play, [play], 0)))
     slower = statistics.median(a - b for a, b in zip(loaded, again, strict=True))
     return 1000 * statistics.median(publish), 1000 * slower
 
 
 def equal(one: Episode, other: Episode) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
+    others = tensors(other)
+    return all(torch.equal(tensor, others[name]) for name, tensor in tensors(one).items())
 
 
 def cpu_s(pid: int) -> float:

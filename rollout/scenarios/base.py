@@ -14,11 +14,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rollout.chunk import Action
 from rollout.speech import Split
+from rollout.turn.observation import Observation
 
 
 class Facts(Protocol):
@@ -29,15 +27,14 @@ class Facts(Protocol):
 
 
 class User(ABC):
-    """One simulated user in one episode. It owns the audio and decides, chunk by chunk, what to say next."""
+    """One simulated user in one episode. It owns its audio and decides, chunk by chunk, what to say next."""
 
     def __init__(self, chunks: int) -> None:
         self._chunks = chunks
         self._next = 0
 
-    def next_chunk(self, heard: Action | None) -> NDArray[np.float32]:
-        """The user's audio of the next chunk, float32 [CHUNK_SAMPLES], after hearing the model's last action (None
-        before the first chunk)."""
+    def next_chunk(self, heard: Action | None) -> Observation:
+        """What the user does in the next chunk, after hearing the model's last action (None before the first chunk)."""
         k = self._next
         if k >= self._chunks:
             raise ValueError(f"the episode has {self._chunks} chunks: chunk {k} does not exist")
@@ -47,8 +44,8 @@ class User(ABC):
         return self._produce(k, heard)
 
     @abstractmethod
-    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
-        """Chunk k's audio."""
+    def _produce(self, k: int, heard: Action | None) -> Observation:
+        """What the model observes in chunk k."""
 
     @abstractmethod
     def facts(self) -> Facts:

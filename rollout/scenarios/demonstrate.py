@@ -22,6 +22,7 @@ from rollout.scenarios.base import Facts, Scenario, User
 from rollout.scenarios.timespeak import TimespeakFacts, TimespeakScenario
 from rollout.scenarios.turn_taking import TurnTakingFacts, TurnTakingScenario
 from rollout.speech import NUMBER_WORDS
+from rollout.turn.observation import audio_of
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ def enact(scenario: Scenario, cast: Callable[[User], Script]) -> tuple[NDArray[n
     """Plays one episode by the script that ``cast`` has for its user; returns what `demonstrate` does."""
     user = scenario.user()
     script = cast(user)
-    audio, actions = [], []
+    observed, actions = [], []
     heard: Action | None = None
     for k in range(scenario.chunks):
-        audio.append(user.next_chunk(heard))
+        observed.append(user.next_chunk(heard))
         heard = script(k)
         actions.append(heard)
-    return np.stack(audio), actions, user.facts()
+    return audio_of(observed).numpy(), actions, user.facts()
 
 
 def _edited(script: Script, edits: Mapping[int, Action]) -> Script:

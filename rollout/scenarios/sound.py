@@ -1,8 +1,8 @@
 """What the simulated user's microphone hears: clips laid on a noise track, cut into chunks.
 
-Randomness comes from `generator` alone: Philox keyed by a digest of names, never a global generator. Noise is made
-once a process for each kind and split, long enough that scenarios cut different stretches out of it; so a scenario
-costs microseconds and the held-out noise is never heard in training.
+Randomness comes from `rollout.seeds.generator` alone: Philox keyed by a digest of names, never a global generator.
+Noise is made once a process for each kind and split, long enough that scenarios cut different stretches out of it; so a
+scenario costs microseconds and the held-out noise is never heard in training.
 
 Samples have the same bits on every machine: random integers and uniforms, our own Fourier transform and sums, square
 roots and correctly rounded constants (`kernels.exact`), and no function of libm or of a library's vector code.
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from kernels import exact, fourier
 from model.audio import SAMPLE_RATE_HZ
-from model.draws import philox
 from rollout.chunk import CHUNK_SAMPLES
+from rollout.seeds import generator
 from rollout.speech import Split
 
 
@@ -72,11 +72,6 @@ class SoundConfig:
     held_out_gain_db: tuple[float, float] = (-7.0, 5.0)
     held_out_snr_db: tuple[float, float] = (18.0, 40.0)
     start_s: tuple[float, float] = (0.1, 0.8)  # silence before the user's first word
-
-
-def generator(*key: str | int) -> np.random.Generator:
-    """A random generator that depends on ``key`` only: the same in every process, in any order of creation."""
-    return np.random.Generator(philox("/".join(map(str, key))))
 
 
 def seconds_to_samples(seconds: float) -> int:

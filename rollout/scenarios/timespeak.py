@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rollout.chunk import CHUNK_SAMPLES, CHUNKS_PER_SECOND, Action
 from rollout.scenarios.base import Scenario, User
-from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
+from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
+from rollout.seeds import generator
 from rollout.speech import NUMBER_WORDS, Clip, SpeechBank, Split
+from rollout.turn.observation import Observation
 
 FAMILY = "timespeak"
 STOP_WORD = "goodbye"
@@ -103,13 +106,13 @@ class TimespeakUser(User):
         self._reminders_heard = 0
         self._stop: tuple[int, int] | None = None  # first and last chunk
 
-    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
+    def _produce(self, k: int, heard: Action | None) -> Observation:
         scenario = self._scenario
         if heard is not None and heard.speaks and k - 1 > self._request_end and REMINDER in heard.words:
             self._reminders_heard += 1
             if self._stop is None and self._reminders_heard == scenario.stop_after:
                 self._say_stop(k * CHUNK_SAMPLES + scenario.stop_delay)
-        return self._track.chunk(k)
+        return Observation(torch.from_numpy(self._track.chunk(k)))
 
     def _say_stop(self, first: int) -> None:
         last = first + len(self._scenario.stop.samples) - 1

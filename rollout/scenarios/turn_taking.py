@@ -17,12 +17,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.scenarios.base import Scenario, User
-from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
+from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
+from rollout.seeds import generator
 from rollout.speech import Clip, SpeechBank, Split
+from rollout.turn.observation import Observation
 
 FAMILY = "turn_taking"
 YIELD_PHRASE = "thank you"
@@ -144,10 +147,10 @@ class TurnTakingUser(User):
         self._done = False
         self._start_turn(scenario.first_chunk, interrupts=False)
 
-    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
+    def _produce(self, k: int, heard: Action | None) -> Observation:
         if heard is not None and not self._done and k > self._turns[-1].end + 1:
             self._consider(k, heard.speaks)
-        return self._track.chunk(k)
+        return Observation(torch.from_numpy(self._track.chunk(k)))
 
     def _consider(self, k: int, speaking: bool) -> None:
         """After the latest turn's end: does the next start in chunk k? ``speaking``: did the model speak in k - 1?"""

@@ -24,7 +24,6 @@ from kernels.errors import MetronomeError
 from kernels.layout import SPLIT_TOKENS
 from model import checkpoint
 from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_FRAMES
 from rollout.vllm.process import ENVIRONMENT, Functions, check_version, stand_in, undisturbed
 from rollout.vocabulary import Vocabulary
 
@@ -292,6 +291,6 @@ def _audio(place: int, codes: Tensor) -> Any:
         data=MultiModalKwargsItem({CODES: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
         modality="audio",
         identifier=name,
-        mm_position=PlaceholderRange(offset=place, length=CHUNK_FRAMES),
+        mm_position=PlaceholderRange(offset=place, length=len(codes)),
         mm_hash=name,
     )

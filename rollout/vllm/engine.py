@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.audio import HOP, WINDOW, DMel
-from model.logprob import NEXT_TEXT
 from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_FRAMES, Action
-from rollout.session import Session, check_append
+from rollout.chunk import Action
+from rollout.session import Session, check_append, check_temperature
+from rollout.turn.grammar import Grammar, chunk_starts, row_class
+from rollout.turn.observation import Observation
 from rollout.vllm.core import shared_core
 from rollout.vocabulary import Vocabulary
 
 
 class VllmEngine:
     """Sessions of one model in vLLM; see `rollout.embedded.SessionEngine` for the first arguments, `Core` for the rest.
-    Engines of one model that differ in temperature only share one vLLM."""
+    Engines of one model with equal arguments share one vLLM."""
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class VllmEngine:
         *,
         slots: int,
         max_tokens: int,
-        temperature: float = 1.0,
         words_per_chunk: int = 1,
         keep_hidden: bool = False,
         worker_process: bool = False,
@@ -41,8 +40,7 @@ class VllmEngine:
         prefill_tokens: int = 2048,
         pages: int | None = None,
     ) -> None:
-        if temperature < 0 or words_per_chunk < 1:
-            raise ValueError(f"need temperature >= 0 and words_per_chunk >= 1, got {temperature}, {words_per_chunk}")
+        self.grammar = Grammar(vocabulary, words_per_chunk)
         self.core = shared_core(
             model,
             vocabulary,
@@ -56,10 +54,7 @@ class VllmEngine:
         self.vocabulary = vocabulary
         self.dmel = DMel.build()
         self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.words_per_chunk = words_per_chunk
         self.keep_hidden = keep_hidden
-        self.most_rows = CHUNK_FRAMES + 2 + words_per_chunk
 
     @property
     def weights_digest(self) -> str:
@@ -78,19 +73,21 @@ class VllmEngine:
         self.core.model.repack()
         self.core.publish()
 
-    def open(self, key: int) -> Session:
-        """A new session that has heard nothing. Raises MetronomeError when every slot is taken."""
+    def open(self, key: int, temperature: float = 1.0) -> Session:
+        """A new session that has heard nothing. Raises ValueError for a temperature that is no number from 0 on,
+        MetronomeError when every slot is taken."""
+        check_temperature(temperature)
         return Session(
             slot=self.core.take(),
             key=key,
-            temperature=self.temperature,
+            temperature=temperature,
             weights_digest=self.weights_digest,
             tokens=[self.vocabulary.bos],
             past=torch.zeros(WINDOW - HOP),
         )
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and another key."""
+        """A session with the same past and temperature and another key."""
         session.check_open()
         return session.forked(self.core.take(), key)
 
@@ -101,18 +98,15 @@ class VllmEngine:
         session.closed = True
 
     @torch.inference_mode()
-    def append(self, sessions: Sequence[Session], chunks: Tensor) -> list[Action]:
-        """One micro-turn of each session: hears ``chunks`` fp32 [S, 3200] (16 kHz), returns what each did.
-
-        Raises ValueError for a wrong shape, dtype, sound that is no number, a closed session or one that comes twice,
-        ContextFull when a sequence would outgrow its context; then no session has moved. After any other error the
-        sessions of the call are closed: none goes on from half a micro-turn."""
-        check_append(sessions, chunks, self.most_rows, self.max_tokens)
-        samples = torch.cat((torch.stack([session.past for session in sessions]), chunks), 1)
+    def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
+        """One micro-turn of each session; see `rollout.engine.Engine.append`, also for the errors."""
+        check_append(sessions, observations, self.grammar.most_rows, self.max_tokens)
+        parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.past, o.audio)]
+        samples = torch.cat(parts).view(len(sessions), -1)
         codes = self.dmel.continued(samples)
         try:
             for session, sound, heard in zip(sessions, samples, codes, strict=True):
-                session.hear(sound[-(WINDOW - HOP) :], heard, self.vocabulary.audio)
+                session.hear(sound[-(WINDOW - HOP) :], heard, self.grammar.observed)
                 self._add(session)
             return self._act(sessions)
         except BaseException:
@@ -128,17 +122,17 @@ class VllmEngine:
         """Hands vLLM what it does not have yet: everything, the first time."""
         begin = session.fed if self.core.begun[session.slot] else 0
         tokens = session.tokens[begin:]
-        heard = [place for place, token in enumerate(tokens) if token == self.vocabulary.audio][::CHUNK_FRAMES]
+        heard = chunk_starts(tokens, self.vocabulary.audio)
         ask = {
             "key": session.key,
             "chunk": session.chunks,
-            "temperature": self.temperature,
+            "temperature": session.temperature,
             "keep_hidden": self.keep_hidden,
         }
         codes = session.codes[len(session.codes) - len(heard) :]
-        stop = [self.vocabulary.listen, self.vocabulary.end]
         heard_codes = list(zip(heard, codes, strict=True))
-        self.core.add(session.slot, tokens, heard_codes, ask, most_tokens=1 + self.words_per_chunk, stop=stop)
+        most, stop = self.grammar.most_sampled, list(self.grammar.stops)
+        self.core.add(session.slot, tokens, heard_codes, ask, most_tokens=most, stop=stop)
 
     def _book(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
         """Adds the turn's sampled tokens to the session's record."""
@@ -146,7 +140,7 @@ class VllmEngine:
             drawn, logprob, digest, hidden = record[len(session.tokens)]
             if drawn != token:
                 raise MetronomeError(f"vLLM returned token {token} where our sampler drew {drawn}")
-            session.book(token, min(i, NEXT_TEXT), logprob, digest)
+            session.book(token, row_class(i), logprob, digest)
             if self.keep_hidden:
                 session.hidden.append(torch.frombuffer(bytearray(hidden), dtype=self.core.model.dtype))
         session.fed = len(session.tokens) - 1  # vLLM drops the last one, to be fed again
@@ -155,13 +149,7 @@ class VllmEngine:
         """The micro-turn after its audio: what vLLM sampled, booked."""
         slots = [session.slot for session in sessions]
         sampled = self.core.run(slots)
-        actions = []
         for session, tokens, record in zip(sessions, sampled, self.core.records(slots), strict=True):
             self._book(session, tokens, record)
-            words = [token for token in tokens[1:] if token != self.vocabulary.end]
-            if len(words) == self.words_per_chunk:
-                session.tokens.append(self.vocabulary.end)  # the turn is full: forced, not sampled
-            action = Action(self.vocabulary.modes[tokens[0]], tuple(self.vocabulary.words[w] for w in words))
-            session.act(action)
-            actions.append(action)
-        return actions
+            session.end_turn(self.grammar.read(tokens), self.grammar.forced(tokens))
+        return [session.actions[-1] for session in sessions]

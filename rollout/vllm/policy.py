@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from model.logprob import TokenClasses
 from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_FRAMES
+from rollout.turn.grammar import AUDIO_ROWS
 from rollout.vllm.pages import PageBackend, Pages, page_spec, view_pages
 
 MODEL_TYPE = "metronome"
@@ -78,7 +78,7 @@ class _Info(BaseProcessingInfo):
         return {"audio": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"audio": CHUNK_FRAMES}
+        return {"audio": AUDIO_ROWS}
 
 
 class _NoProcessor:

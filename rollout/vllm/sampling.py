@@ -17,8 +17,8 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from model.logprob import NEXT_TEXT
-from rollout.sampler import token_key
+from rollout.seeds import token_key
+from rollout.turn.grammar import row_class
 from rollout.vllm.policy import CACHE_LAYER, Policy
 
 
@@ -37,11 +37,6 @@ class Turn:
     @property
     def position(self) -> int:
         return self.heard + len(self.said)
-
-    @property
-    def row_class(self) -> int:
-        """MODE, then FIRST_TEXT, then NEXT_TEXT for good."""
-        return min(len(self.said), NEXT_TEXT)
 
 
 def _turn(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> Turn:
@@ -68,29 +63,17 @@ class RowSampler(LogitsProcessor):
         policy = cast(Policy, self.layers[CACHE_LAYER])
         turns = [self.turns[row] for row in range(logits.shape[0])]
         chosen = torch.full_like(logits, -torch.inf)
-        for temperature in dict.fromkeys(turn.temperature for turn in turns):
-            rows = [row for row, turn in enumerate(turns) if turn.temperature == temperature]
-            self._sample(policy, logits, chosen, [turns[row] for row in rows], rows, temperature)
-        return chosen
-
-    def _sample(
-        self,
-        policy: Policy,
-        logits: Tensor,
-        chosen: Tensor,
-        turns: list[Turn],
-        rows: list[int],
-        temperature: float,
-    ) -> None:
+        if not turns:
+            return chosen
         device = logits.device
         keys = torch.tensor([token_key(t.key, t.chunk, t.position) for t in turns], device=device)
-        classes = torch.tensor([t.row_class for t in turns], device=device)
-        index = torch.tensor(rows, device=device)
-        token, logprob, digest = policy.classes.sample(logits[index], keys, classes, temperature)
-        chosen[index, token] = 0.0
+        classes = torch.tensor([row_class(len(t.said)) for t in turns], device=device)
+        token, logprob, digest = policy.classes.sample_rows(logits, keys, classes, [t.temperature for t in turns])
+        chosen[torch.arange(len(turns), device=device), token] = 0.0
         assert policy.hidden is not None
-        values = zip(turns, rows, token.tolist(), logprob.tolist(), digest.tolist(), strict=True)
+        values = zip(turns, policy.hidden, token.tolist(), logprob.tolist(), digest.tolist(), strict=True)
         for turn, row, *record in values:
-            hidden = policy.hidden[row].cpu().view(torch.uint8).numpy().tobytes() if turn.keep_hidden else b""
+            hidden = row.cpu().view(torch.uint8).numpy().tobytes() if turn.keep_hidden else b""
             # A row in the middle of a chunked prefill is sampled too; the real one overwrites it.
             policy.records.setdefault(turn.session, {})[turn.position] = (*record, hidden)
+        return chosen

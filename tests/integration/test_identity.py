@@ -14,13 +14,14 @@ from rl import loop
 from rl.config import RLConfig, TrainConfig
 from rl.identity import Mismatch, NotComparableError, NotEqualError
 from rl.learner import policy_gradient
-from rl.run import build_engine, build_model
+from rl.rollers import build_engine
+from rl.run import build_model
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import play
 from rollout.roller import InProcess
 from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from tests.episodes import with_text
 
 CONFIG = TrainConfig(rl=RLConfig(groups=2, rollouts=2, micro_batch=2))
 
@@ -33,7 +34,7 @@ def bank() -> SpeechBank:
 @pytest.fixture
 def engine() -> SessionEngine:
     model = build_model(CONFIG)
-    return build_engine(CONFIG, model, Vocabulary.build(model.vocab), temperature=1.0)
+    return build_engine(CONFIG, model)
 
 
 @pytest.fixture
@@ -42,14 +43,14 @@ def episodes(engine: SessionEngine, bank: SpeechBank) -> list[Episode]:
 
 
 def audit(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
-    weights = [torch.ones(len(e.chunk)) for e in episodes]
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     gradient = policy_gradient(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
     return loop.audit(engine.model, episodes, gradient, step=7, micro_batch=2)
 
 
 def test_every_sampled_token_is_equal(engine: SessionEngine, episodes: list[Episode]) -> None:
     found = audit(engine, episodes)
-    assert found.num_tokens == sum(len(e.chunk) for e in episodes) >= 4 * 60
+    assert found.num_tokens == sum(len(e.text.chunk) for e in episodes) >= 4 * 60
     assert (found.num_unequal, found.rows_unequal, found.max_abs) == (0, 0, 0.0)
 
 
@@ -58,8 +59,8 @@ def test_rollouts_of_a_group_differ_and_replay_exactly(
 ) -> None:
     again = play(engine, loop.plays(CONFIG, bank, 0)[1:2], CONFIG.seed)
     assert torch.equal(again[0].tokens, episodes[1].tokens)
-    assert torch.equal(again[0].logprob, episodes[1].logprob)
-    assert torch.equal(again[0].digest, episodes[1].digest)
+    assert torch.equal(again[0].text.logprob, episodes[1].text.logprob)
+    assert torch.equal(again[0].text.digest, episodes[1].text.digest)
     assert not torch.equal(episodes[0].tokens, episodes[1].tokens)
 
 
@@ -92,9 +93,9 @@ def test_batch_variant_op_is_caught_and_located(
 
 
 def test_one_wrong_row_digest_stops_the_step(engine: SessionEngine, episodes: list[Episode]) -> None:
-    digest = episodes[2].digest.clone()
+    digest = episodes[2].text.digest.clone()
     digest[5] ^= 1
-    forged = [*episodes[:2], replace(episodes[2], digest=digest), episodes[3]]
+    forged = [*episodes[:2], with_text(episodes[2], digest=digest), episodes[3]]
     with pytest.raises(NotEqualError, match=f"episode {episodes[2].name}"):
         audit(engine, forged)
 

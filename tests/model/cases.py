@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import InklingConfig, InklingForConditionalGeneration
 
-from kernels.layout import Segments
+from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import Capture, InteractionModel
 
@@ -87,16 +87,15 @@ def random_rows(seed: int, count: int = ROWS) -> Rows:
 
 def whole(model: InteractionModel, rows: Rows, capture: Capture | None = None) -> Tensor:
     """The learner's forward: one sequence, no state."""
-    return model(rows.tokens, rows.codes, Segments.build([0], [0], [len(rows.tokens)]), None, capture)
+    return model(Inputs.cat([rows], AUDIO), None, capture)
 
 
 @torch.no_grad()
 def in_pieces(model: InteractionModel, rows: Rows, lengths: list[int], state: SessionState, slot: int) -> Tensor:
     """The session's forward, ``lengths[i]`` rows a call."""
-    outputs, at = [], 0
+    outputs, at, inputs = [], 0, Inputs.cat([rows], AUDIO)
     for length in lengths:
-        piece = rows.cut(at, at + length)
-        outputs.append(model(piece.tokens, piece.codes, state.extend([slot], [length]), state))
+        outputs.append(model(inputs.part([(0, at, at + length)], state.extend([slot], [length])), state))
         at += length
     assert at == len(rows.tokens)
     return torch.cat(outputs)

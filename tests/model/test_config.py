@@ -12,6 +12,7 @@ from transformers import InklingForConditionalGeneration
 from kernels.layout import Segments
 from model import info
 from model.config import PRESETS, check, log_scale_table, preset
+from model.inputs import Inputs
 from model.transformer import InteractionModel
 from tests.model.cases import random_config
 
@@ -87,12 +88,12 @@ def test_forward_before_pack_and_wrong_counts() -> None:
 
     segments, none = Segments.build([0], [0], [2]), torch.empty(0, 80, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"call pack\(\)"):
-        model(torch.tensor([1, 8]), none, segments)
+        model(Inputs.of(torch.tensor([1, 8]), none, segments, model.audio_token_id))
     with pytest.raises(RuntimeError, match=r"call pack\(\)"):
         model.repack()
     model.init_weights(0)
     model.pack()
     with pytest.raises(ValueError, match="tokens has 3 rows, segments 2"):
-        model(torch.tensor([1, 8, 8]), none, segments)
+        Inputs.of(torch.tensor([1, 8, 8]), none, segments, model.audio_token_id)
     with pytest.raises(ValueError, match="1 audio tokens, but codes has 0 rows"):
-        model(torch.tensor([1, 2]), none, segments)
+        Inputs.of(torch.tensor([1, 2]), none, segments, model.audio_token_id)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kernels import dispatch
+from model.inputs import Inputs
 from model.state import SessionState
 from model.transformer import InteractionModel
 from tests.kernels.contract import uneven
-from tests.model.cases import ROWS, in_pieces, random_rows, twins, whole
+from tests.model.cases import AUDIO, ROWS, in_pieces, random_rows, twins, whole
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -82,9 +83,9 @@ def test_company_changes_nothing() -> None:
         lengths = [min(choose.choice([1, 3, 5, 30]), ROWS - at[i]) for i in members]
         if not members:
             continue
-        pieces = [rows[i].cut(at[i], at[i] + n) for i, n in zip(members, lengths, strict=True)]
+        spans = [(i, at[i], at[i] + n) for i, n in zip(members, lengths, strict=True)]
         segments = state.extend([slots[i] for i in members], lengths)
-        hidden = model(torch.cat([p.tokens for p in pieces]), torch.cat([p.codes for p in pieces]), segments, state)
+        hidden = model(Inputs.cat(rows, AUDIO).part(spans, segments), state)
         for i, n, part in zip(members, lengths, hidden.split(lengths), strict=True):
             outputs[i].append(part)
             at[i] += n

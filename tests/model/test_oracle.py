@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.layout import Segments
-from tests.model.cases import random_config, random_rows, twins, whole
+from model.inputs import Inputs
+from tests.model.cases import AUDIO, random_config, random_rows, twins, whole
 
 CONFIGS = 24
 BOUND = 1e-5
@@ -80,7 +80,6 @@ def test_gradients_equal_transformers() -> None:
 def test_two_sequences_in_one_call_equal_two_calls(backend: str) -> None:
     ours, _ = twins(7)
     a, b = random_rows(1, 60), random_rows(2, 33)
-    tokens, codes = torch.cat((a.tokens, b.tokens)), torch.cat((a.codes, b.codes))
-    both = ours(tokens, codes, Segments.build([0, 1], [0, 0], [60, 33]))
+    both = ours(Inputs.cat([a, b], AUDIO))
     assert torch.equal(both[:60], whole(ours, a))
     assert torch.equal(both[60:], whole(ours, b))

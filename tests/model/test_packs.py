@@ -10,6 +10,7 @@ from kernels.errors import StaleWeightsError
 from kernels.layout import Segments
 from model import packs
 from model.config import preset
+from model.inputs import Inputs
 from model.packs import StaleCopyError
 from model.transformer import InteractionModel
 from reward.model import RewardModel
@@ -24,7 +25,7 @@ def model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inter
 
 def forward(of: InteractionModel) -> torch.Tensor:
     none = torch.empty(0, 80, dtype=torch.uint8)
-    return of.logits(of(torch.tensor([1, 5, 7]), none, Segments.build([0], [0], [3])))
+    return of.logits(of(Inputs.of(torch.tensor([1, 5, 7]), none, Segments.build([0], [0], [3]), of.audio_token_id)))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from rollout.chunk import LISTEN, Action, speak
 from rollout.scenarios.base import Scenario
 from rollout.scenarios.demonstrate import PERFECT, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.scenarios.sound import generator
+from rollout.seeds import generator
 from rollout.speech import SpeechBank
 
 WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
@@ -45,7 +45,7 @@ def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]
     heard: Action | None = None
     audio = []
     for action in actions:
-        audio.append(user.next_chunk(heard))
+        audio.append(user.next_chunk(heard).audio)
         heard = action
     return np.stack(audio), user.facts()
 

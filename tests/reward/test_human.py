@@ -13,7 +13,7 @@ import soundfile
 from kernels.errors import MetronomeError
 from reward.human import read_labels
 from rollout.chunk import CHUNK_SAMPLES
-from rollout.rows import chunk_ends
+from rollout.turn.grammar import chunk_ends
 from rollout.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(256)

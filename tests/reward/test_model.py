@@ -17,8 +17,8 @@ from model.config import preset
 from model.transformer import InteractionModel
 from reward.model import RewardModel, episode_scores
 from rollout.chunk import CHUNK_FRAMES, LISTEN, speak
-from rollout.rows import chunk_ends
 from rollout.transcript import Transcript, write_transcript
+from rollout.turn.grammar import Grammar, chunk_ends
 from rollout.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -31,7 +31,7 @@ def conversation(seed: int, chunks: int, words_per_chunk: int = 2) -> Transcript
     generator = torch.Generator().manual_seed(seed)
     actions = [pick.choice([LISTEN, LISTEN, speak("breathe"), speak("thank", "you")]) for _ in range(chunks)]
     codes = torch.randint(16, (chunks, CHUNK_FRAMES, 80), generator=generator, dtype=torch.uint8)
-    return write_transcript(codes, actions, VOCABULARY, words_per_chunk)
+    return write_transcript(codes, actions, Grammar(VOCABULARY, words_per_chunk))
 
 
 def reward_model(axes: tuple[str, ...] = ("timing", "content"), seed: int = 0) -> RewardModel:
@@ -71,13 +71,13 @@ def test_a_chunk_ends_with_what_the_model_did() -> None:
     assert len(ends) == 25
     assert ends[-1] == len(talk.tokens) - 1
     assert all(int(talk.tokens[e]) in (VOCABULARY.listen, VOCABULARY.end) for e in ends)
-    last_choice = [int(talk.sampled_at[talk.chunk == k][-1]) for k in range(25)]
+    last_choice = [int(talk.text.sampled_at[talk.text.chunk == k][-1]) for k in range(25)]
     assert all(0 <= e - c <= 1 for e, c in zip(ends.tolist(), last_choice, strict=True))  # one more where end is forced
 
 
 def test_one_reward_a_chunk_and_axis(model: RewardModel, talks: list[Transcript]) -> None:
     rewards = model.score(talks)
-    assert [r.shape for r in rewards] == [(int(t.chunk[-1]) + 1, 2) for t in talks]
+    assert [r.shape for r in rewards] == [(int(t.text.chunk[-1]) + 1, 2) for t in talks]
     assert all(r.dtype == torch.float32 and not r.requires_grad and torch.isfinite(r).all() for r in rewards)
 
 
@@ -127,7 +127,7 @@ def test_a_reward_knows_nothing_of_later_chunks(model: RewardModel, talks: list[
     talk = talks[3]
     end = int(chunk_ends(talk.tokens, VOCABULARY.audio)[11]) + 1
     heard = int((talk.tokens[:end] == VOCABULARY.audio).sum())
-    start = Transcript(talk.tokens[:end], talk.codes[:heard], talk.sampled_at, talk.row_class, talk.chunk)
+    start = Transcript(talk.tokens[:end], talk.codes[:heard], talk.text)
     assert torch.equal(model.score([start])[0], model.score([talk])[0][:12])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.inputs import Inputs
 from model.transformer import InteractionModel
 from reward.model import RewardModel
 from reward.prefixes import LEAST_ROWS, Stem, tree
 from rollout.chunk import CHUNK_FRAMES, LISTEN, Action, speak
 from rollout.transcript import Transcript, write_transcript
+from rollout.turn.grammar import Grammar
 from tests.reward.test_model import VOCABULARY, conversation, reward_model
 
 CHUNKS = 30
@@ -20,7 +22,7 @@ def talk(changes: dict[int, Action], heard_from: int = CHUNKS, chunks: int = CHU
     codes = torch.randint(16, (chunks, CHUNK_FRAMES, 80), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     codes[heard_from:] = 15 - codes[heard_from:]
     actions = [changes.get(k, speak("breathe") if k % 7 == 3 else LISTEN) for k in range(chunks)]
-    return write_transcript(codes, actions, VOCABULARY, 2)
+    return write_transcript(codes, actions, Grammar(VOCABULARY, 2))
 
 
 GROUP = [
@@ -68,9 +70,9 @@ def test_shared_rows_are_read_once_and_give_everybodys_bits(
     rows: list[int] = []
     forward = InteractionModel.forward
 
-    def counted(self: InteractionModel, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
-        rows.append(len(tokens))
-        return forward(self, tokens, *rest)  # type: ignore[arg-type]
+    def counted(self: InteractionModel, inputs: Inputs, *rest: object) -> torch.Tensor:
+        rows.append(inputs.segments.rows)
+        return forward(self, inputs, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(InteractionModel, "forward", counted)
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_what_differs_is_not_shared(model: RewardModel) -> None:
     one = talk({})
     codes = one.codes.clone()
     codes[10 * CHUNK_FRAMES, 3] ^= 1
-    other = Transcript(one.tokens, codes, one.sampled_at, one.row_class, one.chunk)
+    other = Transcript(one.tokens, codes, one.text)
     first, second = model.score([one, other])
     assert torch.equal(first[:10], second[:10]) and not torch.equal(first[10], second[10])
     assert torch.equal(second, model([other])[0].detach())

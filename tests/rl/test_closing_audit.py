@@ -19,13 +19,14 @@ from dataclasses import replace
 
 import rl.run
 from rl.train import main as train
+from tests.episodes import with_text
 from tests.rl.audit.runs import flip
 
 honest = rl.run.save_episodes
 
 def tampered(path, episodes):
     first, *rest = episodes
-    honest(path, [replace(first, logprob=flip(first.logprob, 0)), *rest] if "rank_1" in path.name else episodes)
+    honest(path, [with_text(first, logprob=flip(first.text.logprob, 0)), *rest] if "rank_1" in path.name else episodes)
 
 def main():
     if {tamper}:

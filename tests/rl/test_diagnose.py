@@ -28,7 +28,8 @@ from rl.learner import Gradient, policy_gradient
 from rl.run import DIFFERENCE, Run
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
-from rollout.sampler import session_key
+from rollout.seeds import session_key
+from rollout.turn.observation import of_audio
 from rollout.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -51,12 +52,12 @@ def sampled(model: InteractionModel) -> list[Episode]:
     sessions = [engine.open(session_key(0, name, 0)) for name in names]
     audio = torch.randn(CHUNKS, 3, 3200, generator=torch.Generator().manual_seed(0)) / 10
     for chunk in audio:
-        engine.append(sessions, chunk)
+        engine.append(sessions, of_audio(chunk))
     return [s.episode(scenario=n, rollout=0, seed=0, facts={}) for s, n in zip(sessions, names, strict=True)]
 
 
 def learned(model: InteractionModel, episodes: list[Episode]) -> Gradient:
-    weights = [torch.ones(len(e.chunk)) for e in episodes]
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     return policy_gradient(model, episodes, weights, VOCABULARY.classes, 1.0, 2)
 
 
@@ -147,8 +148,8 @@ def test_healthy_model_has_no_gap_in_any_way_to_run_it(model: InteractionModel) 
         "mlp_sconv (short_conv)",
     ]
     assert names[-4:] == ["norm (rms_norm)", "lm_head (linear)", trace.LOGPROB, trace.DIGEST]
-    assert torch.equal(ways[0].entries[trace.LOGPROB].rows[:, 0], episodes[1].logprob)
-    assert torch.equal(ways[0].entries[trace.DIGEST].rows[:, 0], episodes[1].digest)
+    assert torch.equal(ways[0].entries[trace.LOGPROB].rows[:, 0], episodes[1].text.logprob)
+    assert torch.equal(ways[0].entries[trace.DIGEST].rows[:, 0], episodes[1].text.digest)
     with pytest.raises(ValueError, match="every log-prob and every row digest is equal"):
         explained(model, episodes)
 

@@ -22,7 +22,7 @@ from model.transformer import InteractionModel
 from rl import loop
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner import Gradient, Learner, policy_gradient
-from rl.run import build_engine
+from rl.rollers import build_engine
 from rl.warmstart import demonstrations
 from rollout.play import play
 from rollout.speech import SpeechBank
@@ -51,6 +51,7 @@ MOVES = {
         "masked_fill_",
         "c10d::allreduce_",
         "mkldnn::_is_mkldnn_fp16_supported",
+        "searchsorted",
     ),
     *("repeat", "repeat_interleave", "masked_select", "flip", "item", "record_stream", "resize_", "_reshape_alias"),
 }
@@ -118,8 +119,8 @@ def policy(name: str = "tiny", dtype: torch.dtype = torch.float32) -> Interactio
 
 def gradient(model: InteractionModel) -> Callable[[], Gradient]:
     vocabulary = Vocabulary.build(model.vocab)
-    some = demonstrations(CONFIG, SpeechBank.load(), DMel.build(), vocabulary, 0)
-    weights = [torch.full((len(t.chunk),), 0.01) for t in some]
+    some = demonstrations(CONFIG, SpeechBank.load(), vocabulary, 0)
+    weights = [torch.full((len(t.text.chunk),), 0.01) for t in some]
     return lambda: policy_gradient(model, some, weights, vocabulary.classes, 1.0, 1)
 
 
@@ -144,7 +145,7 @@ def test_learners_step(stage: Literal[0, 1, 2], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("world")
 def test_sampler() -> None:
     model = policy()
-    engine = build_engine(CONFIG, model, Vocabulary.build(model.vocab), 1.0)
+    engine = build_engine(CONFIG, model)
     plays = loop.plays(CONFIG, SpeechBank.load(), 0)[:4]
     assert refused(lambda: play(engine, plays, 0)) == {}
 

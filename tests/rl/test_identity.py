@@ -7,7 +7,7 @@ import torch
 
 from rl.identity import Mismatch, NotComparableError, check_comparable, compare, unequal_bits
 from rollout.chunk import Action, Mode
-from rollout.episode import Episode
+from rollout.episode import TEXT, Episode, Stream
 
 
 def episode() -> Episode:
@@ -22,11 +22,7 @@ def episode() -> Episode:
         actions=(Action(Mode.LISTEN, ()),),
         tokens=torch.tensor([1, 2, 2, 2, 2, 3]),
         codes=torch.zeros(4, 80, dtype=torch.uint8),
-        sampled_at=torch.tensor([5]),
-        row_class=torch.tensor([0]),
-        chunk=torch.tensor([0]),
-        logprob=torch.tensor([-0.5]),
-        digest=torch.tensor([7]),
+        streams={TEXT: Stream(*(torch.tensor([n]) for n in (5, 0, 0, -0.5, 7)))},
     )
 
 
@@ -71,3 +67,10 @@ def test_other_contract_or_weights_are_not_comparable() -> None:
         check_comparable([episode()], "c1", "w0")
     with pytest.raises(NotComparableError, match="weights w0"):
         check_comparable([dataclasses.replace(episode(), contract_id="c1")], "c1", "w1")
+
+
+def test_a_stream_that_the_learner_does_not_score_is_not_comparable() -> None:
+    one = episode()
+    check_comparable([one], "c0", "w0")
+    with pytest.raises(NotComparableError, match="sampled in voice beside text"):
+        check_comparable([dataclasses.replace(one, streams={**one.streams, "voice": one.text})], "c0", "w0")

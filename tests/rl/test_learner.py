@@ -15,7 +15,6 @@ from kernels import ops
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
 from model import checkpoint
-from model.audio import DMel
 from model.checkpoint import weights_digest
 from model.config import preset
 from model.transformer import InteractionModel
@@ -52,22 +51,22 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def transcripts(vocabulary: Vocabulary) -> list[Transcript]:
-    return demonstrations(CONFIG, SpeechBank.load(), DMel.build(), vocabulary, 0)
+    return demonstrations(CONFIG, SpeechBank.load(), vocabulary, 0)
 
 
 def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(len(t.chunk), generator=generator) / 100 for t in transcripts]
+    return [torch.randn(len(t.text.chunk), generator=generator) / 100 for t in transcripts]
 
 
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:
-    bank, dmel = SpeechBank.load(), DMel.build()
-    again = demonstrations(CONFIG, bank, dmel, vocabulary, 0)
+    bank = SpeechBank.load()
+    again = demonstrations(CONFIG, bank, vocabulary, 0)
     assert all(
         torch.equal(a.tokens, b.tokens) and torch.equal(a.codes, b.codes)
         for a, b in zip(again, transcripts, strict=True)
     )
-    other = demonstrations(CONFIG, bank, dmel, vocabulary, 1)
+    other = demonstrations(CONFIG, bank, vocabulary, 1)
     assert not torch.equal(other[0].codes, transcripts[0].codes)
 
 
@@ -76,13 +75,14 @@ def test_gradient_is_that_of_the_weighted_logprobs(
 ) -> None:
     some = transcripts[:2]
     gradient = policy_gradient(model, some, weights(some), vocabulary.classes, 1.0, 2)
-    logprob, _, _ = score_choices(model, collate(some), vocabulary.classes, 1.0)
+    logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
     loss = -(torch.cat(weights(some)) * logprob).sum()
     for got, wanted in zip(gradient.parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True):
         assert torch.equal(got, wanted)
     halves = policy_gradient(model, some, weights(some), vocabulary.classes, 1.0, 1)
     assert torch.equal(halves.logprob, gradient.logprob) and torch.equal(halves.digest, gradient.digest)
-    assert halves.owner.tolist() == gradient.owner.tolist() == [0] * len(some[0].chunk) + [1] * len(some[1].chunk)
+    owner = [i for i, t in enumerate(some) for _ in t.text.chunk]
+    assert halves.owner.tolist() == gradient.owner.tolist() == owner
     for a, b in zip(halves.parameters, gradient.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # another order of summation
 

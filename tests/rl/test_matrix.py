@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from kernels.reference import naive
 from model import checkpoint
@@ -30,6 +29,8 @@ from rl.learner import policy_gradient
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.episode import Episode
 from rollout.scenarios.base import Scenario, User
+from rollout.turn.observation import Observation
+from tests.episodes import with_text
 from tests.kernels.contract import uneven
 
 CHUNKS = 14
@@ -45,8 +46,8 @@ class NoiseUser(User):
         super().__init__(CHUNKS)
         self._noise = np.random.default_rng(seed)
 
-    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
-        return self._noise.standard_normal(CHUNK_SAMPLES, dtype=np.float32) / 10
+    def _produce(self, k: int, heard: Action | None) -> Observation:
+        return Observation(torch.from_numpy(self._noise.standard_normal(CHUNK_SAMPLES, dtype=np.float32) / 10))
 
     def facts(self) -> NoFacts:
         return NoFacts()
@@ -95,7 +96,7 @@ def cells(side: Side, tokens: list[Episode]) -> list[matrix.Cell]:
 def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
     folder: Path, tokens: list[Episode], dtype: torch.dtype
 ) -> None:
-    sampled = sum(len(e.sampled_at) for e in tokens)
+    sampled = sum(len(e.text.sampled_at) for e in tokens)
     ours = cells(Side.load("ours", folder, dtype), tokens)
     for cell in ours:
         m = cell.mismatch
@@ -121,21 +122,21 @@ def test_naive_torch_cannot_pass_for_exact(folder: Path) -> None:
     side = Side.load("naive torch", folder, torch.float32)
     episodes = matrix.sampled(side, "session", ITEMS, len(ITEMS))
     with side.active(), pytest.raises(NotEqualError, match=r"kernels\.naive|depends on"):
-        weights = [torch.ones(len(e.chunk)) for e in episodes]
+        weights = [torch.ones(len(e.text.chunk)) for e in episodes]
         g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, 2)
         loop.audit(side.model, episodes, g, step=0, micro_batch=2)
 
 
 def test_samplings_that_part_count_from_where_they_part(tokens: list[Episode]) -> None:
     one = tokens[0]
-    n = len(one.sampled_at)
+    n = len(one.text.sampled_at)
     assert matrix.sampled_apart([one], [one]).num_unequal == 0
     other = one.tokens.clone()
-    other[one.sampled_at[n - 3]] += 1
-    logprob = one.logprob.clone()
+    other[one.text.sampled_at[n - 3]] += 1
+    logprob = one.text.logprob.clone()
     logprob[0] = torch.nextafter(logprob[0], torch.tensor(0.0))
     logprob[n - 1] += 1  # after the parting: no number of a comparison
-    found = matrix.sampled_apart([replace(one, tokens=other, logprob=logprob)], [one])
+    found = matrix.sampled_apart([with_text(replace(one, tokens=other), logprob=logprob)], [one])
     assert (found.num_tokens, found.num_unequal, found.rows_unequal) == (n, 4, 3)
     assert 0 < found.max_abs < 1e-5
 

@@ -42,17 +42,17 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def episodes(vocabulary: Vocabulary) -> list[Episode]:
-    engine = SessionEngine(policy(0), vocabulary, slots=4, max_tokens=512, temperature=0.8)
+    engine = SessionEngine(policy(0), vocabulary, slots=4, max_tokens=512)
     bank = SpeechBank.load()
     items = [scenario(family, "train", 0, bank, ScenarioConfig()) for family in FAMILIES]
-    return play(engine, [Play(item, r) for item in items for r in range(GROUP)], 0)
+    return play(engine, [Play(item, r) for item in items for r in range(GROUP)], 0, 0.8)
 
 
 def test_no_bit_of_distance_from_itself(episodes: list[Episode], vocabulary: Vocabulary, tmp_path: Path) -> None:
     checkpoint.save(policy(0), tmp_path / "start")
     start = Reference.load(tmp_path / "start", vocabulary.classes, micro_batch=3)
     ratio = start.log_ratio(episodes)
-    assert [len(r) for r in ratio] == [len(e.chunk) for e in episodes]
+    assert [len(r) for r in ratio] == [len(e.text.chunk) for e in episodes]
     assert all(torch.equal(r, torch.zeros_like(r)) for r in ratio)
     assert reference.metrics(ratio) == {"reference/kl_k1": 0.0, "reference/kl_k3": 0.0}
 

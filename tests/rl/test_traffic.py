@@ -12,7 +12,8 @@ from model.transformer import InteractionModel
 from rl.traffic import episode_bytes, main, traffic
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.embedded import SessionEngine
-from rollout.episode import TENSORS
+from rollout.episode import tensors
+from rollout.turn.observation import of_audio
 from rollout.vocabulary import Vocabulary
 
 
@@ -23,10 +24,12 @@ def test_episode_bytes_are_those_of_a_real_episode() -> None:
     engine = SessionEngine(model, Vocabulary.build(model.vocab), slots=1, max_tokens=128)
     session = engine.open(1)
     for k in range(10):
-        engine.append([session], 0.1 * torch.randn(1, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(k)))
+        engine.append(
+            [session], of_audio(0.1 * torch.randn(1, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(k)))
+        )
     words = sum(a.mode is Mode.SPEAK for a in session.actions)
     episode = session.episode(scenario="x/train/0", rollout=0, seed=0, facts={})
-    real = sum(getattr(episode, name).nbytes for name in TENSORS)
+    real = sum(tensor.nbytes for tensor in tensors(episode).values())
     assert 0 < words < 10
     assert episode_bytes(2, words) == real
     assert episode_bytes(2, words - 1) != real

@@ -8,23 +8,22 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 
 import pytest
-import torch
 
 from reward.source import RewardSource
 from rl import loop
 from rl.config import RLConfig, TrainConfig
 from rl.learner import Learner
-from rl.rollers import rollers
-from rl.run import build_engine, build_model
+from rl.rollers import start_roller
+from rl.run import build_model
 from rollout.episode import Episode
 from rollout.play import Play
 from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
-from rollout.workers import ATTEMPTS, PoolRoller, WorkerPool
+from rollout.workers import ATTEMPTS, WorkerPool
+from tests.episodes import unequal_fields
 
 KILLS = 30
 CONFIG = TrainConfig(rl=RLConfig(steps=60, groups=2, rollouts=3))  # at most; as many as `KILLS` kills take
@@ -34,18 +33,18 @@ KILLS_A_STEP = ATTEMPTS - 1  # fewer than make the pool give up, whomever they h
 class Killed:
     """A roller whose workers are killed while they play, at moments drawn from a seed."""
 
-    def __init__(self, roller: PoolRoller, seed: int) -> None:
-        self.roller, self.random, self.kills = roller, random.Random(seed), 0
+    def __init__(self, roller: WorkerPool, seed: int) -> None:
+        self.pool, self.random, self.kills = roller, random.Random(seed), 0
 
     def publish(self) -> None:
-        self.roller.publish()
+        self.pool.publish()
 
-    def play(self, plays: list[Play], seed: int) -> list[Episode]:
+    def play(self, plays: list[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
         done = threading.Event()
-        killer = threading.Thread(target=self._kill, args=(self.roller.pool, done))
+        killer = threading.Thread(target=self._kill, args=(self.pool, done))
         killer.start()
         try:
-            return self.roller.play(plays, seed)
+            return self.pool.play(plays, seed, temperature)
         finally:
             done.set()
             killer.join()
@@ -66,13 +65,12 @@ def train(
     """Every step's result, and how many workers were killed; with ``kill`` no more steps than `KILLS` kills take."""
     config = replace(CONFIG, seed=seed, rollout=replace(CONFIG.rollout, workers=workers, worker_threads=1))
     model = build_model(CONFIG)
-    vocabulary = Vocabulary.build(model.vocab)
     learner = Learner(model, config.rl.optim, config.rl.steps)
     source = RewardSource(config.reward, "rules", [])
-    with rollers(config, model, lambda t: build_engine(config, model, vocabulary, t)) as roller_at:
-        roller, kills = roller_at(1.0), 0
+    with start_roller(config, model) as roller:
+        kills = 0
         if kill:
-            assert isinstance(roller, PoolRoller)
+            assert isinstance(roller, WorkerPool)
             roller = Killed(roller, seed=7)
         results = []
         for result in islice(loop.steps(config, bank, roller, learner, source, None, 0, {}), steps):
@@ -89,10 +87,8 @@ def differing(one: list[loop.StepResult], other: list[loop.StepResult]) -> Itera
         if a.metrics["weights_digest"] != b.metrics["weights_digest"]:
             yield f"weights after step {step}"
         for x, y in zip(a.episodes, b.episodes, strict=True):
-            for name in (field.name for field in fields(Episode)):
-                u, v = getattr(x, name), getattr(y, name)
-                if not (torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v):
-                    yield f"{name} of {x.name} in step {step}"
+            for name in unequal_fields(x, y):
+                yield f"{name} of {x.name} in step {step}"
 
 
 @pytest.mark.slow

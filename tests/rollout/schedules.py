@@ -13,20 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from kernels import ops
 from kernels.layout import SPLIT_TOKENS
 from model.config import preset
 from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_FRAMES, CHUNK_SAMPLES
+from rollout.chunk import CHUNK_SAMPLES
 from rollout.engine import Engine
-from rollout.sampler import session_key
+from rollout.seeds import session_key
 from rollout.session import Session
+from rollout.turn.grammar import AUDIO_ROWS, most_rows
+from rollout.turn.observation import Observation
+from tests.episodes import unequal_fields
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
-MOST_ROWS = CHUNK_FRAMES + 2 + WORDS
-SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * MOST_ROWS, "words_per_chunk": WORDS}
+SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * most_rows(WORDS), "words_per_chunk": WORDS}
 FEW_PAGES = 20
 """Enough for the sessions that a schedule has open at a time; every page is used many times over."""
 BANK = 3
@@ -69,8 +70,8 @@ def make_model(dtype: torch.dtype) -> InteractionModel:
     return model
 
 
-def sound(number: int) -> Tensor:
-    return 0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(number))
+def sound(number: int) -> Observation:
+    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(number)))
 
 
 @contextmanager
@@ -97,15 +98,15 @@ def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) 
     here = [sessions[n] for n in step.sessions]
     if step.kind in ("open", "fork"):
         key = session_key(schedule.seed, "x", len(sessions))
-        sessions.append(engine.open(key) if step.kind == "open" else engine.fork(here[0], key))
+        sessions.append(engine.open(key, schedule.temperature) if step.kind == "open" else engine.fork(here[0], key))
     elif step.kind == "close":
         engine.close(here[0])
     elif step.kind == "append":
-        engine.append(here, torch.stack([sound(n) for n in step.sounds]))
+        engine.append(here, [sound(n) for n in step.sounds])
     else:
         try:
             with failing(step.op, step.at):
-                engine.append(here, torch.stack([sound(n) for n in step.sounds]))
+                engine.append(here, [sound(n) for n in step.sounds])
         except FloatingPointError:
             return
         raise AssertionError(f"{step} did not fail")
@@ -147,7 +148,7 @@ class Planner:
 
     def pages(self, spare: int = 0) -> int:
         """That the open sessions and ``spare`` forks of the longest one may have after their next chunk."""
-        rows = [len(self.schedule.sessions[n].tokens) + MOST_ROWS for n in self.open()]
+        rows = [len(self.schedule.sessions[n].tokens) + most_rows(WORDS) for n in self.open()]
         return sum(-(-n // SPLIT_TOKENS) for n in rows + spare * [max(rows, default=0)])
 
     def room(self, forks: int) -> bool:
@@ -172,7 +173,7 @@ class Planner:
     def at_the_end(self, n: int) -> bool:
         """Whether its next chunk's audio takes it over the end of a page."""
         session = self.schedule.sessions[n]
-        return session.fed // SPLIT_TOKENS < (len(session.tokens) + CHUNK_FRAMES - 1) // SPLIT_TOKENS
+        return session.fed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS - 1) // SPLIT_TOKENS
 
     def fork(self, origin: int) -> int:
         self.step("fork", origin)
@@ -221,7 +222,6 @@ def unequal(schedule: Schedule, sessions: list[Session]) -> list[int]:
         if n in failed(schedule) or one.chunks == other.chunks == 0:
             continue
         a, b = (s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in (one, other))
-        names = ("tokens", "logprob", "digest", "sampled_at", "codes")
-        if a.actions != b.actions or not all(torch.equal(getattr(a, name), getattr(b, name)) for name in names):
+        if unequal_fields(a, b):
             differs.append(n)
     return differs

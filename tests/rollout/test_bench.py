@@ -26,7 +26,7 @@ def test_both_models_are_one_function() -> None:
     assert 12.4e6 < sum(weight.numel() for weight in theirs.parameters()) < 12.8e6
     tokens = torch.randint(8, 1024, (40,), generator=torch.Generator().manual_seed(0))
     wanted = theirs(input_ids=tokens[None]).logits[0]
-    got = ours.logits(ours(tokens, text.NO_CODES, Segments.build([0], [0], [40])))
+    got = ours.logits(ours(text.written(tokens, Segments.build([0], [0], [40]))))
     assert (got - wanted).abs().max() / wanted.abs().max() < 1e-5
 
 

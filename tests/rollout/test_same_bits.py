@@ -15,7 +15,8 @@ import torch
 from model.audio import DMel
 from rollout.scenarios.demonstrate import Corruption, demonstrate
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.scenarios.sound import NOISES, amplitude, generator, noise
+from rollout.scenarios.sound import NOISES, amplitude, noise
+from rollout.seeds import generator
 from rollout.speech import SpeechBank
 from tests.settings import SETTINGS, run
 

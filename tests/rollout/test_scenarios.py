@@ -14,6 +14,7 @@ from rollout.scenarios.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, am
 from rollout.scenarios.timespeak import REMINDER, TimespeakConfig, TimespeakFacts
 from rollout.scenarios.turn_taking import Turn, TurnTakingConfig, TurnTakingFacts
 from rollout.speech import SpeechBank
+from rollout.turn.observation import audio_of
 
 CONFIG = ScenarioConfig()
 QUIET = SoundConfig(snr_db=(80.0, 80.0))  # noise too faint to blur where speech is
@@ -26,7 +27,7 @@ def bank() -> SpeechBank:
 
 def play(user: User, actions: list[Action]) -> np.ndarray:
     heard = [None, *actions[:-1]]
-    return np.stack([user.next_chunk(action) for action in heard])
+    return audio_of([user.next_chunk(action) for action in heard]).numpy()
 
 
 def seed_with(bank: SpeechBank, family: str, config: ScenarioConfig, wanted) -> Scenario:
@@ -64,7 +65,7 @@ def test_rollouts_that_share_a_scenario_do_not_disturb_each_other(bank: SpeechBa
     heard = None
     for k in range(60):
         spoken.next_chunk(heard)
-        assert np.array_equal(silent.next_chunk(None if k == 0 else LISTEN), alone[k])
+        assert np.array_equal(silent.next_chunk(None if k == 0 else LISTEN).audio, alone[k])
         heard = speak(REMINDER)
     assert spoken.facts() != silent.facts()  # the first one was made to say stop
 
@@ -173,7 +174,7 @@ def test_timespeak_user_stops_after_the_reminders_it_heard(bank: SpeechBank) -> 
     user = item.user()
     audio, heard = [], None
     for k in range(60):
-        audio.append(user.next_chunk(heard))
+        audio.append(user.next_chunk(heard).audio)
         heard = speak(REMINDER) if k in (20, 30) else speak("four") if k == 25 else LISTEN
     facts = user.facts()
     # The second reminder sounds in chunk 30 and is heard before chunk 31; the stop begins 1 to 3 chunks later.

@@ -18,18 +18,20 @@ def planned(seed: int, dtype: torch.dtype) -> tuple[Schedule, bool]:
     """A schedule, and whether every log-prob and row digest of its sessions is the learner's."""
     model = make_model(dtype)
     vocabulary, temperature = Vocabulary.build(model.vocab), (1.0, 0.2)[seed % 2]
-    engine = SessionEngine(model, vocabulary, temperature=temperature, **SIZES)
+    engine = SessionEngine(model, vocabulary, **SIZES)
     schedule = Planner(engine, seed, temperature).plan(STEPS)
     assert (engine.free, engine.state.open_slots) == (SIZES["slots"], 0)
     whole = [s for n, s in enumerate(schedule.sessions) if s.chunks and n not in failed(schedule)]
     episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in whole]
     with torch.no_grad():
-        logprob, _, digest = score_choices(model, collate(episodes), vocabulary.classes, temperature)
+        logprob, _, digest = score_choices(
+            model, collate(episodes, model.audio_token_id), vocabulary.classes, temperature
+        )
     return schedule, all(
         torch.equal(learned, torch.cat(sampled))
         for learned, sampled in (
-            (logprob, [e.logprob for e in episodes]),
-            (digest, [e.digest for e in episodes]),
+            (logprob, [e.text.logprob for e in episodes]),
+            (digest, [e.text.digest for e in episodes]),
         )
     )
 

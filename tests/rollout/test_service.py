@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.config import preset
@@ -18,6 +18,8 @@ from rollout.bench.overhead import heap_bytes
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
+from rollout.turn.grammar import context_rows
+from rollout.turn.observation import MissingSenseError, Observation
 from rollout.vocabulary import Vocabulary
 
 MAX_CHUNKS = 12
@@ -35,14 +37,16 @@ def model() -> InteractionModel:
 @pytest.fixture
 def make(model: InteractionModel) -> Callable[..., Service]:
     def build(slots: int = 3, idle_chunks: int = 4) -> Service:
-        engine = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=7 * MAX_CHUNKS + 1)
+        engine = SessionEngine(
+            model, Vocabulary.build(model.vocab), slots=slots, max_tokens=context_rows(MAX_CHUNKS, 1)
+        )
         return Service(engine, max_chunks=MAX_CHUNKS, idle_chunks=idle_chunks)
 
     return build
 
 
-def sound(seed: int) -> Tensor:
-    return 0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(seed))
+def sound(seed: int) -> Observation:
+    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(seed)))
 
 
 def record(client: Client) -> list[object]:
@@ -55,18 +59,19 @@ def test_clients_hear_what_they_offered(make: Callable[..., Service]) -> None:
     a, b = service.open(1), service.open(2)
     buffer = torch.empty(CHUNK_SAMPLES)
     for k in range(4):
-        buffer.copy_(sound(k))
-        service.offer(a, k, buffer)
+        buffer.copy_(sound(k).audio)
+        service.offer(a, k, Observation(buffer))
         buffer.zero_()  # the caller's own, to use again
         if k % 2:
             service.offer(b, k, sound(100 + k))
         assert list(service.tick()) == [a, b]
     alone = make().engine
-    heard = {1: [sound(k) for k in range(4)], 2: [sound(100 + k) if k % 2 else 0 * sound(0) for k in range(4)]}
+    silence = Observation(torch.zeros(CHUNK_SAMPLES))
+    heard = {1: [sound(k) for k in range(4)], 2: [sound(100 + k) if k % 2 else silence for k in range(4)]}
     for client, (key, chunks) in zip((a, b), heard.items(), strict=True):
         session = alone.open(key)
         for chunk in chunks:
-            alone.append([session], chunk[None])
+            alone.append([session], [chunk])
         assert record(client) == record(Client(session))
         assert torch.equal(torch.cat(client.session.codes), torch.cat(session.codes))
     assert record(a) != record(b)
@@ -108,13 +113,19 @@ def test_chunks_twice_or_out_of_order_are_refused(make: Callable[..., Service]) 
 
 
 @pytest.mark.parametrize(
-    "chunk",
-    [torch.zeros(1600), torch.zeros(CHUNK_SAMPLES).double(), torch.full((CHUNK_SAMPLES,), torch.nan), sound(0) / 0],
+    ("chunk", "says"),
+    [
+        (replace(sound(0), audio=torch.full((CHUNK_SAMPLES,), torch.nan)), "not finite"),
+        (replace(sound(0), audio=sound(0).audio / 0), "not finite"),
+        (replace(sound(0), events=("hello",)), "no rows for them"),
+    ],
 )
-def test_bad_sound_concerns_its_own_client(make: Callable[..., Service], chunk: Tensor) -> None:
+def test_what_cannot_be_heard_concerns_its_own_client(
+    make: Callable[..., Service], chunk: Observation, says: str
+) -> None:
     service = make()
     client, other = service.open(1), service.open(2)
-    with pytest.raises(ValueError, match="need 3200 finite float32 samples"):
+    with pytest.raises((ValueError, MissingSenseError), match=says):
         service.offer(client, 0, chunk)
     service.offer(client, 0, sound(0))
     assert list(service.tick()) == [client, other]

@@ -8,6 +8,7 @@ import torch
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.config import preset
+from model.inputs import Inputs
 from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
 from model.state import ContextFull
 from model.transformer import InteractionModel
@@ -15,11 +16,11 @@ from rl.batch import collate, score_choices
 from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.embedded import SessionEngine
-from rollout.episode import Episode
-from rollout.rows import pack
-from rollout.sampler import session_key
+from rollout.episode import Episode, concatenate, tensors
+from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.transcript import write_transcript
+from rollout.turn.observation import Observation, of_audio
 from rollout.vocabulary import Vocabulary
 
 CHUNKS = 12
@@ -40,14 +41,14 @@ def make_engine(
     return SessionEngine(model, vocabulary, slots=slots, max_tokens=max_tokens, words_per_chunk=words_per_chunk)
 
 
-def sound(session: int, chunk: int) -> torch.Tensor:
+def sound(session: int, chunk: int) -> Observation:
     generator = torch.Generator().manual_seed(1000 * session + chunk)
-    return 0.1 * torch.randn(CHUNK_SAMPLES, generator=generator)
+    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=generator))
 
 
 def talk(engine: SessionEngine, sessions: dict[int, Session], chunks: range) -> None:
     for k in chunks:
-        engine.append(list(sessions.values()), torch.stack([sound(i, k) for i in sessions]))
+        engine.append(list(sessions.values()), [sound(i, k) for i in sessions])
 
 
 def record(session: Session) -> Episode:
@@ -55,10 +56,7 @@ def record(session: Session) -> Episode:
 
 
 def same(a: Episode, b: Episode) -> bool:
-    return all(
-        torch.equal(getattr(a, name), getattr(b, name))
-        for name in ("tokens", "codes", "sampled_at", "row_class", "chunk", "logprob", "digest")
-    )
+    return all(torch.equal(tensor, tensors(b)[name]) for name, tensor in tensors(a).items())
 
 
 def test_a_session_alone_equals_itself_among_others(model: InteractionModel) -> None:
@@ -81,7 +79,7 @@ def test_a_session_that_joins_late_is_not_changed(model: InteractionModel) -> No
     talk(engine, early, range(3))
     late = engine.open(2)
     for k in range(CHUNKS):
-        engine.append([early[0], late], torch.stack([sound(0, 3 + k), sound(7, k)]))
+        engine.append([early[0], late], [sound(0, 3 + k), sound(7, k)])
     alone = {7: other.open(2)}
     talk(other, alone, range(CHUNKS))
     assert same(record(late), record(alone[7]))
@@ -94,7 +92,7 @@ def test_fork_equals_separate(model: InteractionModel) -> None:
     twin = engine.fork(origin, 11)
     branch = engine.fork(origin, 12)
     for k in range(7, CHUNKS):
-        engine.append([branch, twin, origin], sound(3, k).expand(3, -1).contiguous())
+        engine.append([branch, twin, origin], [sound(3, k)] * 3)
     assert same(record(origin), record(twin))
     assert not torch.equal(record(origin).tokens, record(branch).tokens)
 
@@ -107,9 +105,12 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
     classes = engine.vocabulary.classes
 
     def mismatch() -> tuple[int, int, int]:
-        logprob, _, digest = score_choices(model, collate(episodes), classes, engine.temperature)
+        logprob, _, digest = score_choices(model, collate(episodes, model.audio_token_id), classes, 1.0)
         found = compare(
-            torch.cat([e.logprob for e in episodes]), logprob.detach(), torch.cat([e.digest for e in episodes]), digest
+            concatenate(episodes, "logprob"),
+            logprob.detach(),
+            concatenate(episodes, "digest"),
+            digest,
         )
         return found.num_tokens, found.num_unequal, found.rows_unequal
 
@@ -137,8 +138,7 @@ def test_kept_hidden_states_are_the_learners(model: InteractionModel) -> None:
     session = engine.open(3)
     talk(engine, {0: session}, range(CHUNKS))
     episode = record(session)
-    rows = pack([episode])
-    learner = model(rows.tokens, rows.codes, rows.segments)[episode.sampled_at - 1]
+    learner = model(Inputs.cat([episode], model.audio_token_id))[episode.text.sampled_at - 1]
     assert torch.equal(torch.stack(session.hidden), learner)
     assert not torch.equal(torch.stack(session.hidden), learner.roll(1, 0))
 
@@ -151,9 +151,10 @@ def test_transcript_of_the_actions_is_what_the_session_wrote(model: InteractionM
         episode = record(session)
         assert Mode.SPEAK in {a.mode for a in episode.actions}
         codes = episode.codes.unflatten(0, (CHUNKS, -1))
-        written = write_transcript(codes, episode.actions, engine.vocabulary, words)
-        for name in ("tokens", "codes", "sampled_at", "row_class", "chunk"):
-            assert torch.equal(getattr(written, name), getattr(episode, name)), name
+        written = write_transcript(codes, episode.actions, engine.grammar)
+        assert torch.equal(written.tokens, episode.tokens) and torch.equal(written.codes, episode.codes)
+        for name in ("sampled_at", "row_class", "chunk"):
+            assert torch.equal(getattr(written.text, name), getattr(episode.text, name)), name
 
 
 def test_classes_follow_the_grammar(model: InteractionModel) -> None:
@@ -162,21 +163,40 @@ def test_classes_follow_the_grammar(model: InteractionModel) -> None:
     talk(engine, {0: session}, range(CHUNKS))
     episode = record(session)
     allowed = engine.vocabulary.classes.allowed
-    tokens = episode.tokens[episode.sampled_at]
-    assert bool(allowed[episode.row_class, tokens].all())
-    assert set(episode.row_class.tolist()) == {MODE, FIRST_TEXT, NEXT_TEXT}
-    assert (episode.row_class == MODE).sum() == CHUNKS
+    tokens = episode.tokens[episode.text.sampled_at]
+    assert bool(allowed[episode.text.row_class, tokens].all())
+    assert set(episode.text.row_class.tolist()) == {MODE, FIRST_TEXT, NEXT_TEXT}
+    assert (episode.text.row_class == MODE).sum() == CHUNKS
 
 
 def test_greedy_is_deterministic_and_ignores_the_key(model: InteractionModel) -> None:
     episodes = []
     for key in (1, 2):
         engine = make_engine(model)
-        engine.temperature = 0.0
-        session = engine.open(key)
+        session = engine.open(key, temperature=0.0)
         talk(engine, {0: session}, range(4))
         episodes.append(record(session))
     assert torch.equal(episodes[0].tokens, episodes[1].tokens)
+
+
+def test_sessions_of_several_temperatures_share_a_call(model: InteractionModel) -> None:
+    temperatures = (1.0, 0.0, 0.3, 1.0, 0.3)
+    engine, other = make_engine(model), make_engine(model)
+    together = {i: engine.open(i, t) for i, t in enumerate(temperatures)}
+    talk(engine, together, range(CHUNKS))
+    for i, session in together.items():
+        alone = {i: other.open(i, temperatures[i])}
+        talk(other, alone, range(CHUNKS))
+        assert same(record(session), record(alone[i])) and record(session).temperature == temperatures[i]
+        other.close(alone[i])
+        stranger = {i: other.open(i, temperatures[i - 1])}  # the control: the temperature of the one before
+        talk(other, stranger, range(CHUNKS))
+        assert not same(record(session), record(stranger[i]))
+        other.close(stranger[i])
+    assert engine.fork(together[2], 9).temperature == 0.3
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature is"):
+            engine.open(0, wrong)
 
 
 def test_context_limit_is_an_error_and_moves_nothing(model: InteractionModel) -> None:
@@ -186,21 +206,19 @@ def test_context_limit_is_an_error_and_moves_nothing(model: InteractionModel) ->
         talk(engine, {0: session}, range(CHUNKS))
     tokens = list(session.tokens)
     with pytest.raises(ContextFull):
-        engine.append([session], sound(0, 0)[None])
+        engine.append([session], [sound(0, 0)])
     assert session.tokens == tokens
 
 
 def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: InteractionModel) -> None:
     engine = make_engine(model, slots=1)
     session = engine.open(0)
-    with pytest.raises(ValueError, match="float32"):
-        engine.append([session], sound(0, 0)[None].double())
-    with pytest.raises(ValueError, match="3200"):
-        engine.append([session], torch.zeros(1, 1600))
+    with pytest.raises(ValueError, match="0 observations for 1 sessions"):
+        engine.append([session], [])
     with pytest.raises(ValueError, match="twice"):
-        engine.append([session, session], torch.zeros(2, CHUNK_SAMPLES))
+        engine.append([session, session], [sound(0, 0)] * 2)
     with pytest.raises(ValueError, match="NaN"):
-        engine.append([session], torch.full((1, CHUNK_SAMPLES), torch.nan))
+        engine.append([session], of_audio(torch.full((1, CHUNK_SAMPLES), torch.nan)))
     for one_more in (lambda: engine.open(1), lambda: engine.fork(session, 1)):
         with pytest.raises(MetronomeError, match="all 1 slots are open"):
             one_more()
@@ -208,7 +226,7 @@ def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: Interactio
         engine.publish()
     engine.close(session)
     with pytest.raises(ValueError, match="closed"):
-        engine.append([session], sound(0, 0)[None])
+        engine.append([session], [sound(0, 0)])
     with pytest.raises(ValueError, match="closed"):
         engine.close(session)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +16,13 @@ from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
-from rollout.sampler import session_key
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.speech import SpeechBank
+from rollout.turn.observation import Observation, of_audio
 from rollout.vocabulary import Vocabulary
+from tests.episodes import unequal_fields
 
 GROUP = 4
 
@@ -33,23 +35,19 @@ def model() -> InteractionModel:
     return model
 
 
-def make_engine(model: InteractionModel, slots: int = GROUP, temperature: float = 1.0) -> SessionEngine:
+def make_engine(model: InteractionModel, slots: int = GROUP) -> SessionEngine:
     return SessionEngine(
         model,
         Vocabulary.build(model.vocab),
         slots=slots,
         max_tokens=512,
-        temperature=temperature,
         words_per_chunk=3,
         keep_hidden=True,
     )
 
 
 def same(a: Episode, b: Episode) -> bool:
-    return all(
-        torch.equal(x, y) if isinstance(x, Tensor) else x == y
-        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(Episode))
-    )
+    return not unequal_fields(a, b)
 
 
 def held(engine: SessionEngine) -> tuple[float, ...]:
@@ -58,9 +56,9 @@ def held(engine: SessionEngine) -> tuple[float, ...]:
     return stats["sessions_open"], stats["sessions_free"], stats["slots_used"]
 
 
-def sound(*seeds: int) -> Tensor:
+def sound(*seeds: int) -> list[Observation]:
     rows = [torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return 0.1 * torch.stack(rows)
+    return of_audio(0.1 * torch.stack(rows))
 
 
 def record(session: Session) -> Episode:
@@ -74,9 +72,9 @@ def test_groups_played_together_equal_separate_sessions(model: InteractionModel,
     items = [scenario(FAMILIES[i % 2], "train", i, bank, ScenarioConfig()) for i in range(3)]
     plays = [Play(item, r) for item in items for r in range(GROUP)]
     # At a low temperature they part late, as those of a trained policy do.
-    shared = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=512, temperature=0.05)
-    apart = Separate(model, shared.vocabulary, slots=slots, max_tokens=512, temperature=0.05)
-    ours, theirs = play(shared, plays, 3), play(apart, plays, 3)
+    shared = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=512)
+    apart = Separate(model, shared.vocabulary, slots=slots, max_tokens=512)
+    ours, theirs = play(shared, plays, 3, 0.05), play(apart, plays, 3, 0.05)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
     assert shared.stats()["rows"] < 0.9 * apart.stats()["rows"]
     assert len({tuple(e.tokens.tolist()) for e in ours}) > len(items)  # they did part
@@ -90,7 +88,7 @@ def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, mon
         first = engine.open(session_key(0, "x", 0))
         sessions = [first, *(engine.fork(first, session_key(0, "x", r)) for r in range(1, GROUP))]
         for k in range(10):
-            engine.append(sessions, sound(k).expand(GROUP, -1))
+            engine.append(sessions, sound(k) * GROUP)
         return [record(s) for s in sessions]
 
     right = together(make_engine(model))
@@ -114,8 +112,8 @@ def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, mon
 
 
 def test_a_slot_is_taken_only_where_sessions_differ(model: InteractionModel) -> None:
-    engine = make_engine(model, temperature=0.0)  # greedy: what they say never differs
-    first = engine.open(1)
+    engine = make_engine(model)
+    first = engine.open(1, temperature=0.0)  # greedy: what they say never differs
     second, third = engine.fork(first, 2), engine.fork(first, 3)
     engine.append([first, second, third], sound(0, 0, 0))
     assert held(engine) == (3, 1, 1)
@@ -126,10 +124,10 @@ def test_a_slot_is_taken_only_where_sessions_differ(model: InteractionModel) -> 
     assert engine.stats()["slots_used"] == 3
     engine.append([third, first], sound(4, 5))
 
-    other = make_engine(model, temperature=0.0)
+    other = make_engine(model)
     alone = {"first": (0, 2, 5), "second": (0, 1, 3), "third": (0, 1, 4)}
     for name, seeds in alone.items():
-        session = other.open(0)
+        session = other.open(0, temperature=0.0)
         for seed in seeds:
             other.append([session], sound(seed))
         assert same(record(session), record(locals()[name])), name
@@ -157,7 +155,7 @@ def test_an_error_inside_a_micro_turn_closes_its_sessions(model: InteractionMode
     bystander, first = engine.open(1), engine.open(5)
     second = engine.fork(first, 6)
     engine.append([bystander, first, second], sound(0, 1, 1))
-    sample = engine.vocabulary.classes.sample
+    sample = engine.vocabulary.classes.sample_rows
 
     def failing(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal calls
@@ -167,7 +165,7 @@ def test_an_error_inside_a_micro_turn_closes_its_sessions(model: InteractionMode
         return sample(*arguments)
 
     whole = engine.vocabulary
-    engine.vocabulary = replace(whole, classes=SimpleNamespace(sample=failing))
+    engine.vocabulary = replace(whole, classes=SimpleNamespace(sample_rows=failing))
     with pytest.raises(RuntimeError, match="a kernel failed"):
         for k in range(20):
             engine.append([first, second], sound(k, k))

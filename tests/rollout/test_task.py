@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from kernels.errors import MetronomeError
 from rollout.chunk import LISTEN
-from rollout.episode import TENSORS, Episode, pack_episodes, unpack_episodes
+from rollout.episode import TEXT, Episode, Stream, load_episodes, pack_episodes, save_episodes, unpack_episodes
 from rollout.task import Reply, Task, Wanted, check, cuts, seal, unseal
+from tests.episodes import unequal_fields, with_text
 
 WANTED = Wanted("timespeak", "train", 3, 1, chunks=2)
 TASK = Task(0, (WANTED,), seed=5, temperature=0.7, weights_digest="d")
@@ -27,11 +31,15 @@ EPISODE = Episode(
     actions=(LISTEN, LISTEN),
     tokens=torch.tensor([1, 2, 2, 2, 2, 3, 2, 2, 2, 2, 3]),
     codes=torch.arange(8 * 80, dtype=torch.int64).remainder(16).to(torch.uint8).reshape(8, 80),
-    sampled_at=torch.tensor([5, 10]),
-    row_class=torch.tensor([0, 0]),
-    chunk=torch.tensor([0, 1]),
-    logprob=torch.tensor([-0.5, -1 / 3]),
-    digest=torch.tensor([2**63 - 1, -(2**63)]),
+    streams={
+        TEXT: Stream(
+            sampled_at=torch.tensor([5, 10]),
+            row_class=torch.tensor([0, 0]),
+            chunk=torch.tensor([0, 1]),
+            logprob=torch.tensor([-0.5, -1 / 3]),
+            digest=torch.tensor([2**63 - 1, -(2**63)]),
+        )
+    },
 )
 
 
@@ -61,10 +69,8 @@ def test_cuts_of_a_step_and_of_an_evaluation() -> None:
 
 def test_an_episode_comes_back_as_it_was() -> None:
     (back,) = unpack_episodes(unseal(seal(Reply(0, "c", pack_episodes([EPISODE])))).episodes)
-    for name in TENSORS:
-        assert getattr(back, name).dtype == getattr(EPISODE, name).dtype
-        assert torch.equal(getattr(back, name), getattr(EPISODE, name)), name
-    assert (back.facts, back.actions, back.temperature) == (EPISODE.facts, EPISODE.actions, EPISODE.temperature)
+    assert unequal_fields(back, EPISODE) == set()
+    assert unequal_fields(back, with_text(EPISODE, chunk=torch.tensor([0, 0]))) == {"text.chunk"}
     check(back, WANTED, TASK, "c")
 
 
@@ -89,6 +95,17 @@ def test_a_cut_file_is_no_episodes() -> None:
             unpack_episodes(wrong)
 
 
+def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.safetensors"
+    save_episodes(path, [EPISODE])
+    assert unequal_fields(load_episodes(path)[0], EPISODE) == set()
+    old = {"tokens": EPISODE.tokens, **{f"0.{name}": tensor for name, tensor in vars(EPISODE.text).items()}}
+    for metadata, says in (({}, "format 1, this program reads 2"), ({"format": "3"}, "format 3, this program reads 2")):
+        save_file(old, path, metadata={"episodes": "[{}]"} | metadata)
+        with pytest.raises(MetronomeError, match=f"{says}.*Roll the episodes out again"):
+            load_episodes(path)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -101,14 +118,18 @@ def test_a_cut_file_is_no_episodes() -> None:
         ({"actions": (LISTEN,)}, "1 actions"),
         ({"tokens": EPISODE.tokens.int()}, "tokens is torch.int32"),
         ({"codes": EPISODE.codes[:-1]}, r"codes is torch.uint8 \[7, 80\]"),
-        ({"logprob": EPISODE.logprob.double()}, "logprob is torch.float64"),
-        ({"logprob": EPISODE.logprob[:1]}, r"logprob is torch.float32 \[1\]"),
-        ({"digest": EPISODE.digest[:1]}, "digest"),
+        ({"streams": {}}, r"has the streams \[\]"),
+        ({"streams": {TEXT: EPISODE.text, "voice": EPISODE.text}}, "streams .*voice"),
+        ({"logprob": EPISODE.text.logprob.double()}, "logprob is torch.float64"),
+        ({"logprob": EPISODE.text.logprob[:1]}, r"logprob is torch.float32 \[1\]"),
+        ({"digest": EPISODE.text.digest[:1]}, "digest"),
         ({"sampled_at": torch.tensor([5, 11])}, "outside its 11 tokens"),
         ({"sampled_at": torch.tensor([0, 10])}, "outside its 11 tokens"),
-        ({name: getattr(EPISODE, name)[:1] for name in TENSORS if name not in ("tokens", "codes")}, "1 samples"),
+        ({name: value[:1] for name, value in vars(EPISODE.text).items()}, "1 samples"),
     ],
 )
 def test_an_episode_of_something_else_is_no_answer(change: dict[str, object], says: str) -> None:
+    of_text = change.keys() & vars(EPISODE.text).keys()
+    wrong = with_text(EPISODE, **change) if of_text else replace(EPISODE, **change)
     with pytest.raises(ValueError, match=says):
-        check(replace(EPISODE, **change), WANTED, TASK, "c")
+        check(wrong, WANTED, TASK, "c")

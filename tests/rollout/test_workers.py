@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.task import Setup
 from rollout.vocabulary import Vocabulary
 from rollout.workers import WorkerPool
+from tests.episodes import unequal_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 3
@@ -64,19 +65,13 @@ def pool_of(
 
 def in_process(model: InteractionModel, plays: list[Play], seed: int = SEED, temperature: float = 1.0) -> list[Episode]:
     vocabulary = Vocabulary.build(model.vocab)
-    engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=512, temperature=temperature)
-    return play(engine, plays, seed)
+    engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=512)
+    return play(engine, plays, seed, temperature)
 
 
 def differing(one: list[Episode], other: list[Episode]) -> set[str]:
     """Names of all fields in which some episode differs by a bit."""
-    found = set()
-    for a, b in zip(one, other, strict=True):
-        for name in (field.name for field in fields(Episode)):
-            x, y = getattr(a, name), getattr(b, name)
-            if not (torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y):
-                found.add(name)
-    return found
+    return {name for a, b in zip(one, other, strict=True) for name in unequal_fields(a, b)}
 
 
 def alive(pid: int) -> bool:
@@ -123,7 +118,7 @@ def test_any_number_of_workers_threads_and_slots_gives_the_learners_bits(
     model: InteractionModel, plays: list[Play], expected: list[Episode], count: int, threads: int, slots: int
 ) -> None:
     with closing(pool_of(model, count, threads, slots=slots)) as pool:
-        assert differing(pool.roller(1.0).play(plays, SEED), expected) == set()
+        assert differing(pool.play(plays, SEED), expected) == set()
         assert [e.name for e in expected] == [f"{p.scenario.id}#{p.rollout}" for p in plays]
 
 
@@ -131,13 +126,12 @@ def test_any_number_of_workers_threads_and_slots_gives_the_learners_bits(
 def test_another_seed_temperature_or_weight_is_seen(
     pool: WorkerPool, model: InteractionModel, plays: list[Play], expected: list[Episode]
 ) -> None:
-    roller = pool.roller(1.0)
-    assert differing(roller.play(plays, SEED), expected) == set()
-    assert roller.play([], SEED) == []
-    assert differing(roller.play(plays[1:2], SEED), expected[1:2]) == set()
-    assert {"seed", "tokens", "logprob", "digest"} <= differing(roller.play(plays, SEED + 1), expected)
+    assert differing(pool.play(plays, SEED), expected) == set()
+    assert pool.play([], SEED) == []
+    assert differing(pool.play(plays[1:2], SEED), expected[1:2]) == set()
+    assert {"seed", "tokens", "text.logprob", "text.digest"} <= differing(pool.play(plays, SEED + 1), expected)
 
-    greedy = pool.roller(0.0).play(plays, SEED)
+    greedy = pool.play(plays, SEED, 0.0)
     assert differing(greedy, in_process(model, plays, temperature=0.0)) == set()
     assert {"temperature", "tokens"} <= differing(greedy, expected)
 
@@ -146,15 +140,15 @@ def test_another_seed_temperature_or_weight_is_seen(
     try:
         weight[0, 0] = torch.nextafter(before, torch.tensor(torch.inf))
         model.repack()
-        roller.publish()
-        changed = roller.play(plays, SEED)
-        assert {"weights_digest", "digest"} <= differing(changed, expected)
+        pool.publish()
+        changed = pool.play(plays, SEED)
+        assert {"weights_digest", "text.digest"} <= differing(changed, expected)
         assert differing(changed, in_process(model, plays)) == set()
     finally:
         weight[0, 0] = before
         model.repack()
-    roller.publish()
-    assert differing(roller.play(plays, SEED), expected) == set()
+    pool.publish()
+    assert differing(pool.play(plays, SEED), expected) == set()
 
 
 @pytest.mark.slow
@@ -171,7 +165,7 @@ def test_episodes_keep_their_order_though_the_first_share_comes_last(
 
     start = time.perf_counter()
     with meanwhile(delay_the_first):
-        episodes = pool.roller(1.0).play(plays, SEED)
+        episodes = pool.play(plays, SEED)
         assert time.perf_counter() - start > 4, "the delayed share was waited for"
     assert differing(episodes, expected) == set()
     assert pool.pids == [first, second]
@@ -182,15 +176,14 @@ def test_a_worker_that_hangs_is_replaced(pool: WorkerPool, plays: list[Play], ex
     hanging, other = pool.pids
     os.kill(hanging, signal.SIGSTOP)
     pool._workers[0]._timeout_s = 2
-    assert differing(pool.roller(1.0).play(plays, SEED), expected) == set()
+    assert differing(pool.play(plays, SEED), expected) == set()
     assert not alive(hanging) and pool.pids[1] == other and hanging not in pool.pids
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 def test_idle_workers_use_no_processor_and_waiting_for_them_uses_none(pool: WorkerPool, plays: list[Play]) -> None:
-    roller = pool.roller(1.0)
-    roller.play(plays, SEED)
+    pool.play(plays, SEED)
     torch.randn(2000, 2000) @ torch.randn(2000, 2000)  # the learner's threads have work, and then none
     time.sleep(0.5)
     before, mine = [cpu_s(pid) for pid in pool.pids], time.process_time()
@@ -201,7 +194,7 @@ def test_idle_workers_use_no_processor_and_waiting_for_them_uses_none(pool: Work
     start, mine = time.perf_counter(), time.process_time()
     while sum(cpu_s(pid) for pid in pool.pids) < sum(before) + 0.3:  # the control: working shows
         assert time.perf_counter() - start < 60
-        roller.play(plays * 4, SEED)
+        pool.play(plays * 4, SEED)
     assert time.process_time() - mine < 0.1 * (time.perf_counter() - start)
 
 
@@ -226,7 +219,7 @@ def test_a_worker_that_answers_garbage_is_replaced(
             before = set(pool.pids)
             for worker in pool._workers:
                 worker._timeout_s = 10 if kind == "half" else 300
-            assert differing(pool.roller(1.0).play(plays, SEED), expected) == set(), kind
+            assert differing(pool.play(plays, SEED), expected) == set(), kind
             assert len(before & set(pool.pids)) == 1, kind
 
 
@@ -238,7 +231,7 @@ def test_a_task_that_kills_every_worker_ends_with_an_error(
     monkeypatch.setattr(workers, "ATTEMPTS", 2)
     with closing(pool_of(model, 1)) as pool:
         with pytest.raises(MetronomeError, match=r"2 rollout workers .* timespeak/train/11#0 to .* killed by signal 9"):
-            pool.roller(1.0).play(plays, SEED)
+            pool.play(plays, SEED)
         assert pool.pids == []
         with pytest.raises(RuntimeError, match="closed"):
             pool.play(plays, SEED, 1.0)
@@ -274,19 +267,18 @@ def test_an_error_in_a_worker_is_the_learners(model: InteractionModel, plays: li
         pool_of(model, 1, speech_dir="nowhere")
     with closing(pool_of(model, 1, max_tokens=64)) as pool:
         with pytest.raises(ContextFull, match="of at most 64 tokens") as error:
-            pool.roller(1.0).play(plays, SEED)
+            pool.play(plays, SEED)
         assert "In a rollout worker" in error.value.__notes__[0]
 
 
 @pytest.mark.slow
 def test_damaged_shared_weights_are_an_error(model: InteractionModel, plays: list[Play]) -> None:
     with closing(pool_of(model, 1)) as pool:
-        roller = pool.roller(1.0)
         size = os.fstat(pool._weights).st_size
         last = os.pread(pool._weights, 1, size - 1)
         os.pwrite(pool._weights, bytes([last[0] ^ 1]), size - 1)
         with pytest.raises(MetronomeError, match=f"digest .* published {pool.weights_digest}"):
-            roller.play(plays, SEED)
+            pool.play(plays, SEED)
 
 
 @pytest.mark.slow
@@ -306,7 +298,7 @@ bank = SpeechBank.load()
 plays = [Play(scenario(f, "train", 0, bank, ScenarioConfig()), 0) for f in FAMILIES]
 print(*pool.pids, flush=True)
 while True:
-    pool.roller(1.0).play(plays, 0)
+    pool.play(plays, 0)
     if sys.argv[1] == "raise":
         raise RuntimeError("a defect")
 """

@@ -14,12 +14,12 @@ from model import checkpoint, packs
 from rl import loop
 from rl.environment import environment
 from rl.folder import RunFolder
-from rl.run import build_engine, build_model
+from rl.rollers import build_engine
+from rl.run import build_model
 from rl.train import parse
 from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.play import play
 from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
 
 STEPS = 2
 RECIPE = {"name": "small", "rl.steps": STEPS, "rl.groups": 2, "rl.rollouts": 2, "rl.micro_batch": 3}
@@ -38,9 +38,9 @@ def make(runs: Path) -> Path:
         if step:
             folder.append_metrics(record(step - 1, digest, before) | {"packs_digest": packs.digest(model)})
         if step < STEPS:
-            engine = build_engine(config, model, Vocabulary.build(model.vocab), 1.0)
+            engine = build_engine(config, model)
             episodes = play(engine, loop.plays(config, bank, step), config.seed)
-            before = sum(len(e.chunk) for e in episodes)
+            before = sum(len(e.text.chunk) for e in episodes)
             for rank in (0, 1):
                 name = f"episodes/step_{step:06d}.rank_{rank}.safetensors"
                 save_episodes(folder.path / name, episodes[2 * rank : 2 * rank + 2])

@@ -21,6 +21,7 @@ from rl.audit.page import FOLDER
 from rl.audit.report import audit
 from rollout.chunk import Action, Mode
 from rollout.episode import Episode, load_episodes
+from tests.episodes import with_text
 from tests.model.damage import flip_bit
 from tests.rl.audit.runs import STEPS, changed, first_file, flip, tamper
 
@@ -39,7 +40,7 @@ def checked(run: Path, at_most: int | None = None) -> Report:
 
 def tokens(run: Path, step: int | None = None) -> int:
     files = (run / "episodes").glob("step_*" if step is None else f"step_{step:06d}*")
-    return sum(len(e.logprob) for file in files for e in load_episodes(file))
+    return sum(len(e.text.logprob) for file in files for e in load_episodes(file))
 
 
 def test_an_untouched_run_is_identical(run: Path) -> None:
@@ -57,27 +58,27 @@ def test_an_untouched_run_is_identical(run: Path) -> None:
 
 @pytest.mark.parametrize("bit", [0, 31])
 def test_one_bit_of_one_log_prob_is_found(run: Path, bit: int) -> None:
-    tamper(first_file(run), lambda e: replace(e, logprob=flip(e.logprob, 5, bit)), which=[1])
+    tamper(first_file(run), lambda e: with_text(e, logprob=flip(e.text.logprob, 5, bit)), which=[1])
     victim = load_episodes(first_file(run))[1]
     report = checked(run)
     assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 1, 0)
     assert report["headline"].startswith(f"1 of {tokens(run):,} sampled tokens differs")
     first = report["first_difference"]
-    assert (first["step"], first["episode"], first["position"]) == (0, victim.name, int(victim.sampled_at[5]))
-    assert first["sampler"] == f"{victim.logprob[5].item():.9g}" != first["learner"] and not first["row_differs"]
+    assert (first["step"], first["episode"], first["position"]) == (0, victim.name, int(victim.text.sampled_at[5]))
+    assert first["sampler"] == f"{victim.text.logprob[5].item():.9g}" != first["learner"] and not first["row_differs"]
     assert report["max_abs"] > 0 and report["k3"] >= 0
     assert report["diagnosis"]["first"] is None and "record was changed" in report["diagnosis"]["suspects"][0]
 
 
 def test_one_row_digest_is_found(run: Path) -> None:
-    tamper(first_file(run), lambda e: replace(e, digest=changed(e.digest, 7, int(e.digest[7]) ^ 1)))
+    tamper(first_file(run), lambda e: with_text(e, digest=changed(e.text.digest, 7, int(e.text.digest[7]) ^ 1)))
     report = checked(run)
     assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 0, 1)
     assert report["first_difference"]["row_differs"] and "exactly 0" not in report["headline"]
 
 
 def test_a_nan_is_a_difference_and_no_number(run: Path) -> None:
-    tamper(first_file(run), lambda e: replace(e, logprob=changed(e.logprob, 0, float("nan"))))
+    tamper(first_file(run), lambda e: with_text(e, logprob=changed(e.text.logprob, 0, float("nan"))))
     report = checked(run)
     assert (report["verdict"], report["num_unequal"], report["k1"], report["max_abs"]) == ("different", 1, None, None)
 
@@ -110,9 +111,9 @@ def test_other_weights_under_the_recorded_digest_are_found(run: Path) -> None:
         ("tokens", lambda e: replace(e, codes=changed(e.codes, 0, 200))),
         ("tokens", lambda e: replace(e, codes=e.codes[:-1])),
         ("tokens", lambda e: replace(e, actions=(Action(Mode.SPEAK, ("<b>unheard</b>",)), *e.actions[1:]))),
-        ("positions", lambda e: replace(e, sampled_at=changed(e.sampled_at, 0, int(e.sampled_at[0]) - 1))),
-        ("positions", lambda e: replace(e, logprob=e.logprob[1:])),
-        ("masks", lambda e: replace(e, row_class=changed(e.row_class, 0, 1))),
+        ("positions", lambda e: with_text(e, sampled_at=changed(e.text.sampled_at, 0, int(e.text.sampled_at[0]) - 1))),
+        ("positions", lambda e: with_text(e, logprob=e.text.logprob[1:])),
+        ("masks", lambda e: with_text(e, row_class=changed(e.text.row_class, 0, 1))),
     ],
 )
 def test_other_inputs_are_not_comparable(run: Path, reason: str, change: Callable[[Episode], Episode]) -> None:
@@ -134,7 +135,7 @@ def test_a_run_of_another_contract_is_not_comparable(run: Path, monkeypatch: pyt
 
 def test_a_difference_outweighs_what_cannot_be_compared(run: Path) -> None:
     tamper(first_file(run), lambda e: replace(e, contract_id="other"))
-    tamper(first_file(run), lambda e: replace(e, logprob=flip(e.logprob, 0)), which=[1])
+    tamper(first_file(run), lambda e: with_text(e, logprob=flip(e.text.logprob, 0)), which=[1])
     report = checked(run)
     assert (report["verdict"], report["num_unequal"]) == ("different", 1)
 
@@ -306,7 +307,7 @@ def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
 def test_exit_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--run", str(run), "--fail-on", "mismatch"])
     assert "Audit: identical. 0 of" in capsys.readouterr().out
-    tamper(first_file(run), lambda e: replace(e, logprob=flip(e.logprob, 0)))
+    tamper(first_file(run), lambda e: with_text(e, logprob=flip(e.text.logprob, 0)))
     main(["--run", str(run)])
     with pytest.raises(SystemExit, match="1"):
         main(["--run", str(run), "--fail-on", "mismatch"])

@@ -16,6 +16,7 @@ from rl.audit.command import main
 from rl.audit.compare import compare_runs
 from rl.audit.page import FOLDER
 from rollout.episode import load_episodes, save_episodes
+from tests.episodes import with_text
 from tests.rl.audit.runs import changed, first_file, flip, tamper
 
 
@@ -55,17 +56,17 @@ def test_the_first_step_that_differs(run: Path, other: Path) -> None:
 
 
 def test_one_bit_of_an_episode(run: Path, other: Path) -> None:
-    tamper(first_file(other), lambda e: replace(e, logprob=flip(e.logprob, 3)))
+    tamper(first_file(other), lambda e: with_text(e, logprob=flip(e.text.logprob, 3)))
     report = compared(run, other)
     assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 1, 0)
-    assert report["episode_fields"] == {"logprob": 1}
+    assert report["episode_fields"] == {"text.logprob": 1}
 
 
 def test_other_tokens_are_no_mismatch(run: Path, other: Path) -> None:
-    tamper(first_file(other), lambda e: replace(e, tokens=changed(e.tokens, 9, 0), logprob=-e.logprob))
+    tamper(first_file(other), lambda e: with_text(replace(e, tokens=changed(e.tokens, 9, 0)), logprob=-e.text.logprob))
     report = compared(run, other)
     assert (report["verdict"], report["num_unequal"]) == ("different", 0)
-    assert report["episode_fields"] == {"tokens": 1, "logprob": 1}
+    assert report["episode_fields"] == {"tokens": 1, "text.logprob": 1}
 
 
 def test_other_contract(run: Path, other: Path) -> None:
@@ -96,7 +97,7 @@ def test_the_command(run: Path, other: Path, tmp_path: Path, capsys: pytest.Capt
     main(["--compare", str(run), str(other), "--fail-on", "mismatch"])
     assert "One run, bit for bit" in capsys.readouterr().out
     assert (run / "audit/compare_other/report.html").is_file()
-    tamper(first_file(other), lambda e: replace(e, logprob=flip(e.logprob, 3)))
+    tamper(first_file(other), lambda e: with_text(e, logprob=flip(e.text.logprob, 3)))
     with pytest.raises(SystemExit, match="1"):
         main(["--compare", str(run), str(other), "--out", str(tmp_path / "out"), "--fail-on", "mismatch"])
     assert (tmp_path / "out/report.json").is_file()

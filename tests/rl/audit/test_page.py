@@ -17,6 +17,7 @@ from rl.audit.records import Records, read
 from rl.audit.report import audit, run_page
 from rl.audit.rescore import Part, Seen, rescore
 from rollout.chunk import Action, Mode
+from tests.episodes import with_text
 from tests.rl.audit.browser import Tab, chromium, tab
 from tests.rl.audit.runs import first_file, flip, record, tamper
 
@@ -167,7 +168,7 @@ def test_words_names_and_recipes_are_only_text(browser: Tab, run: Path) -> None:
 
 
 def test_a_difference_is_shown(browser: Tab, run: Path, tmp_path: Path) -> None:
-    tamper(first_file(run), lambda e: replace(e, logprob=flip(e.logprob, 5, 20)), which=[1])
+    tamper(first_file(run), lambda e: with_text(e, logprob=flip(e.text.logprob, 5, 20)), which=[1])
     audit(run)
     browser.open(run / "audit/report.html")
     browser.settle()

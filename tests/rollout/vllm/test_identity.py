@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from rl.identity import compare
 from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.engine import Engine
-from rollout.sampler import session_key
+from rollout.episode import concatenate
+from rollout.seeds import session_key
 from rollout.session import Session
+from rollout.turn.observation import MissingSenseError, Observation, of_audio
 from rollout.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -47,9 +50,9 @@ def make_model(dtype: torch.dtype) -> InteractionModel:
     return model
 
 
-def sound(chunk: int) -> torch.Tensor:
+def sound(chunk: int) -> list[Observation]:
     generator = torch.Generator().manual_seed(chunk)
-    return 0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator)
+    return of_audio(0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator))
 
 
 def talk(engine: Engine, sessions: list[Session], chunks: range) -> None:
@@ -70,6 +73,17 @@ def play(engine: Engine, count: int = SESSIONS) -> list[Session]:
     return sessions + forks
 
 
+def play_mixed(engine: Engine, temperatures: tuple[float, ...], together: bool) -> list[Session]:
+    """A session of each temperature, all in one call or one after another."""
+    sessions = [engine.open(i, t) for i, t in enumerate(temperatures)]
+    for some in [sessions] if together else [[session] for session in sessions]:
+        for k in range(6):
+            engine.append(some, sound(k)[:1] * len(some))
+    for session in sessions:
+        engine.close(session)
+    return sessions
+
+
 def unequal(a: list[Session], b: list[Session]) -> int:
     """How many of the sessions differ in anything."""
     names = ("tokens", "fed", "sampled", "logprob", "digest", "actions", "weights_digest", "temperature")
@@ -84,10 +98,10 @@ def unequal(a: list[Session], b: list[Session]) -> int:
 def against_learner(model: InteractionModel, sessions: list[Session], vocabulary: Vocabulary) -> tuple[int, int, int]:
     """Tokens, unequal log-probs and unequal rows in one teacher-forced forward over all sessions."""
     episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in sessions]
-    batch = collate(episodes)
+    batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
-    found = compare(torch.cat([e.logprob for e in episodes]), logprob, torch.cat([e.digest for e in episodes]), digest)
+    found = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
     return found.num_tokens, found.num_unequal, found.rows_unequal
 
 
@@ -128,6 +142,17 @@ def test_in_process(embedded: Embedded, prefix_cache: bool, prefill_tokens: int)
     assert against_learner(embedded.model, sessions, embedded.vocabulary)[1:] == (0, 0)
     alone = play(engine, 1)  # its fork too
     assert unequal(alone, [embedded.sessions[0], embedded.sessions[SESSIONS]]) == 0
+    engine.core.close()
+
+
+def test_sessions_of_several_temperatures_share_a_call(fp32: Embedded) -> None:
+    temperatures = (1.0, 0.0, 0.3, 1.0, 0.3)
+    engine, embedded = fp32.vllm(), SessionEngine(fp32.model, fp32.vocabulary, **SIZES)
+    together = play_mixed(engine, temperatures, together=True)
+    assert unequal(together, play_mixed(engine, temperatures, together=False)) == 0
+    assert unequal(together, play_mixed(embedded, temperatures, together=True)) == 0
+    others = play_mixed(engine, temperatures[::-1], together=True)  # the control: its ends change, its middle does not
+    assert [a.digest == b.digest for a, b in zip(together, others, strict=True)] == [False, False, True, False, False]
     engine.core.close()
 
 
@@ -222,8 +247,10 @@ def test_refusals(fp32: Embedded, engine: VllmEngine) -> None:
     session = engine.open(1)
     with pytest.raises(MetronomeError, match="1 open sessions"):
         engine.publish()
-    with pytest.raises(ValueError, match="append: chunks must be float32"):
-        engine.append([session], torch.zeros(1, 7))
+    with pytest.raises(ValueError, match="2 observations for 1 sessions"):
+        engine.append([session], sound(0)[:2])
+    with pytest.raises(MissingSenseError, match="1 text events"):
+        engine.append([session], [replace(sound(0)[0], events=("a result",))])
     sessions = [session] + [engine.open(i) for i in range(engine.free)]
     with pytest.raises(MetronomeError, match="all 20 sessions are open"):
         engine.open(0)

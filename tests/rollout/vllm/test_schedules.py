@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rollout.embedded import SessionEngine
 from rollout.vocabulary import Vocabulary
-from tests.rollout.schedules import FEW_PAGES, SIZES, Planner, Schedule, make_model, play, unequal
+from tests.rollout.schedules import FEW_PAGES, SIZES, Planner, make_model, play, unequal
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 pytest.importorskip("vllm")
@@ -43,11 +43,11 @@ class Planned:
         self.schedules = []
         for seed in range(SCHEDULES):
             temperature = (1.0, 0.2)[seed % 2]  # at the low one forks stay alike for long
-            engine = SessionEngine(self.model, self.vocabulary, temperature=temperature, **SIZES)
+            engine = SessionEngine(self.model, self.vocabulary, **SIZES)
             self.schedules.append(Planner(engine, seed, temperature).plan(STEPS))
 
-    def vllm(self, schedule: Schedule, **options: object) -> VllmEngine:
-        return VllmEngine(self.model, self.vocabulary, temperature=schedule.temperature, **SIZES, **options)
+    def vllm(self, **options: object) -> VllmEngine:
+        return VllmEngine(self.model, self.vocabulary, **SIZES, **options)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def differing(planned: Planned, seen: Seen, preempt: bool = False, **options: ob
     found, engine = [], None
     try:
         for schedule in planned.schedules:
-            engine = planned.vllm(schedule, **options)
+            engine = planned.vllm(**options)
             if preempt:
                 with preempting(engine, schedule.seed, seen):
                     sessions = play(engine, schedule)
@@ -154,7 +154,7 @@ def test_worker_process(fp32: Planned) -> None:
     """It ends with a step that fails, so here none does."""
     engine = None
     for schedule in fp32.schedules[:2]:
-        engine = fp32.vllm(schedule, worker_process=True, prefill_tokens=SMALL_STEP, pages=FEW_PAGES)
+        engine = fp32.vllm(worker_process=True, prefill_tokens=SMALL_STEP, pages=FEW_PAGES)
         assert unequal(schedule, play(engine, schedule, failures=False)) == []
     assert engine is not None
     engine.core.close()

@@ -1,0 +1,104 @@
+"""What the model reads: rows of many sequences, packed one after another, with what each sense brings to them.
+
+Every row has a token; a row that holds the audio token also has the dMel codes of one frame. Who wants some rows of
+some sequences takes them from here (`Inputs.cut`, `Inputs.part`), so that tokens and codes stay together. By the row
+contract of `kernels.ops` what is packed beside a sequence, and in which order, cannot change its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.layout import Segments
+
+
+class Conversation(Protocol):
+    """One whole sequence: what of an episode or a transcript is enough to run it through a model."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [T]"""
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [A, channels], dMel bins of the rows that hold the audio token, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """T rows of S sequences, A of them audio. Make it with `of` or `cat`, which check that tokens and codes agree.
+
+    Example: ``cat([episode, other], audio).cut([9, 9])`` are the first nine rows of both.
+    """
+
+    tokens: Tensor  # int64 [T]
+    codes: Tensor  # uint8 [A, channels]
+    audio_rows: Tensor  # int64 [A], ascending: the row of each frame of codes
+    segments: Segments  # which rows are of which sequence, and where in it
+
+    @staticmethod
+    def of(tokens: Tensor, codes: Tensor, segments: Segments, audio: int) -> Inputs:
+        """``audio`` is the audio token's id. Raises ValueError when the counts do not fit together."""
+        if tokens.shape[0] != segments.rows:
+            raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
+        rows = (tokens == audio).nonzero()[:, 0]
+        if rows.shape[0] != codes.shape[0]:
+            raise ValueError(f"tokens holds {rows.shape[0]} audio tokens, but codes has {codes.shape[0]} rows")
+        return Inputs(tokens, codes, rows, segments)
+
+    @staticmethod
+    def cat(conversations: Sequence[Conversation], audio: int) -> Inputs:
+        """Whole sequences, each from position 0 on; ``audio`` is the audio token's id."""
+        return Inputs.of(
+            torch.cat([c.tokens for c in conversations]),
+            torch.cat([c.codes for c in conversations]),
+            _whole([len(c.tokens) for c in conversations]),
+            audio,
+        )
+
+    @property
+    def starts(self) -> list[int]:
+        """The first row of each sequence, [S]."""
+        return self.segments.offset[:-1].tolist()
+
+    def cut(self, lengths: Sequence[int]) -> Inputs:
+        """The first ``lengths[s]`` rows of each whole sequence s."""
+        return self.part([(s, 0, length) for s, length in enumerate(lengths)], _whole(lengths))
+
+    def part(self, spans: Sequence[tuple[int, int, int]], segments: Segments) -> Inputs:
+        """Rows ``first`` … ``end - 1`` of sequence s for every span (s, first, end), in the order of the spans;
+        ``segments`` says what these rows continue, as `model.state.SessionState.extend` does."""
+        starts = self.starts
+        cuts = [(starts[s] + first, starts[s] + end) for s, first, end in spans]
+        heard = torch.searchsorted(self.audio_rows, torch.tensor(cuts, device=self.audio_rows.device)).tolist()
+        moved, row = [], 0
+        for (first, end), (a, b) in zip(cuts, heard, strict=True):
+            moved.append(self.audio_rows[a:b] + (row - first))
+            row += end - first
+        if row != segments.rows:
+            raise ValueError(f"the spans have {row} rows, segments {segments.rows}")
+        return Inputs(
+            torch.cat([self.tokens[first:end] for first, end in cuts]),
+            torch.cat([self.codes[a:b] for a, b in heard]),
+            torch.cat(moved),
+            segments,
+        )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Inputs:
+        """The same rows on ``device``; itself when they lie there. Segments stay: the ops read their numbers on the CPU
+        and copy them themselves."""
+        if self.tokens.device == device:
+            return self
+        tokens, codes, rows = (
+            x.to(device, non_blocking=non_blocking) for x in (self.tokens, self.codes, self.audio_rows)
+        )
+        return Inputs(tokens, codes, rows, self.segments)
+
+
+def _whole(lengths: Sequence[int]) -> Segments:
+    return Segments.build(list(range(len(lengths))), [0] * len(lengths), list(lengths))

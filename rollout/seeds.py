@@ -1,0 +1,68 @@
+"""Everything that is drawn, is drawn from here: keys of sampled tokens, and generators and seeds of scenarios.
+
+Tokens are sampled with counter-based keys: there is no generator state. A token's key is a pure function of (run seed,
+scenario id, rollout index, chunk, position, stream), so an episode comes out the same whatever else is sampled beside
+it, in whatever order or process, and a killed rollout is simply rolled out again. The noise per vocabulary entry is
+made from the key inside `kernels.ops.sample`.
+
+Whatever else is random has a `generator` of its own, named by what it is for, as fresh weights have (`model.draws`).
+Scenarios are numbered: those of RL from 0, of demonstrations from `DEMONSTRATIONS`, of the reward models' data from
+`PREFERENCES`, so that they never meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from model.draws import philox
+
+DEMONSTRATIONS, PREFERENCES = 1_000_000_000, 2_000_000_000
+SEEDS_A_RUN = 10_000_000
+"""Scenarios that one run seed has in each of the two."""
+
+MASK = (1 << 64) - 1
+
+TEXT_STREAM = 0
+"""Stream of mode and text tokens. Other streams (a voice head's noise, say) get their own number."""
+
+
+def splitmix64(x: int) -> int:
+    """One output of the SplitMix64 generator (Steele, Lea & Flood 2014) for the state ``x``; a bijection on 64 bits."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def session_key(seed: int, scenario: str, rollout: int) -> int:
+    """The 64-bit key of one episode: blake2b of the run seed, the scenario id and the rollout index."""
+    digest = hashlib.blake2b(f"{seed}\x1f{scenario}\x1f{rollout}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def token_key(key: int, chunk: int, position: int, stream: int = TEXT_STREAM) -> int:
+    """Key of the token at absolute ``position``, sampled in ``chunk``, as the signed int64 that tensors hold."""
+    mixed = splitmix64(splitmix64(splitmix64(key ^ chunk) ^ position) ^ stream)
+    return mixed - (1 << 64) if mixed >> 63 else mixed
+
+
+def generator(*key: str | int) -> np.random.Generator:
+    """A random generator that depends on ``key`` only: the same in every process, in any order of creation."""
+    return np.random.Generator(philox("/".join(map(str, key))))
+
+
+def mistakes(seed: int, index: int) -> np.random.Generator:
+    """What demonstration ``index`` of the run seed ``seed`` gets wrong."""
+    return np.random.Generator(np.random.Philox(key=[seed, index]))
+
+
+def demonstration_seed(seed: int, index: int) -> int:
+    """The scenario of demonstration ``index`` in a run of seed ``seed``."""
+    return DEMONSTRATIONS + seed * SEEDS_A_RUN + index
+
+
+def preference_seed(seed: int, index: int) -> int:
+    """The scenario ``index`` of the reward models' data, made with seed ``seed``."""
+    return PREFERENCES + seed * SEEDS_A_RUN + index

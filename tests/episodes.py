@@ -1,0 +1,23 @@
+"""Episodes compared to the bit, and episodes that were tampered with."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from rollout.episode import TEXT, Episode, tensors
+
+
+def unequal_fields(one: Episode, other: Episode) -> set[str]:
+    """Names of all in which two episodes differ by a bit; those of `tensors` for what is a tensor."""
+    a, b = tensors(one), tensors(other)
+    plain = {f.name for f in fields(Episode)} - {"tokens", "codes", "streams"}
+    differs = {name for name in plain if getattr(one, name) != getattr(other, name)} | (a.keys() ^ b.keys())
+    return differs | {n for n in a.keys() & b.keys() if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])}
+
+
+def with_text(episode: Episode, **changes: Tensor) -> Episode:
+    """The episode with other fields of its text stream."""
+    return replace(episode, streams={**episode.streams, TEXT: replace(episode.text, **changes)})
