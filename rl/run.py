@@ -23,6 +23,7 @@ from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks, watch
 from rl.advantage import RunningScale
+from rl.audit.diagnose import diagnose
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
 from rl.credit import Scales
@@ -112,9 +113,17 @@ class Run:
                 self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
                 self.finish(self.learn(learner, progress))
         except NotEqualError as error:
-            self.folder.write_json(DIFFERENCE, error.difference)
-            self.audit()
-            raise
+            raise self.explained(error) from error
+
+    def explained(self, error: NotEqualError) -> NotEqualError:
+        """The same on every rank with the diagnosis in its words; writes audit/difference.json and the audit's report.
+        A rank diagnoses its own tokens, with the weights and packed copies that gave them; the first such rank's
+        words count."""
+        own = diagnose(self.model, error.evidence) if error.evidence else None
+        diagnosis = next(one for one in ranks.gather(own) if one is not None)
+        self.folder.write_json(DIFFERENCE, diagnosis.to_json())
+        self.audit()
+        return NotEqualError(f"{error} {diagnosis.sentence()}", error.evidence)
 
     def begin(self) -> tuple[Learner, Progress]:
         """Warm start, its held-out result, and the first checkpoint."""

@@ -22,8 +22,8 @@ from model.checkpoint import weights_digest
 from model.transformer import InteractionModel
 from rl.audit import trace
 from rl.audit.trace import Entry, Trace
-from rl.identity import Mismatch, NotEqualError, compare, unequal_bits
-from rollout.episode import Episode, concatenate
+from rl.identity import Evidence, Mismatch
+from rollout.episode import Episode
 from rollout.vocabulary import Vocabulary
 
 FEW_ROWS = 8
@@ -114,49 +114,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def failure(
-    model: InteractionModel,
-    episodes: Sequence[Episode],
-    learner_logprob: Tensor,
-    learner_digest: Tensor,
-    owner: Tensor,
-    step: int,
-    micro_batch: int,
-) -> NotEqualError:
-    """The error to raise when `rl.identity.compare` found a difference; it carries the diagnosis. Arrays are [N],
-    packed as the episodes are; ``owner`` says which episode a token belongs to."""
-    found = diagnose(model, episodes, learner_logprob, learner_digest, owner, step, micro_batch)
-    return NotEqualError(
-        f"step {step}, episode {found.episode}, token {found.position} (chunk {found.chunk}, id {found.token}): the "
-        f"sampler's log-prob {found.rollout_logprob!r} is not the learner's {found.learner_logprob!r}; "
-        f"{found.mismatch.num_unequal} log-probs and {found.mismatch.rows_unequal} rows of {found.mismatch.num_tokens} "
-        f"tokens differ. {found.sentence()} The step was not taken; the last checkpoint stands.",
-        found.to_json(),
-    )
+def diagnose(model: InteractionModel, evidence: Evidence, sampling: InteractionModel | None = None) -> Diagnosis:
+    """Explains the first difference between what the episodes hold and what the learner ``model`` gave.
 
-
-def diagnose(
-    model: InteractionModel,
-    episodes: Sequence[Episode],
-    learner_logprob: Tensor,
-    learner_digest: Tensor,
-    owner: Tensor,
-    step: int,
-    micro_batch: int,
-    sampling: InteractionModel | None = None,
-) -> Diagnosis:
-    """Explains the first difference between what the episodes hold and the learner's [N] values.
-
-    ``sampling``: the model that the sampler ran, where that is another object than ``model``, the learner's.
-    ``micro_batch``: episodes in one of the learner's forward passes. Raises ValueError when nothing differs."""
-    rollout_logprob, rollout_digest = concatenate(episodes, "logprob"), concatenate(episodes, "digest")
-    wrong = unequal_bits(rollout_logprob, learner_logprob) | (rollout_digest != learner_digest)
-    if not wrong.any():
-        raise ValueError("diagnose: every log-prob and every row digest is equal")
-    first = int(wrong.nonzero()[0])
-    mine = int(owner[first])
-    episode, within = episodes[mine], first - int((owner < mine).sum())
-    ways = _Ways(model, sampling or model, episodes, mine, micro_batch)
+    ``sampling``: the model that the sampler ran, where that is another object than the learner's. Raises ValueError
+    when nothing differs."""
+    first = evidence.first()
+    episode = evidence.episodes[first.owner]
+    ways = _Ways(model, sampling or model, evidence.episodes, first.owner, evidence.micro_batch)
     growth = gaps(ways.sampler, ways.learner)
     depends_on = {
         "sampler as run, learner as run": _first(growth),
@@ -164,16 +129,15 @@ def diagnose(
         "learner alone, learner as run": _first(gaps(ways.learner_alone, ways.learner)),
         "sampler alone, learner alone": _first(gaps(ways.sampler_alone, ways.learner_alone)),
     }
-    position = int(episode.sampled_at[within])
     return Diagnosis(
-        step=step,
+        step=evidence.step,
         episode=episode.name,
-        position=position,
-        chunk=int(episode.chunk[within]),
-        token=int(episode.tokens[position]),
-        rollout_logprob=float(rollout_logprob[first]),
-        learner_logprob=float(learner_logprob[first]),
-        mismatch=compare(rollout_logprob, learner_logprob, rollout_digest, learner_digest),
+        position=first.position,
+        chunk=first.chunk,
+        token=first.token,
+        rollout_logprob=first.rollout_logprob,
+        learner_logprob=first.learner_logprob,
+        mismatch=evidence.mismatch(),
         growth=tuple(growth),
         depends_on=depends_on,
         suspects=tuple(_suspects(model, sampling, episode, ways, growth, depends_on)),

@@ -26,7 +26,7 @@ from rl.audit.diagnose import diagnose
 from rl.audit.records import Records
 from rl.batch import collate, score_choices
 from rl.config import TrainConfig
-from rl.identity import Mismatch, compare, unequal_bits
+from rl.identity import Evidence, Mismatch, compare, unequal_bits
 from rollout.chunk import CHUNK_FRAMES
 from rollout.episode import Episode, load_episodes
 from rollout.transcript import write_transcript
@@ -143,17 +143,14 @@ def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) 
     scored = [one for one in seen if one.logprob is not None and one.digest is not None]
     if all(one.state == "identical" for one in scored):
         return None
-    lengths = torch.tensor([len(one.episode.logprob) for one in scored])
-    found = diagnose(
-        model,
+    evidence = Evidence(
+        scored[0].step,
         [one.episode for one in scored],
         torch.cat([one.logprob for one in scored if one.logprob is not None]),
         torch.cat([one.digest for one in scored if one.digest is not None]),
-        torch.arange(len(scored)).repeat_interleave(lengths),
-        scored[0].step,
         micro_batch,
     )
-    return found.to_json()
+    return diagnose(model, evidence).to_json()
 
 
 def _load(records: Records, step: int) -> list[Episode]:

@@ -7,6 +7,7 @@ one (`naive_linear`).
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from model import checkpoint
 from model.config import preset
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rl import loop
 from rl.audit import lesson, matrix, sides
+from rl.audit.diagnose import diagnose
 from rl.audit.lesson import completions
 from rl.audit.sides import Side, _scatter, whole
-from rl.identity import NotEqualError
+from rl.identity import Evidence, NotEqualError, check_identity
 from rl.learner import policy_gradient
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.episode import Episode
@@ -120,10 +121,13 @@ def test_naive_torch_cannot_pass_for_exact(folder: Path) -> None:
     """Whoever trains with it meets the identity check."""
     side = Side.load("naive torch", folder, torch.float32)
     episodes = matrix.sampled(side, "session", ITEMS, len(ITEMS))
-    with side.active(), pytest.raises(NotEqualError, match=r"kernels\.naive|depends on"):
+    with side.active():
         weights = [torch.ones(len(e.chunk)) for e in episodes]
         g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, 2)
-        loop.audit(side.model, episodes, g, step=0, micro_batch=2)
+        with pytest.raises(NotEqualError) as caught:
+            check_identity(Evidence(0, episodes, g.logprob, g.digest, 2))
+        assert caught.value.evidence is not None
+        assert re.search(r"kernels\.naive|depends on", diagnose(side.model, caught.value.evidence).sentence())
 
 
 def test_samplings_that_part_count_from_where_they_part(tokens: list[Episode]) -> None:
