@@ -230,10 +230,10 @@ class Run:
             report = audit(self.folder.path, AUDITED)
             self.display.say(statement(report, folder))
             self.tracker.artifact(folder)
-            conflicts = report["not_comparable"]
-            if report["verdict"] == "different":
+            conflicts = report.not_comparable
+            if report.verdict == "different":
                 fault = "bits that differ between sampler and learner"
-            elif conflicts["contradictions"] or conflicts["episodes"]:
+            elif conflicts.contradictions or conflicts.episodes:
                 fault = "that what the run saved contradicts what it recorded"
         return str(ranks.gather(fault)[0])
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from kernels.errors import MetronomeError
 from rl.audit.compare import compare_runs
+from rl.audit.document import Report
 from rl.audit.report import audit, statement
 
 STATUS = {"identical": 0, "different": 1, "not_comparable": 2}
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.compare:
         first, second = given.compare
         out = given.out or first / "audit" / f"compare_{second.resolve().name}"
-        report = compare_runs(first, second, out)
+        report: Report = compare_runs(first, second, out)
     else:
         out = given.run / "audit"
         report = audit(given.run)
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fail(report: dict[str, Any]) -> None:
-    status = STATUS[report["verdict"]]
+def fail(report: Report) -> None:
+    status = STATUS[report.verdict]
     if status:
         sys.exit(status)

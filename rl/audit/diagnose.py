@@ -8,7 +8,6 @@ guesses made from these facts, and each says which fact it was made from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
@@ -21,6 +20,8 @@ from kernels import dispatch, ops
 from model.checkpoint import weights_digest
 from model.transformer import InteractionModel
 from rl.audit import trace
+from rl.audit.document import to_json
+from rl.audit.table import Cell, Table
 from rl.audit.trace import Entry, Trace
 from rl.identity import Evidence, Mismatch
 from rollout.episode import Episode
@@ -75,43 +76,36 @@ class Diagnosis:
             )
         return " ".join([found, *(f"Suspect: {suspect}." for suspect in self.suspects)])
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON (null for what is not finite), with ``tables`` for a reader that knows nothing of this
-        module."""
-        growth = [[g.name, g.rows, g.rows_unequal, g.first_row, g.max_abs, g.sampler, g.learner] for g in self.growth]
-        tables = [
-            {
-                "title": "Where sampler and learner part",
-                "columns": ["compared", "first op that differs"],
-                "rows": [[name, op or "none: equal bits"] for name, op in self.depends_on.items()],
-                "note": "As run: with the episodes that ran beside it. Alone: this episode by itself.",
-            },
-            {
-                "title": "How the difference grows",
-                "columns": ["op", "rows", "rows unequal", "first row", "max abs", "sampler ran", "learner ran"],
-                "rows": growth,
-                "note": "In order of execution; of an op with several results each has its own line.",
-            },
-            {
-                "title": "Suspects",
-                "columns": ["suspect"],
-                "rows": [[suspect] for suspect in self.suspects],
-                "note": "Guesses from the facts above, the likeliest first.",
-            },
+    def tables(self) -> list[Table]:
+        """For a reader that knows nothing of this module."""
+        growth: list[list[Cell]] = [
+            [g.name, g.rows, g.rows_unequal, g.first_row, g.max_abs, g.sampler, g.learner] for g in self.growth
         ]
-        first = None if self.first is None else asdict(self.first)
-        plain: dict[str, Any] = _plain(
-            {**asdict(self), "mismatch": self.mismatch.metrics(), "first": first, "tables": tables}
-        )
-        return plain
+        return [
+            Table(
+                "Where sampler and learner part",
+                ["compared", "first op that differs"],
+                [[name, op or "none: equal bits"] for name, op in self.depends_on.items()],
+                "As run: with the episodes that ran beside it. Alone: this episode by itself.",
+            ),
+            Table(
+                "How the difference grows",
+                ["op", "rows", "rows unequal", "first row", "max abs", "sampler ran", "learner ran"],
+                growth,
+                "In order of execution; of an op with several results each has its own line.",
+            ),
+            Table(
+                "Suspects",
+                ["suspect"],
+                [[suspect] for suspect in self.suspects],
+                "Guesses from the facts above, the likeliest first.",
+            ),
+        ]
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def to_json(self) -> dict[str, Any]:
+        """audit/difference.json: plain values, null for what is not finite."""
+        fields = asdict(self) | {"mismatch": self.mismatch.metrics(), "first": self.first, "tables": self.tables()}
+        return {name: to_json(value) for name, value in fields.items()}
 
 
 def diagnose(model: InteractionModel, evidence: Evidence, sampling: InteractionModel | None = None) -> Diagnosis:

@@ -13,6 +13,7 @@ import torch
 
 from rl.audit.records import Records
 from rl.audit.rescore import Seen
+from rl.audit.table import Table
 
 CELLS = 96
 """The log-prob picture counts tokens in CELLS x CELLS cells."""
@@ -116,26 +117,21 @@ def scatter(seen: Sequence[Seen]) -> dict[str, Any] | None:
     }
 
 
-def plain_tables(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tables whose cells are numbers or text. Raises KeyError, TypeError or AttributeError for anything else."""
-    return [
-        {
-            "title": str(one["title"]),
-            "columns": [str(c) for c in one["columns"]],
-            "rows": [[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
-            "note": str(one.get("note", "")),
-        }
-        for one in found
-    ]
-
-
-def tables(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
+def tables(path: Path, gaps: list[str]) -> list[Table]:
     """``{"tables": [{"title", "columns", "rows", "note"}]}`` from a file that another part of the audit left, if it is
     there; what is not of that form becomes a gap."""
     if not path.is_file():
         return []
     try:
-        return plain_tables(json.loads(path.read_text(), parse_constant=str)["tables"])
+        return [
+            Table(
+                title=str(one["title"]),
+                columns=[str(c) for c in one["columns"]],
+                rows=[[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
+                note=str(one.get("note", "")),
+            )
+            for one in json.loads(path.read_text(), parse_constant=str)["tables"]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         gaps.append(f"{path.name} holds no tables that can be shown ({error!r}).")
         return []

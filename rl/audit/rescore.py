@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +20,8 @@ from kernels.errors import MetronomeError
 from model import checkpoint, manifest, packs
 from model.config import MEL_BINS
 from model.transformer import InteractionModel
-from rl.audit.diagnose import diagnose
+from rl.audit.diagnose import Diagnosis, diagnose
+from rl.audit.document import Reason
 from rl.audit.records import Records
 from rl.batch import collate, score_choices
 from rl.config import TrainConfig
@@ -41,17 +40,6 @@ DTYPES = {
     "logprob": torch.float32,
     "digest": torch.int64,
 }
-
-
-class Reason(StrEnum):
-    """Why an episode cannot be compared."""
-
-    CONTRACT = "contract"
-    WEIGHTS = "weights"
-    TEMPERATURE = "temperature"
-    TOKENS = "tokens"
-    POSITIONS = "positions"
-    MASKS = "masks"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +90,7 @@ class Part:
     seen: list[Seen]
     weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
     packs_digest: str | None = None  # of the packed copies that these weights give here (`model.packs`)
-    diagnosis: dict[str, Any] | None = None  # of its first difference, as `rl.audit.diagnose` gives it
+    diagnosis: Diagnosis | None = None  # of its first difference
 
     @property
     def mismatch(self) -> Mismatch:
@@ -138,7 +126,7 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[Part]:
         yield Part(step, seen, digest, packs.digest(model), _diagnosis(model, seen, records.config.rl.micro_batch))
 
 
-def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) -> dict[str, Any] | None:
+def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) -> Diagnosis | None:
     """Which op parts sampler and learner, and the suspects, where a bit differs."""
     scored = [one for one in seen if one.logprob is not None and one.digest is not None]
     if all(one.state == "identical" for one in scored):
@@ -150,7 +138,7 @@ def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) 
         torch.cat([one.digest for one in scored if one.digest is not None]),
         micro_batch,
     )
-    return diagnose(model, evidence).to_json()
+    return diagnose(model, evidence)
 
 
 def _load(records: Records, step: int) -> list[Episode]:

@@ -155,7 +155,7 @@ def test_words_names_and_recipes_are_only_text(browser: Tab, run: Path) -> None:
     (run / "audit").mkdir()
     table = {"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "note": HOSTILE}
     (run / "audit/matrix.json").write_text(json.dumps({"tables": [table]}))
-    assert audit(run)["verdict"] == "not_comparable"
+    assert audit(run).verdict == "not_comparable"
     assert "<script>window" not in (run / "audit/report.html").read_text()
     browser.open(run / "audit/report.html")
     browser.settle()
@@ -215,7 +215,7 @@ def test_ten_thousand_steps_and_five_thousand_episodes_open_in_two_seconds(
     start = time.perf_counter()
     report, text = run_page(records, parts)
     built_s = time.perf_counter() - start
-    assert (report["rescored"]["episodes"], len(report["weights"])) == (5_000, 10_000)
+    assert (report.rescored.episodes, len(report.weights)) == (5_000, 10_000)
     path = tmp_path / "large.html"
     path.write_text(text)
     seconds = min(browser.open(path) for _ in range(3))
