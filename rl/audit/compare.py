@@ -100,9 +100,9 @@ def comparison(a: Records, b: Records) -> ComparisonReport:
         episodes_unequal=episodes.unequal,
         episode_fields=episodes.fields,
         recipe=[
-            RecipeField(name, _said(recipe_a, name), _said(recipe_b, name))
+            RecipeField(name, _value(recipe_a, name), _value(recipe_b, name))
             for name in sorted(recipe_a.keys() | recipe_b.keys())
-            if name.split(".")[0] not in PLACE and _said(recipe_a, name) != _said(recipe_b, name)
+            if name.split(".")[0] not in PLACE and _value(recipe_a, name) != _value(recipe_b, name)
         ],
         contract=ContractsOfBoth(a.contract_id, b.contract_id),
         reasons=reasons,
@@ -129,9 +129,9 @@ def _reasons(a: Records, b: Records) -> list[str]:
         return []
     fields_a, fields_b = (dict(flat(r.environment.get("contract") or {})) for r in (a, b))
     parts = [
-        f"{name} {_said(fields_a, name)} and {_said(fields_b, name)}"
+        f"{name} {_value(fields_a, name)} and {_value(fields_b, name)}"
         for name in sorted(fields_a.keys() | fields_b.keys())
-        if _said(fields_a, name) != _said(fields_b, name)
+        if _value(fields_a, name) != _value(fields_b, name)
     ]
     return [
         f"A ran under contract {a.contract_id}, B under {b.contract_id}: {'; '.join(parts) or 'no field is known'}."
@@ -143,7 +143,7 @@ def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [name for name in a if name in b and not name.startswith("time/") and a[name] != b[name]]
 
 
-def _said(fields: Mapping[str, Any], name: str) -> str:
+def _value(fields: Mapping[str, Any], name: str) -> str:
     return str(fields[name]) if name in fields else "(absent)"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rl.audit.records import Records
-from rl.audit.rescore import Seen
+from rl.audit.rescore import CheckedEpisode
 from rl.audit.table import Table
 
 CELLS = 96
@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 
 def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
     """The charts of a run; ``rescored``: the steps of which episodes were re-scored."""
-    metrics, found = records.metrics, records.mismatch()
+    metrics, mismatch = records.metrics, records.mismatch()
     if not metrics:
         return []
     unequal = chart(
@@ -33,11 +33,11 @@ def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
         "tokens",
         [line("log-probs that differ", metrics, "mismatch/num_unequal"),
          line("rows that differ", metrics, "mismatch/rows_unequal")],
-        f"The run's own count, before each optimizer step: {found.num_unequal:,} of {found.num_tokens:,}. "
+        f"The run's own count, before each optimizer step: {mismatch.num_unequal:,} of {mismatch.num_tokens:,}. "
         "Diamonds: steps of which episodes were re-scored for this audit.",
     ) | {"marks": list(rescored)}  # fmt: skip
     out = [unequal]
-    if found.k3_sum:
+    if mismatch.k3_sum:
         names = [line("k3", metrics, "mismatch/k3"), line("k1", metrics, "mismatch/k1")]
         out.append(chart("Mismatch KL", "nats a token", names, "Sampler against learner at equal weights."))
     rewards = [line(name, metrics, f"reward/{name}") for name in ("mean", "timing", "content")]
@@ -90,9 +90,9 @@ def _number(value: Any) -> float | None:
     return float(f"{value:.6g}")
 
 
-def scatter(seen: Sequence[Seen]) -> dict[str, Any] | None:
+def scatter(episodes: Sequence[CheckedEpisode]) -> dict[str, Any] | None:
     """Sampler's log-probs against the learner's: counts of tokens by cell, and the differing ones by themselves."""
-    scored = [one for one in seen if one.logprob is not None]
+    scored = [one for one in episodes if one.logprob is not None]
     if not scored:
         return None
     sampler = torch.cat([one.episode.logprob for one in scored]).double()

@@ -13,7 +13,7 @@ from rl.audit.document import Report, RunReport, by_record, to_json
 from rl.audit.episodes import browser
 from rl.audit.page import BY_RECORD, render
 from rl.audit.records import Records, flat, read
-from rl.audit.rescore import Part, rescore
+from rl.audit.rescore import CheckedStep, rescore
 from rl.audit.table import Table
 from rl.audit.verdict import run_report
 
@@ -22,27 +22,27 @@ def audit(run: Path, at_most: int | None = None) -> RunReport:
     """Re-scores the run's saved episodes (``at_most`` so many), writes RUN/audit/report.html and report.json, returns
     the latter. Raises MetronomeError when ``run`` is not a run's folder."""
     records = read(run)
-    parts = list(rescore(records, at_most))
-    report, page = run_page(records, parts)
+    steps = list(rescore(records, at_most))
+    report, page = run_page(records, steps)
     write(run / "audit", report, page)
     return report
 
 
-def run_page(records: Records, parts: Sequence[Part]) -> tuple[RunReport, str]:
+def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport, str]:
     """The report and the page of a run whose episodes were re-scored."""
-    seen = [one for part in parts for one in part.seen]
+    episodes = [one for checked in steps for one in checked.episodes]
     folder = records.path / "audit"
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
-    tables += next((p.diagnosis.tables() for p in parts if p.diagnosis), [])
+    tables += next((p.diagnosis.tables() for p in steps if p.diagnosis), [])
     tables += pictures.tables(folder / "matrix.json", records.gaps)
-    shown = browser(seen, records.config.reward if records.config else None)
+    shown = browser(episodes, records.config.reward if records.config else None)
     if shown["omitted"]:
-        records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(seen):,} episodes, to stay small.")
-    report = run_report(records, parts)
+        records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(episodes):,} episodes, to stay small.")
+    report = run_report(records, steps)
     data = {
         "steps": [record["step"] for record in records.metrics],
-        "charts": pictures.curves(records, [p.step for p in parts if p.mismatch.num_tokens]),
-        "scatter": pictures.scatter(seen),
+        "charts": pictures.curves(records, [p.step for p in steps if p.mismatch.num_tokens]),
+        "scatter": pictures.scatter(episodes),
         "episodes": shown["rows"],
         "tables": to_json(tables),
         "machines": [to_json(machines({"Value": records.environment}))],
@@ -55,11 +55,11 @@ def machines(environments: Mapping[str, Mapping[str, Any]]) -> Table:
     """environment.json of one run or of several as a table, a column each."""
     columns = [dict(flat(one)) for one in environments.values()]
     fields = list(dict.fromkeys(name for one in columns for name in one))
-    rows = [[name, *(_said(one[name]) if name in one else "(absent)" for one in columns)] for name in fields]
+    rows = [[name, *(_value(one[name]) if name in one else "(absent)" for one in columns)] for name in fields]
     return Table("Environment", ["Field", *environments], rows)
 
 
-def _said(value: Any) -> str:
+def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -43,8 +43,8 @@ DTYPES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """A saved episode and what the learner says of its N sampled tokens, if it was asked."""
+class CheckedEpisode:
+    """A saved episode and what the learner gives for its N sampled tokens, where it was re-scored."""
 
     step: int
     episode: Episode
@@ -83,22 +83,22 @@ class Seen:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class CheckedStep:
     """The saved episodes of one step."""
 
     step: int
-    seen: list[Seen]
+    episodes: list[CheckedEpisode]
     weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
     packs_digest: str | None = None  # of the packed copies that these weights give here (`model.packs`)
     diagnosis: Diagnosis | None = None  # of its first difference
 
     @property
     def mismatch(self) -> Mismatch:
-        return Mismatch.total([one.mismatch for one in self.seen])
+        return Mismatch.total([one.mismatch for one in self.episodes])
 
 
-def rescore(records: Records, at_most: int | None = None) -> Iterator[Part]:
-    """One part for each step with saved episodes; notes gaps in ``records.gaps`` and checkpoints that are not as they
+def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedStep]:
+    """Every step with saved episodes, in order; notes gaps in ``records.gaps`` and checkpoints that are not as they
     were saved in ``records.unsound``. ``at_most``: re-score no more episodes than that, an equal share of each
     step's."""
     _check_checkpoints(records)
@@ -106,29 +106,33 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[Part]:
     for step in sorted(records.episodes):
         episodes = _load(records, step)
         if not episodes or records.config is None:
-            yield Part(step, [Seen(step, e) for e in episodes], None)
+            yield CheckedStep(step, [CheckedEpisode(step, e) for e in episodes], None)
             continue
         model = _policy(records, step)
         if model is None:
-            seen = [Seen(step, e, _other_contract(e)) for e in episodes]
-            yield Part(step, seen, None)
+            checked = [CheckedEpisode(step, e, _other_contract(e)) for e in episodes]
+            yield CheckedStep(step, checked, None)
             continue
         digest = checkpoint.weights_digest(model)
         vocabulary = Vocabulary.build(model.vocab)
-        seen = [Seen(step, e, incomparable(e, digest, vocabulary, records.config)) for e in episodes]
-        places = [i for i, one in enumerate(seen) if one.why_not is None][:share]
-        scored = _score(model, vocabulary, [seen[i] for i in places], records.config.rl.micro_batch)
+        checked = [CheckedEpisode(step, e, incomparable(e, digest, vocabulary, records.config)) for e in episodes]
+        places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
+        scored = _score(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
         for i, one in zip(places, scored, strict=True):
-            seen[i] = one
-        left = sum(one.state == "not_rescored" for one in seen)
+            checked[i] = one
+        left = sum(one.state == "not_rescored" for one in checked)
         if left:
-            records.gaps.append(f"Step {step}: {left} of {len(seen)} saved episodes were not re-scored, to save time.")
-        yield Part(step, seen, digest, packs.digest(model), _diagnosis(model, seen, records.config.rl.micro_batch))
+            records.gaps.append(
+                f"Step {step}: {left} of {len(checked)} saved episodes were not re-scored, to save time."
+            )
+        yield CheckedStep(
+            step, checked, digest, packs.digest(model), _diagnosis(model, checked, records.config.rl.micro_batch)
+        )
 
 
-def _diagnosis(model: InteractionModel, seen: Sequence[Seen], micro_batch: int) -> Diagnosis | None:
-    """Which op parts sampler and learner, and the suspects, where a bit differs."""
-    scored = [one for one in seen if one.logprob is not None and one.digest is not None]
+def _diagnosis(model: InteractionModel, checked: Sequence[CheckedEpisode], micro_batch: int) -> Diagnosis | None:
+    """Of the step's first difference, if there is one."""
+    scored = [one for one in checked if one.logprob is not None and one.digest is not None]
     if all(one.state == "identical" for one in scored):
         return None
     evidence = Evidence(
@@ -180,18 +184,18 @@ def _policy(records: Records, step: int) -> InteractionModel | None:
 
 
 def _other_contract(episode: Episode) -> tuple[Reason, str] | None:
-    here = dispatch.contract_id()
-    if episode.contract_id == here:
+    contract_id = dispatch.contract_id()
+    if episode.contract_id == contract_id:
         return None
-    return Reason.CONTRACT, f"sampled under contract {episode.contract_id}; this program's is {here}"
+    return Reason.CONTRACT, f"sampled under contract {episode.contract_id}; this program's is {contract_id}"
 
 
 def incomparable(
     episode: Episode, digest: str, vocabulary: Vocabulary, config: TrainConfig
 ) -> tuple[Reason, str] | None:
     """Why the learner with the weights ``digest`` can say nothing of the episode, or None."""
-    if found := _other_contract(episode):
-        return found
+    if other := _other_contract(episode):
+        return other
     if episode.weights_digest != digest:
         return Reason.WEIGHTS, f"sampled from weights {episode.weights_digest}; the checkpoint's are {digest}"
     if episode.temperature != config.rollout.temperature:
@@ -225,7 +229,9 @@ def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int
 
 
 @torch.inference_mode()
-def _score(model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[Seen], micro_batch: int) -> Iterator[Seen]:
+def _score(
+    model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[CheckedEpisode], micro_batch: int
+) -> Iterator[CheckedEpisode]:
     """By the row contract the number of episodes in a pass does not enter the result."""
     for first in range(0, len(seen), micro_batch):
         some = seen[first : first + micro_batch]

@@ -35,7 +35,7 @@ from rl.audit.document import (
     WeightsOfStep,
 )
 from rl.audit.records import Records
-from rl.audit.rescore import Part, Seen
+from rl.audit.rescore import CheckedEpisode, CheckedStep
 from rl.identity import Mismatch
 
 LISTED = 100
@@ -50,12 +50,12 @@ CANNOT = (
 )
 
 
-def run_report(records: Records, parts: Sequence[Part]) -> RunReport:
+def run_report(records: Records, steps: Sequence[CheckedStep]) -> RunReport:
     recorded = records.mismatch()
-    seen = [one for part in parts for one in part.seen]
-    rescored = Mismatch.total([part.mismatch for part in parts])
-    conflicts = [_conflict(one) for one in seen if one.why_not]
-    contradictions = _contradictions(records, parts)
+    episodes = [one for checked in steps for one in checked.episodes]
+    rescored = Mismatch.total([checked.mismatch for checked in steps])
+    conflicts = [_conflict(one) for one in episodes if one.why_not]
+    contradictions = _contradictions(records, steps)
     basis: Literal["rescored", "records", "none"] = "none"
     counted = Mismatch.total([])
     if rescored.num_tokens:
@@ -68,8 +68,8 @@ def run_report(records: Records, parts: Sequence[Part]) -> RunReport:
     return RunReport(
         verdict=verdict,
         title=f"run {records.name}",
-        headline=_stop(records) or _headline(verdict, basis, counted, conflicts, len(seen), contradictions),
-        scope=_scope(records, recorded, rescored, seen),
+        headline=_stop(records) or _headline(verdict, basis, counted, conflicts, len(episodes), contradictions),
+        scope=_scope(records, recorded, rescored, episodes),
         basis=basis,
         counts=_counts(counted, verdict != "not_comparable"),
         run=RunState(
@@ -83,19 +83,19 @@ def run_report(records: Records, parts: Sequence[Part]) -> RunReport:
         contract=Contracts(
             run=records.contract_id,
             here=dispatch.contract_id(),
-            episodes=sorted({one.episode.contract_id for one in seen}),
+            episodes=sorted({one.episode.contract_id for one in episodes}),
         ),
         records=RecordedCounts(len(records.metrics), _counts(recorded)),
-        rescored=RescoredCounts(sum(one.logprob is not None for one in seen), len(seen), _counts(rescored)),
-        parts=[_part(records, part) for part in parts],
+        rescored=RescoredCounts(sum(one.logprob is not None for one in episodes), len(episodes), _counts(rescored)),
+        parts=[_step(records, checked) for checked in steps],
         not_comparable=Conflicts(
             episodes=len(conflicts),
             reasons=Counter(one.reason for one in conflicts),
             first=conflicts[:LISTED],
             contradictions=contradictions,
         ),
-        first_difference=_first_difference(seen),
-        diagnosis=_diagnosis(records, parts),
+        first_difference=_first_difference(episodes),
+        diagnosis=_diagnosis(records, steps),
         gaps=records.gaps,
         cannot_show=CANNOT,
         weights=[WeightsOfStep(r["step"], r["weights_digest"]) for r in records.metrics],
@@ -133,20 +133,21 @@ def _verdict(rescored: Mismatch, recorded: Mismatch, conflict: bool) -> Verdict:
     return "identical"
 
 
-def _contradictions(records: Records, parts: Sequence[Part]) -> list[str]:
+def _contradictions(records: Records, steps: Sequence[CheckedStep]) -> list[str]:
     """Where a checkpoint's weights are not those whose digest the run recorded, or its files not those it saved."""
     sentences = [
-        f"The checkpoint of step {part.step} holds weights {part.weights_digest}; the run recorded {recorded}."
-        for part in parts
-        if part.weights_digest and (recorded := records.sampled_with(part.step)) not in (None, part.weights_digest)
+        f"The checkpoint of step {checked.step} holds weights {checked.weights_digest}; the run recorded {recorded}."
+        for checked in steps
+        if checked.weights_digest
+        and (recorded := records.sampled_with(checked.step)) not in (None, checked.weights_digest)
     ] + records.unsound
     sentences += [
-        f"Step {part.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
-        f"{part.packs_digest}: the run computed with others than it saved."
-        for part in parts
+        f"Step {checked.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
+        f"{checked.packs_digest}: the run computed with others than it saved."
+        for checked in steps
         if records.contract_id == dispatch.contract_id()  # the copies' layout is the contract's
-        and part.packs_digest
-        and (copies := records.multiplied_with(part.step)) not in (None, part.packs_digest)
+        and checked.packs_digest
+        and (copies := records.multiplied_with(checked.step)) not in (None, checked.packs_digest)
     ]
     last, final = (records.metrics or [{}])[-1].get("weights_digest"), records.summary.get("weights_digest")
     if last and final and last != final:
@@ -187,12 +188,12 @@ def _headline(
     )
 
 
-def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, seen: Sequence[Seen]) -> str:
-    count = sum(one.logprob is not None for one in seen)
-    steps = sorted({one.step for one in seen if one.logprob is not None})
+def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, episodes: Sequence[CheckedEpisode]) -> str:
+    count = sum(one.logprob is not None for one in episodes)
+    steps = sorted({one.step for one in episodes if one.logprob is not None})
     if count:
         first = (
-            f"Re-scored now by the learner's forward pass: {count:,} of {len(seen):,} saved episodes "
+            f"Re-scored now by the learner's forward pass: {count:,} of {len(episodes):,} saved episodes "
             f"({rescored.num_tokens:,} tokens, {_steps(steps)})."
         )
     else:
@@ -226,38 +227,38 @@ def _steps(steps: Sequence[int]) -> str:
     return f"step {listed}" if len(steps) == 1 else f"steps {listed}"
 
 
-def _diagnosis(records: Records, parts: Sequence[Part]) -> DiagnosisSummary | None:
+def _diagnosis(records: Records, steps: Sequence[CheckedStep]) -> DiagnosisSummary | None:
     """The first op that differs and the suspects, of the step that the run refused or of the first one re-scored."""
     if records.stopped:
         return records.stopped.diagnosis
-    diagnosis = next((part.diagnosis for part in parts if part.diagnosis), None)
+    diagnosis = next((checked.diagnosis for checked in steps if checked.diagnosis), None)
     if diagnosis is None:
         return None
     first = None if diagnosis.first is None else asdict(diagnosis.first)
     return DiagnosisSummary(diagnosis.step, first, diagnosis.suspects)
 
 
-def _part(records: Records, part: Part) -> StepCounts:
-    states = Counter(one.state for one in part.seen)
+def _step(records: Records, checked: CheckedStep) -> StepCounts:
+    states = Counter(one.state for one in checked.episodes)
     return StepCounts(
-        step=part.step,
-        episodes=len(part.seen),
+        step=checked.step,
+        episodes=len(checked.episodes),
         rescored=states["identical"] + states["different"],
         not_comparable=states["not_comparable"],
-        counts=_counts(part.mismatch),
-        checkpoint_digest=part.weights_digest,
-        recorded_digest=records.sampled_with(part.step),
+        counts=_counts(checked.mismatch),
+        checkpoint_digest=checked.weights_digest,
+        recorded_digest=records.sampled_with(checked.step),
     )
 
 
-def _conflict(one: Seen) -> Conflict:
+def _conflict(one: CheckedEpisode) -> Conflict:
     assert one.why_not is not None
     reason, text = one.why_not
     return Conflict(one.step, one.episode.name, reason, text)
 
 
-def _first_difference(seen: Sequence[Seen]) -> FirstDifference | None:
-    for one in seen:
+def _first_difference(episodes: Sequence[CheckedEpisode]) -> FirstDifference | None:
+    for one in episodes:
         if one.state != "different" or one.logprob is None:
             continue
         place = int((one.token_differs | one.row_differs).nonzero()[0])

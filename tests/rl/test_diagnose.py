@@ -21,7 +21,8 @@ from model.config import preset
 from model.transformer import InteractionModel
 from rl import ranks
 from rl.audit import trace
-from rl.audit.diagnose import Diagnosis, diagnose, gaps
+from rl.audit.diagnose import Diagnosis, diagnose
+from rl.audit.differences import compare_traces
 from rl.config import TrainConfig
 from rl.identity import Evidence, NotEqualError, check_identity
 from rl.learner import Gradient, policy_gradient
@@ -109,7 +110,7 @@ def other_split(_: Any, *arguments: Any) -> Tensor:
         reference_attention.SPLIT_TOKENS = before
 
 
-def test_healthy_model_has_no_gap_in_any_way_to_run_it(model: InteractionModel) -> None:
+def test_a_healthy_model_differs_in_no_op_however_it_runs(model: InteractionModel) -> None:
     episodes = sampled(model)
     ways = [
         trace.sampler(model, episodes, 1, VOCABULARY.classes),
@@ -120,9 +121,9 @@ def test_healthy_model_has_no_gap_in_any_way_to_run_it(model: InteractionModel) 
         trace.learner(model, episodes[1:2], 0, VOCABULARY.classes),
     ]
     for way in ways:
-        found = gaps(ways[0], way)
-        assert [gap.name for gap in found if gap.rows_unequal] == []
-        assert len(found) == len(ways[0].entries) == len(way.entries)
+        compared = compare_traces(ways[0], way)
+        assert [op.name for op in compared if op.rows_unequal] == []
+        assert len(compared) == len(ways[0].entries) == len(way.entries)
     names = list(ways[0].entries)
     layer = [name.removeprefix("layers.2.") for name in names if name.startswith("layers.2.")]
     assert layer == [
@@ -168,7 +169,7 @@ def test_one_ulp_of_one_weight(model: InteractionModel) -> None:
         f"one weight differs: model.language_model.layers.2.self_attn.o_proj.weight[{row}, {column}], by one ulp"
         in found.suspects
     )
-    assert not any(gap.rows_unequal for gap in found.growth if gap.name.startswith(("embed", "layers.0", "layers.1")))
+    assert not any(op.rows_unequal for op in found.growth if op.name.startswith(("embed", "layers.0", "layers.1")))
     # Without the sampler's model the replay cannot show it, but the digest does.
     assert any("weights that changed between sampling and learning" in s for s in explained(model, episodes).suspects)
 
