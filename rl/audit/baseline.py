@@ -34,6 +34,8 @@ from model.files import write_whole
 from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks
+from rl.audit.document import to_json
+from rl.audit.table import Cell, Table
 from rl.batch import collate, score_choices
 from rl.config import EvalConfig, RLConfig, TrainConfig
 from rl.credit import Scales, token_weights
@@ -163,9 +165,10 @@ def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor
     return [w * r.clamp(max=CAP) for w, r in zip(weights, ratio, strict=True)]
 
 
-def tables(results: Sequence[Result]) -> list[dict[str, Any]]:
+def tables(results: Sequence[Result]) -> list[Table]:
     """What came out, and the curves."""
-    ends, curves = [], []
+    ends: list[list[Cell]] = []
+    curves: list[list[Cell]] = []
     for r in results:
         k3 = [record["mismatch/k3"] for record in r.records]
         tokens = sum(record["mismatch/num_tokens"] for record in r.records)
@@ -181,24 +184,22 @@ def tables(results: Sequence[Result]) -> list[dict[str, Any]]:
             columns = ("step", "reward/score", "reward/mean", "mismatch/num_unequal", "mismatch/k3", "mismatch/max_abs")
             curves.append([r.arm, *(x[c] for c in columns), *ratio])
     return [
-        {
-            "title": "Naive torch with importance weights beside ours",
-            "columns": [
+        Table(
+            "Naive torch with importance weights beside ours",
+            [
                 "run", "held-out before", "held-out after", "score, last 10 steps", "tokens unequal, %", "k3, mean",
                 "k3, worst step", "max abs", "seconds",
             ],
-            "rows": ends,
-            "note": (
-                f"One checkpoint, recipe and seed; {len(results[0].records)} steps. Runs part by chance as soon as one "
-                "token differs: one seed says nothing of which way is better. Seconds are of one run after the other."
-            ),
-        },
-        {
-            "title": "Reward and mismatch at each step",
-            "columns": ["run", "step", "score", "reward", "unequal", "k3", "max abs", "largest ratio", "truncated"],
-            "rows": curves,
-            "note": f"Ratios p_learner / p_sampler of tokens, truncated at {CAP:g}, where importance weights are used.",
-        },
+            ends,
+            f"One checkpoint, recipe and seed; {len(results[0].records)} steps. Runs part by chance as soon as one "
+            "token differs: one seed says nothing of which way is better. Seconds are of one run after the other.",
+        ),
+        Table(
+            "Reward and mismatch at each step",
+            ["run", "step", "score", "reward", "unequal", "k3", "max abs", "largest ratio", "truncated"],
+            curves,
+            f"Ratios p_learner / p_sampler of tokens, truncated at {CAP:g}, where importance weights are used.",
+        ),
     ]  # fmt: skip
 
 
@@ -245,7 +246,7 @@ def run(
     for arm in ARMS:
         results.append(train(arm, config, folder, bank))
         print(f"{arm.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
-        content = {"checkpoint": str(folder), "environment": environment(), "tables": tables(results)}
+        content = {"checkpoint": str(folder), "environment": environment(), "tables": to_json(tables(results))}
         write_whole(out / "baseline.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
         write_whole(out / "baseline.png", picture(results))
     return content

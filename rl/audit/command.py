@@ -54,7 +54,7 @@ def measure(given: Path, out: Path | None) -> None:
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
     from rl.audit import matrix  # with all that it measures against: only where it is asked for
 
-    print("\n\n".join(matrix.shown(table) for table in matrix.run(folder, out or run / "audit")["tables"]))
+    print("\n\n".join(table.text() for table in matrix.run(folder, out or run / "audit").tables))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -27,7 +27,9 @@ import torch
 from model.checkpoint import weights_digest
 from model.files import write_whole
 from rl.audit import lesson
+from rl.audit.document import to_json
 from rl.audit.sides import DTYPES, Cuts, Scored, Side, both, cached, engines, first_of, joined, whole
+from rl.audit.table import Cell, Table
 from rl.environment import environment
 from rl.identity import Mismatch
 from rl.learner import policy_gradient
@@ -42,8 +44,8 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One comparison of the matrix."""
+class Comparison:
+    """One row of the matrix."""
 
     axis: str
     setting: str  # "this against that"
@@ -51,12 +53,22 @@ class Cell:
     dtype: str
     mismatch: Mismatch
 
-    def row(self) -> list[Any]:
+    def row(self) -> list[Cell]:
         m = self.mismatch
         k3 = m.k3_sum / max(m.num_tokens, 1)
         return [
             self.axis, self.setting, self.side, self.dtype, m.num_tokens, m.num_unequal, m.rows_unequal, k3, m.max_abs
         ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What matrix.json holds."""
+
+    checkpoint: str
+    weights_digest: str
+    environment: dict[str, Any]
+    tables: list[Table]
 
 
 def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
@@ -71,30 +83,32 @@ def sampled(side: Side, engine: str, items: Sequence[Scenario], slots: int) -> l
         return play(started, [Play(item, 0) for item in items], SEED)
 
 
-def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored) -> Iterator[Cell]:
+def comparisons(
+    side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored
+) -> Iterator[Comparison]:
     """Every comparison of one side. ``tokens``: the episodes whose tokens are scored; ``elsewhere``: the same tokens
     scored by another process, `whole` and together."""
 
-    def cell(axis: str, setting: str, a: Scored, b: Scored) -> Cell:
-        return Cell(axis, setting, side.name, side.dtype, a.against(b))
+    def row(axis: str, setting: str, a: Scored, b: Scored) -> Comparison:
+        return Comparison(axis, setting, side.name, side.dtype, a.against(b))
 
     n = len(tokens)
     alone, together = whole(side, tokens), whole(side, tokens, n)
-    yield cell("batch size", f"{n} episodes against 1", together, alone)
-    yield cell("batch size", "2 episodes against 1", whole(side, tokens, 2), alone)
-    yield cell("order", "reversed", _reversed(side, tokens), together)
+    yield row("batch size", f"{n} episodes against 1", together, alone)
+    yield row("batch size", "2 episodes against 1", whole(side, tokens, 2), alone)
+    yield row("order", "reversed", _reversed(side, tokens), together)
     first = joined([first_of(side, [e, tokens[(i + 1) % n]]) for i, e in enumerate(tokens)])
     other = joined([first_of(side, [e, tokens[(i + 2) % n]]) for i, e in enumerate(tokens)])
-    yield cell("neighbours", "another one", other, first)
+    yield row("neighbours", "another one", other, first)
     uncut = cached(side, tokens, Cuts())
     for rows in (1, 7, 64):
-        yield cell("chunk cuts", f"{rows} rows a call against all", cached(side, tokens, Cuts(rows)), uncut)
+        yield row("chunk cuts", f"{rows} rows a call against all", cached(side, tokens, Cuts(rows)), uncut)
     turns = cached(side, tokens, Cuts(micro_turns=True))
-    yield cell("cached or recomputed", "micro-turns against no cache", turns, together)
+    yield row("cached or recomputed", "micro-turns against no cache", turns, together)
     half = min(int(e.sampled_at[-1]) for e in tokens) // 2
     unforked = cached(side, tokens, Cuts(half))
-    yield cell("forked prefix", f"from row {half}", cached(side, tokens, Cuts(half, fork_at=half)), unforked)
-    yield cell(
+    yield row("forked prefix", f"from row {half}", cached(side, tokens, Cuts(half, fork_at=half)), unforked)
+    yield row(
         "page layout", "scattered pages", cached(side, tokens, Cuts(64, scattered=True)), cached(side, tokens, Cuts(64))
     )
     threads = torch.get_num_threads()
@@ -103,14 +117,18 @@ def cells(side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], else
             torch.set_num_threads(1)
             one = whole(side, tokens, n)
             torch.set_num_threads(count)
-            yield cell("threads", f"{count} against 1", whole(side, tokens, n), one)
+            yield row("threads", f"{count} against 1", whole(side, tokens, n), one)
     finally:
         torch.set_num_threads(threads)
-    yield cell("processes", "another process", elsewhere, together)
+    yield row("processes", "another process", elsewhere, together)
     for engine in engines(side):
         many, single = (sampled(side, engine, items, slots) for slots in (len(items), 1))
-        yield Cell(f"engine {engine}", f"{n} sessions against 1", side.name, side.dtype, sampled_apart(many, single))
-        yield Cell(f"engine {engine}", "sampler against learner", side.name, side.dtype, learner_apart(side, many))
+        yield Comparison(
+            f"engine {engine}", f"{n} sessions against 1", side.name, side.dtype, sampled_apart(many, single)
+        )
+        yield Comparison(
+            f"engine {engine}", "sampler against learner", side.name, side.dtype, learner_apart(side, many)
+        )
 
 
 def _reversed(side: Side, tokens: Sequence[Episode]) -> Scored:
@@ -150,7 +168,7 @@ def _elsewhere(folder: Path, episodes: Path, dtypes: Sequence[torch.dtype]) -> l
     return [(s.logprob.numpy(), s.digest.numpy()) for s in scored]
 
 
-def invariance(folder: Path, sides: Sequence[Side], dtypes: Sequence[torch.dtype], count: int) -> list[Cell]:
+def invariance(folder: Path, sides: Sequence[Side], dtypes: Sequence[torch.dtype], count: int) -> list[Comparison]:
     """The matrix over ``count`` episodes, whose tokens our first side samples."""
     items = scenarios(SpeechBank.load(), count)
     tokens = sampled(sides[0], "session", items, count)
@@ -160,7 +178,7 @@ def invariance(folder: Path, sides: Sequence[Side], dtypes: Sequence[torch.dtype
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             arrays = pool.submit(_elsewhere, folder, path, dtypes).result()
     elsewhere = [Scored(torch.from_numpy(p), torch.from_numpy(d)) for p, d in arrays]
-    return [c for side, other in zip(sides, elsewhere, strict=True) for c in cells(side, items, tokens, other)]
+    return [c for side, other in zip(sides, elsewhere, strict=True) for c in comparisons(side, items, tokens, other)]
 
 
 def run(
@@ -172,43 +190,23 @@ def run(
     long_completions: int = 100,
     rounds: int = 5,
     dtypes: Sequence[torch.dtype] = DTYPES,
-) -> dict[str, Any]:
-    """Makes the matrix and the lesson's table of one model folder, writes out/matrix.json and returns its content.
+) -> Matrix:
+    """Makes the matrix and the lesson's table of one model folder, writes out/matrix.json and returns what it holds.
 
     ``episodes`` of the matrix; ``completions`` of one prompt at temperature 0, and of a long one; ``rounds`` of timing.
     Raises CheckpointError for a folder that holds no model."""
     sides = both(checkpoint, dtypes)
-    found = invariance(checkpoint, sides, dtypes, episodes)
-    table = {
-        "title": "Invariance matrix",
-        "columns": COLUMNS,
-        "rows": [cell.row() for cell in found],
-        "note": (
-            f"{episodes} held-out episodes. Unequal: log-probs of sampled tokens that differ in any bit; rows unequal: "
-            "log-prob rows over the whole vocabulary; k3: mean of exp(d) - 1 - d, nats; max abs: largest |d|."
-        ),
-    }
+    table = Table(
+        "Invariance matrix",
+        COLUMNS,
+        [comparison.row() for comparison in invariance(checkpoint, sides, dtypes, episodes)],
+        f"{episodes} held-out episodes. Unequal: log-probs of sampled tokens that differ in any bit; rows unequal: "
+        "log-prob rows over the whole vocabulary; k3: mean of exp(d) - 1 - d, nats; max abs: largest |d|.",
+    )
     tables = [table, *lesson.tables(sides, completions, long_completions, rounds)]
-    result = {
-        "checkpoint": str(checkpoint),
-        "weights_digest": weights_digest(sides[0].model),
-        "environment": environment(),
-        "tables": tables,
-    }
-    write_whole(out / "matrix.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    result = Matrix(str(checkpoint), weights_digest(sides[0].model), environment(), tables)
+    write_whole(out / "matrix.json", (json.dumps(to_json(result), indent=2, allow_nan=False) + "\n").encode())
     return result
-
-
-def shown(table: dict[str, Any]) -> str:
-    """A table as text."""
-    rows = [table["columns"], *([_text(value) for value in row] for row in table["rows"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([table["title"], *lines, table["note"]])
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -229,4 +227,4 @@ def main(arguments: list[str] | None = None) -> None:
         rounds=a.rounds,
         dtypes=[getattr(torch, name) for name in a.dtypes],
     )
-    print("\n\n".join(shown(table) for table in result["tables"]))
+    print("\n\n".join(table.text() for table in result.tables))

@@ -24,6 +24,7 @@ from model.state import SessionState
 from model.transformer import InteractionModel
 from rl.audit import lesson, matrix, sides
 from rl.audit.diagnose import diagnose
+from rl.audit.document import to_json
 from rl.audit.lesson import completions
 from rl.audit.sides import Side, _scatter, whole
 from rl.identity import Evidence, NotEqualError, check_identity
@@ -87,8 +88,8 @@ def tokens(folder: Path) -> list[Episode]:
     return matrix.sampled(Side.load("ours", folder, torch.float32), "session", ITEMS, len(ITEMS))
 
 
-def cells(side: Side, tokens: list[Episode]) -> list[matrix.Cell]:
-    return list(matrix.cells(side, ITEMS, tokens, whole(side, tokens, len(tokens))))
+def cells(side: Side, tokens: list[Episode]) -> list[matrix.Comparison]:
+    return list(matrix.comparisons(side, ITEMS, tokens, whole(side, tokens, len(tokens))))
 
 
 @pytest.mark.usefixtures("naive_linear")
@@ -177,11 +178,11 @@ def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: py
     result = matrix.run(
         folder, tmp_path, episodes=2, completions=2, long_completions=0, rounds=1, dtypes=[torch.float32]
     )
-    assert json.loads((tmp_path / "matrix.json").read_text()) == result
-    titles = [table["title"] for table in result["tables"]]
+    assert json.loads((tmp_path / "matrix.json").read_text()) == to_json(result)
+    titles = [table.title for table in result.tables]
     assert titles[0] == "Invariance matrix" and "lesson" in titles[1] and len(titles) == 3
-    for table in result["tables"]:
-        assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
-        assert table["title"] in matrix.shown(table)
-    assert {row[2] for row in result["tables"][0]["rows"]} == {"ours", "naive torch"}
-    assert all(row[5] == 0 for row in result["tables"][0]["rows"] if row[2] == "ours")
+    for table in result.tables:
+        assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
+        assert table.text().startswith(f"{table.title}\n{table.columns[0]}")
+    assert {row[2] for row in result.tables[0].rows} == {"ours", "naive torch"}
+    assert all(row[5] == 0 for row in result.tables[0].rows if row[2] == "ours")
