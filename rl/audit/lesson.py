@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl.audit.sides import Side, session_engine, whole
+from rl.audit.sides import Variant, session_engine, whole
 from rl.audit.table import Cell, Table
 from rl.identity import Mismatch, compare
 from rl.learner import policy_gradient
@@ -65,15 +65,15 @@ class Completions:
     rows: int  # of the longest completion's context
 
 
-def completions(side: Side, heard: Tensor, others: Sequence[Tensor], count: int) -> Completions:
+def completions(variant: Variant, heard: Tensor, others: Sequence[Tensor], count: int) -> Completions:
     """``heard`` fp32 [chunks, 3200], ``others`` the recordings that sessions beside it hear; temperature 0."""
     load = random.Random(SEED)
     longest = (len(heard) + MOST_AHEAD) * 7 + 1  # rows: 4 audio, a mode, a word and its end a chunk
     seen: dict[tuple[int, ...], int] = {}
     digests: set[tuple[int, ...]] = set()
     rows = 0
-    with side.active():
-        engine = session_engine(side, MOST_TOGETHER + MOST_OTHERS, longest, 0.0)
+    with variant.active():
+        engine = session_engine(variant, MOST_TOGETHER + MOST_OTHERS, longest, 0.0)
         while (made := sum(seen.values())) < count:
             together = min(load.randint(1, MOST_TOGETHER), count - made)
             ahead = load.randint(0, MOST_AHEAD)
@@ -107,43 +107,43 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """One side's mismatch on its own samples, and its cost in each round."""
+    """One variant's mismatch on its own samples, and its cost in each round."""
 
     mismatch: Mismatch
     worst_k3: float  # of any episode
     costs: tuple[Cost, ...]
 
 
-def measured(sides: Sequence[Side], rounds: int) -> list[Measured]:
-    """All sides by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more round
-    before warms up."""
+def measured(variants: Sequence[Variant], rounds: int) -> list[Measured]:
+    """All variants by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more
+    round before warms up."""
     bank, config = SpeechBank.load(), ScenarioConfig()
     items = [scenario(FAMILIES[i % len(FAMILIES)], "train", i, bank, config) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
-    costs: list[list[Cost]] = [[] for _ in sides]
+    costs: list[list[Cost]] = [[] for _ in variants]
     mismatches: list[tuple[Mismatch, float]] = []
     for turn in range(rounds + 1):
-        for i, side in enumerate(sides):
-            if turn and side.dtype == "bfloat16":
+        for i, variant in enumerate(variants):
+            if turn and variant.dtype == "bfloat16":
                 continue
-            with side.active():
-                cost, parts = _round(side, plays)
-            if turn or side.dtype == "bfloat16":
+            with variant.active():
+                cost, parts = _round(variant, plays)
+            if turn or variant.dtype == "bfloat16":
                 costs[i].append(cost)
             if not turn:
                 mismatches.append((Mismatch.total(parts), max(p.k3_sum / max(p.num_tokens, 1) for p in parts)))
     return [Measured(*m, tuple(c)) for m, c in zip(mismatches, costs, strict=True)]
 
 
-def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
-    engine = session_engine(side, len(plays), 512, 1.0)
+def _round(variant: Variant, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
+    engine = session_engine(variant, len(plays), 512, 1.0)
     clock = [time.perf_counter()]
     episodes = play(engine, plays, SEED)
     clock.append(time.perf_counter())
     weights = [torch.ones(len(e.chunk)) for e in episodes]
-    g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, MICRO_BATCH)
+    g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, MICRO_BATCH)
     clock.append(time.perf_counter())
-    whole(side, episodes, MICRO_BATCH)
+    whole(variant, episodes, MICRO_BATCH)
     clock.append(time.perf_counter())
     lengths = [len(e.chunk) for e in episodes]
     parts = [
@@ -153,35 +153,35 @@ def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
     return Cost(*(after - before for before, after in pairwise(clock))), parts
 
 
-def tables(sides: Sequence[Side], count: int, long_count: int, rounds: int) -> list[Table]:
+def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int) -> list[Table]:
     """The lesson's table for each dtype, and the counts of completions in full."""
-    costs = measured(sides, rounds) if rounds else []
+    costs = measured(variants, rounds) if rounds else []
     bank, config = SpeechBank.load(), ScenarioConfig()
     heard = [recording(scenario(f, "held_out", i, bank, config)) for i in range(4) for f in FAMILIES]
     long = torch.cat(heard[:LONG])
     counts = []
-    for side in sides:
-        slow = side.dtype == "bfloat16"
+    for variant in variants:
+        slow = variant.dtype == "bfloat16"
         wanted = ((heard[0], -(-count // BF16_SHARE) if slow else count), (long, 0 if slow else long_count))
-        counts.append([completions(side, x, heard[1:], n) for x, n in wanted if n])
+        counts.append([completions(variant, x, heard[1:], n) for x, n in wanted if n])
     every = Table(
         "Distinct completions at temperature 0 under varying load",
-        ["side", "dtype", "recording", "context, rows", "completions", "distinct", "distinct in bits"],
+        ["variant", "dtype", "recording", "context, rows", "completions", "distinct", "distinct in bits"],
         [
-            [side.name, side.dtype, f"{c.chunks} chunks", c.rows, c.count, c.distinct, c.distinct_rows]
-            for side, of in zip(sides, counts, strict=True)
+            [variant.name, variant.dtype, f"{c.chunks} chunks", c.rows, c.count, c.distinct, c.distinct_rows]
+            for variant, of in zip(variants, counts, strict=True)
             for c in of
         ],
         f"A round has 1 to {MOST_TOGETHER} sessions that hear the recording and 0 to {MOST_OTHERS} others, 0 to "
         f"{MOST_AHEAD} chunks ahead. Distinct in bits: other log-prob rows, even if the same tokens.",
     )
-    return [_lesson(sides, costs, counts), every] if rounds else [every]
+    return [_lesson(variants, costs, counts), every] if rounds else [every]
 
 
-def _lesson(sides: Sequence[Side], costs: Sequence[Measured], counts: Sequence[Sequence[Completions]]) -> Table:
+def _lesson(variants: Sequence[Variant], costs: Sequence[Measured], counts: Sequence[Sequence[Completions]]) -> Table:
     rows: list[list[Cell]] = []
-    by_name = {(side.dtype, side.name): i for i, side in enumerate(sides)}
-    for dtype in dict.fromkeys(side.dtype for side in sides):
+    by_name = {(variant.dtype, variant.name): i for i, variant in enumerate(variants)}
+    for dtype in dict.fromkeys(variant.dtype for variant in variants):
         naive, ours = by_name[dtype, "naive torch"], by_name[dtype, "ours"]
         a, b = costs[naive], costs[ours]
         p, q = counts[naive][0], counts[ours][0]

@@ -28,7 +28,7 @@ from model.checkpoint import weights_digest
 from model.files import write_whole
 from rl.audit import lesson
 from rl.audit.document import to_json
-from rl.audit.sides import DTYPES, Cuts, Scored, Side, both, cached, engines, first_of, joined, whole
+from rl.audit.sides import DTYPES, Cuts, Scored, Variant, cached, engines, first_of, joined, load_variants, whole
 from rl.audit.table import Cell, Table
 from rl.environment import environment
 from rl.identity import Mismatch
@@ -39,7 +39,7 @@ from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
 from rollout.speech import SpeechBank
 
-COLUMNS = ["what changes", "how", "side", "dtype", "tokens", "unequal", "rows unequal", "k3", "max abs"]
+COLUMNS = ["what changes", "how", "variant", "dtype", "tokens", "unequal", "rows unequal", "k3", "max abs"]
 SEED = 0
 
 
@@ -49,16 +49,15 @@ class Comparison:
 
     axis: str
     setting: str  # "this against that"
-    side: str
+    variant: str
     dtype: str
     mismatch: Mismatch
 
     def row(self) -> list[Cell]:
         m = self.mismatch
         k3 = m.k3_sum / max(m.num_tokens, 1)
-        return [
-            self.axis, self.setting, self.side, self.dtype, m.num_tokens, m.num_unequal, m.rows_unequal, k3, m.max_abs
-        ]  # fmt: skip
+        counts = [m.num_tokens, m.num_unequal, m.rows_unequal]
+        return [self.axis, self.setting, self.variant, self.dtype, *counts, k3, m.max_abs]
 
 
 @dataclass(frozen=True)
@@ -77,62 +76,65 @@ def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
     return [scenario(FAMILIES[i % len(FAMILIES)], "held_out", i, bank, config) for i in range(count)]
 
 
-def sampled(side: Side, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:
+def sampled(variant: Variant, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:
     """One rollout of each scenario at temperature 1, ``slots`` at a time."""
-    with side.active(), engines(side)[engine](side, slots, 1024, 1.0) as started:
+    with variant.active(), engines(variant)[engine](variant, slots, 1024, 1.0) as started:
         return play(started, [Play(item, 0) for item in items], SEED)
 
 
 def comparisons(
-    side: Side, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored
+    variant: Variant, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored
 ) -> Iterator[Comparison]:
-    """Every comparison of one side. ``tokens``: the episodes whose tokens are scored; ``elsewhere``: the same tokens
+    """Every comparison of one variant. ``tokens``: the episodes whose tokens are scored; ``elsewhere``: the same tokens
     scored by another process, `whole` and together."""
 
     def row(axis: str, setting: str, a: Scored, b: Scored) -> Comparison:
-        return Comparison(axis, setting, side.name, side.dtype, a.against(b))
+        return Comparison(axis, setting, variant.name, variant.dtype, a.against(b))
 
     n = len(tokens)
-    alone, together = whole(side, tokens), whole(side, tokens, n)
+    alone, together = whole(variant, tokens), whole(variant, tokens, n)
     yield row("batch size", f"{n} episodes against 1", together, alone)
-    yield row("batch size", "2 episodes against 1", whole(side, tokens, 2), alone)
-    yield row("order", "reversed", _reversed(side, tokens), together)
-    first = joined([first_of(side, [e, tokens[(i + 1) % n]]) for i, e in enumerate(tokens)])
-    other = joined([first_of(side, [e, tokens[(i + 2) % n]]) for i, e in enumerate(tokens)])
+    yield row("batch size", "2 episodes against 1", whole(variant, tokens, 2), alone)
+    yield row("order", "reversed", _reversed(variant, tokens), together)
+    first = joined([first_of(variant, [e, tokens[(i + 1) % n]]) for i, e in enumerate(tokens)])
+    other = joined([first_of(variant, [e, tokens[(i + 2) % n]]) for i, e in enumerate(tokens)])
     yield row("neighbours", "another one", other, first)
-    uncut = cached(side, tokens, Cuts())
+    uncut = cached(variant, tokens, Cuts())
     for rows in (1, 7, 64):
-        yield row("chunk cuts", f"{rows} rows a call against all", cached(side, tokens, Cuts(rows)), uncut)
-    turns = cached(side, tokens, Cuts(micro_turns=True))
+        yield row("chunk cuts", f"{rows} rows a call against all", cached(variant, tokens, Cuts(rows)), uncut)
+    turns = cached(variant, tokens, Cuts(micro_turns=True))
     yield row("cached or recomputed", "micro-turns against no cache", turns, together)
     half = min(int(e.sampled_at[-1]) for e in tokens) // 2
-    unforked = cached(side, tokens, Cuts(half))
-    yield row("forked prefix", f"from row {half}", cached(side, tokens, Cuts(half, fork_at=half)), unforked)
+    unforked = cached(variant, tokens, Cuts(half))
+    yield row("forked prefix", f"from row {half}", cached(variant, tokens, Cuts(half, fork_at=half)), unforked)
     yield row(
-        "page layout", "scattered pages", cached(side, tokens, Cuts(64, scattered=True)), cached(side, tokens, Cuts(64))
+        "page layout",
+        "scattered pages",
+        cached(variant, tokens, Cuts(64, scattered=True)),
+        cached(variant, tokens, Cuts(64)),
     )
     threads = torch.get_num_threads()
     try:
         for count in (2, 3):
             torch.set_num_threads(1)
-            one = whole(side, tokens, n)
+            one = whole(variant, tokens, n)
             torch.set_num_threads(count)
-            yield row("threads", f"{count} against 1", whole(side, tokens, n), one)
+            yield row("threads", f"{count} against 1", whole(variant, tokens, n), one)
     finally:
         torch.set_num_threads(threads)
     yield row("processes", "another process", elsewhere, together)
-    for engine in engines(side):
-        many, single = (sampled(side, engine, items, slots) for slots in (len(items), 1))
+    for engine in engines(variant):
+        many, single = (sampled(variant, engine, items, slots) for slots in (len(items), 1))
         yield Comparison(
-            f"engine {engine}", f"{n} sessions against 1", side.name, side.dtype, sampled_apart(many, single)
+            f"engine {engine}", f"{n} sessions against 1", variant.name, variant.dtype, sampled_apart(many, single)
         )
         yield Comparison(
-            f"engine {engine}", "sampler against learner", side.name, side.dtype, learner_apart(side, many)
+            f"engine {engine}", "sampler against learner", variant.name, variant.dtype, learner_apart(variant, many)
         )
 
 
-def _reversed(side: Side, tokens: Sequence[Episode]) -> Scored:
-    scored = whole(side, tokens[::-1], len(tokens))
+def _reversed(variant: Variant, tokens: Sequence[Episode]) -> Scored:
+    scored = whole(variant, tokens[::-1], len(tokens))
     lengths = [len(e.sampled_at) for e in tokens[::-1]]
     parts = [Scored(p, d) for p, d in zip(scored.logprob.split(lengths), scored.digest.split(lengths), strict=True)]
     return joined(parts[::-1])
@@ -152,33 +154,39 @@ def sampled_apart(a: Sequence[Episode], b: Sequence[Episode]) -> Mismatch:
     return Mismatch.total(parts)
 
 
-def learner_apart(side: Side, episodes: Sequence[Episode], micro_batch: int = 8) -> Mismatch:
+def learner_apart(variant: Variant, episodes: Sequence[Episode], micro_batch: int = 8) -> Mismatch:
     """What the sampler stored against what the learner finds under autograd."""
     weights = [torch.ones(len(e.chunk)) for e in episodes]
-    with side.active():
-        g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, micro_batch)
+    with variant.active():
+        g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, micro_batch)
     stored = Scored(torch.cat([e.logprob for e in episodes]), torch.cat([e.digest for e in episodes]))
     return Scored(g.logprob, g.digest).against(stored)
 
 
 def _elsewhere(folder: Path, episodes: Path, dtypes: Sequence[torch.dtype]) -> list[tuple[Any, Any]]:
-    """In another process: `whole`, together, of every side; as arrays, which cross processes by value."""
+    """In another process: `whole`, together, of every variant; as arrays, which cross processes by value."""
     tokens = load_episodes(episodes)
-    scored = [whole(side, tokens, len(tokens)) for side in both(folder, dtypes)]
+    scored = [whole(variant, tokens, len(tokens)) for variant in load_variants(folder, dtypes)]
     return [(s.logprob.numpy(), s.digest.numpy()) for s in scored]
 
 
-def invariance(folder: Path, sides: Sequence[Side], dtypes: Sequence[torch.dtype], count: int) -> list[Comparison]:
-    """The matrix over ``count`` episodes, whose tokens our first side samples."""
+def invariance(
+    folder: Path, variants: Sequence[Variant], dtypes: Sequence[torch.dtype], count: int
+) -> list[Comparison]:
+    """The matrix over ``count`` episodes, whose tokens our first variant samples."""
     items = scenarios(SpeechBank.load(), count)
-    tokens = sampled(sides[0], "session", items, count)
+    tokens = sampled(variants[0], "session", items, count)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "episodes.safetensors"
         save_episodes(path, tokens)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             arrays = pool.submit(_elsewhere, folder, path, dtypes).result()
     elsewhere = [Scored(torch.from_numpy(p), torch.from_numpy(d)) for p, d in arrays]
-    return [c for side, other in zip(sides, elsewhere, strict=True) for c in comparisons(side, items, tokens, other)]
+    return [
+        c
+        for variant, other in zip(variants, elsewhere, strict=True)
+        for c in comparisons(variant, items, tokens, other)
+    ]
 
 
 def run(
@@ -195,16 +203,16 @@ def run(
 
     ``episodes`` of the matrix; ``completions`` of one prompt at temperature 0, and of a long one; ``rounds`` of timing.
     Raises CheckpointError for a folder that holds no model."""
-    sides = both(checkpoint, dtypes)
+    variants = load_variants(checkpoint, dtypes)
     table = Table(
         "Invariance matrix",
         COLUMNS,
-        [comparison.row() for comparison in invariance(checkpoint, sides, dtypes, episodes)],
+        [comparison.row() for comparison in invariance(checkpoint, variants, dtypes, episodes)],
         f"{episodes} held-out episodes. Unequal: log-probs of sampled tokens that differ in any bit; rows unequal: "
         "log-prob rows over the whole vocabulary; k3: mean of exp(d) - 1 - d, nats; max abs: largest |d|.",
     )
-    tables = [table, *lesson.tables(sides, completions, long_completions, rounds)]
-    result = Matrix(str(checkpoint), weights_digest(sides[0].model), environment(), tables)
+    tables = [table, *lesson.tables(variants, completions, long_completions, rounds)]
+    result = Matrix(str(checkpoint), weights_digest(variants[0].model), environment(), tables)
     write_whole(out / "matrix.json", (json.dumps(to_json(result), indent=2, allow_nan=False) + "\n").encode())
     return result
 

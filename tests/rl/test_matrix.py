@@ -26,7 +26,7 @@ from rl.audit import lesson, matrix, sides
 from rl.audit.diagnose import diagnose
 from rl.audit.document import to_json
 from rl.audit.lesson import completions
-from rl.audit.sides import Side, _scatter, whole
+from rl.audit.sides import Variant, _scatter, whole
 from rl.identity import Evidence, NotEqualError, check_identity
 from rl.learner import policy_gradient
 from rollout.chunk import CHUNK_SAMPLES, Action
@@ -85,11 +85,11 @@ def naive_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokens(folder: Path) -> list[Episode]:
-    return matrix.sampled(Side.load("ours", folder, torch.float32), "session", ITEMS, len(ITEMS))
+    return matrix.sampled(Variant.load("ours", folder, torch.float32), "session", ITEMS, len(ITEMS))
 
 
-def cells(side: Side, tokens: list[Episode]) -> list[matrix.Comparison]:
-    return list(matrix.comparisons(side, ITEMS, tokens, whole(side, tokens, len(tokens))))
+def cells(variant: Variant, tokens: list[Episode]) -> list[matrix.Comparison]:
+    return list(matrix.comparisons(variant, ITEMS, tokens, whole(variant, tokens, len(tokens))))
 
 
 @pytest.mark.usefixtures("naive_linear")
@@ -98,7 +98,7 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
     folder: Path, tokens: list[Episode], dtype: torch.dtype
 ) -> None:
     sampled = sum(len(e.sampled_at) for e in tokens)
-    ours = cells(Side.load("ours", folder, dtype), tokens)
+    ours = cells(Variant.load("ours", folder, dtype), tokens)
     for cell in ours:
         m = cell.mismatch
         assert (m.num_unequal, m.rows_unequal, m.k1_sum, m.k3_sum, m.max_abs) == (0, 0, 0, 0, 0), cell
@@ -108,7 +108,7 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
         "batch size", "order", "neighbours", "chunk cuts", "cached or recomputed", "forked prefix", "page layout",
         "threads", "processes", "engine session",
     ]  # fmt: skip
-    theirs = {(c.axis, c.setting): c.mismatch for c in cells(Side.load("naive torch", folder, dtype), tokens)}
+    theirs = {(c.axis, c.setting): c.mismatch for c in cells(Variant.load("naive torch", folder, dtype), tokens)}
     assert theirs.keys() == {(c.axis, c.setting) for c in ours}
     for found in (
         theirs["chunk cuts", "1 rows a call against all"],
@@ -120,15 +120,15 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
 @pytest.mark.usefixtures("naive_linear")
 def test_naive_torch_cannot_pass_for_exact(folder: Path) -> None:
     """Whoever trains with it meets the identity check."""
-    side = Side.load("naive torch", folder, torch.float32)
-    episodes = matrix.sampled(side, "session", ITEMS, len(ITEMS))
-    with side.active():
+    variant = Variant.load("naive torch", folder, torch.float32)
+    episodes = matrix.sampled(variant, "session", ITEMS, len(ITEMS))
+    with variant.active():
         weights = [torch.ones(len(e.chunk)) for e in episodes]
-        g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, 2)
+        g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, 2)
         with pytest.raises(NotEqualError) as caught:
             check_identity(Evidence(0, episodes, g.logprob, g.digest, 2))
         assert caught.value.evidence is not None
-        assert re.search(r"kernels\.naive|depends on", diagnose(side.model, caught.value.evidence).sentence())
+        assert re.search(r"kernels\.naive|depends on", diagnose(variant.model, caught.value.evidence).sentence())
 
 
 def test_samplings_that_part_count_from_where_they_part(tokens: list[Episode]) -> None:
@@ -162,12 +162,12 @@ def test_scattered_pages_lie_elsewhere(folder: Path) -> None:
 def test_completions_of_ours_are_one_under_any_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = torch.randn(6, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(1)) / 10
     others = [torch.randn(9, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(s)) / 10 for s in (2, 3)]
-    ours = completions(Side.load("ours", folder, torch.float32), heard, others, 40)
+    ours = completions(Variant.load("ours", folder, torch.float32), heard, others, 40)
     assert (ours.count, ours.distinct, ours.distinct_rows, ours.chunks) == (40, 1, 1, 6)
     # One session brings few rows and two bring many, for `naive_linear`; both come among forty.
     monkeypatch.setattr(lesson, "MOST_TOGETHER", 2)
     monkeypatch.setattr(lesson, "MOST_OTHERS", 0)
-    theirs = completions(Side.load("naive torch", folder, torch.float32), heard, others, 40)
+    theirs = completions(Variant.load("naive torch", folder, torch.float32), heard, others, 40)
     assert theirs.count == 40 and theirs.distinct_rows > 1 and theirs.distinct >= 1
 
 
