@@ -2,7 +2,7 @@
 
 Two failures are told apart. *Not comparable*: the episodes come from other weights or another contract, so that no
 statement is possible. *Not equal*: same weights, same contract, other bits; training stops, and whoever runs the loop
-can name the first op whose results differ (`rl.audit.diagnose`) from the evidence that the error carries. Nothing here
+can name the first op whose results differ (`rl.audit.diagnosis`) from the evidence that the error carries. Nothing here
 averages before it compares.
 """
 

@@ -23,7 +23,7 @@ from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks, watch
 from rl.advantage import RunningScale
-from rl.audit.diagnose import diagnose
+from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
 from rl.credit import Scales
@@ -51,7 +51,7 @@ PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
 
 DIFFERENCE = "audit/difference.json"
-"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnose`)."""
+"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnosis.diagnose`)."""
 
 
 class DifferentError(MetronomeError):

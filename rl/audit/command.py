@@ -5,7 +5,7 @@
     python -m rl.audit --checkpoint runs/quickstart/checkpoints/step_000120 --matrix [--out FOLDER]
 
 The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
-two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.audit.matrix`).
+two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`).
 
 Exit status 0, whatever the verdict; with ``--fail-on mismatch`` 1 when it is *different*, 2 when it is *not
 comparable*; *identical by the run's own records*, where nothing could be re-scored, is 0 too. Status 2 is also that of
@@ -52,7 +52,7 @@ def measure(given: Path, out: Path | None) -> None:
     """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
-    from rl.audit import matrix  # with all that it measures against: only where it is asked for
+    from rl.study import matrix  # with all that it measures against: only where it is asked for
 
     print("\n\n".join(table.text() for table in matrix.run(folder, out or run / "audit").tables))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.tokenizer import load_tokenizer
 from reward.combine import score
 from reward.score import Outcome, RewardConfig, Score
-from rl.audit.rescore import CheckedEpisode
+from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
 from rollout.chunk import CHUNK_FRAMES
 from rollout.episode import Episode

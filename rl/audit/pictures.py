@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rl.audit.records import Records
-from rl.audit.rescore import CheckedEpisode
+from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.table import Table
 
 CELLS = 96

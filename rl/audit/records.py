@@ -52,7 +52,7 @@ class Records:
     checkpoints: dict[int, Path]  # finished steps -> folder
     stopped: Refusal | None  # of the run's last step, if it was not taken because bits differ
     gaps: list[str]  # what is missing or damaged, in sentences
-    unsound: list[str]  # each checkpoint that does not agree with its manifest, in a sentence (`rl.audit.rescore`)
+    unsound: list[str]  # each checkpoint that does not agree with its manifest, in a sentence
 
     @property
     def name(self) -> str:

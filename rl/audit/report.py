@@ -13,7 +13,7 @@ from rl.audit.document import Report, RunReport, by_record, to_json
 from rl.audit.episodes import browser
 from rl.audit.page import BY_RECORD, render
 from rl.audit.records import Records, flat, read
-from rl.audit.rescore import CheckedStep, rescore
+from rl.audit.replay.rescore import CheckedStep, rescore
 from rl.audit.table import Table
 from rl.audit.verdict import run_report
 

@@ -35,7 +35,7 @@ from rl.audit.document import (
     WeightsOfStep,
 )
 from rl.audit.records import Records
-from rl.audit.rescore import CheckedEpisode, CheckedStep
+from rl.audit.replay.rescore import CheckedEpisode, CheckedStep
 from rl.identity import Mismatch
 
 LISTED = 100

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reward.source import RewardSource
 from rl import loop
-from rl.audit.diagnose import diagnose
+from rl.audit.diagnosis.diagnose import diagnose
 from rl.config import RLConfig, TrainConfig
 from rl.identity import Evidence, Mismatch, NotComparableError, NotEqualError, check_identity
 from rl.learner import policy_gradient

@@ -14,8 +14,8 @@ import torch
 
 from rl.audit.compare import compare_runs
 from rl.audit.records import Records, read
+from rl.audit.replay.rescore import CheckedEpisode, CheckedStep, rescore
 from rl.audit.report import audit, run_page
-from rl.audit.rescore import CheckedEpisode, CheckedStep, rescore
 from rollout.chunk import Action, Mode
 from tests.rl.audit.browser import Tab, chromium, tab
 from tests.rl.audit.runs import first_file, flip, record, tamper

@@ -10,8 +10,8 @@ import torch
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
-from rl.audit import matrix
-from rl.audit.sides import Variant
+from rl.study import matrix
+from rl.study.variants import Variant
 from rollout.speech import SpeechBank
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -12,7 +12,7 @@ from kernels import dispatch, naive
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
-from rl.audit import baseline
+from rl.study import baseline
 from tests.kernels.contract import uneven
 
 

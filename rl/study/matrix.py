@@ -1,8 +1,8 @@
-"""``python -m rl.audit.matrix --checkpoint CKPT --out FOLDER``: what must not change bits, and whether it does.
+"""``python -m rl.study.matrix --checkpoint CKPT --out FOLDER``: what must not change bits, and whether it does.
 
 For our kernels and for naive torch (`kernels.naive`), in fp32 and bf16: tokens sampled once are scored in two ways that
 differ in one thing only (how many episodes run together, where chunks are cut, …), and every log-prob and row digest is
-compared bit for bit. Then the lesson's table (`rl.audit.lesson`). Both are printed and written to FOLDER/matrix.json.
+compared bit for bit. Then the lesson's table (`rl.study.lesson`). Both are printed and written to FOLDER/matrix.json.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # the checks must come before any import of our own packages
     from model.startup import run_command
 
-    run_command("rl.audit.matrix")
+    run_command("rl.study.matrix")
 
 import argparse
 import json
@@ -26,13 +26,13 @@ import torch
 
 from model.checkpoint import weights_digest
 from model.files import write_whole
-from rl.audit import lesson
 from rl.audit.document import to_json
-from rl.audit.sides import DTYPES, Cuts, Scored, Variant, cached, engines, first_of, joined, load_variants, whole
 from rl.audit.table import Cell, Table
 from rl.environment import environment
 from rl.identity import Mismatch
 from rl.learner import policy_gradient
+from rl.study import lesson
+from rl.study.variants import DTYPES, Cuts, Scored, Variant, cached, engines, first_of, joined, load_variants, whole
 from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
@@ -218,7 +218,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="rl.audit.matrix", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="rl.study.matrix", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
     parser.add_argument("--out", type=Path, required=True, help="folder for matrix.json")
     parser.add_argument("--completions", type=int, default=1000)

@@ -20,7 +20,7 @@ from kernels.errors import MetronomeError
 from model import checkpoint, manifest, packs
 from model.config import MEL_BINS
 from model.transformer import InteractionModel
-from rl.audit.diagnose import Diagnosis, diagnose
+from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.document import Reason
 from rl.audit.records import Records
 from rl.batch import collate, score_choices

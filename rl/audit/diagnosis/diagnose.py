@@ -1,9 +1,9 @@
 """Explains a difference between sampler and learner: the first op whose results differ, how the difference grows from
 there, what is suspect.
 
-The episode is replayed as the sampler and as the learner computed it (`rl.audit.trace`), and the two compared op by op
-(`rl.audit.differences`). Three further comparisons say what the difference hangs on: the episodes that ran beside it
-(in the sampler, in the learner), or the cuts and the cache.
+The episode is replayed as the sampler and as the learner computed it (`rl.audit.diagnosis.trace`), and the two compared
+op by op (`rl.audit.diagnosis.differences`). Three further comparisons say what the difference hangs on: the episodes
+that ran beside it (in the sampler, in the learner), or the cuts and the cache.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from model.transformer import InteractionModel
-from rl.audit.differences import OpDifference, Traces, compare_traces, first_unequal
+from rl.audit.diagnosis.differences import OpDifference, Traces, compare_traces, first_unequal
+from rl.audit.diagnosis.suspects import suspects
 from rl.audit.document import to_json
-from rl.audit.suspects import suspects
 from rl.audit.table import Cell, Table
 from rl.identity import Evidence, Mismatch
 from rollout.vocabulary import Vocabulary

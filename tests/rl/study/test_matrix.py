@@ -22,13 +22,13 @@ from model import checkpoint
 from model.config import preset
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rl.audit import lesson, matrix, sides
-from rl.audit.diagnose import diagnose
+from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.document import to_json
-from rl.audit.lesson import completions
-from rl.audit.sides import Variant, _scatter, whole
 from rl.identity import Evidence, NotEqualError, check_identity
 from rl.learner import policy_gradient
+from rl.study import lesson, matrix, variants
+from rl.study.lesson import completions
+from rl.study.variants import Variant, _scatter, whole
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.episode import Episode
 from rollout.scenarios.base import Scenario, User
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def embedded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cells whether vLLM is installed or not; its own tests are tests/rollout/vllm."""
-    monkeypatch.setattr(sides, "missing", lambda: "left out")
+    monkeypatch.setattr(variants, "missing", lambda: "left out")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""``python -m rl.audit.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
+"""``python -m rl.study.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
 
 One recipe, one checkpoint and one seed, several runs side by side: ours (`rl.loop`, exact or stopped), naive torch
 (`kernels.naive`), whose sampler and learner differ in their last bits, and a bf16 sampler with an fp32 learner, which
@@ -14,7 +14,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # the checks must come before any import of our own packages
     from model.startup import run_command
 
-    run_command("rl.audit.baseline")
+    run_command("rl.study.baseline")
 
 import argparse
 import json
@@ -253,7 +253,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="rl.audit.baseline", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="rl.study.baseline", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, required=True, help="folder for baseline.json and baseline.png")

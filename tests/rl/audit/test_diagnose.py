@@ -20,9 +20,9 @@ from kernels.layout import PackedLinear
 from model.config import preset
 from model.transformer import InteractionModel
 from rl import ranks
-from rl.audit import trace
-from rl.audit.diagnose import Diagnosis, diagnose
-from rl.audit.differences import compare_traces
+from rl.audit.diagnosis import trace
+from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
+from rl.audit.diagnosis.differences import compare_traces
 from rl.config import TrainConfig
 from rl.identity import Evidence, NotEqualError, check_identity
 from rl.learner import Gradient, policy_gradient

@@ -7,7 +7,7 @@
 - KL between sampler and learner at equal weights (k3 of `rl.identity`; and the largest of any episode, the "spikes").
 - Time of sampling and of learning, naive and ours by turns in one process.
 
-Importance weights (truncated: `rl.audit.baseline`) change none of the completions and none of the KL; they correct the
+Importance weights (truncated: `rl.study.baseline`) change none of the completions and none of the KL; they correct the
 gradient, at the price of one more forward pass of the learner.
 """
 
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl.audit.sides import Variant, session_engine, whole
 from rl.audit.table import Cell, Table
 from rl.identity import Mismatch, compare
 from rl.learner import policy_gradient
+from rl.study.variants import Variant, session_engine, whole
 from rollout.chunk import LISTEN
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario

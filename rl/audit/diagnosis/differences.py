@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model.logprob import TokenClasses
 from model.transformer import InteractionModel
-from rl.audit import trace
-from rl.audit.trace import Entry, Trace
+from rl.audit.diagnosis import trace
+from rl.audit.diagnosis.trace import Entry, Trace
 from rollout.episode import Episode
 
 

@@ -10,7 +10,7 @@ import torch
 from kernels import dispatch, ops
 from model.checkpoint import weights_digest
 from model.transformer import InteractionModel
-from rl.audit.differences import OpDifference, Traces, first_unequal, unequal_values
+from rl.audit.diagnosis.differences import OpDifference, Traces, first_unequal, unequal_values
 from rollout.episode import Episode
 
 FEW_ROWS = 8
