@@ -1,6 +1,8 @@
 """The comparison itself: it must see a single ulp, a single digest, and other weights."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,3 +73,11 @@ def test_other_contract_or_weights_are_not_comparable() -> None:
         check_comparable([episode()], "c1", "w0")
     with pytest.raises(NotComparableError, match="weights w0"):
         check_comparable([dataclasses.replace(episode(), contract_id="c1")], "c1", "w1")
+
+
+@pytest.mark.parametrize(("module", "uses"), [("rl.loop", False), ("rl.run", True)])
+def test_the_loop_knows_no_audit(module: str, uses: bool) -> None:
+    """Its caller does (the control)."""
+    code = f"import sys, {module}; print(any(name.startswith('rl.audit') for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(uses)
