@@ -130,10 +130,10 @@ class RunFolder:
     def latest_checkpoint(self) -> tuple[int, Path]:
         """(finished steps, folder) of the newest finished checkpoint; raises MetronomeError when there is none."""
         parent = self.path / "checkpoints"
-        found = [(int(m[1]), p) for p in parent.glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
-        if not found:
+        finished = [(int(m[1]), p) for p in parent.glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+        if not finished:
             raise MetronomeError(f"{parent} holds no finished checkpoint to resume from; start under another --name")
-        return max(found)
+        return max(finished)
 
     def checkpoint_to_resume(self) -> tuple[int, Path]:
         """The same, once every file in it is known to be the one that this run saved; raises CheckpointError, which

@@ -1,4 +1,4 @@
-"""The RL loop: sample, judge, learn, audit, publish. Everything it calls is a room of its own."""
+"""The RL loop: sample, judge, compare, learn, publish. Everything it calls is a room of its own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import torch
 from kernels import dispatch
 from model import packs
 from model.checkpoint import weights_digest
-from model.transformer import InteractionModel
 from reward.source import AXES, Judged, RewardSource
 from rl import ranks, reference
-from rl.audit.diagnose import failure
 from rl.config import TrainConfig
 from rl.credit import Scales, token_weights
-from rl.identity import Mismatch, check_comparable, compare
-from rl.learner import Gradient, Learner, policy_gradient
+from rl.identity import Evidence, Mismatch, check_comparable, check_identity
+from rl.learner import Learner, policy_gradient
 from rl.reference import Reference
-from rollout.episode import Episode, concatenate
+from rollout.episode import Episode
 from rollout.play import Play
 from rollout.roller import Roller
 from rollout.scenarios.registry import FAMILIES, scenario
@@ -75,7 +73,7 @@ def steps(
             config.rollout.temperature,
             config.rl.micro_batch,
         )
-        mismatch = audit(learner.model, episodes, gradient, step, config.rl.micro_batch)
+        mismatch = check_identity(Evidence(step, episodes, gradient.logprob, gradient.digest, config.rl.micro_batch))
         norm = learner.step(gradient)
         roller.publish()
         packs.check(learner.model)
@@ -111,21 +109,6 @@ def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
         item = scenario(FAMILIES[index % len(FAMILIES)], "train", index, bank, config.scenarios)
         out += [Play(item, r) for r in range(config.rl.rollouts)]
     return out
-
-
-def audit(
-    model: InteractionModel, episodes: list[Episode], gradient: Gradient, step: int, micro_batch: int
-) -> Mismatch:
-    """Compares every sampled token of all ranks; raises NotEqualError on every rank when any bit differs."""
-    mine = compare(concatenate(episodes, "logprob"), gradient.logprob, concatenate(episodes, "digest"), gradient.digest)
-    error = None
-    if mine.num_unequal or mine.rows_unequal:
-        error = failure(model, episodes, gradient.logprob, gradient.digest, gradient.owner, step, micro_batch)
-    found = ranks.gather((mine, error))
-    for _, problem in found:
-        if problem is not None:
-            raise problem
-    return Mismatch.total([part for part, _ in found])
 
 
 def rewards(judged: Judged) -> dict[str, float]:

@@ -24,6 +24,7 @@ from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks, watch
 from rl.advantage import RunningScale
+from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
 from rl.credit import Scales
@@ -50,7 +51,7 @@ PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
 
 DIFFERENCE = "audit/difference.json"
-"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnose`)."""
+"""In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnosis.diagnose`)."""
 
 
 class DifferentError(MetronomeError):
@@ -111,9 +112,17 @@ class Run:
                 self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
                 self.finish(self.learn(learner, progress))
         except NotEqualError as error:
-            self.folder.write_json(DIFFERENCE, error.difference)
-            self.audit()
-            raise
+            raise self.explained(error) from error
+
+    def explained(self, error: NotEqualError) -> NotEqualError:
+        """The same on every rank with the diagnosis in its words; writes audit/difference.json and the audit's report.
+        A rank diagnoses its own tokens, with the weights and packed copies that gave them; the first such rank's
+        words count."""
+        own = diagnose(self.model, error.evidence) if error.evidence else None
+        diagnosis = next(one for one in ranks.gather(own) if one is not None)
+        self.folder.write_json(DIFFERENCE, diagnosis.to_json())
+        self.audit()
+        return NotEqualError(f"{error} {diagnosis.sentence()}", error.evidence)
 
     def begin(self) -> tuple[Learner, Progress]:
         """Warm start, its held-out result, and the first checkpoint."""
@@ -220,10 +229,10 @@ class Run:
             report = audit(self.folder.path, AUDITED)
             self.display.say(statement(report, folder))
             self.tracker.artifact(folder)
-            conflicts = report["not_comparable"]
-            if report["verdict"] == "different":
+            conflicts = report.not_comparable
+            if report.verdict == "different":
                 fault = "bits that differ between sampler and learner"
-            elif conflicts["contradictions"] or conflicts["episodes"]:
+            elif conflicts.contradictions or conflicts.episodes:
                 fault = "that what the run saved contradicts what it recorded"
         return str(ranks.gather(fault)[0])
 

@@ -5,7 +5,7 @@
     python -m rl.audit --checkpoint runs/quickstart/checkpoints/step_000120 --matrix [--out FOLDER]
 
 The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
-two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.audit.matrix`).
+two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`).
 
 Exit status 0, whatever the verdict; with ``--fail-on mismatch`` 1 when it is *different*, 2 when it is *not
 comparable*; *identical by the run's own records*, where nothing could be re-scored, is 0 too. Status 2 is also that of
@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from kernels.errors import MetronomeError
 from rl.audit.compare import compare_runs
+from rl.audit.document import Report
 from rl.audit.report import audit, statement
 
 STATUS = {"identical": 0, "different": 1, "not_comparable": 2}
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.compare:
         first, second = given.compare
         out = given.out or first / "audit" / f"compare_{second.resolve().name}"
-        report = compare_runs(first, second, out)
+        report: Report = compare_runs(first, second, out)
     else:
         out = given.run / "audit"
         report = audit(given.run)
@@ -52,9 +52,9 @@ def measure(given: Path, out: Path | None) -> None:
     """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
-    from rl.audit import matrix  # with all that it measures against: only where it is asked for
+    from rl.study import matrix  # with all that it measures against: only where it is asked for
 
-    print("\n\n".join(matrix.shown(table) for table in matrix.run(folder, out or run / "audit")["tables"]))
+    print("\n\n".join(table.text() for table in matrix.run(folder, out or run / "audit").tables))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fail(report: dict[str, Any]) -> None:
-    status = STATUS[report["verdict"]]
+def fail(report: Report) -> None:
+    status = STATUS[report.verdict]
     if status:
         sys.exit(status)

@@ -15,18 +15,26 @@ import torch
 
 from kernels.errors import MetronomeError
 from model.manifest import PLACE
+from rl.audit.document import (
+    ComparisonReport,
+    ContractsOfBoth,
+    FirstStep,
+    RecipeField,
+    Verdict,
+    WeightsOfBoth,
+    to_json,
+)
 from rl.audit.page import render
 from rl.audit.pictures import chart, line
 from rl.audit.records import Records, flat, read
 from rl.audit.report import machines, write
-from rl.audit.verdict import SCHEMA
 from rl.identity import unequal_bits
 from rollout.episode import Episode, load_episodes, tensors
 
 
-def compare_runs(a: Path, b: Path, out: Path) -> dict[str, Any]:
-    """Writes report.html and report.json into ``out`` and returns the latter. Raises MetronomeError when a folder is
-    not a run's."""
+def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
+    """Writes report.html and report.json into ``out`` and returns what the latter holds. Raises MetronomeError when a
+    folder is not a run's."""
     first, second = read(a), read(b)
     report = comparison(first, second)
     steps = sorted({r["step"] for records in (first, second) for r in records.metrics})
@@ -35,7 +43,7 @@ def compare_runs(a: Path, b: Path, out: Path) -> dict[str, Any]:
         chart(
             title,
             unit,
-            [line(name, [found.get(s, {}) for s in steps], key) for name, found in zip("AB", both, strict=True)],
+            [line(name, [by_step.get(s, {}) for s in steps], key) for name, by_step in zip("AB", both, strict=True)],
             note,
         )
         for title, unit, key, note in (
@@ -51,15 +59,14 @@ def compare_runs(a: Path, b: Path, out: Path) -> dict[str, Any]:
         "scatter": None,
         "episodes": [],
         "tables": [],
-        "machines": [machines({"A": first.environment, "B": second.environment})],
+        "machines": [to_json(machines({"A": first.environment, "B": second.environment}))],
         "recipes": [["Recipe of A", first.recipe_text], ["Recipe of B", second.recipe_text]],
     }
     write(out, report, render(report, data))
     return report
 
 
-def comparison(a: Records, b: Records) -> dict[str, Any]:
-    """report.json of two runs."""
+def comparison(a: Records, b: Records) -> ComparisonReport:
     reasons = _reasons(a, b)
     steps_a, steps_b = ({r["step"]: r for r in records.metrics} for records in (a, b))
     common = [] if reasons else sorted(steps_a.keys() & steps_b.keys())
@@ -72,41 +79,39 @@ def comparison(a: Records, b: Records) -> dict[str, Any]:
         reasons.append("The runs have no step and no saved episode in common.")
     final = [records.summary.get("weights_digest") for records in (a, b)]
     ends_apart = all(final) and final[0] != final[1] and steps_a.keys() == steps_b.keys()
-    verdict = "identical"
+    verdict: Verdict = "identical"
     if reasons:
         verdict = "not_comparable"
     elif unequal or episodes.unequal or ends_apart:
         verdict = "different"
     recipe_a, recipe_b = dict(flat(a.recipe)), dict(flat(b.recipe))
-    return {
-        "schema": SCHEMA,
-        "kind": "comparison",
-        "verdict": verdict,
-        "title": f"runs {a.name} (A) and {b.name} (B)",
-        "headline": _headline(verdict, len(common), unequal, episodes, reasons) + _processes(a, b),
-        "scope": _scope(a, b, len(common), episodes),
-        "num_tokens": episodes.tokens,
-        "num_unequal": episodes.tokens_unequal,
-        "rows_unequal": episodes.rows_unequal,
-        "steps_compared": len(common),
-        "steps_unequal": len(unequal),
-        "first_step": {"step": unequal[0][0], "fields": unequal[0][1]} if unequal else None,
-        "episodes_compared": episodes.compared,
-        "episodes_unequal": episodes.unequal,
-        "episode_fields": episodes.fields,
-        "recipe": [
-            {"field": name, "a": _said(recipe_a, name), "b": _said(recipe_b, name)}
+    return ComparisonReport(
+        verdict=verdict,
+        title=f"runs {a.name} (A) and {b.name} (B)",
+        headline=_headline(verdict, len(common), unequal, episodes, reasons) + _processes(a, b),
+        scope=_scope(a, b, len(common), episodes),
+        num_tokens=episodes.tokens,
+        num_unequal=episodes.tokens_unequal,
+        rows_unequal=episodes.rows_unequal,
+        steps_compared=len(common),
+        steps_unequal=len(unequal),
+        first_step=FirstStep(*unequal[0]) if unequal else None,
+        episodes_compared=episodes.compared,
+        episodes_unequal=episodes.unequal,
+        episode_fields=episodes.fields,
+        recipe=[
+            RecipeField(name, _value(recipe_a, name), _value(recipe_b, name))
             for name in sorted(recipe_a.keys() | recipe_b.keys())
-            if name.split(".")[0] not in PLACE and _said(recipe_a, name) != _said(recipe_b, name)
+            if name.split(".")[0] not in PLACE and _value(recipe_a, name) != _value(recipe_b, name)
         ],
-        "contract": {"a": a.contract_id, "b": b.contract_id},
-        "reasons": reasons,
-        "gaps": [f"{side}: {gap}" for side, records in (("A", a), ("B", b)) for gap in records.gaps],
-        "weights": [
-            {"step": s, "a": _digest(steps_a.get(s)), "b": _digest(steps_b.get(s))}
+        contract=ContractsOfBoth(a.contract_id, b.contract_id),
+        reasons=reasons,
+        gaps=[f"{label}: {gap}" for label, records in (("A", a), ("B", b)) for gap in records.gaps],
+        weights=[
+            WeightsOfBoth(s, _digest(steps_a.get(s)), _digest(steps_b.get(s)))
             for s in sorted(steps_a.keys() | steps_b.keys())
         ],
-    }
+    )
 
 
 def _processes(a: Records, b: Records) -> str:
@@ -124,9 +129,9 @@ def _reasons(a: Records, b: Records) -> list[str]:
         return []
     fields_a, fields_b = (dict(flat(r.environment.get("contract") or {})) for r in (a, b))
     parts = [
-        f"{name} {_said(fields_a, name)} and {_said(fields_b, name)}"
+        f"{name} {_value(fields_a, name)} and {_value(fields_b, name)}"
         for name in sorted(fields_a.keys() | fields_b.keys())
-        if _said(fields_a, name) != _said(fields_b, name)
+        if _value(fields_a, name) != _value(fields_b, name)
     ]
     return [
         f"A ran under contract {a.contract_id}, B under {b.contract_id}: {'; '.join(parts) or 'no field is known'}."
@@ -138,7 +143,7 @@ def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [name for name in a if name in b and not name.startswith("time/") and a[name] != b[name]]
 
 
-def _said(fields: Mapping[str, Any], name: str) -> str:
+def _value(fields: Mapping[str, Any], name: str) -> str:
     return str(fields[name]) if name in fields else "(absent)"
 
 
@@ -148,13 +153,13 @@ def _digest(record: Mapping[str, Any] | None) -> str | None:
 
 def _by_name(records: Records, step: int) -> dict[str, Episode]:
     """A step's saved episodes, of however many processes; a damaged file becomes a gap."""
-    found: dict[str, Episode] = {}
+    episodes: dict[str, Episode] = {}
     for file in records.episodes[step]:
         try:
-            found |= {e.name: e for e in load_episodes(file)}
+            episodes |= {e.name: e for e in load_episodes(file)}
         except MetronomeError as error:
             records.gaps.append(f"Step {step}: {error}")
-    return found
+    return episodes
 
 
 class _Episodes:
@@ -216,8 +221,8 @@ def _headline(
 
 def _scope(a: Records, b: Records, common: int, episodes: _Episodes) -> str:
     only = [
-        f"{len(r.metrics) - common:,} steps of {side} alone"
-        for side, r in (("A", a), ("B", b))
+        f"{len(r.metrics) - common:,} steps of {label} alone"
+        for label, r in (("A", a), ("B", b))
         if len(r.metrics) > common
     ]
     return (

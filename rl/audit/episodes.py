@@ -18,7 +18,7 @@ from torch import Tensor
 from model.tokenizer import load_tokenizer
 from reward.combine import score
 from reward.score import Outcome, RewardConfig, Score
-from rl.audit.rescore import Seen
+from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
 from rollout.chunk import CHUNK_FRAMES
 from rollout.episode import Episode
@@ -31,12 +31,12 @@ BLOCK = 24
 """Episodes in a block: opening one decodes so many."""
 
 
-def browser(seen: Sequence[Seen], rules: RewardConfig | None) -> dict[str, Any]:
+def browser(episodes: Sequence[CheckedEpisode], rules: RewardConfig | None) -> dict[str, Any]:
     """{"rows": one a shown episode, "blocks": base64 text of each block, "omitted": episodes left out}.
 
     Left out are the last ones, but never one that differs. ``rules`` None: nothing is judged."""
-    shown = sorted(range(len(seen)), key=lambda i: (seen[i].state != "different", i))[:SHOWN]
-    kept = [seen[i] for i in sorted(shown)]
+    shown = sorted(range(len(episodes)), key=lambda i: (episodes[i].state != "different", i))[:SHOWN]
+    kept = [episodes[i] for i in sorted(shown)]
     words = _words()
     rows: list[dict[str, Any]] = []
     blocks: list[str] = []
@@ -49,7 +49,7 @@ def browser(seen: Sequence[Seen], rules: RewardConfig | None) -> dict[str, Any]:
             details.append(_detail(one, judged, words, cells))
         packed = gzip.compress(json.dumps({"cells": list(cells), "episodes": details}).encode(), 6, mtime=0)
         blocks.append(base64.b64encode(packed).decode())
-    return {"rows": rows, "blocks": blocks, "omitted": len(seen) - len(kept)}
+    return {"rows": rows, "blocks": blocks, "omitted": len(episodes) - len(kept)}
 
 
 def _words() -> dict[int, str]:
@@ -67,7 +67,7 @@ def _judge(episode: Episode, rules: RewardConfig | None) -> Score | None:
         return None
 
 
-def _row(one: Seen, judged: Score | None) -> dict[str, Any]:
+def _row(one: CheckedEpisode, judged: Score | None) -> dict[str, Any]:
     outcomes = [event.outcome for event in judged.events] if judged else []
     return {
         "step": one.step,
@@ -86,7 +86,9 @@ def _row(one: Seen, judged: Score | None) -> dict[str, Any]:
     }
 
 
-def _detail(one: Seen, judged: Score | None, words: Mapping[int, str], cells: dict[str, int]) -> dict[str, Any]:
+def _detail(
+    one: CheckedEpisode, judged: Score | None, words: Mapping[int, str], cells: dict[str, int]
+) -> dict[str, Any]:
     episode = one.episode
     return {
         "why_not": one.why_not[1] if one.why_not else None,
@@ -111,7 +113,7 @@ def _audio(codes: Tensor, cells: dict[str, int]) -> list[int]:
     return [cells.setdefault(chunk, len(cells)) for chunk in chunks]
 
 
-def _tokens(one: Seen, words: Mapping[int, str]) -> list[list[Any]]:
+def _tokens(one: CheckedEpisode, words: Mapping[int, str]) -> list[list[Any]]:
     """[chunk, text, class, sampler's log-prob, learner's where it differs, whether the row's digest differs] of each
     sampled token. Log-probs are text, because JSON has no NaN and a page must not round."""
     e = one.episode

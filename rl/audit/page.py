@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl.audit.verdict import by_record
+from rl.audit.document import Report, by_record, to_json
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("dom.js", "charts.js", "grid.js", "episodes.js", "page.js")
@@ -24,13 +24,13 @@ NAMES = {"identical": "Identical", "different": "Different", "not_comparable": "
 BY_RECORD = "Identical by the run's own records"
 
 
-def render(report: Mapping[str, Any], data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
-    """``report``: report.json. ``data``: what else the script draws. ``blocks``: base64 text of `episodes.browser`."""
+def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
+    """``data``: what else the script draws. ``blocks``: base64 text of `episodes.browser`."""
     style = (FOLDER / "page.css").read_text()
     body = "\n".join((FOLDER / name).read_text() for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{body}}})();\n'
-    name = BY_RECORD if by_record(report) else NAMES[report["verdict"]]
-    title = f"{name} · {report['title']} · Metronome audit"
+    name = BY_RECORD if by_record(report) else NAMES[report.verdict]
+    title = f"{name} · {report.title} · Metronome audit"
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -39,12 +39,12 @@ def render(report: Mapping[str, Any], data: Mapping[str, Any], blocks: Sequence[
         "title": html.escape(title),
         "policy": html.escape(policy),
         "style": style,
-        "verdict": html.escape(f"{report['verdict']} by_record" if by_record(report) else report["verdict"]),
+        "verdict": html.escape(f"{report.verdict} by_record" if by_record(report) else report.verdict),
         "name": html.escape(name),
-        "subject": html.escape(report["title"]),
-        "headline": html.escape(report["headline"]).replace("full-vocabulary", "<span>full-vocabulary</span>"),
-        "scope": html.escape(report["scope"]),
-        "data": _json({"report": report, **data}),
+        "subject": html.escape(report.title),
+        "headline": html.escape(report.headline).replace("full-vocabulary", "<span>full-vocabulary</span>"),
+        "scope": html.escape(report.scope),
+        "data": _json({"report": to_json(report), **data}),
         "blocks": "\n".join(f'<script type="text/plain" id="block-{i}">{b}</script>' for i, b in enumerate(blocks)),
         "script": script,
     }

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from rl.audit.records import Records
-from rl.audit.rescore import Seen
+from rl.audit.replay.rescore import CheckedEpisode
+from rl.audit.table import Table
 
 CELLS = 96
 """The log-prob picture counts tokens in CELLS x CELLS cells."""
@@ -24,7 +25,7 @@ Record = Mapping[str, Any]
 
 def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
     """The charts of a run; ``rescored``: the steps of which episodes were re-scored."""
-    metrics, found = records.metrics, records.mismatch()
+    metrics, mismatch = records.metrics, records.mismatch()
     if not metrics:
         return []
     unequal = chart(
@@ -32,11 +33,11 @@ def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
         "tokens",
         [line("log-probs that differ", metrics, "mismatch/num_unequal"),
          line("rows that differ", metrics, "mismatch/rows_unequal")],
-        f"The run's own count, before each optimizer step: {found.num_unequal:,} of {found.num_tokens:,}. "
+        f"The run's own count, before each optimizer step: {mismatch.num_unequal:,} of {mismatch.num_tokens:,}. "
         "Diamonds: steps of which episodes were re-scored for this audit.",
     ) | {"marks": list(rescored)}  # fmt: skip
     out = [unequal]
-    if found.k3_sum:
+    if mismatch.k3_sum:
         names = [line("k3", metrics, "mismatch/k3"), line("k1", metrics, "mismatch/k1")]
         out.append(chart("Mismatch KL", "nats a token", names, "Sampler against learner at equal weights."))
     rewards = [line(name, metrics, f"reward/{name}") for name in ("mean", "timing", "content")]
@@ -89,9 +90,9 @@ def _number(value: Any) -> float | None:
     return float(f"{value:.6g}")
 
 
-def scatter(seen: Sequence[Seen]) -> dict[str, Any] | None:
+def scatter(episodes: Sequence[CheckedEpisode]) -> dict[str, Any] | None:
     """Sampler's log-probs against the learner's: counts of tokens by cell, and the differing ones by themselves."""
-    scored = [one for one in seen if one.logprob is not None]
+    scored = [one for one in episodes if one.logprob is not None]
     if not scored:
         return None
     sampler = torch.cat([one.episode.text.logprob for one in scored]).double()
@@ -116,26 +117,21 @@ def scatter(seen: Sequence[Seen]) -> dict[str, Any] | None:
     }
 
 
-def plain_tables(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tables whose cells are numbers or text. Raises KeyError, TypeError or AttributeError for anything else."""
-    return [
-        {
-            "title": str(one["title"]),
-            "columns": [str(c) for c in one["columns"]],
-            "rows": [[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
-            "note": str(one.get("note", "")),
-        }
-        for one in found
-    ]
-
-
-def tables(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
+def tables(path: Path, gaps: list[str]) -> list[Table]:
     """``{"tables": [{"title", "columns", "rows", "note"}]}`` from a file that another part of the audit left, if it is
     there; what is not of that form becomes a gap."""
     if not path.is_file():
         return []
     try:
-        return plain_tables(json.loads(path.read_text(), parse_constant=str)["tables"])
+        return [
+            Table(
+                title=str(one["title"]),
+                columns=[str(c) for c in one["columns"]],
+                rows=[[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
+                note=str(one.get("note", "")),
+            )
+            for one in json.loads(path.read_text(), parse_constant=str)["tables"]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         gaps.append(f"{path.name} holds no tables that can be shown ({error!r}).")
         return []

@@ -18,12 +18,22 @@ import yaml
 
 from kernels.errors import MetronomeError
 from model.recipe import read_recipe
+from rl.audit.document import DiagnosisSummary
 from rl.config import TrainConfig
 from rl.identity import Mismatch
 
 _EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
 _CHECKPOINT = re.compile(r"step_(\d{6,})")
 COUNTS = ("mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A step that the run did not take, because bits differ: what audit/difference.json says of it."""
+
+    step: int
+    mismatch: Mismatch
+    diagnosis: DiagnosisSummary | None  # None if the file holds none
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,9 @@ class Records:
     summary: dict[str, Any]  # {} if the run did not finish
     episodes: dict[int, list[Path]]  # step -> its files, by rank
     checkpoints: dict[int, Path]  # finished steps -> folder
-    stopped: dict[str, Any]  # audit/difference.json, if the run's last step was not taken because bits differ
+    stopped: Refusal | None  # of the run's last step, if it was not taken because bits differ
     gaps: list[str]  # what is missing or damaged, in sentences
-    unsound: list[str]  # each checkpoint that does not agree with its manifest, in a sentence (`rl.audit.rescore`)
+    unsound: list[str]  # each checkpoint that does not agree with its manifest, in a sentence
 
     @property
     def name(self) -> str:
@@ -50,14 +60,14 @@ class Records:
 
     @property
     def contract_id(self) -> str | None:
-        found = self.environment.get("contract_id")
-        return None if found is None else str(found)
+        contract_id = self.environment.get("contract_id")
+        return None if contract_id is None else str(contract_id)
 
     @property
     def processes(self) -> int | None:
         """How many summed the gradients; digests of the weights are of this number."""
-        found = self.environment.get("processes")
-        return found if type(found) is int else None
+        processes = self.environment.get("processes")
+        return processes if type(processes) is int else None
 
     @property
     def planned_steps(self) -> int | None:
@@ -65,8 +75,8 @@ class Records:
 
     def mismatch(self) -> Mismatch:
         """The sum of what the run itself counted at each step, a step that it refused to take included."""
-        refused = [self.stopped["mismatch"]] if self.stopped else []
-        return Mismatch.total([_mismatch(record) for record in (*self.metrics, *refused)])
+        refused = [self.stopped.mismatch] if self.stopped else []
+        return Mismatch.total([*map(_mismatch, self.metrics), *refused])
 
     def sampled_with(self, step: int) -> str | None:
         """The digest that the run recorded of the weights before ``step``, None for its first one."""
@@ -74,8 +84,8 @@ class Records:
 
     def multiplied_with(self, step: int) -> str | None:
         """The digest that the run recorded of the copies of the weights that ``step`` multiplied with, if it did."""
-        found = next((r.get("packs_digest") for r in self.metrics if r["step"] == step - 1), None)
-        return None if found is None else str(found)
+        digest = next((r.get("packs_digest") for r in self.metrics if r["step"] == step - 1), None)
+        return None if digest is None else str(digest)
 
 
 def read(path: Path) -> Records:
@@ -106,7 +116,7 @@ def read(path: Path) -> Records:
             for p in (path / "checkpoints").glob("step_*")
             if (match := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()
         },
-        stopped={},
+        stopped=None,
         gaps=gaps,
         unsound=[],
     )
@@ -139,9 +149,9 @@ def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
 
 def _json(path: Path, gaps: list[str], otherwise: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(), parse_constant=str)
-        if isinstance(found, dict):
-            return found
+        value = json.loads(path.read_text(), parse_constant=str)
+        if isinstance(value, dict):
+            return value
         problem = "holds no object"
     except FileNotFoundError:
         problem = "is missing"
@@ -155,7 +165,7 @@ def _metrics(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines() if path.is_file() else []
     if not lines:
         gaps.append("metrics.jsonl is missing or empty: the run recorded no step.")
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line, parse_constant=str)
@@ -167,11 +177,11 @@ def _metrics(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
             whole = False
         if not whole:
             gaps.append(f"metrics.jsonl, line {number}: not a whole record of a step; it is left out.")
-        elif found and record["step"] <= found[-1]["step"]:
+        elif records and record["step"] <= records[-1]["step"]:
             gaps.append(f"metrics.jsonl, line {number}: step {record['step']} comes again; it is left out.")
         else:
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def _mismatch(record: dict[str, Any]) -> Mismatch:
@@ -185,24 +195,28 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _stopped(records: Records) -> dict[str, Any]:
-    """Why the run stopped, unless it took that step later on."""
+def _stopped(records: Records) -> Refusal | None:
+    """The step that the run did not take, unless it took it later on."""
     path = records.path / "audit/difference.json"
     if not path.is_file():
-        return {}
-    found = _json(path, records.gaps, "why the run stopped is unknown")
+        return None
+    difference = _json(path, records.gaps, "why the run stopped is unknown")
     try:
-        step, counts = found["step"], [found["mismatch"][name] for name in COUNTS]
+        step, counts = difference["step"], [difference["mismatch"][name] for name in COUNTS]
         whole = all(type(value) is int and value >= 0 for value in (step, *counts))
     except (KeyError, TypeError):
         whole = False
     if not whole:
         records.gaps.append("difference.json does not say at which step bits differed, and in how many tokens.")
-        return {}
+        return None
     if records.metrics and records.metrics[-1]["step"] >= step:
         records.gaps.append(f"Step {step} was once refused, because bits differed, and taken later on.")
-        return {}
-    return found
+        return None
+    first, suspects = difference.get("first"), difference.get("suspects")
+    diagnosis = None
+    if isinstance(suspects, list):
+        diagnosis = DiagnosisSummary(step, first if isinstance(first, dict) else None, [str(s) for s in suspects])
+    return Refusal(step, _mismatch(difference["mismatch"]), diagnosis)
 
 
 def _check_steps(records: Records) -> None:

@@ -9,67 +9,69 @@ from typing import Any
 
 from model.files import write_whole
 from rl.audit import pictures
+from rl.audit.document import Report, RunReport, by_record, to_json
 from rl.audit.episodes import browser
 from rl.audit.page import BY_RECORD, render
 from rl.audit.records import Records, flat, read
-from rl.audit.rescore import Part, rescore
-from rl.audit.verdict import by_record, run_report
+from rl.audit.replay.rescore import CheckedStep, rescore
+from rl.audit.table import Table
+from rl.audit.verdict import run_report
 
 
-def audit(run: Path, at_most: int | None = None) -> dict[str, Any]:
+def audit(run: Path, at_most: int | None = None) -> RunReport:
     """Re-scores the run's saved episodes (``at_most`` so many), writes RUN/audit/report.html and report.json, returns
     the latter. Raises MetronomeError when ``run`` is not a run's folder."""
     records = read(run)
-    parts = list(rescore(records, at_most))
-    report, page = run_page(records, parts)
+    steps = list(rescore(records, at_most))
+    report, page = run_page(records, steps)
     write(run / "audit", report, page)
     return report
 
 
-def run_page(records: Records, parts: Sequence[Part]) -> tuple[dict[str, Any], str]:
-    """(report.json's content, the page) of a run whose episodes were re-scored."""
-    seen = [one for part in parts for one in part.seen]
+def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport, str]:
+    """The report and the page of a run whose episodes were re-scored."""
+    episodes = [one for checked in steps for one in checked.episodes]
     folder = records.path / "audit"
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
-    tables += next((pictures.plain_tables(p.diagnosis["tables"]) for p in parts if p.diagnosis), [])
+    tables += next((p.diagnosis.tables() for p in steps if p.diagnosis), [])
     tables += pictures.tables(folder / "matrix.json", records.gaps)
-    shown = browser(seen, records.config.reward if records.config else None)
+    shown = browser(episodes, records.config.reward if records.config else None)
     if shown["omitted"]:
-        records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(seen):,} episodes, to stay small.")
-    report = run_report(records, parts)
+        records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(episodes):,} episodes, to stay small.")
+    report = run_report(records, steps)
     data = {
         "steps": [record["step"] for record in records.metrics],
-        "charts": pictures.curves(records, [p.step for p in parts if p.mismatch.num_tokens]),
-        "scatter": pictures.scatter(seen),
+        "charts": pictures.curves(records, [p.step for p in steps if p.mismatch.num_tokens]),
+        "scatter": pictures.scatter(episodes),
         "episodes": shown["rows"],
-        "tables": tables,
-        "machines": [machines({"Value": records.environment})],
+        "tables": to_json(tables),
+        "machines": [to_json(machines({"Value": records.environment}))],
         "recipes": [["Recipe", records.recipe_text]],
     }
     return report, render(report, data, shown["blocks"])
 
 
-def machines(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def machines(environments: Mapping[str, Mapping[str, Any]]) -> Table:
     """environment.json of one run or of several as a table, a column each."""
     columns = [dict(flat(one)) for one in environments.values()]
     fields = list(dict.fromkeys(name for one in columns for name in one))
-    rows = [[name, *(_said(one[name]) if name in one else "(absent)" for one in columns)] for name in fields]
-    return {"title": "Environment", "columns": ["Field", *environments], "rows": rows}
+    rows = [[name, *(_value(one[name]) if name in one else "(absent)" for one in columns)] for name in fields]
+    return Table("Environment", ["Field", *environments], rows)
 
 
-def _said(value: Any) -> str:
+def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def write(folder: Path, report: Mapping[str, Any], page: str) -> None:
+def write(folder: Path, report: Report, page: str) -> None:
     write_whole(folder / "report.html", page.encode())
-    write_whole(folder / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(folder / "report.json", (json.dumps(to_json(report), indent=2, allow_nan=False) + "\n").encode())
 
 
-def statement(report: Mapping[str, Any], folder: Path) -> str:
+def statement(report: Report, folder: Path) -> str:
     """What a terminal shows of it."""
-    verdict = BY_RECORD.lower() if by_record(report) else report["verdict"].replace("_", " ")
-    lines = [f"Audit: {verdict}. {report['headline']}", report["scope"]]
-    if report["gaps"]:
-        lines.append(f"What could not be compared, and other gaps: {len(report['gaps'])}, listed in the report.")
+    verdict = BY_RECORD.lower() if by_record(report) else report.verdict.replace("_", " ")
+    lines = [f"Audit: {verdict}. {report.headline}", report.scope]
+    if report.gaps:
+        lines.append(f"What could not be compared, and other gaps: {len(report.gaps)}, listed in the report.")
     return "\n".join([*lines, f"Audit report: {(folder / 'report.html').resolve()}"])

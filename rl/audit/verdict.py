@@ -1,4 +1,4 @@
-"""The verdict of an audit, in words and as JSON (`schema.json`): it claims no more than what was compared.
+"""The verdict on a run, in words and as numbers: it claims no more than what was compared.
 
 - *different*: a bit differs, among the tokens re-scored now or by the run's own records;
 - *not_comparable*: no difference was seen, but saved episodes contradict what they would have to be compared with
@@ -13,17 +13,31 @@ listed as a gap.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
 
 from kernels import dispatch
-from rl.audit.records import COUNTS, Records
-from rl.audit.rescore import Part, Seen
+from rl.audit.document import (
+    Conflict,
+    Conflicts,
+    Contracts,
+    Counts,
+    DiagnosisSummary,
+    FirstDifference,
+    RecordedCounts,
+    RescoredCounts,
+    RunReport,
+    RunState,
+    StepCounts,
+    Verdict,
+    WeightsOfStep,
+)
+from rl.audit.records import Records
+from rl.audit.replay.rescore import CheckedEpisode, CheckedStep
 from rl.identity import Mismatch
 
-SCHEMA = "metronome.audit/1"
 LISTED = 100
 """Episodes that are named one by one when they cannot be compared; beyond that they are counted."""
 
@@ -36,14 +50,14 @@ CANNOT = (
 )
 
 
-def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
-    """report.json of one run."""
+def run_report(records: Records, steps: Sequence[CheckedStep]) -> RunReport:
     recorded = records.mismatch()
-    seen = [one for part in parts for one in part.seen]
-    rescored = Mismatch.total([part.mismatch for part in parts])
-    conflicts = [one for one in seen if one.why_not]
-    contradictions = _contradictions(records, parts)
-    basis, counted = "none", Mismatch.total([])
+    episodes = [one for checked in steps for one in checked.episodes]
+    rescored = Mismatch.total([checked.mismatch for checked in steps])
+    conflicts = [_conflict(one) for one in episodes if one.why_not]
+    contradictions = _contradictions(records, steps)
+    basis: Literal["rescored", "records", "none"] = "none"
+    counted = Mismatch.total([])
     if rescored.num_tokens:
         basis, counted = "rescored", rescored
     elif recorded.num_tokens:
@@ -51,53 +65,42 @@ def run_report(records: Records, parts: Sequence[Part]) -> dict[str, Any]:
     verdict = _verdict(rescored, recorded, bool(conflicts or contradictions))
     if verdict == "different" and not _unequal(counted):
         basis, counted = "records", recorded
-    return {
-        "schema": SCHEMA,
-        "kind": "run",
-        "verdict": verdict,
-        "title": f"run {records.name}",
-        "headline": _stop(records) or _headline(verdict, basis, counted, conflicts, len(seen), contradictions),
-        "scope": _scope(records, recorded, rescored, seen, basis),
-        "basis": basis,
-        **numbers(counted, verdict != "not_comparable"),
-        "run": {
-            "name": records.name,
-            "finished": bool(records.summary),
-            "steps_recorded": len(records.metrics),
-            "steps_planned": records.planned_steps,
-            "processes": records.processes,
-            "weights_digest": _text(records.summary.get("weights_digest")),
-        },
-        "contract": {
-            "run": records.contract_id,
-            "here": dispatch.contract_id(),
-            "episodes": sorted({one.episode.contract_id for one in seen}),
-        },
-        "records": {"steps": len(records.metrics), **numbers(recorded, True)},
-        "rescored": {
-            "episodes": sum(one.logprob is not None for one in seen),
-            "saved_episodes": len(seen),
-            **numbers(rescored, True),
-        },
-        "parts": [_part(records, part) for part in parts],
-        "not_comparable": {
-            "episodes": len(conflicts),
-            "reasons": dict(Counter(str(one.why_not[0]) for one in conflicts if one.why_not)),
-            "first": [_conflict(one) for one in conflicts[:LISTED]],
-            "contradictions": contradictions,
-        },
-        "first_difference": first_difference(seen),
-        "diagnosis": _diagnosis(records, parts),
-        "gaps": records.gaps,
-        "cannot_show": list(CANNOT),
-        "weights": [{"step": r["step"], "digest": r["weights_digest"]} for r in records.metrics],
-        "environment": records.environment,
-    }
-
-
-def by_record(report: Mapping[str, Any]) -> bool:
-    """Whether it says *identical* by the run's own records alone, of a run or of two (which have no ``basis``)."""
-    return report["verdict"] == "identical" and report.get("basis") == "records"
+    return RunReport(
+        verdict=verdict,
+        title=f"run {records.name}",
+        headline=_stop(records) or _headline(verdict, basis, counted, conflicts, len(episodes), contradictions),
+        scope=_scope(records, recorded, rescored, episodes),
+        basis=basis,
+        counts=_counts(counted, verdict != "not_comparable"),
+        run=RunState(
+            name=records.name,
+            finished=bool(records.summary),
+            steps_recorded=len(records.metrics),
+            steps_planned=records.planned_steps,
+            weights_digest=_text(records.summary.get("weights_digest")),
+            processes=records.processes,
+        ),
+        contract=Contracts(
+            run=records.contract_id,
+            here=dispatch.contract_id(),
+            episodes=sorted({one.episode.contract_id for one in episodes}),
+        ),
+        records=RecordedCounts(len(records.metrics), _counts(recorded)),
+        rescored=RescoredCounts(sum(one.logprob is not None for one in episodes), len(episodes), _counts(rescored)),
+        parts=[_step(records, checked) for checked in steps],
+        not_comparable=Conflicts(
+            episodes=len(conflicts),
+            reasons=Counter(one.reason for one in conflicts),
+            first=conflicts[:LISTED],
+            contradictions=contradictions,
+        ),
+        first_difference=_first_difference(episodes),
+        diagnosis=_diagnosis(records, steps),
+        gaps=records.gaps,
+        cannot_show=CANNOT,
+        weights=[WeightsOfStep(r["step"], r["weights_digest"]) for r in records.metrics],
+        environment=records.environment,
+    )
 
 
 def _text(value: Any) -> str | None:
@@ -109,20 +112,20 @@ def exact(value: float) -> str:
     return f"{value:.9g}"
 
 
-def numbers(found: Mismatch, stated: bool) -> dict[str, float | int | None]:
-    """Counts, and the estimates of the KL if there is one to state; what JSON has no number for is null."""
-    stated = stated and found.num_tokens > 0
-    return {
-        name.removeprefix("mismatch/"): value if name in COUNTS or (stated and math.isfinite(value)) else None
-        for name, value in found.metrics().items()
-    }
+def _counts(mismatch: Mismatch, stated: bool = True) -> Counts:
+    """With the estimates of the KL if there is one to state; what JSON has no number for is null."""
+    means = mismatch.metrics()
+    k1, k3, max_abs = (
+        means[f"mismatch/{name}"] if stated and mismatch.num_tokens else None for name in ("k1", "k3", "max_abs")
+    )
+    return Counts(mismatch.num_tokens, mismatch.num_unequal, mismatch.rows_unequal, k1, k3, max_abs)
 
 
-def _unequal(found: Mismatch) -> bool:
-    return bool(found.num_unequal or found.rows_unequal)
+def _unequal(mismatch: Mismatch) -> bool:
+    return bool(mismatch.num_unequal or mismatch.rows_unequal)
 
 
-def _verdict(rescored: Mismatch, recorded: Mismatch, conflict: bool) -> str:
+def _verdict(rescored: Mismatch, recorded: Mismatch, conflict: bool) -> Verdict:
     if _unequal(rescored) or _unequal(recorded):
         return "different"
     if conflict or not (rescored.num_tokens or recorded.num_tokens):
@@ -130,29 +133,35 @@ def _verdict(rescored: Mismatch, recorded: Mismatch, conflict: bool) -> str:
     return "identical"
 
 
-def _contradictions(records: Records, parts: Sequence[Part]) -> list[str]:
+def _contradictions(records: Records, steps: Sequence[CheckedStep]) -> list[str]:
     """Where a checkpoint's weights are not those whose digest the run recorded, or its files not those it saved."""
-    found = [
-        f"The checkpoint of step {part.step} holds weights {part.weights_digest}; the run recorded {recorded}."
-        for part in parts
-        if part.weights_digest and (recorded := records.sampled_with(part.step)) not in (None, part.weights_digest)
+    sentences = [
+        f"The checkpoint of step {checked.step} holds weights {checked.weights_digest}; the run recorded {recorded}."
+        for checked in steps
+        if checked.weights_digest
+        and (recorded := records.sampled_with(checked.step)) not in (None, checked.weights_digest)
     ] + records.unsound
-    found += [
-        f"Step {part.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
-        f"{part.packs_digest}: the run computed with others than it saved."
-        for part in parts
+    sentences += [
+        f"Step {checked.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
+        f"{checked.packs_digest}: the run computed with others than it saved."
+        for checked in steps
         if records.contract_id == dispatch.contract_id()  # the copies' layout is the contract's
-        and part.packs_digest
-        and (copies := records.multiplied_with(part.step)) not in (None, part.packs_digest)
+        and checked.packs_digest
+        and (copies := records.multiplied_with(checked.step)) not in (None, checked.packs_digest)
     ]
     last, final = (records.metrics or [{}])[-1].get("weights_digest"), records.summary.get("weights_digest")
     if last and final and last != final:
-        found.append(f"The run's summary names the final weights {final}; its last record says {last}.")
-    return found
+        sentences.append(f"The run's summary names the final weights {final}; its last record says {last}.")
+    return sentences
 
 
 def _headline(
-    verdict: str, basis: str, counted: Mismatch, conflicts: Sequence[Seen], saved: int, contradictions: Sequence[str]
+    verdict: Verdict,
+    basis: str,
+    counted: Mismatch,
+    conflicts: Sequence[Conflict],
+    saved: int,
+    contradictions: Sequence[str],
 ) -> str:
     origin = "By the run's own records, " if basis == "records" else ""
     if verdict == "not_comparable":
@@ -160,7 +169,7 @@ def _headline(
             return f"Not comparable: the run contradicts itself. {contradictions[0]} No KL is stated."
         if not conflicts:
             return "Nothing could be compared: the run left no record and no episode that can be re-scored."
-        reasons = Counter(str(one.why_not[0]) for one in conflicts if one.why_not)
+        reasons = dict.fromkeys(one.reason for one in conflicts)
         return (
             f"Not comparable: {len(conflicts):,} of {saved:,} saved episodes differ in "
             f"{', '.join(reasons)} from what they would be compared with. No KL is stated."
@@ -179,12 +188,12 @@ def _headline(
     )
 
 
-def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, seen: Sequence[Seen], basis: str) -> str:
-    count = sum(one.logprob is not None for one in seen)
-    steps = sorted({one.step for one in seen if one.logprob is not None})
+def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, episodes: Sequence[CheckedEpisode]) -> str:
+    count = sum(one.logprob is not None for one in episodes)
+    steps = sorted({one.step for one in episodes if one.logprob is not None})
     if count:
         first = (
-            f"Re-scored now by the learner's forward pass: {count:,} of {len(seen):,} saved episodes "
+            f"Re-scored now by the learner's forward pass: {count:,} of {len(episodes):,} saved episodes "
             f"({rescored.num_tokens:,} tokens, {_steps(steps)})."
         )
     else:
@@ -204,11 +213,10 @@ def _stop(records: Records) -> str | None:
     """The headline of a run that refused a step."""
     if not records.stopped:
         return None
-    counts = records.stopped["mismatch"]
-    tokens, unequal, rows = (counts[name] for name in COUNTS)
+    counts = records.stopped.mismatch
     return (
-        f"The run stopped at step {records.stopped['step']:,}: {unequal:,} of {tokens:,} sampled tokens and {rows:,} "
-        "whole rows differed. Sampler and learner disagree."
+        f"The run stopped at step {records.stopped.step:,}: {counts.num_unequal:,} of {counts.num_tokens:,} sampled "
+        f"tokens and {counts.rows_unequal:,} whole rows differed. Sampler and learner disagree."
     )
 
 
@@ -219,52 +227,50 @@ def _steps(steps: Sequence[int]) -> str:
     return f"step {listed}" if len(steps) == 1 else f"steps {listed}"
 
 
-def _diagnosis(records: Records, parts: Sequence[Part]) -> dict[str, Any] | None:
+def _diagnosis(records: Records, steps: Sequence[CheckedStep]) -> DiagnosisSummary | None:
     """The first op that differs and the suspects, of the step that the run refused or of the first one re-scored."""
-    found = [records.stopped] if records.stopped else [part.diagnosis for part in parts if part.diagnosis]
-    if not found or "suspects" not in found[0]:
+    if records.stopped:
+        return records.stopped.diagnosis
+    diagnosis = next((checked.diagnosis for checked in steps if checked.diagnosis), None)
+    if diagnosis is None:
         return None
-    return {
-        "step": found[0]["step"],
-        "first": found[0].get("first"),
-        "suspects": [str(s) for s in found[0]["suspects"]],
-    }
+    first = None if diagnosis.first is None else asdict(diagnosis.first)
+    return DiagnosisSummary(diagnosis.step, first, diagnosis.suspects)
 
 
-def _part(records: Records, part: Part) -> dict[str, Any]:
-    states = Counter(one.state for one in part.seen)
-    return {
-        "step": part.step,
-        "episodes": len(part.seen),
-        "rescored": states["identical"] + states["different"],
-        "not_comparable": states["not_comparable"],
-        **numbers(part.mismatch, True),
-        "checkpoint_digest": part.weights_digest,
-        "recorded_digest": records.sampled_with(part.step),
-    }
+def _step(records: Records, checked: CheckedStep) -> StepCounts:
+    states = Counter(one.state for one in checked.episodes)
+    return StepCounts(
+        step=checked.step,
+        episodes=len(checked.episodes),
+        rescored=states["identical"] + states["different"],
+        not_comparable=states["not_comparable"],
+        counts=_counts(checked.mismatch),
+        checkpoint_digest=checked.weights_digest,
+        recorded_digest=records.sampled_with(checked.step),
+    )
 
 
-def _conflict(one: Seen) -> dict[str, Any]:
+def _conflict(one: CheckedEpisode) -> Conflict:
     assert one.why_not is not None
     reason, text = one.why_not
-    return {"step": one.step, "episode": one.episode.name, "reason": str(reason), "text": text}
+    return Conflict(one.step, one.episode.name, reason, text)
 
 
-def first_difference(seen: Sequence[Seen]) -> dict[str, Any] | None:
-    """The first sampled token whose bits differ, in the order of steps, episodes and positions."""
-    for one in seen:
+def _first_difference(episodes: Sequence[CheckedEpisode]) -> FirstDifference | None:
+    for one in episodes:
         if one.state != "different" or one.logprob is None:
             continue
         place = int((one.token_differs | one.row_differs).nonzero()[0])
         position = int(one.episode.text.sampled_at[place])
-        return {
-            "step": one.step,
-            "episode": one.episode.name,
-            "position": position,
-            "chunk": int(one.episode.text.chunk[place]),
-            "token": int(one.episode.tokens[position]),
-            "sampler": exact(one.episode.text.logprob[place].item()),
-            "learner": exact(one.logprob[place].item()),
-            "row_differs": bool(one.row_differs[place]),
-        }
+        return FirstDifference(
+            step=one.step,
+            episode=one.episode.name,
+            position=position,
+            chunk=int(one.episode.text.chunk[place]),
+            token=int(one.episode.tokens[position]),
+            sampler=exact(one.episode.text.logprob[place].item()),
+            learner=exact(one.logprob[place].item()),
+            row_differs=bool(one.row_differs[place]),
+        )
     return None

@@ -1,4 +1,4 @@
-"""One whole step in this process: the audit passes on the real thing and stops a step that is not on-policy."""
+"""One whole step in this process: the identity check passes on the real thing and stops a step off policy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from reward.source import RewardSource
 from rl import loop
+from rl.audit.diagnosis.diagnose import diagnose
 from rl.config import RLConfig, TrainConfig
-from rl.identity import Mismatch, NotComparableError, NotEqualError
+from rl.identity import Evidence, Mismatch, NotComparableError, NotEqualError, check_identity
 from rl.learner import policy_gradient
 from rl.rollers import build_engine
 from rl.run import build_model
@@ -42,14 +43,19 @@ def episodes(engine: SessionEngine, bank: SpeechBank) -> list[Episode]:
     return play(engine, loop.plays(CONFIG, bank, 0), CONFIG.seed)
 
 
-def audit(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
+def checked(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     gradient = policy_gradient(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
-    return loop.audit(engine.model, episodes, gradient, step=7, micro_batch=2)
+    return check_identity(Evidence(7, episodes, gradient.logprob, gradient.digest, 2))
+
+
+def diagnosis(engine: SessionEngine, error: NotEqualError) -> str:
+    assert error.evidence is not None
+    return diagnose(engine.model, error.evidence).sentence()
 
 
 def test_every_sampled_token_is_equal(engine: SessionEngine, episodes: list[Episode]) -> None:
-    found = audit(engine, episodes)
+    found = checked(engine, episodes)
     assert found.num_tokens == sum(len(e.text.chunk) for e in episodes) >= 4 * 60
     assert (found.num_unequal, found.rows_unequal, found.max_abs) == (0, 0, 0.0)
 
@@ -69,8 +75,9 @@ def test_changed_weights_stop_the_step(engine: SessionEngine, episodes: list[Epi
     with torch.no_grad():
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
     engine.model.repack()
-    with pytest.raises(NotEqualError, match=r"step 7, episode \w+/train/\d#\d, token \d+ .*weights\s+that changed"):
-        audit(engine, episodes)
+    with pytest.raises(NotEqualError, match=r"step 7, episode \w+/train/\d#\d, token \d+ .*") as caught:
+        checked(engine, episodes)
+    assert "weights that changed" in diagnosis(engine, caught.value)
 
 
 def test_batch_variant_op_is_caught_and_located(
@@ -88,8 +95,9 @@ def test_batch_variant_op_is_caught_and_located(
     monkeypatch.setattr(mlp, "forward", variant)
     engine.model.repack()  # which looks the forwards up
     episodes = play(engine, loop.plays(CONFIG, bank, 0), CONFIG.seed)
-    with pytest.raises(NotEqualError, match=r"first activation that differs is layers\.1\.mlp at row 0"):
-        audit(engine, episodes)
+    with pytest.raises(NotEqualError) as caught:
+        checked(engine, episodes)
+    assert "first activation that differs is layers.1.mlp at row 0" in diagnosis(engine, caught.value)
 
 
 def test_one_wrong_row_digest_stops_the_step(engine: SessionEngine, episodes: list[Episode]) -> None:
@@ -97,7 +105,7 @@ def test_one_wrong_row_digest_stops_the_step(engine: SessionEngine, episodes: li
     digest[5] ^= 1
     forged = [*episodes[:2], with_text(episodes[2], digest=digest), episodes[3]]
     with pytest.raises(NotEqualError, match=f"episode {episodes[2].name}"):
-        audit(engine, forged)
+        checked(engine, forged)
 
 
 def test_loop_refuses_episodes_of_other_weights(

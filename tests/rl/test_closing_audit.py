@@ -1,9 +1,11 @@
-"""How a run ends follows its closing audit: a bit that differs there ends every process badly, once all is written; and
-a run that saved no episode says that nothing could be re-scored. Launched as the README launches a run."""
+"""How a run of two processes ends: a bit that differs in one of them, in a step or in the closing audit, ends both
+badly once all is written; and a run that saved no episode says that nothing could be re-scored. Launched as the README
+launches a run."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -17,20 +19,28 @@ BODY = """
 import sys
 from dataclasses import replace
 
+import rl.loop
 import rl.run
+from rl import ranks
 from rl.train import main as train
 from tests.episodes import with_text
 from tests.rl.audit.runs import flip
 
-honest = rl.run.save_episodes
+save, gradient = rl.run.save_episodes, rl.loop.policy_gradient
 
-def tampered(path, episodes):
+def other_saved(path, episodes):
     first, *rest = episodes
-    honest(path, [with_text(first, logprob=flip(first.text.logprob, 0)), *rest] if "rank_1" in path.name else episodes)
+    save(path, [with_text(first, logprob=flip(first.text.logprob, 0)), *rest] if "rank_1" in path.name else episodes)
+
+def other_learned(*arguments):
+    honest = gradient(*arguments)
+    return replace(honest, logprob=flip(honest.logprob, 0)) if ranks.rank() == 1 else honest
 
 def main():
-    if {tamper}:
-        rl.run.save_episodes = tampered
+    if {tamper!r} == "saved":
+        rl.run.save_episodes = other_saved
+    if {tamper!r} == "learned":
+        rl.loop.policy_gradient = other_learned
     train({arguments!r})
 """
 RUN = [
@@ -39,14 +49,14 @@ RUN = [
 ]  # fmt: skip
 
 
-def run(folder: Path, *arguments: str, tamper: bool = False) -> CompletedProcess[str]:
+def run(folder: Path, *arguments: str, tamper: str = "") -> CompletedProcess[str]:
     """Of two processes."""
     body = BODY.format(tamper=tamper, arguments=[*RUN, "--runs", str(folder / "runs"), *arguments])
     return launch(folder, body, METRONOME_BACKEND="cpu", OMP_NUM_THREADS="1")
 
 
 def test_a_run_whose_closing_audit_says_different_ends_badly(tmp_path: Path) -> None:
-    done = run(tmp_path, tamper=True)
+    done = run(tmp_path, tamper="saved")
     assert done.returncode != 0 and "Audit: different. 1 of" in done.stdout
     folder = tmp_path / "runs/small"
     says = "error: the closing audit found bits that differ between sampler and learner, though every step's own check"
@@ -58,6 +68,19 @@ def test_a_run_whose_closing_audit_says_different_ends_badly(tmp_path: Path) -> 
     assert summary["mismatch/num_unequal"] == 0 < summary["mismatch/num_tokens"]
     assert (report["verdict"], report["num_unequal"]) == ("different", 1)
     assert (folder / "audit/report.html").is_file() and (folder / "checkpoints/step_000001/manifest.json").is_file()
+
+
+def test_a_step_in_which_one_process_differs_is_refused_by_both(tmp_path: Path) -> None:
+    done = run(tmp_path, tamper="learned")
+    assert done.returncode != 0 and "Audit: different. The run stopped at step 0: 1 of" in done.stdout
+    says = r"^error: step 0, episode (\S+), token .*; 1 log-probs and 0 rows of \d+ tokens differ\. The step was not"
+    (episode,) = re.findall(says, done.stderr, re.MULTILINE)
+    assert "Replayed, all activations agree." in done.stderr
+    assert "[rank" not in done.stderr, "a traceback of ours"
+    assert "ended unexpectedly" not in done.stderr and "gloo" not in done.stderr, "a process was left waiting"
+    difference = json.loads((tmp_path / "runs/small/audit/difference.json").read_text())
+    assert (difference["step"], difference["episode"], difference["first"]) == (0, episode, None)
+    assert not (tmp_path / "runs/small/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("every", ["1", "0"])

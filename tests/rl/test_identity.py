@@ -1,6 +1,8 @@
 """The comparison itself: it must see a single ulp, a single digest, and other weights."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,3 +76,11 @@ def test_a_stream_that_the_learner_does_not_score_is_not_comparable() -> None:
     check_comparable([one], "c0", "w0")
     with pytest.raises(NotComparableError, match="sampled in voice beside text"):
         check_comparable([dataclasses.replace(one, streams={**one.streams, "voice": one.text})], "c0", "w0")
+
+
+@pytest.mark.parametrize(("module", "uses"), [("rl.loop", False), ("rl.run", True)])
+def test_the_loop_knows_no_audit(module: str, uses: bool) -> None:
+    """Its caller does (the control)."""
+    code = f"import sys, {module}; print(any(name.startswith('rl.audit') for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(uses)

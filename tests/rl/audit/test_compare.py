@@ -14,7 +14,8 @@ import pytest
 from kernels.errors import MetronomeError
 from rl.audit.command import main
 from rl.audit.compare import compare_runs
-from rl.audit.page import FOLDER
+from rl.audit.document import to_json
+from rl.audit.schema import schema
 from rollout.episode import load_episodes, save_episodes
 from tests.episodes import with_text
 from tests.rl.audit.runs import changed, first_file, flip, tamper
@@ -26,10 +27,10 @@ def other(made: Path, tmp_path: Path) -> Path:
 
 
 def compared(a: Path, b: Path) -> dict[str, Any]:
-    report = compare_runs(a, b, a / "audit/compare")
-    jsonschema.validate(report, json.loads((FOLDER / "schema.json").read_text()))
+    report = to_json(compare_runs(a, b, a / "audit/compare"))
+    jsonschema.validate(report, schema())
     assert json.loads((a / "audit/compare/report.json").read_text()) == report
-    return report
+    return dict(report)
 
 
 def test_a_copy_is_the_same_run_however_many_processes_sampled(run: Path, other: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from rl.audit.compare import compare_runs
 from rl.audit.records import Records, read
+from rl.audit.replay.rescore import CheckedEpisode, CheckedStep, rescore
 from rl.audit.report import audit, run_page
-from rl.audit.rescore import Part, Seen, rescore
 from rollout.chunk import Action, Mode
 from tests.episodes import with_text
 from tests.rl.audit.browser import Tab, chromium, tab
@@ -156,7 +156,7 @@ def test_words_names_and_recipes_are_only_text(browser: Tab, run: Path) -> None:
     (run / "audit").mkdir()
     table = {"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "note": HOSTILE}
     (run / "audit/matrix.json").write_text(json.dumps({"tables": [table]}))
-    assert audit(run)["verdict"] == "not_comparable"
+    assert audit(run).verdict == "not_comparable"
     assert "<script>window" not in (run / "audit/report.html").read_text()
     browser.open(run / "audit/report.html")
     browser.settle()
@@ -190,12 +190,12 @@ def test_a_comparison_opens(browser: Tab, run: Path, made: Path, tmp_path: Path)
     assert browser.run("document.getElementById('episodes').hidden")
 
 
-def large(records: Records, steps: int, episodes: int) -> tuple[Records, list[Part]]:
+def large(records: Records, steps: int, episodes: int) -> tuple[Records, list[CheckedStep]]:
     """As a long run would leave them: the audio of every scenario is another one, six rollouts share it."""
     metrics = [record(step, f"{step:032x}", 3000) for step in range(steps)]
     for one in metrics:
         one["reward/mean"] = (one["step"] * 7919 % 1000) / 250 - one["step"] / steps
-    seen = [one for part in rescore(records) for one in part.seen]
+    seen = [one for step in rescore(records) for one in step.episodes]
     generator, many = torch.Generator().manual_seed(0), []
     for i in range(episodes):
         source = seen[i % len(seen)]
@@ -203,8 +203,11 @@ def large(records: Records, steps: int, episodes: int) -> tuple[Records, list[Pa
             noise = torch.randint(-1, 2, source.episode.codes.shape, generator=generator)
         codes = (source.episode.codes.long() + noise).clamp(0, 15).to(torch.uint8)
         named = replace(source.episode, scenario=f"{source.episode.family}/train/{i // 6}", rollout=i % 6, codes=codes)
-        many.append(Seen(i // 48, named, None, source.logprob, source.digest))
-    parts = [Part(step, [one for one in many if one.step == step], None) for step in sorted({one.step for one in many})]
+        many.append(CheckedEpisode(i // 48, named, None, source.logprob, source.digest))
+    parts = [
+        CheckedStep(step, [one for one in many if one.step == step], None)
+        for step in sorted({one.step for one in many})
+    ]
     return replace(records, metrics=metrics), parts
 
 
@@ -216,7 +219,7 @@ def test_ten_thousand_steps_and_five_thousand_episodes_open_in_two_seconds(
     start = time.perf_counter()
     report, text = run_page(records, parts)
     built_s = time.perf_counter() - start
-    assert (report["rescored"]["episodes"], len(report["weights"])) == (5_000, 10_000)
+    assert (report.rescored.episodes, len(report.weights)) == (5_000, 10_000)
     path = tmp_path / "large.html"
     path.write_text(text)
     seconds = min(browser.open(path) for _ in range(3))

@@ -10,8 +10,8 @@ import torch
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
-from rl.audit import matrix
-from rl.audit.sides import Side
+from rl.study import matrix
+from rl.study.variants import Variant
 from rollout.speech import SpeechBank
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -23,7 +23,7 @@ def test_vllm_samples_what_the_learner_scores_in_both_types(tmp_path: Path) -> N
     checkpoint.save(model, tmp_path / "model")
     items = matrix.scenarios(SpeechBank.load(), 2)
     for dtype in (torch.float32, torch.bfloat16):
-        side = Side.load("ours", tmp_path / "model", dtype)
-        many, single = (matrix.sampled(side, "vllm", items, slots) for slots in (2, 1))
-        for found in (matrix.sampled_apart(many, single), matrix.learner_apart(side, many)):
+        variant = Variant.load("ours", tmp_path / "model", dtype)
+        many, single = (matrix.sampled(variant, "vllm", items, slots) for slots in (2, 1))
+        for found in (matrix.sampled_apart(many, single), matrix.learner_apart(variant, many)):
             assert (found.num_unequal, found.rows_unequal) == (0, 0) and found.num_tokens > 100

@@ -9,7 +9,7 @@ import torch
 
 from model.config import preset
 from model.transformer import InteractionModel
-from rl.traffic import episode_bytes, main, traffic
+from rl.study.traffic import episode_bytes, main, traffic
 from rollout.chunk import CHUNK_SAMPLES, Mode
 from rollout.embedded import SessionEngine
 from rollout.episode import tensors

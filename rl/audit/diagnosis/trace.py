@@ -55,11 +55,12 @@ class Trace:
         self._names = {tensor.data_ptr(): _short(name) for name, tensor in named}
         self.entries: dict[str, Entry] = {}
         self._block = "embed"
-        self._rows, self._mine, self._audio = 0, slice(0, 0), slice(0, 0)
+        self._rows, self._kept, self._audio = 0, slice(0, 0), slice(0, 0)
 
-    def begin(self, rows: int, mine: slice, audio: slice) -> None:
-        """Of a call over ``rows`` rows the ``mine`` are kept; ``audio``: which of the call's audio rows these are."""
-        self._rows, self._mine, self._audio = rows, mine, audio
+    def begin(self, rows: int, kept: slice, audio: slice) -> None:
+        """Of a call over ``rows`` rows the ``kept`` ones enter the trace; ``audio``: which of the call's audio rows
+        these are."""
+        self._rows, self._kept, self._audio = rows, kept, audio
 
     def see(self, call: Call) -> None:
         if call.op in ("sample", "logprob"):  # their results are added as log-prob and digest
@@ -81,23 +82,23 @@ class Trace:
 
     def _keep(self, name: str, op: str, function: str, value: Tensor, weights: Tensor | None) -> None:
         fan_out, rest = divmod(value.shape[0], self._rows)
-        mine = self._mine
+        kept = self._kept
         if rest or not fan_out:  # a row for each audio token only
-            fan_out, mine = 1, self._audio
-        if mine.stop == mine.start:
+            fan_out, kept = 1, self._audio
+        if kept.stop == kept.start:
             return
         entry = self.entries.setdefault(name, Entry(op, function))
-        part = value.detach()[mine.start * fan_out : mine.stop * fan_out]
-        entry.pieces.append(part.reshape(mine.stop - mine.start, -1).clone())
-        entry.calls += [self._rows] * (mine.stop - mine.start)
+        part = value.detach()[kept.start * fan_out : kept.stop * fan_out]
+        entry.pieces.append(part.reshape(kept.stop - kept.start, -1).clone())
+        entry.calls += [self._rows] * (kept.stop - kept.start)
         if weights is not None:
-            entry.weights.append(weights.detach()[mine].clone())
+            entry.weights.append(weights.detach()[kept].clone())
 
     def _place(self, call: Call) -> str:
         known = [self._names[t.data_ptr()] for t in _tensors(call) if t.data_ptr() in self._names]
         if not known:
             return self._block
-        self._block = found[0] if (found := _BLOCK.match(known[0])) else known[0]
+        self._block = block[0] if (block := _BLOCK.match(known[0])) else known[0]
         if len(known) == 1:
             return known[0]
         leaves = "+".join(name.rsplit(".", 1)[1] for name in known)
@@ -121,16 +122,16 @@ def _short(name: str) -> str:
 
 def _tensors(call: Call) -> list[Tensor]:
     """The arguments among which an op's parameters are; of experts the routed ones stand for all."""
-    found: list[Tensor] = []
+    parameters: list[Tensor] = []
     for argument in call.arguments:
         match argument:
             case Tensor():
-                found.append(argument)
+                parameters.append(argument)
             case PackedLinear():
-                found += argument.parts
+                parameters += argument.parts
             case PackedExperts():
-                found.append(argument.groups[0][0])
-    return found
+                parameters.append(argument.groups[0][0])
+    return parameters
 
 
 @torch.no_grad()

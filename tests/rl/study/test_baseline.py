@@ -13,7 +13,7 @@ from kernels.reference import naive
 from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
-from rl.audit import baseline
+from rl.study import baseline
 from tests.kernels.contract import uneven
 
 
@@ -33,11 +33,11 @@ def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     content = baseline.run(tmp_path / "model", tmp_path / "out", 2, evaluated=1, groups=2, rollouts=2)
     assert dispatch.backend().NAME != "naive"
     ends, curves = content["tables"]
-    assert [row[0] for row in ends["rows"]] == [arm.name for arm in baseline.ARMS]
+    assert [row[0] for row in ends["rows"]] == [method.name for method in baseline.METHODS]
     by_name = {row[0]: dict(zip(ends["columns"], row, strict=True)) for row in ends["rows"]}
     assert by_name["ours"]["tokens unequal, %"] == by_name["ours"]["k3, worst step"] == by_name["ours"]["max abs"] == 0
     bf16 = by_name["bf16 sampler + importance weights"]
     assert bf16["tokens unequal, %"] > 0 and bf16["max abs"] > by_name["naive + importance weights"]["max abs"] > 0
-    assert len(curves["rows"]) == 2 * len(baseline.ARMS)
+    assert len(curves["rows"]) == 2 * len(baseline.METHODS)
     assert json.loads((tmp_path / "out" / "baseline.json").read_text()) == content
     assert (tmp_path / "out" / "baseline.png").read_bytes().startswith(b"\x89PNG")

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,12 @@ from kernels.layout import PackedLinear
 from kernels.reference import attention as reference_attention
 from model.config import preset
 from model.transformer import InteractionModel
-from rl import loop
-from rl.audit import trace
-from rl.audit.diagnose import Diagnosis, diagnose, gaps
+from rl import ranks
+from rl.audit.diagnosis import trace
+from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
+from rl.audit.diagnosis.differences import compare_traces
 from rl.config import TrainConfig
-from rl.identity import NotEqualError
+from rl.identity import Evidence, NotEqualError, check_identity
 from rl.learner import Gradient, policy_gradient
 from rl.run import DIFFERENCE, Run
 from rollout.embedded import SessionEngine
@@ -63,7 +65,7 @@ def learned(model: InteractionModel, episodes: list[Episode]) -> Gradient:
 
 def explained(model: InteractionModel, episodes: list[Episode], sampling: InteractionModel | None = None) -> Diagnosis:
     g = learned(model, episodes)
-    return diagnose(model, episodes, g.logprob, g.digest, g.owner, 0, 2, sampling)
+    return diagnose(model, Evidence(0, episodes, g.logprob, g.digest, 2), sampling)
 
 
 def faulty(
@@ -110,7 +112,7 @@ def other_split(_: Any, *arguments: Any) -> Tensor:
         reference_attention.SPLIT_TOKENS = before
 
 
-def test_healthy_model_has_no_gap_in_any_way_to_run_it(model: InteractionModel) -> None:
+def test_a_healthy_model_differs_in_no_op_however_it_runs(model: InteractionModel) -> None:
     episodes = sampled(model)
     ways = [
         trace.sampler(model, episodes, 1, VOCABULARY.classes),
@@ -121,9 +123,9 @@ def test_healthy_model_has_no_gap_in_any_way_to_run_it(model: InteractionModel) 
         trace.learner(model, episodes[1:2], 0, VOCABULARY.classes),
     ]
     for way in ways:
-        found = gaps(ways[0], way)
-        assert [gap.name for gap in found if gap.rows_unequal] == []
-        assert len(found) == len(ways[0].entries) == len(way.entries)
+        compared = compare_traces(ways[0], way)
+        assert [op.name for op in compared if op.rows_unequal] == []
+        assert len(compared) == len(ways[0].entries) == len(way.entries)
     names = list(ways[0].entries)
     layer = [name.removeprefix("layers.2.") for name in names if name.startswith("layers.2.")]
     assert layer == [
@@ -169,7 +171,7 @@ def test_one_ulp_of_one_weight(model: InteractionModel) -> None:
         f"one weight differs: model.language_model.layers.2.self_attn.o_proj.weight[{row}, {column}], by one ulp"
         in found.suspects
     )
-    assert not any(gap.rows_unequal for gap in found.growth if gap.name.startswith(("embed", "layers.0", "layers.1")))
+    assert not any(op.rows_unequal for op in found.growth if op.name.startswith(("embed", "layers.0", "layers.1")))
     # Without the sampler's model the replay cannot show it, but the digest does.
     assert any("weights that changed between sampling and learning" in s for s in explained(model, episodes).suspects)
 
@@ -200,32 +202,59 @@ def test_naive_matmul_on_one_layer(model: InteractionModel, monkeypatch: pytest.
     assert any("depends on the number of rows" in s and "< 8 in the sampler" in s for s in found.suspects)
 
 
-def test_the_loop_raises_with_the_whole_diagnosis(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_raises_with_what_a_diagnosis_needs(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty(monkeypatch, model, 1, "mlp", "moe_combine", swapped_experts)
     episodes = sampled(model)
-    with pytest.raises(
-        NotEqualError, match=r"first activation that differs is layers\.1\.mlp \(moe_combine\)"
-    ) as caught:
-        loop.audit(model, episodes, learned(model, episodes), step=4, micro_batch=2)
-    difference = pickle.loads(pickle.dumps(caught.value)).difference  # as ranks exchange it
+    g = learned(model, episodes)
+    with pytest.raises(NotEqualError, match=r"step 4, episode noise/train/0#0, token \d+ .* was not taken") as caught:
+        check_identity(Evidence(4, episodes, g.logprob, g.digest, 2))
+    evidence = pickle.loads(pickle.dumps(caught.value)).evidence  # as processes exchange errors
+    difference = diagnose(model, evidence).to_json()
     assert difference["step"] == 4 and difference["first"]["op"] == "moe_combine"
     assert difference["mismatch"]["mismatch/num_unequal"] > 0 and difference["mismatch"]["mismatch/k3"] >= 0
     for table in difference["tables"]:
         assert all(len(row) == len(table["columns"]) for row in table["rows"]) and table["rows"]
 
 
-def test_a_run_that_stops_leaves_the_diagnosis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = {"mismatch/num_tokens": 9, "mismatch/num_unequal": 2, "mismatch/rows_unequal": 3}
-    difference = {"step": 0, "mismatch": counts, "first": {"name": "layers.1.mlp"}, "suspects": [], "tables": []}
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_rank_raises_and_only_those_that_differ_have_evidence(
+    model: InteractionModel, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    episodes = sampled(model)
+    g = learned(model, episodes)
+    good = Evidence(4, episodes, g.logprob, g.digest, 2)
+    bad = replace(good, digest=g.digest ^ 1)
+    words = bad.describe()
+    monkeypatch.setattr(ranks, "gather", lambda own: [own, (bad.mismatch(), words)])
+    with pytest.raises(NotEqualError, match="log-probs and") as caught:
+        check_identity([good, bad][first])
+    assert str(caught.value).startswith(words) and (caught.value.evidence is None) == (first == 0)
+    monkeypatch.setattr(ranks, "gather", lambda own: [own, own])  # the control
+    assert check_identity(good).num_tokens == 2 * len(g.logprob)
 
-    def stops(*_: Any) -> None:
-        raise NotEqualError("not equal", difference)
+
+def test_a_run_that_stops_leaves_the_diagnosis(
+    model: InteractionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty(monkeypatch, model, 1, "mlp", "moe_combine", swapped_experts)
+    episodes = sampled(model)
+    g = learned(model, episodes)
+    evidence = Evidence(0, episodes, g.logprob, g.digest, 2)
+    counts = evidence.mismatch()
+
+    def stops(run: Run, *_: Any) -> None:
+        run.model = model
+        check_identity(evidence)
 
     monkeypatch.setattr(Run, "begin", lambda _: (SimpleNamespace(), SimpleNamespace(before=SimpleNamespace(score={}))))
     monkeypatch.setattr(Run, "learn", stops)
-    with pytest.raises(NotEqualError):
+    with pytest.raises(
+        NotEqualError, match=r"the last checkpoint stands\. The first activation that differs is layers\.1\.mlp \(moe"
+    ):
         Run(TrainConfig(runs=str(tmp_path)), "name: quickstart\n", False).execute()
-    assert json.loads((tmp_path / "quickstart" / DIFFERENCE).read_text()) == difference
+    difference = json.loads((tmp_path / "quickstart" / DIFFERENCE).read_text())
+    assert difference == diagnose(model, evidence).to_json()
     report = json.loads((tmp_path / "quickstart/audit/report.json").read_text())
-    assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 2, 3)
-    assert report["diagnosis"]["first"]["name"] == "layers.1.mlp"
+    assert (report["verdict"], report["num_unequal"]) == ("different", counts.num_unequal)
+    assert report["rows_unequal"] == counts.rows_unequal > 0
+    assert report["diagnosis"]["first"] == difference["first"]

@@ -1,7 +1,7 @@
 """What the matrix compares: our kernels and naive torch, each with one checkpoint's weights, and ways to score tokens.
 
-A `Side` is a model whose weights are packed for one backend; `active` runs the ops through that backend. Every way to
-score gives the log-prob and row digest of the same sampled tokens, so that two ways can be compared bit for bit.
+A `Variant` is a model whose weights are packed for one backend; `active` runs the ops through that backend. Every way
+to score gives the log-prob and row digest of the same sampled tokens, so that two ways can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SPARE_SLOTS = 4  # of a session state: for forks and for sessions that scatter t
 
 
 @dataclass(frozen=True)
-class Side:
+class Variant:
     name: str  # "ours" or "naive torch"
     dtype: str  # "float32" or "bfloat16"
     model: InteractionModel
@@ -42,51 +42,51 @@ class Side:
     backend: Backend
 
     @staticmethod
-    def load(name: str, folder: Path, dtype: torch.dtype) -> Side:
+    def load(name: str, folder: Path, dtype: torch.dtype) -> Variant:
         backends: dict[str, Backend] = {"ours": dispatch.backend(), "naive torch": naive}
         backend = backends[name]
         with dispatch.substituted(backend):
             model = checkpoint.load(folder, dtype)
         short = str(dtype).removeprefix("torch.")
-        return Side(name, short, model, Vocabulary.build(model.vocab), backend)
+        return Variant(name, short, model, Vocabulary.build(model.vocab), backend)
 
     def active(self) -> AbstractContextManager[None]:
         return dispatch.substituted(self.backend)
 
 
-def both(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Side]:
-    return [Side.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
+def load_variants(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Variant]:
+    return [Variant.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
 
 
-Start = Callable[["Side", int, int], AbstractContextManager[Engine]]
-"""Starts an engine for a side: slots, longest context in tokens."""
+Start = Callable[["Variant", int, int], AbstractContextManager[Engine]]
+"""Starts an engine for a variant: slots, longest context in tokens."""
 
 
-def session_engine(side: Side, slots: int, max_tokens: int) -> Engine:
-    return SessionEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens)
+def session_engine(variant: Variant, slots: int, max_tokens: int) -> Engine:
+    return SessionEngine(variant.model, variant.vocabulary, slots=slots, max_tokens=max_tokens)
 
 
-def _session(side: Side, slots: int, max_tokens: int) -> AbstractContextManager[Engine]:
-    return nullcontext(session_engine(side, slots, max_tokens))
+def _session(variant: Variant, slots: int, max_tokens: int) -> AbstractContextManager[Engine]:
+    return nullcontext(session_engine(variant, slots, max_tokens))
 
 
 @contextmanager
-def _vllm(side: Side, slots: int, max_tokens: int) -> Iterator[Engine]:
+def _vllm(variant: Variant, slots: int, max_tokens: int) -> Iterator[Engine]:
     """Ended afterwards: a process holds one vLLM at a time."""
     from rollout.vllm.engine import VllmEngine
 
-    engine = VllmEngine(side.model, side.vocabulary, slots=slots, max_tokens=max_tokens)
+    engine = VllmEngine(variant.model, variant.vocabulary, slots=slots, max_tokens=max_tokens)
     try:
         yield engine
     finally:
         engine.core.close()
 
 
-def engines(side: Side) -> dict[str, Start]:
-    """Every engine there is for a side, by name; each gets a row of its own. vLLM, where installed, runs our kernels
+def engines(variant: Variant) -> dict[str, Start]:
+    """Every engine there is for a variant, by name; each gets a row of its own. vLLM, where installed, runs our kernels
     only."""
     found: dict[str, Start] = {"session": _session}
-    if side.name == "ours" and missing() is None:
+    if variant.name == "ours" and missing() is None:
         found["vllm"] = _vllm
     return found
 
@@ -102,21 +102,23 @@ class Scored:
         return compare(other.logprob, self.logprob, other.digest, self.digest)
 
 
-def whole(side: Side, episodes: Sequence[Episode], together: int = 1) -> Scored:
+def whole(variant: Variant, episodes: Sequence[Episode], together: int = 1) -> Scored:
     """Without a cache, ``together`` episodes in one pass."""
-    with torch.no_grad(), side.active():
+    with torch.no_grad(), variant.active():
         parts = []
         for first in range(0, len(episodes), together):
-            batch = collate(episodes[first : first + together], side.model.audio_token_id)
-            logprob, _, digest = score_choices(side.model, batch, side.vocabulary.classes, episodes[0].temperature)
+            batch = collate(episodes[first : first + together], variant.model.audio_token_id)
+            logprob, _, digest = score_choices(
+                variant.model, batch, variant.vocabulary.classes, episodes[0].temperature
+            )
             parts.append((logprob, digest))
     logprobs, digests = zip(*parts, strict=True)
     return Scored(torch.cat(logprobs).cpu(), torch.cat(digests).cpu())
 
 
-def first_of(side: Side, episodes: Sequence[Episode]) -> Scored:
+def first_of(variant: Variant, episodes: Sequence[Episode]) -> Scored:
     """The first episode's tokens, with all episodes in one pass."""
-    scored, n = whole(side, episodes, len(episodes)), len(episodes[0].text.sampled_at)
+    scored, n = whole(variant, episodes, len(episodes)), len(episodes[0].text.sampled_at)
     return Scored(scored.logprob[:n], scored.digest[:n])
 
 
@@ -134,12 +136,12 @@ class Cuts:
     scattered: bool = False  # the pages lie in another order
 
 
-def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
+def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
     """Through a session's cache."""
     longest = max(int(e.text.sampled_at[-1]) for e in episodes)
     slots = 2 * len(episodes) + SPARE_SLOTS
-    with torch.no_grad(), side.active():
-        model = side.model
+    with torch.no_grad(), variant.active():
+        model = variant.model
         state = SessionState(model.config, slots, longest, model.dtype, max_rows=len(episodes) * longest)
         if cuts.scattered:
             _scatter(state, longest)
@@ -161,7 +163,7 @@ def cached(side: Side, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
         at = [(e.text.sampled_at - 1).to(model.device) for e in episodes]
         rows = torch.cat([torch.cat(h)[a] for h, a in zip(hidden, at, strict=True)])
         batch = collate(episodes, model.audio_token_id)
-        logprob, _, digest = side.vocabulary.classes.score(
+        logprob, _, digest = variant.vocabulary.classes.score(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
         )
     return Scored(logprob.cpu(), digest.cpu())

@@ -1,4 +1,4 @@
-"""``python -m rl.audit.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
+"""``python -m rl.study.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
 
 One recipe, one checkpoint and one seed, several runs side by side: ours (`rl.loop`, exact or stopped), naive torch
 (`kernels.reference.naive`), whose sampler and learner differ in their last bits, and a bf16 sampler with an fp32
@@ -14,7 +14,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # the checks must come before any import of our own packages
     from model.startup import run_command
 
-    run_command("rl.audit.baseline")
+    run_command("rl.study.baseline")
 
 import argparse
 import json
@@ -35,6 +35,8 @@ from model.files import write_whole
 from model.transformer import InteractionModel
 from reward.source import RewardSource
 from rl import loop, ranks
+from rl.audit.document import to_json
+from rl.audit.table import Cell, Table
 from rl.batch import collate, score_choices
 from rl.config import EvalConfig, RLConfig, TrainConfig
 from rl.credit import Scales, token_weights
@@ -54,8 +56,8 @@ RATIO_MEAN, RATIO_MAX, TRUNCATED = "ratio/mean", "ratio/max", "ratio/truncated"
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One of the runs."""
+class Method:
+    """How one of the runs samples and learns."""
 
     name: str
     naive: bool = False  # naive torch's ops in sampler and learner; else our kernels
@@ -70,28 +72,28 @@ class Arm:
         return dispatch.substituted(naive) if self.naive else nullcontext()
 
 
-ARMS = (
-    Arm("ours"),
-    Arm("naive + importance weights", naive=True, weights=True),
-    Arm("bf16 sampler + importance weights", sampler=torch.bfloat16, weights=True),
-    Arm("bf16 sampler", sampler=torch.bfloat16),
+METHODS = (
+    Method("ours"),
+    Method("naive + importance weights", naive=True, weights=True),
+    Method("bf16 sampler + importance weights", sampler=torch.bfloat16, weights=True),
+    Method("bf16 sampler", sampler=torch.bfloat16),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    arm: str
+    method: str
     records: list[dict[str, Any]]  # one a step, with the names of metrics.jsonl
     before: float  # held-out score
     after: float
     wall_s: float
 
 
-def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Result:
+def train(method: Method, config: TrainConfig, folder: Path, bank: SpeechBank) -> Result:
     """One run from the checkpoint; the caller has joined a world of processes (`rl.ranks`)."""
-    with arm.backend():
+    with method.backend():
         model = checkpoint.load(folder, torch.float32)
-        sampling = model if arm.sampler == torch.float32 else checkpoint.load(folder, arm.sampler)
+        sampling = model if method.sampler == torch.float32 else checkpoint.load(folder, method.sampler)
         roller = InProcess(build_engine(config, sampling))
         source = RewardSource.load(config.reward, config.source)
         held_out = [
@@ -103,17 +105,17 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
         before = evaluate(roller, held_out, source, config.seed, temperature).score[""]
         learner = Learner(model, config.rl.optim, config.rl.steps)
         clock = time.perf_counter()
-        if arm.exact:
+        if method.exact:
             records = [step.metrics for step in loop.steps(config, bank, roller, learner, source, None, 0, {})]
         else:
-            records = list(_inexact(arm, config, bank, roller, learner, source, sampling))
+            records = list(_inexact(method, config, bank, roller, learner, source, sampling))
         wall_s = time.perf_counter() - clock
         after = evaluate(roller, held_out, source, config.seed, temperature).score[""]
-        return Result(arm.name, records, before, after, wall_s)
+        return Result(method.name, records, before, after, wall_s)
 
 
 def _inexact(
-    arm: Arm,
+    method: Method,
     config: TrainConfig,
     bank: SpeechBank,
     roller: Roller,
@@ -130,7 +132,7 @@ def _inexact(
         credit = token_weights(episodes, judged.acting, [], config.rl, scales)
         weights, scales = credit.weights, credit.scales
         extra: dict[str, float] = {}
-        if arm.weights:
+        if method.weights:
             ratio = ratios(learner.model, episodes, micro_batch)
             weights = truncated(weights, ratio)
             every = torch.cat(ratio)
@@ -165,9 +167,10 @@ def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor
     return [w * r.clamp(max=CAP) for w, r in zip(weights, ratio, strict=True)]
 
 
-def tables(results: Sequence[Result]) -> list[dict[str, Any]]:
+def tables(results: Sequence[Result]) -> list[Table]:
     """What came out, and the curves."""
-    ends, curves = [], []
+    ends: list[list[Cell]] = []
+    curves: list[list[Cell]] = []
     for r in results:
         k3 = [record["mismatch/k3"] for record in r.records]
         tokens = sum(record["mismatch/num_tokens"] for record in r.records)
@@ -176,31 +179,29 @@ def tables(results: Sequence[Result]) -> list[dict[str, Any]]:
         score = sum(record["reward/score"] for record in last) / len(last)
         largest = max(record["mismatch/max_abs"] for record in r.records)
         ends.append(
-            [r.arm, r.before, r.after, score, 100 * unequal / tokens, sum(k3) / len(k3), max(k3), largest, r.wall_s]
+            [r.method, r.before, r.after, score, 100 * unequal / tokens, sum(k3) / len(k3), max(k3), largest, r.wall_s]
         )
         for x in r.records:
             ratio = [x.get(RATIO_MAX, ""), x.get(TRUNCATED, "")]
             columns = ("step", "reward/score", "reward/mean", "mismatch/num_unequal", "mismatch/k3", "mismatch/max_abs")
-            curves.append([r.arm, *(x[c] for c in columns), *ratio])
+            curves.append([r.method, *(x[c] for c in columns), *ratio])
     return [
-        {
-            "title": "Naive torch with importance weights beside ours",
-            "columns": [
+        Table(
+            "Naive torch with importance weights beside ours",
+            [
                 "run", "held-out before", "held-out after", "score, last 10 steps", "tokens unequal, %", "k3, mean",
                 "k3, worst step", "max abs", "seconds",
             ],
-            "rows": ends,
-            "note": (
-                f"One checkpoint, recipe and seed; {len(results[0].records)} steps. Runs part by chance as soon as one "
-                "token differs: one seed says nothing of which way is better. Seconds are of one run after the other."
-            ),
-        },
-        {
-            "title": "Reward and mismatch at each step",
-            "columns": ["run", "step", "score", "reward", "unequal", "k3", "max abs", "largest ratio", "truncated"],
-            "rows": curves,
-            "note": f"Ratios p_learner / p_sampler of tokens, truncated at {CAP:g}, where importance weights are used.",
-        },
+            ends,
+            f"One checkpoint, recipe and seed; {len(results[0].records)} steps. Runs part by chance as soon as one "
+            "token differs: one seed says nothing of which way is better. Seconds are of one run after the other.",
+        ),
+        Table(
+            "Reward and mismatch at each step",
+            ["run", "step", "score", "reward", "unequal", "k3", "max abs", "largest ratio", "truncated"],
+            curves,
+            f"Ratios p_learner / p_sampler of tokens, truncated at {CAP:g}, where importance weights are used.",
+        ),
     ]  # fmt: skip
 
 
@@ -217,12 +218,12 @@ def picture(results: Sequence[Result]) -> bytes:
         steps = [x["step"] for x in r.records]
         score = [x["reward/score"] for x in r.records]
         smooth = [sum(score[max(0, s - 4) : s + 1]) / len(score[max(0, s - 4) : s + 1]) for s in range(len(score))]
-        left.plot(steps, smooth, color=f"C{i}", label=f"{r.arm} (held out {r.before:.2f} → {r.after:.2f})")
+        left.plot(steps, smooth, color=f"C{i}", label=f"{r.method} (held out {r.before:.2f} → {r.after:.2f})")
         k3 = [x["mismatch/k3"] for x in r.records]
         if any(k3):
-            right.plot(steps, k3, color=f"C{i}", label=r.arm)
+            right.plot(steps, k3, color=f"C{i}", label=r.method)
         else:
-            exact.append(r.arm)
+            exact.append(r.method)
     left.set(xlabel="step", ylabel="score, mean of 5 steps", title="Reward")
     left.legend(fontsize=7)
     right.set(xlabel="step", ylabel="k3, nats a token", yscale="log", title="Sampler against learner")
@@ -244,17 +245,17 @@ def run(
         rl=RLConfig(steps=steps, groups=groups, rollouts=rollouts), eval=EvalConfig(scenarios=evaluated)
     )
     bank, results = SpeechBank.load(), []
-    for arm in ARMS:
-        results.append(train(arm, config, folder, bank))
-        print(f"{arm.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
-        content = {"checkpoint": str(folder), "environment": environment(), "tables": tables(results)}
+    for method in METHODS:
+        results.append(train(method, config, folder, bank))
+        print(f"{method.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
+        content = {"checkpoint": str(folder), "environment": environment(), "tables": to_json(tables(results))}
         write_whole(out / "baseline.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
         write_whole(out / "baseline.png", picture(results))
     return content
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="rl.audit.baseline", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="rl.study.baseline", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, required=True, help="folder for baseline.json and baseline.png")

@@ -7,7 +7,7 @@
 - KL between sampler and learner at equal weights (k3 of `rl.identity`; and the largest of any episode, the "spikes").
 - Time of sampling and of learning, naive and ours by turns in one process.
 
-Importance weights (truncated: `rl.audit.baseline`) change none of the completions and none of the KL; they correct the
+Importance weights (truncated: `rl.study.baseline`) change none of the completions and none of the KL; they correct the
 gradient, at the price of one more forward pass of the learner.
 """
 
@@ -19,14 +19,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl.audit.sides import Side, session_engine, whole
+from rl.audit.table import Cell, Table
 from rl.identity import Mismatch, compare
 from rl.learner import policy_gradient
+from rl.study.variants import Variant, session_engine, whole
 from rollout.chunk import LISTEN
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
@@ -66,32 +66,32 @@ class Completions:
     rows: int  # of the longest completion's context
 
 
-def completions(side: Side, heard: Tensor, others: Sequence[Tensor], count: int) -> Completions:
+def completions(variant: Variant, heard: Tensor, others: Sequence[Tensor], count: int) -> Completions:
     """``heard`` fp32 [chunks, 3200], ``others`` the recordings that sessions beside it hear; temperature 0."""
     load = random.Random(SEED)
     longest = context_rows(len(heard) + MOST_AHEAD, words_per_chunk=1)
     seen: dict[tuple[int, ...], int] = {}
     digests: set[tuple[int, ...]] = set()
     rows = 0
-    with side.active():
-        engine = session_engine(side, MOST_TOGETHER + MOST_OTHERS, longest)
+    with variant.active():
+        engine = session_engine(variant, MOST_TOGETHER + MOST_OTHERS, longest)
         while (made := sum(seen.values())) < count:
-            mine = min(load.randint(1, MOST_TOGETHER), count - made)
+            together = min(load.randint(1, MOST_TOGETHER), count - made)
             ahead = load.randint(0, MOST_AHEAD)
-            beside = [others[load.randrange(len(others))] for _ in range(load.randint(0, MOST_OTHERS))]
-            company = [engine.open(0, 0.0) for _ in beside]
-            for chunk in range(ahead if beside else 0):
-                engine.append(company, [Observation(x[chunk % len(x)]) for x in beside])
-            sessions = [engine.open(0, 0.0) for _ in range(mine)]
+            other_audio = [others[load.randrange(len(others))] for _ in range(load.randint(0, MOST_OTHERS))]
+            other_sessions = [engine.open(0, 0.0) for _ in other_audio]
+            for chunk in range(ahead if other_audio else 0):
+                engine.append(other_sessions, [Observation(x[chunk % len(x)]) for x in other_audio])
+            sessions = [engine.open(0, 0.0) for _ in range(together)]
             for chunk in range(len(heard)):
-                audio = [x[(ahead + chunk) % len(x)] for x in beside] + [heard[chunk]] * mine
-                engine.append([*company, *sessions], [Observation(x) for x in audio])
+                audio = [x[(ahead + chunk) % len(x)] for x in other_audio] + [heard[chunk]] * together
+                engine.append([*other_sessions, *sessions], [Observation(x) for x in audio])
             for session in sessions:
                 tokens = tuple(session.tokens[at] for at, _, _ in session.sampled)
                 seen[tokens] = seen.get(tokens, 0) + 1
                 digests.add(tuple(session.digest))
                 rows = max(rows, len(session.tokens))
-            for session in (*company, *sessions):
+            for session in (*other_sessions, *sessions):
                 engine.close(session)
     return Completions(count, len(seen), len(digests), len(heard), rows)
 
@@ -108,43 +108,43 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """One side's mismatch on its own samples, and its cost in each round."""
+    """One variant's mismatch on its own samples, and its cost in each round."""
 
     mismatch: Mismatch
     worst_k3: float  # of any episode
     costs: tuple[Cost, ...]
 
 
-def measured(sides: Sequence[Side], rounds: int) -> list[Measured]:
-    """All sides by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more round
-    before warms up."""
+def measured(variants: Sequence[Variant], rounds: int) -> list[Measured]:
+    """All variants by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more
+    round before warms up."""
     bank, config = SpeechBank.load(), ScenarioConfig()
     items = [scenario(FAMILIES[i % len(FAMILIES)], "train", i, bank, config) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
-    costs: list[list[Cost]] = [[] for _ in sides]
+    costs: list[list[Cost]] = [[] for _ in variants]
     mismatches: list[tuple[Mismatch, float]] = []
     for turn in range(rounds + 1):
-        for i, side in enumerate(sides):
-            if turn and side.dtype == "bfloat16":
+        for i, variant in enumerate(variants):
+            if turn and variant.dtype == "bfloat16":
                 continue
-            with side.active():
-                cost, parts = _round(side, plays)
-            if turn or side.dtype == "bfloat16":
+            with variant.active():
+                cost, parts = _round(variant, plays)
+            if turn or variant.dtype == "bfloat16":
                 costs[i].append(cost)
             if not turn:
                 mismatches.append((Mismatch.total(parts), max(p.k3_sum / max(p.num_tokens, 1) for p in parts)))
     return [Measured(*m, tuple(c)) for m, c in zip(mismatches, costs, strict=True)]
 
 
-def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
-    engine = session_engine(side, len(plays), 512)
+def _round(variant: Variant, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
+    engine = session_engine(variant, len(plays), 512)
     clock = [time.perf_counter()]
     episodes = play(engine, plays, SEED)
     clock.append(time.perf_counter())
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
-    g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, MICRO_BATCH)
+    g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, MICRO_BATCH)
     clock.append(time.perf_counter())
-    whole(side, episodes, MICRO_BATCH)
+    whole(variant, episodes, MICRO_BATCH)
     clock.append(time.perf_counter())
     lengths = [len(e.text.chunk) for e in episodes]
     parts = [
@@ -154,67 +154,61 @@ def _round(side: Side, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch]]:
     return Cost(*(after - before for before, after in pairwise(clock))), parts
 
 
-def tables(sides: Sequence[Side], count: int, long_count: int, rounds: int) -> list[dict[str, Any]]:
+def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int) -> list[Table]:
     """The lesson's table for each dtype, and the counts of completions in full."""
-    found = list(measured(sides, rounds)) if rounds else []
+    costs = measured(variants, rounds) if rounds else []
     bank, config = SpeechBank.load(), ScenarioConfig()
     heard = [recording(scenario(f, "held_out", i, bank, config)) for i in range(4) for f in FAMILIES]
     long = torch.cat(heard[:LONG])
     counts = []
-    for side in sides:
-        slow = side.dtype == "bfloat16"
+    for variant in variants:
+        slow = variant.dtype == "bfloat16"
         wanted = ((heard[0], -(-count // BF16_SHARE) if slow else count), (long, 0 if slow else long_count))
-        counts.append([completions(side, x, heard[1:], n) for x, n in wanted if n])
-    every = {
-        "title": "Distinct completions at temperature 0 under varying load",
-        "columns": ["side", "dtype", "recording", "context, rows", "completions", "distinct", "distinct in bits"],
-        "rows": [
-            [side.name, side.dtype, f"{c.chunks} chunks", c.rows, c.count, c.distinct, c.distinct_rows]
-            for side, of in zip(sides, counts, strict=True)
+        counts.append([completions(variant, x, heard[1:], n) for x, n in wanted if n])
+    every = Table(
+        "Distinct completions at temperature 0 under varying load",
+        ["variant", "dtype", "recording", "context, rows", "completions", "distinct", "distinct in bits"],
+        [
+            [variant.name, variant.dtype, f"{c.chunks} chunks", c.rows, c.count, c.distinct, c.distinct_rows]
+            for variant, of in zip(variants, counts, strict=True)
             for c in of
         ],
-        "note": (
-            f"A round has 1 to {MOST_TOGETHER} sessions that hear the recording and 0 to {MOST_OTHERS} others, 0 to "
-            f"{MOST_AHEAD} chunks ahead. Distinct in bits: other log-prob rows, even if the same tokens."
-        ),
-    }
-    if not rounds:
-        return [every]
-    return [_lesson(sides, found, counts), every]
+        f"A round has 1 to {MOST_TOGETHER} sessions that hear the recording and 0 to {MOST_OTHERS} others, 0 to "
+        f"{MOST_AHEAD} chunks ahead. Distinct in bits: other log-prob rows, even if the same tokens.",
+    )
+    return [_lesson(variants, costs, counts), every] if rounds else [every]
 
 
-def _lesson(
-    sides: Sequence[Side], found: Sequence[Measured], counts: Sequence[Sequence[Completions]]
-) -> dict[str, Any]:
-    rows: list[list[Any]] = []
-    by_name = {(side.dtype, side.name): i for i, side in enumerate(sides)}
-    for dtype in dict.fromkeys(side.dtype for side in sides):
+def _lesson(variants: Sequence[Variant], costs: Sequence[Measured], counts: Sequence[Sequence[Completions]]) -> Table:
+    rows: list[list[Cell]] = []
+    by_name = {(variant.dtype, variant.name): i for i, variant in enumerate(variants)}
+    for dtype in dict.fromkeys(variant.dtype for variant in variants):
         naive, ours = by_name[dtype, "naive torch"], by_name[dtype, "ours"]
-        a, b = found[naive], found[ours]
-        for measure, of_naive, of_ours in (
-            (f"distinct of {counts[ours][0].count:,} completions", *(counts[i][0].distinct for i in (naive, ours))),
-            ("distinct in bits", *(counts[i][0].distinct_rows for i in (naive, ours))),
-            ("sampled tokens unequal, %", *(100 * m.mismatch.num_unequal / m.mismatch.num_tokens for m in (a, b))),
-            ("KL sampler against learner (k3), nats", *(m.mismatch.k3_sum / m.mismatch.num_tokens for m in (a, b))),
+        a, b = costs[naive], costs[ours]
+        p, q = counts[naive][0], counts[ours][0]
+        m, n = a.mismatch, b.mismatch
+        measures: list[tuple[str, float, float]] = [
+            (f"distinct of {q.count:,} completions", p.distinct, q.distinct),
+            ("distinct in bits", p.distinct_rows, q.distinct_rows),
+            ("sampled tokens unequal, %", 100 * m.num_unequal / m.num_tokens, 100 * n.num_unequal / n.num_tokens),
+            ("KL sampler against learner (k3), nats", m.k3_sum / m.num_tokens, n.k3_sum / n.num_tokens),
             ("its largest episode", a.worst_k3, b.worst_k3),
-            ("largest gap of a log-prob", a.mismatch.max_abs, b.mismatch.max_abs),
-        ):
-            rows.append([dtype, measure, of_naive, of_naive, of_ours])
+            ("largest gap of a log-prob", m.max_abs, n.max_abs),
+        ]
+        rows += [[dtype, measure, of_naive, of_naive, of_ours] for measure, of_naive, of_ours in measures]
         rows.append([dtype, "time to sample, naive = 1", 1.0, 1.0, _ratio(a, b, "sample")])
         rows.append([dtype, "time to learn, naive = 1", 1.0, _ratio(a, a, "weighed"), _ratio(a, b, "learn")])
         rows.append([dtype, "both", 1.0, _ratio(a, a, "both weighed"), _ratio(a, b, "both")])
-    return {
-        "title": "The lesson's table, measured",
-        "columns": ["dtype", "measure", "naive", "naive + importance weights", "ours"],
-        "rows": rows,
-        "note": (
-            f"KL and time on {GROUPS * ROLLOUTS} episodes sampled together at temperature 1 and learned from "
-            f"{MICRO_BATCH} at a time; times are medians of ratios, the sides by turns in one process with "
-            f"{torch.get_num_threads()} thread(s), torch's CPU capability {torch.backends.cpu.get_cpu_capability()}. "
-            "With a model as small as this, naive torch spends its time between ops; `python -m kernels.tools.bench` "
-            "compares the ops themselves."
-        ),
-    }
+    return Table(
+        "The lesson's table, measured",
+        ["dtype", "measure", "naive", "naive + importance weights", "ours"],
+        rows,
+        f"KL and time on {GROUPS * ROLLOUTS} episodes sampled together at temperature 1 and learned from "
+        f"{MICRO_BATCH} at a time; times are medians of ratios, the two by turns in one process with "
+        f"{torch.get_num_threads()} thread(s), torch's CPU capability {torch.backends.cpu.get_cpu_capability()}. "
+        "With a model as small as this, naive torch spends its time between ops; `python -m kernels.tools.bench` "
+        "compares the ops themselves.",
+    )
 
 
 def _ratio(a: Measured, b: Measured, what: str) -> float:

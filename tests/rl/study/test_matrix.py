@@ -7,6 +7,7 @@ one (`naive_linear`).
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from model import checkpoint
 from model.config import preset
 from model.state import SessionState
 from model.transformer import InteractionModel
-from rl import loop
-from rl.audit import lesson, matrix, sides
-from rl.audit.lesson import completions
-from rl.audit.sides import Side, _scatter, whole
-from rl.identity import NotEqualError
+from rl.audit.diagnosis.diagnose import diagnose
+from rl.audit.document import to_json
+from rl.identity import Evidence, NotEqualError, check_identity
 from rl.learner import policy_gradient
+from rl.study import lesson, matrix, variants
+from rl.study.lesson import completions
+from rl.study.variants import Variant, _scatter, whole
 from rollout.chunk import CHUNK_SAMPLES, Action
 from rollout.episode import Episode
 from rollout.scenarios.base import Scenario, User
@@ -74,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def embedded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cells whether vLLM is installed or not; its own tests are tests/rollout/vllm."""
-    monkeypatch.setattr(sides, "missing", lambda: "left out")
+    monkeypatch.setattr(variants, "missing", lambda: "left out")
 
 
 @pytest.fixture
@@ -84,11 +86,11 @@ def naive_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokens(folder: Path) -> list[Episode]:
-    return matrix.sampled(Side.load("ours", folder, torch.float32), "session", ITEMS, len(ITEMS))
+    return matrix.sampled(Variant.load("ours", folder, torch.float32), "session", ITEMS, len(ITEMS))
 
 
-def cells(side: Side, tokens: list[Episode]) -> list[matrix.Cell]:
-    return list(matrix.cells(side, ITEMS, tokens, whole(side, tokens, len(tokens))))
+def cells(variant: Variant, tokens: list[Episode]) -> list[matrix.Comparison]:
+    return list(matrix.comparisons(variant, ITEMS, tokens, whole(variant, tokens, len(tokens))))
 
 
 @pytest.mark.usefixtures("naive_linear")
@@ -97,7 +99,7 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
     folder: Path, tokens: list[Episode], dtype: torch.dtype
 ) -> None:
     sampled = sum(len(e.text.sampled_at) for e in tokens)
-    ours = cells(Side.load("ours", folder, dtype), tokens)
+    ours = cells(Variant.load("ours", folder, dtype), tokens)
     for cell in ours:
         m = cell.mismatch
         assert (m.num_unequal, m.rows_unequal, m.k1_sum, m.k3_sum, m.max_abs) == (0, 0, 0, 0, 0), cell
@@ -107,7 +109,7 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
         "batch size", "order", "neighbours", "chunk cuts", "cached or recomputed", "forked prefix", "page layout",
         "threads", "processes", "engine session",
     ]  # fmt: skip
-    theirs = {(c.axis, c.setting): c.mismatch for c in cells(Side.load("naive torch", folder, dtype), tokens)}
+    theirs = {(c.axis, c.setting): c.mismatch for c in cells(Variant.load("naive torch", folder, dtype), tokens)}
     assert theirs.keys() == {(c.axis, c.setting) for c in ours}
     for found in (
         theirs["chunk cuts", "1 rows a call against all"],
@@ -119,12 +121,17 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
 @pytest.mark.usefixtures("naive_linear")
 def test_naive_torch_cannot_pass_for_exact(folder: Path) -> None:
     """Whoever trains with it meets the identity check."""
-    side = Side.load("naive torch", folder, torch.float32)
-    episodes = matrix.sampled(side, "session", ITEMS, len(ITEMS))
-    with side.active(), pytest.raises(NotEqualError, match=r"kernels\.naive|depends on"):
+    variant = Variant.load("naive torch", folder, torch.float32)
+    episodes = matrix.sampled(variant, "session", ITEMS, len(ITEMS))
+    with variant.active():
         weights = [torch.ones(len(e.text.chunk)) for e in episodes]
-        g = policy_gradient(side.model, episodes, weights, side.vocabulary.classes, 1.0, 2)
-        loop.audit(side.model, episodes, g, step=0, micro_batch=2)
+        g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, 2)
+        with pytest.raises(NotEqualError) as caught:
+            check_identity(Evidence(0, episodes, g.logprob, g.digest, 2))
+        assert caught.value.evidence is not None
+        assert re.search(
+            r"kernels\.reference\.naive|depends on", diagnose(variant.model, caught.value.evidence).sentence()
+        )
 
 
 def test_samplings_that_part_count_from_where_they_part(tokens: list[Episode]) -> None:
@@ -158,12 +165,12 @@ def test_scattered_pages_lie_elsewhere(folder: Path) -> None:
 def test_completions_of_ours_are_one_under_any_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = torch.randn(6, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(1)) / 10
     others = [torch.randn(9, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(s)) / 10 for s in (2, 3)]
-    ours = completions(Side.load("ours", folder, torch.float32), heard, others, 40)
+    ours = completions(Variant.load("ours", folder, torch.float32), heard, others, 40)
     assert (ours.count, ours.distinct, ours.distinct_rows, ours.chunks) == (40, 1, 1, 6)
     # One session brings few rows and two bring many, for `naive_linear`; both come among forty.
     monkeypatch.setattr(lesson, "MOST_TOGETHER", 2)
     monkeypatch.setattr(lesson, "MOST_OTHERS", 0)
-    theirs = completions(Side.load("naive torch", folder, torch.float32), heard, others, 40)
+    theirs = completions(Variant.load("naive torch", folder, torch.float32), heard, others, 40)
     assert theirs.count == 40 and theirs.distinct_rows > 1 and theirs.distinct >= 1
 
 
@@ -174,11 +181,11 @@ def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: py
     result = matrix.run(
         folder, tmp_path, episodes=2, completions=2, long_completions=0, rounds=1, dtypes=[torch.float32]
     )
-    assert json.loads((tmp_path / "matrix.json").read_text()) == result
-    titles = [table["title"] for table in result["tables"]]
+    assert json.loads((tmp_path / "matrix.json").read_text()) == to_json(result)
+    titles = [table.title for table in result.tables]
     assert titles[0] == "Invariance matrix" and "lesson" in titles[1] and len(titles) == 3
-    for table in result["tables"]:
-        assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
-        assert table["title"] in matrix.shown(table)
-    assert {row[2] for row in result["tables"][0]["rows"]} == {"ours", "naive torch"}
-    assert all(row[5] == 0 for row in result["tables"][0]["rows"] if row[2] == "ours")
+    for table in result.tables:
+        assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
+        assert table.text().startswith(f"{table.title}\n{table.columns[0]}")
+    assert {row[2] for row in result.tables[0].rows} == {"ours", "naive torch"}
+    assert all(row[5] == 0 for row in result.tables[0].rows if row[2] == "ours")

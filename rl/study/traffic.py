@@ -1,4 +1,4 @@
-"""``python -m rl.traffic --preset inkling_small``: bytes that cross the network in one step of a run on many machines.
+"""``python -m rl.study.traffic --preset inkling_small``: bytes that cross the network in one step on many machines.
 
 Arithmetic from shapes; nothing is allocated and nothing is measured. Learner processes each hold the whole model and
 sample their share of the groups (data parallel). Two placements of the engines are shown: beside the learner, where new
@@ -51,7 +51,7 @@ def traffic(parameters: int, learners: int, episodes: int, episode: int) -> Iter
 
 def main() -> None:
     rl = RLConfig()
-    parser = argparse.ArgumentParser(prog="python -m rl.traffic", description=__doc__.split("\n\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m rl.study.traffic", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--preset", choices=shapes.PRESETS, required=True)
     parser.add_argument("--learners", type=int, default=16, help="learner processes, each with the whole model")
     parser.add_argument("--groups", type=int, default=rl.groups, help="scenarios a step")

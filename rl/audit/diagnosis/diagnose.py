@@ -1,0 +1,107 @@
+"""Explains a difference between sampler and learner: the first op whose results differ, how the difference grows from
+there, what is suspect.
+
+The episode is replayed as the sampler and as the learner computed it (`rl.audit.diagnosis.trace`), and the two compared
+op by op (`rl.audit.diagnosis.differences`). Three further comparisons say what the difference hangs on: the episodes
+that ran beside it (in the sampler, in the learner), or the cuts and the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from model.transformer import InteractionModel
+from rl.audit.diagnosis.differences import OpDifference, Traces, compare_traces, first_unequal
+from rl.audit.diagnosis.suspects import suspects
+from rl.audit.document import to_json
+from rl.audit.table import Cell, Table
+from rl.identity import Evidence, Mismatch
+from rollout.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of one difference."""
+
+    step: int
+    episode: str
+    position: int  # of the first token that differs, in the episode
+    chunk: int
+    token: int
+    rollout_logprob: float
+    learner_logprob: float
+    mismatch: Mismatch  # over all tokens compared
+    growth: tuple[OpDifference, ...]  # in order of execution
+    depends_on: dict[str, str]  # comparison -> the first op that differs in it, "" for none
+    suspects: tuple[str, ...]
+
+    @property
+    def first(self) -> OpDifference | None:
+        return first_unequal(self.growth)
+
+    def sentence(self) -> str:
+        if self.first is None:
+            result = "Replayed, all activations agree."
+        else:
+            result = (
+                f"The first activation that differs is {self.first.name} at row {self.first.first_row} (largest gap "
+                f"{self.first.max_abs:.3e})."
+            )
+        return " ".join([result, *(f"Suspect: {suspect}." for suspect in self.suspects)])
+
+    def tables(self) -> list[Table]:
+        """For a reader that knows nothing of this module."""
+        growth: list[list[Cell]] = [
+            [op.name, op.rows, op.rows_unequal, op.first_row, op.max_abs, op.sampler, op.learner] for op in self.growth
+        ]
+        return [
+            Table(
+                "Where sampler and learner part",
+                ["compared", "first op that differs"],
+                [[compared, op or "none: equal bits"] for compared, op in self.depends_on.items()],
+                "As run: with the episodes that ran beside it. Alone: this episode by itself.",
+            ),
+            Table(
+                "How the difference grows",
+                ["op", "rows", "rows unequal", "first row", "max abs", "sampler ran", "learner ran"],
+                growth,
+                "In order of execution; of an op with several results each has its own line.",
+            ),
+            Table(
+                "Suspects",
+                ["suspect"],
+                [[suspect] for suspect in self.suspects],
+                "Guesses from the facts above, the likeliest first.",
+            ),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """audit/difference.json: plain values, null for what is not finite."""
+        fields = asdict(self) | {"mismatch": self.mismatch.metrics(), "first": self.first, "tables": self.tables()}
+        return {name: to_json(value) for name, value in fields.items()}
+
+
+def diagnose(model: InteractionModel, evidence: Evidence, sampling: InteractionModel | None = None) -> Diagnosis:
+    """Explains the first difference between what the episodes hold and what the learner ``model`` gave.
+
+    ``sampling``: the model that the sampler ran, where that is another object than the learner's. Raises ValueError
+    when nothing differs."""
+    first = evidence.first()
+    episode = evidence.episodes[first.owner]
+    classes = Vocabulary.build(model.vocab).classes
+    traces = Traces(sampling or model, model, evidence.episodes, first.owner, evidence.micro_batch, classes)
+    growth, depends_on = compare_traces(traces.sampler, traces.learner), traces.depends_on()
+    return Diagnosis(
+        step=evidence.step,
+        episode=episode.name,
+        position=first.position,
+        chunk=first.chunk,
+        token=first.token,
+        rollout_logprob=first.rollout_logprob,
+        learner_logprob=first.learner_logprob,
+        mismatch=evidence.mismatch(),
+        growth=tuple(growth),
+        depends_on=depends_on,
+        suspects=tuple(suspects(model, sampling, episode, traces, growth, depends_on)),
+    )

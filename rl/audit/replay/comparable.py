@@ -1,0 +1,76 @@
+"""Whether the learner can say anything of a saved episode at all.
+
+Its contract must be this program's, its weights those of the checkpoint (their digest is taken anew from the file), its
+temperature the recipe's; and its tokens, positions and masks must be those that a session makes of its audio and its
+actions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import dispatch
+from model.config import MEL_BINS
+from rl.audit.document import Reason
+from rl.config import TrainConfig
+from rollout.chunk import CHUNK_FRAMES
+from rollout.episode import Episode, tensors
+from rollout.transcript import write_transcript
+from rollout.turn.grammar import Grammar
+from rollout.vocabulary import Vocabulary
+
+DTYPES = {
+    "tokens": torch.int64,
+    "codes": torch.uint8,
+    "text.sampled_at": torch.int64,
+    "text.row_class": torch.int64,
+    "text.chunk": torch.int64,
+    "text.logprob": torch.float32,
+    "text.digest": torch.int64,
+}
+
+
+def other_contract(episode: Episode) -> tuple[Reason, str] | None:
+    contract_id = dispatch.contract_id()
+    if episode.contract_id == contract_id:
+        return None
+    return Reason.CONTRACT, f"sampled under contract {episode.contract_id}; this program's is {contract_id}"
+
+
+def incomparable(
+    episode: Episode, digest: str, vocabulary: Vocabulary, config: TrainConfig
+) -> tuple[Reason, str] | None:
+    """Why the learner with the weights ``digest`` can say nothing of the episode, or None."""
+    if other := other_contract(episode):
+        return other
+    if episode.weights_digest != digest:
+        return Reason.WEIGHTS, f"sampled from weights {episode.weights_digest}; the checkpoint's are {digest}"
+    if episode.temperature != config.rollout.temperature:
+        return (
+            Reason.TEMPERATURE,
+            f"sampled at temperature {episode.temperature}; the recipe's is {config.rollout.temperature}",
+        )
+    return _other_layout(episode, vocabulary, config.rollout.words_per_chunk)
+
+
+def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int) -> tuple[Reason, str] | None:
+    """Compares the episode with the sequence that a session makes of the same audio and actions."""
+    if wrong := [name for name, tensor in tensors(episode).items() if tensor.dtype != DTYPES.get(name)]:
+        return Reason.TOKENS, f"its {', '.join(wrong)} are of other types than a session's"
+    if episode.codes.numel() and int(episode.codes.max()) >= MEL_BINS:
+        return Reason.TOKENS, f"its audio has codes above {MEL_BINS - 1}"
+    try:
+        codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
+        made = write_transcript(codes, episode.actions, Grammar(vocabulary, words_per_chunk))
+    except (ValueError, RuntimeError) as error:
+        return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
+    if not torch.equal(episode.tokens, made.tokens):
+        return Reason.TOKENS, "its tokens are not those of its audio and actions"
+    text, wanted = episode.text, made.text
+    sizes = {len(t) for t in (text.logprob, text.digest, wanted.chunk)}
+    same = torch.equal(text.sampled_at, wanted.sampled_at) and torch.equal(text.chunk, wanted.chunk)
+    if not same or len(sizes) > 1:
+        return Reason.POSITIONS, "its sampled positions are not where the model chose"
+    if not torch.equal(text.row_class, wanted.row_class):
+        return Reason.MASKS, "its masks are not those under which the model chose"
+    return None

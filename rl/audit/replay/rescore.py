@@ -1,0 +1,181 @@
+"""Scores a run's saved episodes once more: the learner's forward pass, the weights of the checkpoint that sampled them.
+
+An episode that cannot be compared (`rl.audit.replay.comparable`) gets no log-probs and enters no count: other inputs
+are not a mismatch. Every checkpoint of the run is held against its manifest first, its optimizer's state included,
+which a resumed run would go on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+from model import checkpoint, manifest, packs
+from model.transformer import InteractionModel
+from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
+from rl.audit.document import Reason
+from rl.audit.records import Records
+from rl.audit.replay.comparable import incomparable, other_contract
+from rl.batch import collate, score_choices
+from rl.identity import Evidence, Mismatch, compare, unequal_bits
+from rollout.episode import Episode, load_episodes
+from rollout.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedEpisode:
+    """A saved episode and what the learner gives for its N sampled tokens, where it was re-scored."""
+
+    step: int
+    episode: Episode
+    why_not: tuple[Reason, str] | None = None  # not comparable
+    logprob: Tensor | None = None  # fp32 [N], the learner's; None where nothing was re-scored
+    digest: Tensor | None = None  # int64 [N]
+
+    @property
+    def state(self) -> str:
+        """identical, different, not_comparable or not_rescored"""
+        if self.why_not:
+            return "not_comparable"
+        if self.logprob is None:
+            return "not_rescored"
+        return "different" if bool((self.token_differs | self.row_differs).any()) else "identical"
+
+    @property
+    def token_differs(self) -> Tensor:
+        """bool [N]: the log-prob's bits are not the learner's."""
+        if self.logprob is None:
+            return torch.zeros(len(self.episode.text.logprob), dtype=torch.bool)
+        return unequal_bits(self.episode.text.logprob, self.logprob)
+
+    @property
+    def row_differs(self) -> Tensor:
+        """bool [N]: the digest of the whole row is not the learner's."""
+        if self.digest is None:
+            return torch.zeros(len(self.episode.text.logprob), dtype=torch.bool)
+        return self.episode.text.digest != self.digest
+
+    @property
+    def mismatch(self) -> Mismatch:
+        if self.logprob is None or self.digest is None:
+            return Mismatch.total([])
+        return compare(self.episode.text.logprob, self.logprob, self.episode.text.digest, self.digest)
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedStep:
+    """The saved episodes of one step."""
+
+    step: int
+    episodes: list[CheckedEpisode]
+    weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
+    packs_digest: str | None = None  # of the packed copies that these weights give here (`model.packs`)
+    diagnosis: Diagnosis | None = None  # of its first difference
+
+    @property
+    def mismatch(self) -> Mismatch:
+        return Mismatch.total([one.mismatch for one in self.episodes])
+
+
+def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedStep]:
+    """Every step with saved episodes, in order; notes gaps in ``records.gaps`` and checkpoints that are not as they
+    were saved in ``records.unsound``. ``at_most``: re-score no more episodes than that, an equal share of each
+    step's."""
+    _check_checkpoints(records)
+    share = None if at_most is None else max(1, at_most // max(1, len(records.episodes)))
+    for step in sorted(records.episodes):
+        episodes = _load(records, step)
+        if not episodes or records.config is None:
+            yield CheckedStep(step, [CheckedEpisode(step, e) for e in episodes], None)
+            continue
+        model = _policy(records, step)
+        if model is None:
+            checked = [CheckedEpisode(step, e, other_contract(e)) for e in episodes]
+            yield CheckedStep(step, checked, None)
+            continue
+        digest = checkpoint.weights_digest(model)
+        vocabulary = Vocabulary.build(model.vocab)
+        checked = [CheckedEpisode(step, e, incomparable(e, digest, vocabulary, records.config)) for e in episodes]
+        places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
+        scored = _score(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
+        for i, one in zip(places, scored, strict=True):
+            checked[i] = one
+        left = sum(one.state == "not_rescored" for one in checked)
+        if left:
+            records.gaps.append(
+                f"Step {step}: {left} of {len(checked)} saved episodes were not re-scored, to save time."
+            )
+        yield CheckedStep(
+            step, checked, digest, packs.digest(model), _diagnosis(model, checked, records.config.rl.micro_batch)
+        )
+
+
+def _diagnosis(model: InteractionModel, checked: Sequence[CheckedEpisode], micro_batch: int) -> Diagnosis | None:
+    """Of the step's first difference, if there is one."""
+    scored = [one for one in checked if one.logprob is not None and one.digest is not None]
+    if all(one.state == "identical" for one in scored):
+        return None
+    evidence = Evidence(
+        scored[0].step,
+        [one.episode for one in scored],
+        torch.cat([one.logprob for one in scored if one.logprob is not None]),
+        torch.cat([one.digest for one in scored if one.digest is not None]),
+        micro_batch,
+    )
+    return diagnose(model, evidence)
+
+
+def _load(records: Records, step: int) -> list[Episode]:
+    episodes: list[Episode] = []
+    for file in records.episodes[step]:
+        try:
+            episodes += load_episodes(file)
+        except MetronomeError as error:
+            records.gaps.append(f"Step {step}: {error}")
+    return episodes
+
+
+def _check_checkpoints(records: Records) -> None:
+    without = []
+    for step, folder in sorted(records.checkpoints.items()):
+        if not (folder / manifest.MANIFEST).is_file():
+            without.append(folder.name)
+            continue
+        try:
+            manifest.check(folder, recipe=records.recipe_text)
+        except manifest.CheckpointError as error:
+            records.unsound.append(f"The checkpoint of step {step} is not as the run saved it: {error}.")
+    if without:
+        records.gaps.append(f"Without a manifest, so that damage to their files is not seen: {', '.join(without)}.")
+
+
+def _policy(records: Records, step: int) -> InteractionModel | None:
+    """The model that sampled ``step``, from the run's checkpoint; None, and a gap, if there is none."""
+    if step not in records.checkpoints:
+        records.gaps.append(
+            f"Step {step}: no checkpoint holds the weights that sampled its episodes; they were not re-scored."
+        )
+        return None
+    try:
+        return checkpoint.load(records.checkpoints[step] / "model").requires_grad_(False)
+    except MetronomeError as error:
+        records.gaps.append(f"Step {step}: {error}; its episodes were not re-scored.")
+        return None
+
+
+@torch.inference_mode()
+def _score(
+    model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[CheckedEpisode], micro_batch: int
+) -> Iterator[CheckedEpisode]:
+    """By the row contract the number of episodes in a pass does not enter the result."""
+    for first in range(0, len(seen), micro_batch):
+        some = seen[first : first + micro_batch]
+        batch = collate([one.episode for one in some], model.audio_token_id)
+        logprob, _, digest = score_choices(model, batch, vocabulary.classes, some[0].episode.temperature)
+        lengths = [len(one.episode.text.chunk) for one in some]
+        for one, p, d in zip(some, logprob.cpu().split(lengths), digest.cpu().split(lengths), strict=True):
+            yield replace(one, logprob=p, digest=d)

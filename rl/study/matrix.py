@@ -1,0 +1,240 @@
+"""``python -m rl.study.matrix --checkpoint CKPT --out FOLDER``: what must not change bits, and whether it does.
+
+For our kernels and for naive torch (`kernels.reference.naive`), in fp32 and bf16: tokens sampled once are scored in two
+ways that differ in one thing only (how many episodes run together, where chunks are cut, …), and every log-prob and row
+digest is compared bit for bit. Then the lesson's table (`rl.study.lesson`). Both are printed and written to
+FOLDER/matrix.json.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.startup import run_command
+
+    run_command("rl.study.matrix")
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import weights_digest
+from model.files import write_whole
+from rl.audit.document import to_json
+from rl.audit.table import Cell, Table
+from rl.environment import environment
+from rl.identity import Mismatch
+from rl.learner import policy_gradient
+from rl.study import lesson
+from rl.study.variants import DTYPES, Cuts, Scored, Variant, cached, engines, first_of, joined, load_variants, whole
+from rollout.episode import Episode, load_episodes, save_episodes
+from rollout.play import Play, play
+from rollout.scenarios.base import Scenario
+from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.speech import SpeechBank
+
+COLUMNS = ["what changes", "how", "variant", "dtype", "tokens", "unequal", "rows unequal", "k3", "max abs"]
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the matrix."""
+
+    axis: str
+    setting: str  # "this against that"
+    variant: str
+    dtype: str
+    mismatch: Mismatch
+
+    def row(self) -> list[Cell]:
+        m = self.mismatch
+        k3 = m.k3_sum / max(m.num_tokens, 1)
+        counts = [m.num_tokens, m.num_unequal, m.rows_unequal]
+        return [self.axis, self.setting, self.variant, self.dtype, *counts, k3, m.max_abs]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What matrix.json holds."""
+
+    checkpoint: str
+    weights_digest: str
+    environment: dict[str, Any]
+    tables: list[Table]
+
+
+def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
+    """Held-out scenarios, families in turn."""
+    config = ScenarioConfig()
+    return [scenario(FAMILIES[i % len(FAMILIES)], "held_out", i, bank, config) for i in range(count)]
+
+
+def sampled(variant: Variant, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:
+    """One rollout of each scenario at temperature 1, ``slots`` at a time."""
+    with variant.active(), engines(variant)[engine](variant, slots, 1024) as started:
+        return play(started, [Play(item, 0) for item in items], SEED)
+
+
+def comparisons(
+    variant: Variant, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored
+) -> Iterator[Comparison]:
+    """Every comparison of one variant. ``tokens``: the episodes whose tokens are scored; ``elsewhere``: the same tokens
+    scored by another process, `whole` and together."""
+
+    def row(axis: str, setting: str, a: Scored, b: Scored) -> Comparison:
+        return Comparison(axis, setting, variant.name, variant.dtype, a.against(b))
+
+    n = len(tokens)
+    alone, together = whole(variant, tokens), whole(variant, tokens, n)
+    yield row("batch size", f"{n} episodes against 1", together, alone)
+    yield row("batch size", "2 episodes against 1", whole(variant, tokens, 2), alone)
+    yield row("order", "reversed", _reversed(variant, tokens), together)
+    first = joined([first_of(variant, [e, tokens[(i + 1) % n]]) for i, e in enumerate(tokens)])
+    other = joined([first_of(variant, [e, tokens[(i + 2) % n]]) for i, e in enumerate(tokens)])
+    yield row("neighbours", "another one", other, first)
+    uncut = cached(variant, tokens, Cuts())
+    for rows in (1, 7, 64):
+        yield row("chunk cuts", f"{rows} rows a call against all", cached(variant, tokens, Cuts(rows)), uncut)
+    turns = cached(variant, tokens, Cuts(micro_turns=True))
+    yield row("cached or recomputed", "micro-turns against no cache", turns, together)
+    half = min(int(e.text.sampled_at[-1]) for e in tokens) // 2
+    unforked = cached(variant, tokens, Cuts(half))
+    yield row("forked prefix", f"from row {half}", cached(variant, tokens, Cuts(half, fork_at=half)), unforked)
+    yield row(
+        "page layout",
+        "scattered pages",
+        cached(variant, tokens, Cuts(64, scattered=True)),
+        cached(variant, tokens, Cuts(64)),
+    )
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(1)
+            one = whole(variant, tokens, n)
+            torch.set_num_threads(count)
+            yield row("threads", f"{count} against 1", whole(variant, tokens, n), one)
+    finally:
+        torch.set_num_threads(threads)
+    yield row("processes", "another process", elsewhere, together)
+    for engine in engines(variant):
+        many, single = (sampled(variant, engine, items, slots) for slots in (len(items), 1))
+        yield Comparison(
+            f"engine {engine}", f"{n} sessions against 1", variant.name, variant.dtype, sampled_apart(many, single)
+        )
+        yield Comparison(
+            f"engine {engine}", "sampler against learner", variant.name, variant.dtype, learner_apart(variant, many)
+        )
+
+
+def _reversed(variant: Variant, tokens: Sequence[Episode]) -> Scored:
+    scored = whole(variant, tokens[::-1], len(tokens))
+    lengths = [len(e.text.sampled_at) for e in tokens[::-1]]
+    parts = [Scored(p, d) for p, d in zip(scored.logprob.split(lengths), scored.digest.split(lengths), strict=True)]
+    return joined(parts[::-1])
+
+
+def sampled_apart(a: Sequence[Episode], b: Sequence[Episode]) -> Mismatch:
+    """Two samplings of the same plays. From the first token that is another one all count as unequal, and k1, k3 and
+    the largest gap are taken before it."""
+    parts = []
+    for x, y in zip(a, b, strict=True):
+        n = max(len(x.text.sampled_at), len(y.text.sampled_at))
+        both_have = min(len(x.text.sampled_at), len(y.text.sampled_at))
+        xs, ys = (e.tokens[e.text.sampled_at[:both_have]] for e in (x, y))
+        same = int((xs == ys).int().cumprod(0).sum())
+        first, second = (Scored(e.text.logprob[:same], e.text.digest[:same]) for e in (x, y))
+        m = first.against(second)
+        parts.append(Mismatch(n, m.num_unequal + n - same, m.rows_unequal + n - same, m.k1_sum, m.k3_sum, m.max_abs))
+    return Mismatch.total(parts)
+
+
+def learner_apart(variant: Variant, episodes: Sequence[Episode], micro_batch: int = 8) -> Mismatch:
+    """What the sampler stored against what the learner finds under autograd."""
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
+    with variant.active():
+        g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, micro_batch)
+    stored = Scored(torch.cat([e.text.logprob for e in episodes]), torch.cat([e.text.digest for e in episodes]))
+    return Scored(g.logprob, g.digest).against(stored)
+
+
+def _elsewhere(folder: Path, episodes: Path, dtypes: Sequence[torch.dtype]) -> list[tuple[Any, Any]]:
+    """In another process: `whole`, together, of every variant; as arrays, which cross processes by value."""
+    tokens = load_episodes(episodes)
+    scored = [whole(variant, tokens, len(tokens)) for variant in load_variants(folder, dtypes)]
+    return [(s.logprob.numpy(), s.digest.numpy()) for s in scored]
+
+
+def invariance(
+    folder: Path, variants: Sequence[Variant], dtypes: Sequence[torch.dtype], count: int
+) -> list[Comparison]:
+    """The matrix over ``count`` episodes, whose tokens our first variant samples."""
+    items = scenarios(SpeechBank.load(), count)
+    tokens = sampled(variants[0], "session", items, count)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "episodes.safetensors"
+        save_episodes(path, tokens)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            arrays = pool.submit(_elsewhere, folder, path, dtypes).result()
+    elsewhere = [Scored(torch.from_numpy(p), torch.from_numpy(d)) for p, d in arrays]
+    return [
+        c
+        for variant, other in zip(variants, elsewhere, strict=True)
+        for c in comparisons(variant, items, tokens, other)
+    ]
+
+
+def run(
+    checkpoint: Path,
+    out: Path,
+    *,
+    episodes: int = 4,
+    completions: int = 1000,
+    long_completions: int = 100,
+    rounds: int = 5,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Matrix:
+    """Makes the matrix and the lesson's table of one model folder, writes out/matrix.json and returns what it holds.
+
+    ``episodes`` of the matrix; ``completions`` of one prompt at temperature 0, and of a long one; ``rounds`` of timing.
+    Raises CheckpointError for a folder that holds no model."""
+    variants = load_variants(checkpoint, dtypes)
+    table = Table(
+        "Invariance matrix",
+        COLUMNS,
+        [comparison.row() for comparison in invariance(checkpoint, variants, dtypes, episodes)],
+        f"{episodes} held-out episodes. Unequal: log-probs of sampled tokens that differ in any bit; rows unequal: "
+        "log-prob rows over the whole vocabulary; k3: mean of exp(d) - 1 - d, nats; max abs: largest |d|.",
+    )
+    tables = [table, *lesson.tables(variants, completions, long_completions, rounds)]
+    result = Matrix(str(checkpoint), weights_digest(variants[0].model), environment(), tables)
+    write_whole(out / "matrix.json", (json.dumps(to_json(result), indent=2, allow_nan=False) + "\n").encode())
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="rl.study.matrix", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="folder for matrix.json")
+    parser.add_argument("--completions", type=int, default=1000)
+    parser.add_argument("--long-completions", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
+    a = parser.parse_args(arguments)
+    result = run(
+        a.checkpoint,
+        a.out,
+        completions=a.completions,
+        long_completions=a.long_completions,
+        rounds=a.rounds,
+        dtypes=[getattr(torch, name) for name in a.dtypes],
+    )
+    print("\n\n".join(table.text() for table in result.tables))
