@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given[:1] == ["--launch"] and len(given) > 1:
         launcher, given = given[1], given[2:]
     if not given or given[0] in ("-h", "--help", "help"):
+        if arguments is None:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
         print(usage())
         return
     name, *rest = given
