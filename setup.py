@@ -1,5 +1,6 @@
 """Builds the native CPU kernels: one shared library per instruction set, from the same sources.
 
+And puts a copy of the recipes into the wheel, where `model.shipped` finds them: configs/ is no package.
 Needs g++ (or $CXX) only: no torch, no Python headers, since the libraries are plain C and called through cffi.
 ``python setup.py build_ext --inplace`` rebuilds them after an edit. Everything else about the package is in
 pyproject.toml.
@@ -15,8 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
+CONFIGS = Path("configs")
 NATIVE = Path("kernels/cpu/native")
 SOURCES = sorted(str(path) for path in NATIVE.glob("*.cpp"))
 HEADERS = sorted(str(path) for path in NATIVE.glob("*.h"))
@@ -78,6 +82,33 @@ class NativeBuild(build_ext):
         os.replace(fresh, target)
 
 
+class WithRecipes(build_py):
+    """configs/*.yaml as files of the package ``model``; an editable install reads them where they are."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._recipes().items():
+                self.mkpath(str(Path(target).parent))
+                self.copy_file(source, target)
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *self._recipes()]
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *([] if self.editable_mode else self._recipes().values())]
+
+    def _recipes(self) -> dict[str, str]:
+        return {str(path): str(Path(self.build_lib) / "model" / path) for path in sorted(CONFIGS.rglob("*.yaml"))}
+
+
+class AnyPython(bdist_wheel):
+    """The libraries are plain C: one wheel does for every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def _run(command: list[str]) -> None:
     print(" ".join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
@@ -93,5 +124,5 @@ if __name__ == "__main__":  # the tests read the flags above for builds of their
             Extension(f"kernels.cpu._native_{isa}", SOURCES, depends=HEADERS, extra_compile_args=flags)
             for isa, flags in INSTRUCTION_SETS.items()
         ],
-        cmdclass={"build_ext": NativeBuild},
+        cmdclass={"build_ext": NativeBuild, "build_py": WithRecipes, "bdist_wheel": AnyPython},
     )

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import jsonargparse
 
 from kernels.errors import MetronomeError
+from model import shipped
 
 Config = TypeVar("Config")
 
@@ -26,14 +27,15 @@ def read_recipe(
     """``command`` ("rl.train") names itself in messages; ``resumes`` adds ``--resume``; ``arguments`` are the command
     line's unless given. Raises MetronomeError for an unknown key or a wrong type; ``--help`` prints every field."""
     parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="recipe, YAML")
+    help_text = f"recipe: a YAML file, or one that comes with the program ({', '.join(shipped.names())})"
+    parser.add_argument("--config", action="config", help=help_text)
     if resumes:
         resume_help = "go on from the run's newest finished checkpoint"
         parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
     parser.add_class_arguments(kind)
-    given = sys.argv[1:] if arguments is None else arguments
+    given = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        parsed = parser.parse_args([with_underscores(argument) for argument in given])
+        parsed = parser.parse_args(with_shipped(given))
     except jsonargparse.ArgumentError as error:
         raise MetronomeError(f"recipe: {error}. `python -m {command} --help` lists every field and its type") from error
     resume = bool(parsed.pop("resume")) if resumes else False
@@ -48,3 +50,14 @@ def with_underscores(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def with_shipped(given: list[str]) -> list[str]:
+    """``--config quickstart`` -> ``--config /…/configs/quickstart.yaml``, where no file has that name."""
+    out = list(given)
+    for i, argument in enumerate(given):
+        if argument.startswith("--config="):
+            out[i] = f"--config={shipped.resolve(argument.removeprefix('--config='))}"
+        elif i and given[i - 1] == "--config":
+            out[i] = shipped.resolve(argument)
+    return out

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from model import checkpoint
 from model.config import preset
 from model.transformer import InteractionModel
 from reward.source import RewardSource
-from rl import loop, ranks, watch
+from rl import loop, ranks, tracking, watch
 from rl.advantage import RunningScale
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.report import audit, statement
@@ -36,6 +37,7 @@ from rl.identity import Mismatch, NotEqualError
 from rl.learner import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, start_roller
+from rl.samples import samples
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
 from rollout.episode import save_episodes
@@ -82,6 +84,7 @@ class Run:
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
         check_workers(config)
+        tracking.check(config.tracking)
         self.source = RewardSource.load(config.reward, config.source)
         self.config = config
         self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
@@ -90,8 +93,9 @@ class Run:
         self._newest = self.folder.checkpoint_to_resume() if resume else None
         self.folder.write_json("environment.json", environment())
         self.display = Display(ranks.rank() == 0)
-        tracking = replace(config.tracking, wandb=config.tracking.wandb and ranks.rank() == 0)
-        self.tracker = Tracker(tracking, config.name, self.folder.path, asdict(config))
+        trackers = config.tracking.trackers if ranks.rank() == 0 else ()
+        tracked = replace(config.tracking, trackers=trackers)
+        self.tracker = Tracker(tracked, config.name, self.folder.path, asdict(config))
         self.model = build_model(config)
         self.vocabulary = Vocabulary.build(self.model.vocab)
         self.held_out = [
@@ -176,13 +180,14 @@ class Run:
                 progress = replace(
                     progress, step=done, mismatch=mismatch, wall_s=self.wall_s(), scales=dict(result.scales)
                 )
-                metrics = dict(result.metrics)
+                metrics, sampled = dict(result.metrics), None
                 if done % rl.evaluate_every == 0 and done < rl.steps:
+                    sampled = partial(samples, result.episodes, self.bank, self.config.scenarios)
                     found = self.evaluate(during)
                     metrics |= found.named("held_out")
                     phase.held_out(found.score[""])
                 self.folder.append_metrics(metrics)
-                self.tracker.log(self.config.warmstart.steps + done, metrics)
+                self.tracker.log(self.config.warmstart.steps + done, metrics, sampled)
                 phase.advance(metrics)
                 if "proxy/held_out" in metrics:
                     progress = replace(progress, stopped=self.alarmed(progress))

@@ -1,83 +1,205 @@
-"""Metrics to Weights & Biases, when the recipe asks for it; a convenience that may never cost the run anything.
+"""Metrics and sampled episodes to the experiment trackers that the recipe names; they may never cost the run anything.
 
-All of it happens in a thread of its own, fed by a queue: a slow disk or network delays nobody. Whatever goes wrong in
-there becomes one warning and ends the tracking, never the run. Nothing of wandb is imported when tracking is off.
+Each tracker (`rl.trackers`, by way of ``accelerate.tracking``) works in a thread of its own, fed by a queue: a slow
+disk or network delays nobody. Whatever goes wrong in there becomes one warning and ends that tracker, never the run.
+Nothing of accelerate or of a tracking library is imported when the list is empty.
+
+**Each step once, however often the run is interrupted.** What is handed over is written to RUN/tracking/journal.jsonl
+first, as a line a step. A resumed run repeats the steps since its checkpoint with the same bits; those in the journal
+are not handed over again. A tracker may have lost what it had not written when the run was killed (wandb keeps 32 kB in
+memory), so each one begins by asking its own files for the last step that they hold and takes the rest from the
+journal. Pictures and sound of lost steps stay lost.
 """
 
 from __future__ import annotations
 
+import json
 import queue
+import secrets
 import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from kernels.errors import MetronomeError
+
+if TYPE_CHECKING:
+    from rl.samples import Sample
 
 CLOSE_TIMEOUT_S = 20.0
+FOLDER = "tracking"
+"""In a run's folder: the journal, and the id by which trackers know the run again."""
+LOCAL = ("tensorboard", "trackio", "wandb")
+"""Trackers that keep to this machine when ``mode`` is offline."""
 
-Record = tuple[int, dict[str, float | int | str]]
+Metrics = Mapping[str, float | int | str]
+Sampled = Callable[[], Sequence["Sample"]]
+"""Draws a step's sampled episodes; called in the tracker's thread."""
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    wandb: bool = False
-    mode: Literal["offline", "online"] = "offline"  # offline writes below the run's folder; `wandb sync` uploads later
+    trackers: tuple[str, ...] = ()  # wandb, tensorboard, trackio, or another one that accelerate knows
+    mode: Literal["offline", "online"] = "offline"  # offline keeps everything on this machine (`wandb sync` uploads)
     project: str = "metronome"
 
 
+@dataclass(frozen=True)
+class Record:
+    step: int
+    metrics: Metrics
+    sampled: Sampled | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a tracker must know of the run."""
+
+    name: str
+    id: str  # of this folder's run; another run of that name has another one
+    folder: Path
+    recipe: Mapping[str, Any]
+
+
+def check(config: TrackingConfig) -> None:
+    """Raises MetronomeError for a tracker that is unknown, not installed, or would not stay offline."""
+    if not config.trackers:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = {str(one) for one in get_available_trackers()}
+    for name in config.trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise MetronomeError(f"tracking.trackers: no tracker is called {name!r}; choose from {known}")
+        if name not in installed:
+            raise MetronomeError(f"tracking.trackers: {name} is not installed: `pip install {name}`, or leave it out")
+        if config.mode == "offline" and name not in LOCAL:
+            raise MetronomeError(
+                f"tracking.trackers: {name} cannot be held to this machine from here; --tracking.mode online allows it "
+                f"the network, and {', '.join(LOCAL)} work offline"
+            )
+    if len(set(config.trackers)) < len(config.trackers):
+        raise MetronomeError(f"tracking.trackers names one twice: {', '.join(config.trackers)}")
+
+
 class Tracker:
-    """Owns the thread and, through it, the wandb run. Without ``config.wandb`` every method does nothing."""
+    """Owns the journal and a thread for each tracker. Without trackers every method does nothing."""
 
     def __init__(self, config: TrackingConfig, name: str, folder: Path, recipe: Mapping[str, Any]) -> None:
-        self._queue: queue.SimpleQueue[Record | Path | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        if config.wandb:
-            self._thread = threading.Thread(
-                target=self._work, args=(config, name, folder, dict(recipe)), name="tracking", daemon=True
-            )
-            self._thread.start()
+        """``folder``: of the run, which may hold the journal of its earlier part."""
+        self._threads: list[_Thread] = []
+        self._last = -1
+        if config.trackers:
+            self._journal = folder / FOLDER / "journal.jsonl"
+            before = self._quietly(lambda: _earlier(self._journal)) or []
+            identity = self._quietly(lambda: _identity(folder / FOLDER / "id")) or secrets.token_hex(4)
+            self._last = max((record.step for record in before), default=-1)
+            place = Place(name, identity, folder, recipe)
+            self._threads = [_Thread(kind, config, place, before) for kind in config.trackers]
 
-    def log(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
-        if self._thread is not None:
-            self._queue.put((step, dict(metrics)))
+    def log(self, step: int, metrics: Metrics, sampled: Sampled | None = None) -> None:
+        """A step that was logged before, as a resumed run's first ones may have been, is left out."""
+        if not self._threads or step <= self._last:
+            return
+        self._last = step
+        line = json.dumps({"step": step, "metrics": dict(metrics)}) + "\n"
+        self._quietly(lambda: _append(self._journal, line))
+        for thread in self._threads:
+            thread.put(Record(step, dict(metrics), sampled))
 
     def artifact(self, folder: Path) -> None:
-        """A folder's files as an artifact of the folder's name; they must stay as they are."""
-        if self._thread is not None:
-            self._queue.put(folder)
+        """A folder's files as an artifact of its name, where a tracker has such; they must stay as they are."""
+        for thread in self._threads:
+            thread.put(folder)
 
     def close(self) -> None:
         """Waits a limited time for what is still queued."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(CLOSE_TIMEOUT_S)
-            if self._thread.is_alive():
-                warnings.warn(f"tracking: wandb did not finish in {CLOSE_TIMEOUT_S:.0f} s; left behind", stacklevel=2)
-            self._thread = None
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        for thread in self._threads:
+            thread.put(None)
+        for thread in self._threads:
+            thread.finish(until)
+        self._threads = []
 
-    def _work(self, config: TrackingConfig, name: str, folder: Path, recipe: dict[str, Any]) -> None:
+    def _quietly(self, act: Callable[[], Any]) -> Any:
+        """What ``act`` returns; None and a warning when the disk does not let it."""
         try:
-            import wandb
+            return act()
+        except (OSError, ValueError) as error:
+            warnings.warn(f"tracking: {FOLDER}/ cannot be used: {error}", stacklevel=3)
+            return None
 
-            run = wandb.init(
-                project=config.project,
-                name=name,
-                mode=config.mode,
-                dir=str(folder),
-                config=recipe,
-                settings=wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True),
-            )
+
+class _Thread:
+    """Owns one tracker and the thread that it works in."""
+
+    def __init__(self, kind: str, config: TrackingConfig, place: Place, before: Sequence[Record]) -> None:
+        self._kind = kind
+        self._queue: queue.SimpleQueue[Record | Path | None] = queue.SimpleQueue()
+        arguments = (config, place, before)
+        self._thread = threading.Thread(target=self._work, args=arguments, name=f"tracking {kind}", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Record | Path | None) -> None:
+        self._queue.put(item)
+
+    def finish(self, until: float) -> None:
+        """``until``: the moment of `time.monotonic` at which to leave it behind."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            text = f"tracking: {self._kind} did not finish in {CLOSE_TIMEOUT_S:.0f} s; left behind"
+            warnings.warn(text, stacklevel=3)
+
+    def _work(self, config: TrackingConfig, place: Place, before: Sequence[Record]) -> None:
+        try:
+            from rl.trackers import start
+
+            tracker = start(self._kind, config, place)
+            for record in before:
+                if record.step > tracker.written:
+                    tracker.log(record)
             while (item := self._queue.get()) is not None:
                 if isinstance(item, Path):
-                    kept = wandb.Artifact(item.name, type="report")
-                    for file in (path for path in item.iterdir() if path.is_file()):
-                        kept.add_file(str(file), policy="immutable")  # no copy outside the run's folder
-                    run.log_artifact(kept)
+                    tracker.artifact(item)
                 else:
-                    run.log(item[1], step=item[0])
-            run.finish()
+                    tracker.log(item)
+            tracker.finish()
         # Broad on purpose, and the only such place: what a tracking library may raise is open-ended, and none of it is
         # a reason to lose a training run.
         except Exception as error:
-            warnings.warn(f"tracking: wandb failed, off from here on: {type(error).__name__}: {error}", stacklevel=1)
+            text = f"tracking: {self._kind} failed, off from here on: {type(error).__name__}: {error}"
+            warnings.warn(text, stacklevel=1)
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(line)
+
+
+def _earlier(journal: Path) -> list[Record]:
+    """The records of a journal; a last line that was cut short is cut away."""
+    if not journal.is_file():
+        return []
+    text = journal.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        journal.write_text(whole)
+    return list(_records(whole))
+
+
+def _records(text: str) -> Iterator[Record]:
+    for line in text.splitlines():
+        fields = json.loads(line)
+        yield Record(int(fields["step"]), fields["metrics"])
+
+
+def _identity(path: Path) -> str:
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()

@@ -1,23 +1,26 @@
-"""Tracking may be off, work, fail or hang: the run neither stops nor waits for it."""
+"""Tracking may be off, work, fail or hang: the run neither stops nor waits for it; and each step is kept once."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rl import tracking
-from rl.tracking import Tracker, TrackingConfig
+from kernels.errors import MetronomeError
+from rl import trackers, tracking
+from rl.tracking import Tracker, TrackingConfig, check
 
 ROOT = Path(__file__).resolve().parents[2]
-ON = TrackingConfig(wandb=True)
+ON = TrackingConfig(trackers=("wandb",))
 
 
 class Artifact:
@@ -38,38 +41,43 @@ class FakeRun:
     def log_artifact(self, artifact: Artifact) -> None:
         self.artifacts.append(artifact)
 
-    def log(self, metrics: dict[str, Any], step: int) -> None:
+    def log(self, metrics: dict[str, Any], step: int, commit: bool) -> None:
+        assert commit
         self.logged.append((step, metrics))
 
     def finish(self) -> None:
         self.finished = True
 
 
-def install(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, init: Any, config: dict[str, Any] | None = None) -> None:
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
     fake.Settings = dict  # type: ignore[attr-defined]
     fake.Artifact = Artifact  # type: ignore[attr-defined]
+    kept = {} if config is None else config
+    fake.config = types.SimpleNamespace(update=lambda new, **_: kept.update(new))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
 
 
-def test_off_imports_nothing() -> None:
+def test_off_imports_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from rl.tracking import *; "
-        "t = Tracker(TrackingConfig(), 'a', Path('.'), {}); t.log(0, {}); t.close(); assert 'wandb' not in sys.modules"
+        "import sys; from pathlib import Path; from rl.tracking import *; check(TrackingConfig()); "
+        "t = Tracker(TrackingConfig(), 'a', Path(sys.argv[1]), {}); t.log(0, {}); t.close(); "
+        "assert not {'wandb', 'accelerate', 'matplotlib', 'rl.samples'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_arrive_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run, asked = FakeRun(), {}
+    run, asked, config = FakeRun(), {}, {}
 
     def init(**arguments: Any) -> FakeRun:
         asked.update(arguments)
         return run
 
-    install(monkeypatch, init)
-    tracker = Tracker(ON, "a", tmp_path, {"seed": 3})
+    install(monkeypatch, init, config)
+    tracker = Tracker(ON, "a", tmp_path, {"seed": 3, "rl": {"steps": 20, "models": ()}})
     for step in range(20):
         tracker.log(step, {"reward/mean": step})
     report = tmp_path / "audit/report.html"
@@ -79,7 +87,9 @@ def test_metrics_arrive_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     tracker.close()
     assert [(a.name, a.type, a.files) for a in run.artifacts] == [("audit", "report", [(str(report), "immutable")])]
     assert run.logged == [(step, {"reward/mean": step}) for step in range(20)] and run.finished
-    assert (asked["mode"], asked["name"], asked["config"], asked["dir"]) == ("offline", "a", {"seed": 3}, str(tmp_path))
+    assert config == {"seed": 3, "rl.steps": 20, "rl.models": "()"}
+    assert (asked["mode"], asked["name"], asked["dir"]) == ("offline", "a", str(tmp_path))
+    assert asked["id"] == (tmp_path / "tracking/id").read_text()
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
@@ -100,6 +110,30 @@ def test_a_failure_is_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert [str(w.message) for w in caught] == ["tracking: wandb failed, off from here on: OSError: no route to host"]
 
 
+def test_episodes_that_cannot_be_drawn_end_the_tracker_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def draw() -> Any:
+        raise ZeroDivisionError("nothing to draw")
+
+    run = FakeRun()
+    install(monkeypatch, lambda **_: run)
+    tracker = Tracker(ON, "a", tmp_path, {})
+    with pytest.warns(UserWarning, match="wandb failed, off from here on: ZeroDivisionError"):
+        tracker.log(0, {}, draw)
+        tracker.close()
+    assert run.logged == []
+
+
+def test_a_disk_that_refuses_the_journal_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = FakeRun()
+    install(monkeypatch, lambda **_: run)
+    (tmp_path / "tracking").write_text("a file where a folder should be")
+    with pytest.warns(UserWarning, match="tracking/ cannot be used"):
+        tracker = Tracker(ON, "a", tmp_path, {})
+        tracker.log(0, {"x": 1})
+        tracker.close()
+    assert run.logged == [(0, {"x": 1})]
+
+
 def test_a_hang_delays_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     release = threading.Event()
     install(monkeypatch, lambda **_: release.wait() and FakeRun())
@@ -113,16 +147,140 @@ def test_a_hang_delays_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     release.set()
 
 
-@pytest.mark.slow
-def test_the_real_library_writes_offline(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from rl.tracking import *; "
-        "t = Tracker(TrackingConfig(wandb=True), 'a', Path(sys.argv[1]), {'seed': 0}); "
-        "[t.log(s, {'reward/mean': 0.5}) for s in range(3)]; p = Path(sys.argv[1]) / 'audit'; p.mkdir(); "
-        "(p / 'report.html').write_text('a report'); t.artifact(p); t.close()"
-    )
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TrackingConfig(("wandbb",)), "no tracker is called 'wandbb'; choose from .*tensorboard.*wandb"),
+        (TrackingConfig(("swanlab",)), "swanlab is not installed: `pip install swanlab`"),
+        (TrackingConfig(("wandb", "wandb")), "names one twice"),
+    ],
+)
+def test_what_cannot_work_is_refused(config: TrackingConfig, message: str) -> None:
+    with pytest.raises(MetronomeError, match=message):
+        check(config)
+
+
+def test_what_would_leave_the_machine_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["swanlab", "wandb"])
+    check(TrackingConfig(("wandb", "swanlab"), mode="online"))
+    with pytest.raises(MetronomeError, match="swanlab cannot be held to this machine"):
+        check(TrackingConfig(("swanlab",)))
+
+
+def test_an_unknown_tracker_ends_a_run_before_it_writes(tmp_path: Path) -> None:
+    from rl.run import Run
+    from rl.train import parse
+
+    config, resume, text = parse(["--runs", str(tmp_path / "runs"), "--tracking.trackers", "[wandbb]"])
+    with pytest.raises(MetronomeError, match="wandbb"):
+        Run(config, text, resume)
+    assert not list(tmp_path.iterdir())
+
+
+LOG = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from rl.samples import Sample
+from rl.tracking import Tracker, TrackingConfig
+
+kind, folder, first, last, ending = sys.argv[1:]
+
+def sampled():
+    sound = np.sin(np.arange(8000, dtype=np.float32) / 10)
+    return [Sample("timespeak", "timespeak/train/0#0: four", np.zeros((40, 60, 3), np.uint8), sound)]
+
+tracker = Tracker(TrackingConfig(trackers=(kind,)), "a", Path(folder), {"seed": 0, "rl": {"steps": 20}})
+for step in range(int(first), int(last)):
+    tracker.log(step, {"step": step, "reward/mean": 0.5 * step, "digest": "ab"}, sampled if step in (3, 12) else None)
+if ending == "killed":
+    while not all(thread._queue.empty() for thread in tracker._threads):
+        time.sleep(0.1)
+    time.sleep(2)  # so that the tracker has done what it does at once with all that it was given
+    os.kill(os.getpid(), signal.SIGKILL)
+audit = Path(folder) / "audit"
+audit.mkdir()
+(audit / "report.html").write_text("a report")
+tracker.artifact(audit)
+tracker.close()
+"""
+
+
+def log(kind: str, folder: Path, first: int, last: int, ending: str) -> None:
+    """Steps ``first`` … ``last`` - 1 of a run, which is killed or ends."""
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LOG, kind, str(folder), str(first), str(last), ending],
+        cwd=ROOT,
+        env=os.environ | {"TRACKIO_DIR": str(folder / "trackio")},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert "failed" not in done.stderr and done.stdout == ""
+    assert done.returncode == (-9 if ending == "killed" else 0), done.stderr
+    assert "failed" not in done.stderr and (kind == "trackio" or done.stdout == "")
+
+
+def wandb_steps(folder: Path) -> list[int]:
+    parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len({path.name for path in parts}) == 1, "every part is of one run"
+    return [
+        step for path in parts for step, values in trackers.wandb_history(path) if values["reward/mean"] == 0.5 * step
+    ]
+
+
+def tensorboard_steps(folder: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in read.Images("episode/timespeak")][-1] == 12
+    assert read.Audio("heard/timespeak")[-1].sample_rate == 16000
+    return [event.step for event in read.Scalars("reward/mean") if event.value == 0.5 * event.step]
+
+
+def trackio_steps(folder: Path) -> list[int]:
+    import json
+    import sqlite3
+
+    with sqlite3.connect(folder / "trackio/metronome.db") as database:
+        rows = database.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+    assert {"episode/timespeak", "heard/timespeak"} <= set(json.loads(rows[12][1]))
+    return [step for step, values in rows if json.loads(values)["reward/mean"] == 0.5 * step]
+
+
+READERS: dict[str, Callable[[Path], list[int]]] = {
+    "wandb": wandb_steps,
+    "tensorboard": tensorboard_steps,
+    "trackio": trackio_steps,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", READERS)
+def test_a_killed_run_goes_on_with_each_step_once(kind: str, tmp_path: Path) -> None:
+    """Ten steps, killed; resumed from a checkpoint at the sixth. The libraries are the real ones, offline."""
+    pytest.importorskip(kind)
+    log(kind, tmp_path, 0, 10, "killed")
+    log(kind, tmp_path, 6, 14, "ended")
+    assert READERS[kind](tmp_path) == list(range(14))
+
+
+@pytest.mark.slow
+def test_without_the_journal_steps_are_lost_or_doubled(tmp_path: Path) -> None:
+    """The control: the same with the journal taken away between the two."""
+    log("wandb", tmp_path, 0, 10, "killed")
+    (tmp_path / "tracking/journal.jsonl").unlink()
+    log("wandb", tmp_path, 6, 14, "ended")
+    assert wandb_steps(tmp_path) != list(range(14))
+
+
+@pytest.mark.slow
+def test_wandb_keeps_pictures_and_sound(tmp_path: Path) -> None:
+    log("wandb", tmp_path, 0, 5, "ended")
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    values = dict(trackers.wandb_history(path))
+    kinds = {step: {v for k, v in kept.items() if k.endswith("/_type")} for step, kept in values.items()}
+    assert kinds == {0: set(), 1: set(), 2: set(), 3: {"image-file", "audio-file"}, 4: set()}
+    media = path.parent / "files/media"
+    assert list(media.glob("images/episode/timespeak_3_*.png")) and list(media.glob("audio/heard/timespeak_3_*.wav"))

@@ -1,0 +1,104 @@
+"""The command ``metronome``: the program's commands by short names, the same as their ``python -m`` forms.
+
+    metronome train --config quickstart --rl.steps 20
+
+A verb's arguments go to its module unread. Nothing is imported for the verbs that were not asked for. ``train`` and
+``reward-train`` start their processes by ``accelerate launch`` with the shipped configuration; ``--launch FILE`` before
+the verb names another one, and under a launcher of one's own they start none.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+@dataclass(frozen=True)
+class Verb:
+    module: str
+    line: str  # for --help
+    launcher: str | None = None  # shipped configuration of accelerate
+
+
+VERBS = {
+    "train": Verb("rl.train", "warm start, reinforcement learning, held-out verdict, audit", "accelerate/cpu"),
+    "audit": Verb("rl.audit", "is a run's sampler its learner? are two runs one? what is a checkpoint invariant to?"),
+    "show": Verb("rollout.show", "print a saved episode chunk by chunk"),
+    "fingerprint": Verb("rl.fingerprint", "one digest a stage, to find where two machines part"),
+    "reward-pairs": Verb("reward.pairs", "make preference pairs for reward models"),
+    "reward-train": Verb("reward.train", "train a reward model on pairs", "accelerate/reward"),
+    "reward-evaluate": Verb("reward.evaluate", "how good reward models are"),
+    "reward-hacks": Verb("reward.hacks", "what rewards pay policies that want to be paid for nothing"),
+    "best-of-n": Verb("rl.bestofn", "how far a learned reward can be optimised without training"),
+    "baseline": Verb("rl.audit.baseline", "train beside naive torch with importance weights"),
+    "bench": Verb("rollout.bench", "speed of decoding and serving"),
+    "kernel-bench": Verb("kernels.bench", "speed of the kernels beside torch's"),
+    "compile-report": Verb("kernels.compile_report", "compile the Triton kernels for four GPUs and check them"),
+    "traffic": Verb("rl.traffic", "bytes that cross the network in a step on many machines"),
+    "info": Verb("model.info", "a preset's layers, parameters and session size"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Raises SystemExit with the verb's status; 2 for a verb that there is not."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    launcher = None
+    if given[:1] == ["--launch"] and len(given) > 1:
+        launcher, given = given[1], given[2:]
+    if not given or given[0] in ("-h", "--help", "help"):
+        if arguments is None:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+        print(usage())
+        return
+    name, *rest = given
+    verb = VERBS.get(name)
+    if verb is None:
+        fail(f"no verb {name!r}; choose one of {', '.join(VERBS)}")
+    if launcher is not None and verb.launcher is None:
+        fail(f"--launch: {name} runs in one process; train and reward-train are launched")
+    if verb.launcher is not None and "RANK" not in os.environ and not {"-h", "--help"} & set(rest):
+        launch(verb, launcher, rest)
+    # As ``python -m`` has it, so that a family or reward of one's own in this folder is found; at the end, so that
+    # nothing in it hides a package of ours.
+    sys.path.append(os.getcwd())
+    sys.argv = [f"metronome {name}", *rest]
+    runpy.run_module(verb.module, run_name="__main__", alter_sys=True)
+
+
+def launch(verb: Verb, config: str | None, rest: Sequence[str]) -> NoReturn:
+    """Becomes ``accelerate launch``."""
+    from model.shipped import resolve
+
+    path = resolve(config or str(verb.launcher))
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", path]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, "-m", verb.module, *rest])
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {verb.line}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: metronome [--launch FILE] VERB [ARGUMENTS]",
+            "",
+            *lines,
+            "",
+            "`metronome VERB --help` lists a verb's arguments. --launch FILE: accelerate's configuration for train and",
+            "reward-train, instead of the shipped one (two processes on this machine's CPU; one for reward-train).",
+        ]
+    )
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}\n\n{usage()}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Sampled episodes for trackers: a picture of the timeline, and the sound that the model heard.
+
+An episode keeps dMel codes, which no sound can be made from; but a scenario and the model's actions determine what its
+user says, so the sound is made again. matplotlib is only imported where something is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.audio import SAMPLE_RATE_HZ as SAMPLE_RATE_HZ
+from rollout.chunk import CHUNK_MS
+from rollout.episode import Episode
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig, scenario
+from rollout.speech import SpeechBank, Split
+from rollout.timeline import Moment, moments
+
+DPI = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One episode to look at and to listen to."""
+
+    name: str  # its family
+    caption: str
+    picture: NDArray[np.uint8]  # [height, width, 3]
+    heard: NDArray[np.float32]  # [samples] at SAMPLE_RATE_HZ, within [-1, 1]
+
+
+def samples(episodes: Sequence[Episode], bank: SpeechBank, config: ScenarioConfig) -> list[Sample]:
+    """The first episode of each family."""
+    first = {episode.family: episode for episode in reversed(episodes)}
+    return [sample(first[family], bank, config) for family in sorted(first)]
+
+
+def sample(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> Sample:
+    said = " ".join(word for action in episode.actions for word in action.words) or "nothing"
+    return Sample(
+        episode.family, f"{episode.name}: {said}", picture(moments(episode), episode.name), heard(episode, bank, config)
+    )
+
+
+def heard(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> NDArray[np.float32]:
+    """fp32 [samples]: what the user of the episode's scenario says to the episode's actions, clipped to [-1, 1]."""
+    family, split, seed = episode.scenario.split("/")
+    played = scenario(family, cast(Split, split), int(seed), bank, config)
+    audio, _, _ = enact(played, lambda user: lambda k: episode.actions[k])
+    return audio.reshape(-1).clip(-1, 1)
+
+
+def picture(rows: Sequence[Moment], title: str) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3]: loudness with what is taken for speech, the model's words, and their log-probs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    level, logprob = figure.subplots(2, 1, sharex=True)
+    times = [row.start_ms / 1000 for row in rows]
+    width = CHUNK_MS / 1000
+    low = min((row.level_db for row in rows), default=0.0)
+    colours = ["tab:blue" if row.speech else "lightgrey" for row in rows]
+    level.bar(times, [row.level_db - low for row in rows], width, align="edge", color=colours)
+    level.set(title=title, ylabel="heard, dB\n(blue: speech)")
+    logprob.bar(times, [row.logprob for row in rows], width, align="edge", color="tab:orange")
+    logprob.set(ylabel="log-prob\nof the chunk, nats", xlabel="s")
+    for time, row in zip(times, rows, strict=True):
+        if row.words:
+            level.axvline(time + width, color="tab:red", alpha=0.4)
+            text = " ".join(row.words)
+            logprob.text(time + width / 2, 0, f" {text}", rotation=90, va="bottom", ha="center", parse_math=False)
+    logprob.margins(x=0)
+    bottom = min(logprob.get_ylim()[0], -1.0)
+    logprob.set_yticks([tick for tick in logprob.get_yticks() if bottom <= tick <= 0])
+    logprob.set_ylim(bottom, -bottom if any(row.words for row in rows) else 0.0)  # room for words
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,212 @@
+"""One class for what each tracker can do beyond metrics, around accelerate's own tracker of that name.
+
+accelerate gives start, metrics, configuration and end; pictures, sound, artifacts and going on with an interrupted run
+are each library's own. A tracker without a class here gets metrics only. Runs in the thread of `rl.tracking`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import tracking as accelerate_tracking
+
+from rl.samples import SAMPLE_RATE_HZ, Sample
+from rl.tracking import Place, Record, TrackingConfig
+
+# accelerate's logger and its decorator for the first process ask for accelerate's own `PartialState`, which would join
+# processes, set threads and the environment. Ours have joined (`rl.ranks`), and only the first one has trackers.
+accelerate_tracking.logger = logging.getLogger("accelerate.tracking")
+
+
+class Plain:
+    """Metrics only: any tracker that accelerate knows."""
+
+    def __init__(self, kind: str, config: TrackingConfig, place: Place) -> None:
+        """Starts the tracker, and so may take long or raise whatever its library raises."""
+        self.config = config
+        self.place = place
+        kinds = accelerate_tracking.LOGGER_TYPE_TO_CLASS[kind]
+        folder = [str(place.folder)] if kinds.requires_logging_directory else []
+        self.inner = kinds(self.project(), *folder, **self.options())
+        self.inner.main_process_only = False
+        self.inner.start()
+        self.written = self.last_written()
+        self.configure()
+
+    def project(self) -> str:
+        return self.config.project
+
+    def options(self) -> dict[str, Any]:
+        """What the library's own start takes."""
+        return {}
+
+    def last_written(self) -> int:
+        """The last step that an interrupted run's tracker has kept; -1 for none, unknown counts as all."""
+        return 2**62
+
+    def configure(self) -> None:
+        self.inner.store_init_configuration(dict(_flat(self.place.recipe)))
+
+    def log(self, record: Record) -> None:
+        self.inner.log(dict(record.metrics), step=record.step)
+
+    def artifact(self, folder: Path) -> None:
+        """Not every tracker has artifacts."""
+
+    def finish(self) -> None:
+        self.inner.finish()
+
+
+class Wandb(Plain):
+    def options(self) -> dict[str, Any]:
+        import wandb
+
+        settings = wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True)
+        return {
+            "name": self.place.name,
+            "id": self.place.id,
+            "resume": "allow" if self.config.mode == "online" else None,
+            "mode": self.config.mode,
+            "dir": str(self.place.folder),
+            "settings": settings,
+        }
+
+    def last_written(self) -> int:
+        """Online the server knows. Offline ``resume`` means nothing: each part of the run has a folder of its own under
+        the same id (`wandb sync` puts them together), and the parts' files know."""
+        if self.config.mode == "online":
+            return int(self.inner.tracker.starting_step) - 1
+        pattern = f"wandb/offline-run-*-{self.place.id}/run-{self.place.id}.wandb"
+        return max((step for path in self.place.folder.glob(pattern) for step, _ in wandb_history(path)), default=-1)
+
+    def log(self, record: Record) -> None:
+        import wandb
+
+        media: dict[str, Any] = {}
+        for sample in _samples(record):
+            media[f"episode/{sample.name}"] = wandb.Image(sample.picture, caption=sample.caption)
+            media[f"heard/{sample.name}"] = wandb.Audio(
+                sample.heard, sample_rate=SAMPLE_RATE_HZ, caption=sample.caption
+            )
+        self.inner.log({**record.metrics, **media}, step=record.step, commit=True)
+
+    def artifact(self, folder: Path) -> None:
+        import wandb
+
+        kept = wandb.Artifact(folder.name, type="report")
+        for file in (path for path in folder.iterdir() if path.is_file()):
+            kept.add_file(str(file), policy="immutable")  # no copy outside the run's folder
+        self.inner.tracker.log_artifact(kept)
+
+
+class TensorBoard(Plain):
+    """In RUN/tensorboard, each part of an interrupted run in a file of its own."""
+
+    def project(self) -> str:
+        return "tensorboard"
+
+    def options(self) -> dict[str, Any]:
+        """The last step on disk may be there by half: readers are told to forget it, and it is written again."""
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+        files = sorted((self.place.folder / "tensorboard").glob("events.out.tfevents.*"))
+        self._last = max((event.step for file in files for event in EventFileLoader(str(file)).Load()), default=-1)
+        return {"purge_step": self._last} if self._last >= 0 else {}
+
+    def last_written(self) -> int:
+        return self._last - 1 if self._last >= 0 else -1
+
+    def configure(self) -> None:
+        """As text: accelerate's would make a run beside this one in the list."""
+        recipe = "\n".join(f"{key}: {value}  " for key, value in _flat(self.place.recipe))
+        if self._last < 0:
+            self.inner.tracker.add_text("recipe", recipe)
+
+    def log(self, record: Record) -> None:
+        numbers = {key: value for key, value in record.metrics.items() if not isinstance(value, str)}
+        writer = self.inner.tracker
+        for sample in _samples(record):
+            writer.add_image(f"episode/{sample.name}", sample.picture, record.step, dataformats="HWC")
+            writer.add_audio(f"heard/{sample.name}", sample.heard[None], record.step, SAMPLE_RATE_HZ)
+        self.inner.log(numbers, step=record.step)
+
+
+class Trackio(Plain):
+    def options(self) -> dict[str, Any]:
+        """Trackio knows runs by name and has them all in one folder of its own."""
+        return {"name": self._name(), "resume": "allow", "auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
+
+    def last_written(self) -> int:
+        from trackio.sqlite_storage import SQLiteStorage
+
+        last = SQLiteStorage.get_max_step_for_run(self.config.project, self._name())
+        return -1 if last is None else int(last)
+
+    def configure(self) -> None:
+        self.inner.tracker.config.update(dict(_flat(self.place.recipe)))
+
+    def log(self, record: Record) -> None:
+        import trackio
+
+        media: dict[str, Any] = {}
+        for sample in _samples(record):
+            media[f"episode/{sample.name}"] = trackio.Image(sample.picture, caption=sample.caption)
+            pcm = (sample.heard * 32767).astype("int16")
+            media[f"heard/{sample.name}"] = trackio.Audio(pcm, sample_rate=SAMPLE_RATE_HZ, caption=sample.caption)
+        metrics = {key: value for key, value in record.metrics.items() if key != "step"}  # a name that it reserves
+        self.inner.log({**metrics, **media}, step=record.step)
+
+    def _name(self) -> str:
+        return f"{self.place.name}-{self.place.id}"
+
+
+KINDS: dict[str, type[Plain]] = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
+
+
+def start(kind: str, config: TrackingConfig, place: Place) -> Plain:
+    return KINDS.get(kind, Plain)(kind, config, place)
+
+
+def wandb_history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, values) of each history record of a ``.wandb`` file, in its order; a file cut short ends early.
+
+    The file is a LevelDB log (blocks of 32 kB; a record's pieces each behind CRC, length and kind: 1 whole, 2 first,
+    3 middle, 4 last) behind a header of 7 bytes; each record is a protobuf message of wandb's."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, pieces = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # no room for a header: the block's end is padding
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        piece = data[at + 7 : at + 7 + size]
+        if len(piece) < size:
+            return
+        pieces, at = pieces + piece, at + 7 + size
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record.FromString(pieces)
+            pieces = b""
+            if record.WhichOneof("record_type") == "history":
+                values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+                yield int(values["_step"]), values
+
+
+def _samples(record: Record) -> list[Sample]:
+    return [] if record.sampled is None else list(record.sampled())
+
+
+def _flat(recipe: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """``{"rl": {"steps": 20}}`` as ("rl.steps", 20): the names that the command line has, values that every tracker
+    takes."""
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,160 @@
+"""Prints an episode in the terminal, a line a chunk: what was heard, what the model did, what it was rewarded for.
+
+    python -m rollout.show runs/quickstart/episodes/step_000040.rank_0.safetensors [--rollout N] [--list] [--json]
+
+A file holds a step's rollouts, one group after another; ``--list`` says which. Rewards are the rules', with the
+constants of the run whose folder the file lies in; an episode of a family that they do not know is shown without.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    import signal
+
+    from model.startup import run_command
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    run_command("rollout.show")
+
+import argparse
+import importlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kernels.errors import MetronomeError
+from rollout.chunk import Mode
+from rollout.episode import Episode, load_episodes
+from rollout.timeline import Moment, moments
+
+JUDGE = "reward.told:told"
+"""Found by name, as whatever stands above this package: (episode, folder of its run) to a `Verdict` in JSON or None."""
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown of an episode."""
+
+    episode: Episode
+    moments: Sequence[Moment]
+    verdict: dict[str, Any] | None  # {"score", "rewards": {axis: sum}, "events": [{"chunk", "kind", …}]}
+
+
+def main(arguments: list[str] | None = None, console: Console | None = None) -> None:
+    """Raises MetronomeError for a file or number that will not do."""
+    given = parser().parse_args(arguments)
+    console = console or Console(highlight=False)
+    episodes = load_episodes(given.file)
+    if given.list:
+        listing(episodes, given.file, console)
+        return
+    if not 0 <= given.rollout < len(episodes):
+        raise MetronomeError(
+            f"--rollout {given.rollout}: {given.file} holds {len(episodes)} rollouts, counted from 0; --list names them"
+        )
+    view = look(episodes[given.rollout], given.file)
+    if given.json:
+        print(json.dumps(as_json(view), indent=2))
+        return
+    show(view, console)
+    if len(episodes) > 1:
+        console.print(f"Rollout {given.rollout} of {len(episodes)} in this file; --list names them all.", style="dim")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rollout.show", description="Prints an episode's timeline.")
+    parser.add_argument("file", type=Path, help="RUN/episodes/step_NNNNNN.rank_N.safetensors")
+    parser.add_argument("--rollout", type=int, default=0, metavar="N", help="which of the file's rollouts, from 0")
+    parser.add_argument("--list", action="store_true", help="name the file's rollouts")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    return parser
+
+
+def look(episode: Episode, file: Path) -> View:
+    """Raises MetronomeError when the file's fields do not fit together."""
+    module, name = JUDGE.split(":")
+    judge: Callable[[Episode, Path], dict[str, Any] | None] = getattr(importlib.import_module(module), name)
+    try:
+        return View(episode, moments(episode), judge(episode, file.resolve().parent.parent))
+    except ValueError as error:
+        raise MetronomeError(f"{file}: {error}. Roll the episodes out again, or delete the file.") from error
+
+
+def as_json(view: View) -> dict[str, Any]:
+    e = view.episode
+    head = {
+        name: getattr(e, name) for name in ("scenario", "rollout", "seed", "temperature", "weights_digest", "facts")
+    }
+    chunks = [asdict(m) | {"logprob": m.logprob if math.isfinite(m.logprob) else None} for m in view.moments]
+    return {**head, "chunks": chunks, "verdict": view.verdict}
+
+
+def show(view: View, console: Console) -> None:
+    e = view.episode
+    console.print(Text(f"{e.name} · weights {e.weights_digest[:12]} · seed {e.seed} · temperature {e.temperature:g}"))
+    events: dict[int, list[dict[str, Any]]] = {}
+    for event in view.verdict["events"] if view.verdict else ():
+        events.setdefault(event["chunk"], []).append(event)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in (("chunk", "right"), ("s", "right"), ("heard", "left"), ("", "left"), ("mode", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("words")
+    table.add_column("log-prob", justify="right", no_wrap=True)
+    table.add_column("reward")
+    low = min((m.level_db for m in view.moments), default=0.0)
+    high = max((m.level_db for m in view.moments), default=0.0)
+    for m in view.moments:
+        bar = BARS[round((m.level_db - low) / max(high - low, 1e-9) * (len(BARS) - 1))] * 3
+        style = "bold" if m.mode is not Mode.LISTEN else "dim"
+        table.add_row(
+            str(m.chunk),
+            f"{m.start_ms / 1000:.1f}",
+            Text(bar, "cyan" if m.speech else "dim"),
+            "speech" if m.speech else "",
+            Text(m.mode.value, style),
+            Text(printable(" ".join(m.words)), style),
+            f"{m.logprob:.3f}",
+            Text("; ".join(described(event) for event in events.get(m.chunk, ())), _colour(events.get(m.chunk, ()))),
+        )
+    console.print(table)
+    if view.verdict is None:
+        console.print("No rules of rewards know this family, or they cannot read its facts.", style="dim")
+        return
+    sums = ", ".join(f"{value:+.2f} {axis}" for axis, value in view.verdict["rewards"].items())
+    console.print(f"score {view.verdict['score']:.2f} by the rules; reward {sums}")
+
+
+def listing(episodes: Sequence[Episode], file: Path, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("rollout", "episode", "score", "said"):
+        table.add_column(name, justify="left" if name in ("episode", "said") else "right")
+    for n, episode in enumerate(episodes):
+        verdict = look(episode, file).verdict
+        said = printable(" ".join(word for action in episode.actions for word in action.words))
+        table.add_row(str(n), Text(episode.name), "" if verdict is None else f"{verdict['score']:.2f}", Text(said))
+    console.print(table)
+
+
+def described(event: dict[str, Any]) -> str:
+    """``reminder hit +0.60 timing +1.00 content, due 28``."""
+    rewards = "".join(f" {value:+.2f} {axis}" for axis, value in event["rewards"].items() if value)
+    due = "" if event["due"] in (None, event["chunk"]) else f", due {event['due']}"
+    return f"{event['kind']} {event['outcome']}{rewards}{due}"
+
+
+def printable(text: str) -> str:
+    """Words come from a file: what would move a terminal's cursor is not sent there."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _colour(events: Sequence[dict[str, Any]]) -> str:
+    total = sum(value for event in events for value in event["rewards"].values())
+    return "green" if total > 0 else "red" if total < 0 else ""
