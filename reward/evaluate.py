@@ -37,13 +37,12 @@ from model.recipe import read_recipe
 from reward.calibrate import Reliability, fit_temperature, plot, reliability
 from reward.model import RewardModel, episode_scores
 from reward.pairs import FIRST_SEED, SLOTS, PolicyRecipe
-from reward.plays import rule_rewards
 from reward.preference import Preference, Stretch, from_row, load_preferences
-from reward.score import RewardConfig
+from reward.score import score
 from reward.trainable import stretch_scores
 from rollout.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
 
@@ -71,7 +70,6 @@ class EvaluateConfig:
     seed: int = 0
     speech_dir: str | None = None
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     unseen: UnseenPolicy = field(default_factory=UnseenPolicy)
 
 
@@ -159,17 +157,12 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
         policy, Vocabulary.build(policy.vocab), slots=SLOTS, max_tokens=unseen.max_tokens,
         temperature=unseen.policy.temperature, words_per_chunk=unseen.words_per_chunk,
     )  # fmt: skip
-    items = [
-        scenario(family, "held_out", FIRST_SEED + UNSEEN_SEEDS + i, bank, config.scenarios)
-        for i in range(unseen.scenarios)
-        for family in FAMILIES
-    ]
+    items = config.scenarios.of_each(unseen.scenarios, "held_out", bank, FIRST_SEED + UNSEEN_SEEDS)
     start = time.perf_counter()
     episodes = play(engine, [Play(item, 0) for item in items], config.seed)
     rollout_s = (time.perf_counter() - start) / len(episodes)
     yield "speed/rollout_ms_an_episode", 1000 * rollout_s
-    rule = [rule_rewards(e.family, e.facts, e.actions, config.reward) for e in episodes]
-    family = np.array([e.family for e in episodes])
+    rule = [score(e.family, e.facts, e.actions, config.scenarios).rewards for e in episodes]
     for model in models:
         start = time.perf_counter()
         scores = episode_scores(model.score(episodes)).numpy()
@@ -178,8 +171,11 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
         yield f"speed/score_ms_an_episode/{name}", 1000 * score_s
         yield f"speed/score_of_rollout/{name}", score_s / rollout_s
         for i, axis in enumerate(model.axes):
-            wanted = np.array([float(r[axis].sum(dtype=np.float64)) for r in rule])
-            yield f"{axis}/spearman", float(spearmanr(scores[:, i], wanted).statistic)
-            for one in FAMILIES:
-                mine = family == one
-                yield f"{axis}/spearman/family/{one}", float(spearmanr(scores[mine, i], wanted[mine]).statistic)
+            on_axis = [e for e, rewards in enumerate(rule) if axis in rewards]  # of families that have the axis
+            learned = scores[on_axis, i]
+            ruled = np.array([float(rule[e][axis].sum(dtype=np.float64)) for e in on_axis])
+            yield f"{axis}/spearman", float(spearmanr(learned, ruled).statistic)
+            families = np.array([episodes[e].family for e in on_axis])
+            for name in dict.fromkeys(families.tolist()):
+                of_it = families == name
+                yield f"{axis}/spearman/family/{name}", float(spearmanr(learned[of_it], ruled[of_it]).statistic)

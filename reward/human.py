@@ -36,10 +36,9 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.audio import SAMPLE_RATE_HZ, DMel
-from reward.model import AXES
 from reward.preference import Preference, Stretch
 from rollout.chunk import CHUNK_MS, CHUNK_SAMPLES, Action, Mode
-from rollout.scenarios.registry import FAMILIES
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.transcript import write_transcript
 from rollout.vocabulary import Vocabulary
 
@@ -49,8 +48,11 @@ CHOICES = ("first", "second", "tie")
 SPLITS = ("train", "held_out")
 
 
-def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk: int) -> list[Preference]:
-    """The file's preferences of one split. The whole file is checked, whatever the split."""
+def read_labels(
+    path: Path, split: str, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig
+) -> list[Preference]:
+    """The file's preferences of one split, between conversations of the ``scenarios``' families. The whole file is
+    checked, whatever the split."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -62,7 +64,7 @@ def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        label = _label(where, line)
+        label = _label(where, line, scenarios)
         earlier, before = seen.setdefault((label["id"], label["axis"]), (number, label))
         if earlier != number:
             _agree(where, label, earlier, before)
@@ -87,7 +89,7 @@ def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk:
     return found
 
 
-def _label(where: str, line: str) -> dict[str, Any]:
+def _label(where: str, line: str, scenarios: ScenarioConfig) -> dict[str, Any]:
     try:
         label = json.loads(line)
     except json.JSONDecodeError as error:
@@ -100,7 +102,13 @@ def _label(where: str, line: str) -> dict[str, Any]:
         raise MetronomeError(
             f"{where}: unknown key {', '.join(wrong)}; known are {', '.join(sorted(NEEDED | OPTIONAL))}"
         )
-    for name, choices in (("family", FAMILIES), ("axis", AXES), ("preferred", CHOICES), ("split", SPLITS)):
+    axes = {name: family.axes for name, family in scenarios.members.items()}
+    for name, choices in (
+        ("family", tuple(axes)),
+        ("axis", axes.get(str(label["family"]), ())),
+        ("preferred", CHOICES),
+        ("split", SPLITS),
+    ):
         if name in label and label[name] not in choices:
             raise MetronomeError(f"{where}: {name} is {label[name]!r}; choose one of {', '.join(choices)}")
     if not isinstance(label["id"], str) or not label["id"]:

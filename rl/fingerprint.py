@@ -34,7 +34,7 @@ from kernels import ops
 from kernels.errors import MetronomeError
 from model.audio import DMel
 from model.files import write_whole
-from reward.source import AXES, RewardSource
+from reward.source import RewardSource
 from rl import loop, ranks
 from rl.config import TrainConfig
 from rl.credit import token_weights
@@ -97,8 +97,8 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     engine = build_engine(config, model, vocabulary, config.rollout.temperature)
     episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed)
     yield "episodes", [concatenate(episodes, name) for name in ("tokens", "codes", "logprob", "digest")]
-    judged = RewardSource.load(config.reward, config.source).judge(episodes)
-    yield "rewards", [rewards.axis(axis) for rewards in judged.rules for axis in AXES]
+    judged = RewardSource.load(config.scenarios, config.source).judge(episodes)
+    yield "rewards", [on_axis for rewards in judged.rules for on_axis in rewards.axes.values()]
     yield "advantages", token_weights(episodes, judged.acting, [], config.rl, {}).weights
 
 

@@ -13,7 +13,7 @@ from kernels import dispatch
 from model import packs
 from model.checkpoint import weights_digest
 from model.transformer import InteractionModel
-from reward.source import AXES, Judged, RewardSource
+from reward.source import Judged, RewardSource
 from rl import ranks, reference
 from rl.audit.diagnose import failure
 from rl.config import TrainConfig
@@ -24,7 +24,6 @@ from rl.reference import Reference
 from rollout.episode import Episode, concatenate
 from rollout.play import Play
 from rollout.roller import Roller
-from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 
@@ -108,7 +107,7 @@ def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
     out = []
     for g in ranks.share(config.rl.groups):
         index = step * config.rl.groups + g
-        item = scenario(FAMILIES[index % len(FAMILIES)], "train", index, bank, config.scenarios)
+        item = config.scenarios.in_turn(index, "train", index, bank)
         out += [Play(item, r) for r in range(config.rl.rollouts)]
     return out
 
@@ -135,9 +134,12 @@ def rewards(judged: Judged) -> dict[str, float]:
     for kind, given in (("reward", judged.rules), ("proxy", judged.proxy)):
         if given:
             found[f"{kind}/mean"] = [r.total for r in given]
-            found |= {f"{kind}/{axis}": [r.sum(axis) for r in given] for axis in AXES}
+            for r in given:
+                for axis in r.axes:
+                    found.setdefault(f"{kind}/{axis}", []).append(r.sum(axis))
     parts = ranks.gather(found)
-    return {name: fmean(value for part in parts for value in part[name]) for name in found}
+    names = dict.fromkeys(name for part in parts for name in part)  # a rank's episodes may lack an axis
+    return {name: fmean(value for part in parts for value in part.get(name, ())) for name in names}
 
 
 def _mean(values: torch.Tensor) -> float:

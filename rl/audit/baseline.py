@@ -44,7 +44,6 @@ from rl.learner import Learner, policy_gradient
 from rl.run import build_engine
 from rollout.episode import Episode, concatenate
 from rollout.roller import InProcess, Roller
-from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 
@@ -93,12 +92,8 @@ def train(arm: Arm, config: TrainConfig, folder: Path, bank: SpeechBank) -> Resu
         sampling = model if arm.sampler == torch.float32 else checkpoint.load(folder, arm.sampler)
         vocabulary = Vocabulary.build(model.vocab)
         roller = InProcess(build_engine(config, sampling, vocabulary, config.rollout.temperature))
-        source = RewardSource.load(config.reward, config.source)
-        held_out = [
-            scenario(family, "held_out", i, bank, config.scenarios)
-            for i in range(config.eval.scenarios)
-            for family in FAMILIES
-        ]
+        source = RewardSource.load(config.scenarios, config.source)
+        held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", bank)
         before = evaluate(roller, held_out, source, config.seed).score[""]
         learner = Learner(model, config.rl.optim, config.rl.steps)
         clock = time.perf_counter()

@@ -31,7 +31,7 @@ from rl.learner import policy_gradient
 from rollout.chunk import LISTEN
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import SpeechBank
 
 MOST_TOGETHER, MOST_OTHERS, MOST_AHEAD = 32, 16, 20
@@ -118,7 +118,7 @@ def measured(sides: Sequence[Side], rounds: int) -> list[Measured]:
     """All sides by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more round
     before warms up."""
     bank, config = SpeechBank.load(), ScenarioConfig()
-    items = [scenario(FAMILIES[i % len(FAMILIES)], "train", i, bank, config) for i in range(GROUPS)]
+    items = [config.in_turn(i, "train", i, bank) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     costs: list[list[Cost]] = [[] for _ in sides]
     mismatches: list[tuple[Mismatch, float]] = []
@@ -157,7 +157,7 @@ def tables(sides: Sequence[Side], count: int, long_count: int, rounds: int) -> l
     """The lesson's table for each dtype, and the counts of completions in full."""
     found = list(measured(sides, rounds)) if rounds else []
     bank, config = SpeechBank.load(), ScenarioConfig()
-    heard = [recording(scenario(f, "held_out", i, bank, config)) for i in range(4) for f in FAMILIES]
+    heard = [recording(item) for item in config.of_each(4, "held_out", bank)]
     long = torch.cat(heard[:LONG])
     counts = []
     for side in sides:

@@ -33,7 +33,7 @@ def run_page(records: Records, parts: Sequence[Part]) -> tuple[dict[str, Any], s
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
     tables += next((pictures.plain_tables(p.diagnosis["tables"]) for p in parts if p.diagnosis), [])
     tables += pictures.tables(folder / "matrix.json", records.gaps)
-    shown = browser(seen, records.config.reward if records.config else None)
+    shown = browser(seen, records.config.scenarios if records.config else None)
     if shown["omitted"]:
         records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(seen):,} episodes, to stay small.")
     report = run_report(records, parts)
