@@ -8,8 +8,8 @@ One object a line: two recorded conversations, and which one a person prefers on
      "preferred": "first"}
 
 - ``id``: a name for the pair, any text. Lines of one id show one pair of conversations, to several people perhaps.
-- ``family``: which scenario family the conversations are of; ``axis``: what was asked about, "timing" (was it said at
-  the right moments?) or "content" (were the words right?).
+- ``family``: which scenario family the conversations are of; ``axis``: what was asked about, one of the
+  family's axes of reward: "timing" (was it said at the right moments?), "content" (were the words right?).
 - ``first``, ``second``: ``audio`` is the user's microphone, a 16 kHz mono FLAC or WAV file beside this one, exactly
   200 ms (3,200 samples) for every entry of ``actions``; an entry is what the model did after hearing that chunk:
   ``["listen"]``, or ``["speak", word, …]`` with words of the tokenizer.

@@ -129,7 +129,8 @@ def audit(
 
 def rewards(judged: Judged) -> dict[str, float]:
     """Averages over all ranks' episodes: the rules' score and sums of their shaped rewards, and the learned models'
-    under ``proxy/``. Named by who gave them, whichever RL learns from."""
+    under ``proxy/``. Named by who gave them, whichever RL learns from. An axis's mean is over the episodes that have
+    it."""
     found = {"reward/score": [s.value for s in judged.scores]}
     for kind, given in (("reward", judged.rules), ("proxy", judged.proxy)):
         if given:

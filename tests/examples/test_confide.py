@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,17 @@ def test_trained_evaluated_and_audited_by_commands(tmp_path: Path) -> None:
     table = run("reward.hacks", "--json", str(tmp_path / "hacks.json"), "--scenarios", "3", "--scenario.families",
                 "[tests.examples.confide:FAMILY]")  # fmt: skip
     assert "hacks that win: none" in table
+
+
+@pytest.mark.slow
+def test_the_readme_s_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code and the families of the text are taken from it."""
+    text = (ROOT / "tests/examples/README.md").read_text()
+    (tmp_path / "brevity.py").write_text(text.split("```python\n")[1].split("```")[0])
+    families, weights = re.findall(r"--(?:scenarios\.families|rl\.axis_weights) '(.*?)'", text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run("rl.train", "--config", "configs/quickstart.yaml", "--runs", str(tmp_path), "--name", "brevity",
+        "--model.preset", "nano", "--warmstart.steps", "2", "--rl.steps", "2", "--rl.rollouts", "2",
+        "--eval.scenarios", "1", "--scenarios.families", families, "--rl.axis_weights", weights)  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "brevity/metrics.jsonl").read_text().splitlines()]
+    assert all(record["reward/brevity"] < 0 for record in records)
