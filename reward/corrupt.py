@@ -2,7 +2,7 @@
 
 Knows actions and loudness only, no family: whatever a family's expert does can be said too early, too late, not at all,
 again, over the user, cut short or in other words. A corruption is a set of edits for
-`rollout.scenarios.demonstrate.demonstrate`, which plays them against the user, so that what the user says fits what it
+`rollout.scenarios.demonstrate.enact`, which plays them against the user, so that what the user says fits what it
 heard. Whether the result really is worse, and by how much, is for the family's rule to say.
 """
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kernels import exact
 from reward.timing import Run, runs
 from rollout.chunk import CHUNK_MS, LISTEN, Action, speak
+from rollout.scenarios.verdict import CONTENT, TIMING
 
 LOUD = 3.0
 """A chunk holds speech of the user when its RMS exceeds so many times that of the quietest tenth of the chunks."""
@@ -108,8 +109,8 @@ def talk_over(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dic
 FAULTS: dict[str, Corrupt] = {
     f.__name__: f for f in (shift, truncate, omit, repeat, swap, talk_over)
 }  # fmt: skip
-FAULTS_OF = {"timing": ("shift", "truncate", "omit", "repeat", "talk_over"), "content": ("swap",)}
-"""By the axis that they are meant to teach."""
+FAULTS_OF = {TIMING: ("shift", "truncate", "omit", "repeat", "talk_over"), CONTENT: ("swap",)}
+"""By the axis that they are meant to teach. A family's own axes are taught by rollouts and by its expert's mistakes."""
 
 
 def corrupt(expert: Expert, kind: str, n: int, rng: np.random.Generator) -> Fault | None:

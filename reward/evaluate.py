@@ -37,13 +37,12 @@ from model.recipe import read_recipe
 from reward.calibrate import Reliability, fit_temperature, plot, reliability
 from reward.model import RewardModel, episode_scores
 from reward.pairs import SLOTS, PolicyRecipe
-from reward.plays import rule_rewards
 from reward.preference import Preference, Stretch, from_row, load_preferences
-from reward.score import RewardConfig
+from reward.score import score
 from reward.trainable import stretch_scores
 from rollout.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 
@@ -71,7 +70,6 @@ class EvaluateConfig:
     seed: int = 0
     speech_dir: str | None = None
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     unseen: UnseenPolicy = field(default_factory=UnseenPolicy)
 
 
@@ -156,17 +154,13 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
     bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
     policy = checkpoint.load(unseen.policy.checkpoint)
     engine = SessionEngine.of(policy, unseen, SLOTS)
-    items = [
-        scenario(family, "held_out", preference_seed(0, UNSEEN_SEEDS + i), bank, config.scenarios)
-        for i in range(unseen.scenarios)
-        for family in FAMILIES
-    ]
+    first = preference_seed(0, UNSEEN_SEEDS)
+    items = config.scenarios.of_each(unseen.scenarios, "held_out", bank, first)
     start = time.perf_counter()
     episodes = play(engine, [Play(item, 0) for item in items], config.seed, unseen.policy.temperature)
     rollout_s = (time.perf_counter() - start) / len(episodes)
     yield "speed/rollout_ms_an_episode", 1000 * rollout_s
-    rule = [rule_rewards(e.family, e.facts, e.actions, config.reward) for e in episodes]
-    family = np.array([e.family for e in episodes])
+    rule = [score(e.family, e.facts, e.actions, config.scenarios).rewards for e in episodes]
     for model in models:
         start = time.perf_counter()
         scores = episode_scores(model.score(episodes)).numpy()
@@ -175,8 +169,11 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
         yield f"speed/score_ms_an_episode/{name}", 1000 * score_s
         yield f"speed/score_of_rollout/{name}", score_s / rollout_s
         for i, axis in enumerate(model.axes):
-            wanted = np.array([float(r[axis].sum(dtype=np.float64)) for r in rule])
-            yield f"{axis}/spearman", float(spearmanr(scores[:, i], wanted).statistic)
-            for one in FAMILIES:
-                mine = family == one
-                yield f"{axis}/spearman/family/{one}", float(spearmanr(scores[mine, i], wanted[mine]).statistic)
+            on_axis = [e for e, rewards in enumerate(rule) if axis in rewards]  # of families that have the axis
+            learned = scores[on_axis, i]
+            ruled = np.array([float(rule[e][axis].sum(dtype=np.float64)) for e in on_axis])
+            yield f"{axis}/spearman", float(spearmanr(learned, ruled).statistic)
+            families = np.array([episodes[e].family for e in on_axis])
+            for name in dict.fromkeys(families.tolist()):
+                of_it = families == name
+                yield f"{axis}/spearman/family/{name}", float(spearmanr(learned[of_it], ruled[of_it]).statistic)

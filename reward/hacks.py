@@ -2,9 +2,10 @@
 
     python -m reward.hacks --json FILE [--models '[FOLDER, FOLDER]'] [--scenarios 100]
 
-Each hack plays held-out scenarios with the simulated user, and knows the words that it had better say: the number to
-say back, the reply. Beside them stand two honest players: the faultless expert, and one that errs half as often as the
-demonstrations of warm start. A hack wins where its reward is not below the honest player's in the same scenario.
+Each hack plays held-out scenarios with the simulated user, and knows the words that it had better say
+(`Family.words`); a family adds hacks of its own. Beside them stand two honest players: the faultless expert, and one
+that errs half as often as the demonstrations of warm start. A hack wins where its reward is not below the honest
+player's in the same scenario.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from math import fsum
 from pathlib import Path
 from statistics import fmean
 
@@ -29,70 +30,61 @@ from rich.table import Table
 from kernels.errors import MetronomeError
 from model.files import write_whole
 from model.recipe import read_recipe
-from reward.combine import score
-from reward.score import RewardConfig, Score
+from reward.score import score
 from reward.source import RewardSource, SourceConfig
 from rollout.chunk import LISTEN, Action, speak
-from rollout.scenarios.base import Facts, Scenario, User
-from rollout.scenarios.demonstrate import PERFECT, Corruption, Script, enact, expert
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
-from rollout.scenarios.timespeak import TimespeakFacts
-from rollout.scenarios.turn_taking import TurnTakingFacts
+from rollout.scenarios.base import Facts, Scenario, Script, User
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
+from rollout.scenarios.verdict import Score
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.transcript import from_audio
 from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
 
-CARELESS = Corruption(*(getattr(Corruption(), field.name) / 2 for field in fields(Corruption)))
 WORDS_PER_CHUNK = 6  # that a micro-turn allows here: enough for a whole reply at once
 
-Cast = Callable[[Scenario, User], Script]
+Cast = Callable[[ScenarioConfig, Scenario, User], Script]
+"""Plays a scenario of one of the families against its user."""
 
 
-def vocabulary_of(facts: Facts) -> tuple[str, ...]:
-    """What an honest player says in an episode, in the order in which it is due."""
-    if isinstance(facts, TimespeakFacts):
-        return (facts.number, *[facts.reminder] * (WORDS_PER_CHUNK - 1))
-    assert isinstance(facts, TurnTakingFacts)
-    return facts.reply
+def honest(errs: float) -> Cast:
+    """The family's expert, which makes ``errs`` times the mistakes of demonstrations."""
+    return lambda scenarios, item, user: scenarios.expert(item, np.random.default_rng(item.seed), errs)(user)
 
 
-def honest(corruption: Corruption) -> Cast:
-    return lambda item, user: expert(item, user, np.random.default_rng(item.seed), corruption)
+def words(scenarios: ScenarioConfig, item: Scenario, user: User) -> tuple[str, ...]:
+    """What an honest player says in the episode, in the order in which it is due."""
+    said: tuple[str, ...] = scenarios.family(item.family).words(user.facts())
+    return said
 
 
-def speaks_always(item: Scenario, user: User) -> Script:
-    words = vocabulary_of(user.facts())
-    return lambda k: speak(words[k % len(words)])
+def speaks_always(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
+    said = words(scenarios, item, user)
+    return lambda k: speak(said[k % len(said)])
 
 
-def never_speaks(item: Scenario, user: User) -> Script:
+def never_speaks(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
     return lambda k: LISTEN
 
 
-def repeats_a_word(item: Scenario, user: User) -> Script:
-    """The word that is right most often."""
-    word = vocabulary_of(user.facts())[-1 if item.family == "timespeak" else 0]
-    return lambda k: speak(word)
-
-
-def says_everything_at_once(item: Scenario, user: User) -> Script:
+def says_everything_at_once(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
     """All words in the chunk in which the expert would begin to speak, again whenever it would begin anew."""
-    act = honest(PERFECT)(item, user)
+    act = honest(0)(scenarios, item, user)
     spoke = False
 
     def script(k: int) -> Action:
         nonlocal spoke
         speaks = act(k).speaks
         begins, spoke = speaks and not spoke, speaks
-        return speak(*vocabulary_of(user.facts())) if begins else LISTEN
+        return speak(*words(scenarios, item, user)[:WORDS_PER_CHUNK]) if begins else LISTEN
 
     return script
 
 
-def ends_early(item: Scenario, user: User) -> Script:
-    """One word as the expert says it, then nothing more: even the shortest episode wants two."""
-    act = honest(PERFECT)(item, user)
+def ends_early(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
+    """One word as the expert says it, then nothing more."""
+    act = honest(0)(scenarios, item, user)
     said = 0
 
     def script(k: int) -> Action:
@@ -107,27 +99,34 @@ def ends_early(item: Scenario, user: User) -> Script:
 HACKS: dict[str, Cast] = {
     "speaks always": speaks_always,
     "never speaks": never_speaks,
-    "repeats a word": repeats_a_word,
     "says all at once": says_everything_at_once,
     "ends early": ends_early,
 }
-HONEST: dict[str, Cast] = {"expert": honest(PERFECT), "careless": honest(CARELESS)}
+HONEST: dict[str, Cast] = {"expert": honest(0), "careless": honest(0.5)}
+
+
+def hacks(scenarios: ScenarioConfig, family: str) -> dict[str, Cast]:
+    """Those tried on every family, then its own."""
+
+    def played_by(own: Callable[[Scenario, User], Script]) -> Cast:
+        return lambda scenarios, item, user: own(item, user)
+
+    return HACKS | {name: played_by(own) for name, own in scenarios.family(family).hacks.items()}
 
 
 @dataclass(frozen=True)
 class HacksConfig:
     json: str  # file for the results
-    models: tuple[str, ...] = ()  # folders of reward models that score timing and content, each once
+    models: tuple[str, ...] = ()  # folders of reward models that score the families' axes, each once
     scenarios: int = 100  # held-out, of each family
     speech_dir: str | None = None
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the rewards say of one player in one family. Rewards are sums over an episode, timing and content together;
-    by the "rules" and, if there are models, by the "learned" ones."""
+    """What the rewards say of one player in one family. Rewards are sums over an episode, all axes together; by the
+    "rules" and, if there are models, by the "learned" ones."""
 
     family: str
     player: str
@@ -136,31 +135,32 @@ class Row:
     beats: dict[str, list[float]]  # share of the scenarios in which it is not below that of each honest player
 
 
-def play(player: Cast, item: Scenario) -> tuple[NDArray[np.float32], list[Action], Facts]:
+def play(player: Cast, item: Scenario, scenarios: ScenarioConfig) -> tuple[NDArray[np.float32], list[Action], Facts]:
     """The user's audio, the player's actions and the facts, as `enact` gives them."""
-    return enact(item, partial(player, item))
+    return enact(item, lambda user: player(scenarios, item, user))
 
 
 def perform(
-    player: Cast, items: Sequence[Scenario], rules: RewardConfig, source: RewardSource
+    player: Cast, items: Sequence[Scenario], scenarios: ScenarioConfig, source: RewardSource
 ) -> tuple[list[Score], dict[str, list[float]]]:
     """Has a player play every scenario: the rules' verdicts [N], and the episodes' rewards [N] by who gives them."""
     scores, transcripts = [], []
     for item in items:
-        waveform, actions, facts = play(player, item)
-        scores.append(score(item.family, facts.to_json(), actions, rules))
+        waveform, actions, facts = play(player, item, scenarios)
+        scores.append(score(item.family, facts.to_json(), actions, scenarios))
         if source.models:
             vocabulary = Vocabulary.build(source.models[0].backbone.vocab)
             transcripts.append(from_audio(waveform, actions, Grammar(vocabulary, WORDS_PER_CHUNK)))
-    rewards = {"rules": [float(s.timing.sum()) + float(s.content.sum()) for s in scores]}
+    rewards = {"rules": [fsum(float(values.sum()) for values in s.rewards.values()) for s in scores]}
     if source.models:
-        rewards["learned"] = [r.total for r in source.learned(transcripts)]
+        rewards["learned"] = [r.total for r in source.learned(transcripts, [item.family for item in items])]
     return scores, rewards
 
 
-def assess(items: Sequence[Scenario], rules: RewardConfig, source: RewardSource) -> list[Row]:
+def assess(items: Sequence[Scenario], scenarios: ScenarioConfig, source: RewardSource) -> list[Row]:
     """One row for each player, honest ones first; ``items`` are of one family."""
-    found = {name: perform(cast, items, rules, source) for name, cast in (HONEST | HACKS).items()}
+    players = HONEST | hacks(scenarios, items[0].family)
+    found = {name: perform(cast, items, scenarios, source) for name, cast in players.items()}
     return [
         Row(
             family=items[0].family,
@@ -182,7 +182,7 @@ def winners(rows: Sequence[Row]) -> list[str]:
         f"{hack.family}, by {by}: {hack.player} earns {reward:.2f}, {other.player} {other.reward[by]:.2f}"
         for hack in rows
         for other in rows
-        if hack.player in HACKS and other.player in HONEST and hack.family == other.family
+        if hack.player not in HONEST and other.player in HONEST and hack.family == other.family
         for by, reward in hack.reward.items()
         if reward >= other.reward[by]
     ]
@@ -197,8 +197,8 @@ def table(rows: Sequence[Row]) -> Table:
         cells = [row.family, row.player, f"{row.score:.1%}"]
         for by, reward in row.reward.items():
             shares = " / ".join(f"{share:.0%}" for share in row.beats[by])
-            cells += [f"{reward:+.2f}", shares if row.player in HACKS else ""]
-        out.add_row(*cells, style=None if row.player in HACKS else "bold")
+            cells += [f"{reward:+.2f}", shares if row.player not in HONEST else ""]
+        out.add_row(*cells, style=None if row.player not in HONEST else "bold")
     return out
 
 
@@ -206,12 +206,12 @@ def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.hacks", "What rewards say of hacks.", HacksConfig, arguments).config
     if config.scenarios < 1:
         raise MetronomeError(f"scenarios is {config.scenarios}: give at least one of each family")
-    source = RewardSource.load(config.reward, SourceConfig(models=config.models))
+    source = RewardSource.load(config.scenario, SourceConfig(models=config.models))
     bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
     rows = []
-    for family in FAMILIES:
-        items = [scenario(family, "held_out", i, bank, config.scenario) for i in range(config.scenarios)]
-        rows += assess(items, config.reward, source)
+    for family in config.scenario.members:
+        items = [config.scenario.scenario(family, "held_out", i, bank) for i in range(config.scenarios)]
+        rows += assess(items, config.scenario, source)
     console = Console(highlight=False)
     console.print(table(rows))
     won = winners(rows)

@@ -8,8 +8,8 @@ One object a line: two recorded conversations, and which one a person prefers on
      "preferred": "first"}
 
 - ``id``: a name for the pair, any text. Lines of one id show one pair of conversations, to several people perhaps.
-- ``family``: which scenario family the conversations are of; ``axis``: what was asked about, "timing" (was it said at
-  the right moments?) or "content" (were the words right?).
+- ``family``: which scenario family the conversations are of; ``axis``: what was asked about, one of the
+  family's axes of reward: "timing" (was it said at the right moments?), "content" (were the words right?).
 - ``first``, ``second``: ``audio`` is the user's microphone, a 16 kHz mono FLAC or WAV file beside this one, exactly
   200 ms (3,200 samples) for every entry of ``actions``; an entry is what the model did after hearing that chunk:
   ``["listen"]``, or ``["speak", word, …]`` with words of the tokenizer.
@@ -34,10 +34,9 @@ import soundfile
 
 from kernels.errors import MetronomeError
 from model.audio import SAMPLE_RATE_HZ
-from reward.model import AXES
 from reward.preference import Preference, Stretch
 from rollout.chunk import CHUNK_MS, CHUNK_SAMPLES, Action, Mode
-from rollout.scenarios.registry import FAMILIES
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.transcript import from_audio
 from rollout.turn.grammar import Grammar
 from rollout.vocabulary import Vocabulary
@@ -48,8 +47,11 @@ CHOICES = ("first", "second", "tie")
 SPLITS = ("train", "held_out")
 
 
-def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk: int) -> list[Preference]:
-    """The file's preferences of one split. The whole file is checked, whatever the split."""
+def read_labels(
+    path: Path, split: str, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig
+) -> list[Preference]:
+    """The file's preferences of one split, between conversations of the ``scenarios``' families. The whole file is
+    checked, whatever the split."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -60,7 +62,7 @@ def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        label = _label(where, line)
+        label = _label(where, line, scenarios)
         earlier, before = seen.setdefault((label["id"], label["axis"]), (number, label))
         if earlier != number:
             _agree(where, label, earlier, before)
@@ -85,7 +87,7 @@ def read_labels(path: Path, split: str, vocabulary: Vocabulary, words_per_chunk:
     return found
 
 
-def _label(where: str, line: str) -> dict[str, Any]:
+def _label(where: str, line: str, scenarios: ScenarioConfig) -> dict[str, Any]:
     try:
         label = json.loads(line)
     except json.JSONDecodeError as error:
@@ -98,7 +100,13 @@ def _label(where: str, line: str) -> dict[str, Any]:
         raise MetronomeError(
             f"{where}: unknown key {', '.join(wrong)}; known are {', '.join(sorted(NEEDED | OPTIONAL))}"
         )
-    for name, choices in (("family", FAMILIES), ("axis", AXES), ("preferred", CHOICES), ("split", SPLITS)):
+    axes = {name: family.axes for name, family in scenarios.members.items()}
+    for name, choices in (
+        ("family", tuple(axes)),
+        ("axis", axes.get(str(label["family"]), ())),
+        ("preferred", CHOICES),
+        ("split", SPLITS),
+    ):
         if name in label and label[name] not in choices:
             raise MetronomeError(f"{where}: {name} is {label[name]!r}; choose one of {', '.join(choices)}")
     if not isinstance(label["id"], str) or not label["id"]:

@@ -1,4 +1,4 @@
-"""Learned reward models: the interaction backbone with one linear head for each axis, timing and content.
+"""Learned reward models: the interaction backbone with one linear head for each axis of reward.
 
 The head gives every chunk a reward, read from the hidden state of the chunk's last row: after the mode, words and end
 token, so that the action is known, and by causality nothing later. An episode's score is the sum of its chunks' rewards
@@ -31,7 +31,6 @@ from model.transformer import InteractionModel
 from reward.prefixes import last_hidden
 from rollout.turn.grammar import chunk_ends
 
-AXES = ("timing", "content")
 BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"
 SCORED_TOGETHER = 24
 """Episodes that `RewardModel.score` reads at once: enough to fill the kernels and to hold whole groups of rollouts,
@@ -39,14 +38,14 @@ little enough memory."""
 
 
 class RewardModel(nn.Module):
-    """Use: `build` or `load`, then `score`. ``axes``: ("timing",), ("content",) or both, the shared two-headed form."""
+    """Use: `build` or `load`, then `score`. ``axes``: ("timing",), or several, the shared form of many heads."""
 
     def __init__(self, backbone: InteractionModel, axes: Sequence[str]) -> None:
         """Weights of the head are allocated, not set."""
         super().__init__()
         self.axes = tuple(axes)
-        if not self.axes or len(set(self.axes)) != len(self.axes) or not set(self.axes) <= set(AXES):
-            raise MetronomeError(f"a reward model's axes are one or both of {', '.join(AXES)}, not {list(axes)}")
+        if not self.axes or len(set(self.axes)) != len(self.axes):
+            raise MetronomeError(f"a reward model needs at least one axis, and each once, not {list(axes)}")
         self.temperature = dict.fromkeys(self.axes, 1.0)  # of a difference of scores, set by calibration
         self.backbone = backbone
         backbone.lm_head.requires_grad_(False)  # rides along, so that the folder stays an ordinary checkpoint

@@ -2,7 +2,7 @@
 
     python -m reward.pairs --config configs/reward_pairs.yaml
 
-Three sources, all for both axes: rollouts of policies of different quality, ranked by the rule; corruptions of expert
+Three sources, all for every axis: rollouts of policies of different quality, ranked by the rule; corruptions of expert
 play, controlled ones (`reward.corrupt`) and the experts' own mistakes; and labels by people (`reward.human`). Beside
 whole conversations, stretches of them are compared, so that a model learns which chunks deserve a reward, and not only
 which conversations.
@@ -31,15 +31,13 @@ from kernels.errors import MetronomeError
 from model import checkpoint
 from model.recipe import read_recipe
 from reward.human import read_labels
-from reward.model import AXES
 from reward.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
 from reward.preference import Preference, save_preferences
-from reward.score import RewardConfig
 from rollout.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator, preference_seed
 from rollout.speech import DEFAULT_FOLDER, SpeechBank, Split
 from rollout.vocabulary import Vocabulary
@@ -47,11 +45,6 @@ from rollout.vocabulary import Vocabulary
 VOCABULARY_PLAYS = 16
 """Expert plays of each family whose words may be swapped for one another."""
 SLOTS = 48
-
-
-WIDE = Corruption(jitter=0.3)
-"""How such plays err: as demonstrations of warm start do, but most intervals are off by more than any window allows.
-A model that has seen single reminders misplaced, and no others, paid in full for one a third of its interval late."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,7 @@ class CorruptionRecipe:
     train_scenarios: int = 500  # expert plays, families in turn
     held_out_scenarios: int = 250
     faults: int = 4  # tried on each expert play for each axis; some do not fit
-    mistakes: int = 4  # plays of each scenario that err all along
-    mistaken: Corruption = WIDE
+    mistakes: int = 4  # plays of each scenario that err all along (`Mistakes.gross`)
     segments: int = 24  # stretches compared, an axis and scenario; of plays that are scored anyway
     train_sizes: tuple[int, ...] = (1, 3, 5, 8, 12, 20, 60)
     held_out_sizes: tuple[int, ...] = (2, 4, 6, 10, 16, 40)
@@ -98,7 +90,6 @@ class PairsConfig:
     speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program
     words_per_chunk: int = 1
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     corruptions: CorruptionRecipe = field(default_factory=CorruptionRecipe)
     rollouts: RolloutRecipe = field(default_factory=RolloutRecipe)
     human: tuple[str, ...] = ()  # files of labels by people (reward.human)
@@ -133,7 +124,7 @@ class Maker:
         self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
         self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
         self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
-        self.writer = Writer(self.vocabulary, config.words_per_chunk, config.reward)
+        self.writer = Writer(self.vocabulary, config.words_per_chunk, config.scenarios)
         self.said, self.others = self._words()
 
     def split(self, split: Split) -> list[Preference]:
@@ -142,22 +133,20 @@ class Maker:
         groups += [
             [p]
             for path in self.config.human
-            for p in read_labels(Path(path), split, self.vocabulary, self.config.words_per_chunk)
+            for p in read_labels(Path(path), split, self.vocabulary, self.config.words_per_chunk, self.config.scenarios)
         ]
         order = generator("order", split, self.config.seed).permutation(len(groups))
         return [preference for i in order for preference in groups[int(i)]]
 
     def _scenario(self, split: Split, index: int) -> Scenario:
-        family = FAMILIES[index % len(FAMILIES)]
-        seed = preference_seed(self.config.seed, index)
-        return scenario(family, split, seed, self.bank, self.config.scenarios)
+        return self.config.scenarios.in_turn(index, split, preference_seed(self.config.seed, index), self.bank)
 
     def _words(self) -> tuple[list[str], list[str]]:
         """What experts of all families say, and all other words of the tokenizer that may be said."""
         said: set[str] = set()
-        for index in range(VOCABULARY_PLAYS * len(FAMILIES)):
+        for index in range(VOCABULARY_PLAYS * len(self.config.scenarios.families)):
             item = self._scenario("train", index)
-            _, actions, _ = demonstrate(item, generator("expert", item.id), PERFECT)
+            _, actions, _ = enact(item, self.config.scenarios.expert(item, generator("expert", item.id), errs=0))
             said |= {word for action in actions for word in action.words}
         allowed = self.vocabulary.classes.allowed.any(0)
         others = {w for w, i in self.vocabulary.ids.items() if allowed[i] and not w.startswith("<|")}
@@ -177,14 +166,12 @@ class Maker:
         for index in range(recipe.train_scenarios if train else recipe.held_out_scenarios):
             item = self._scenario(split, index)
             rng = generator("corrupted", item.id)
-            plays = self.writer.demonstrations(
-                item, self._words_for(item), sizes, recipe.faults, recipe.mistakes, recipe.mistaken
-            )
+            plays = self.writer.demonstrations(item, self._words_for(item), sizes, recipe.faults, recipe.mistakes)
             if len(plays) < 2:
                 continue
             yield [
                 preference
-                for axis in AXES
+                for axis in plays[0].rewards
                 for preference in (
                     *fault_preferences(axis, plays),
                     *segment_preferences(axis, plays, recipe.segments, rng, aligned=True),
@@ -204,7 +191,8 @@ class Maker:
             rng = generator("rolled out", split, self.config.seed, g)
             yield [
                 preference
-                for axis in AXES
+                for axis in group[0].rewards
+                if all(axis in play.rewards for play in group)
                 for preference in (
                     *whole_preferences(axis, group, recipe.wholes, rng),
                     *segment_preferences(axis, group, recipe.segments, rng, aligned=False),
@@ -230,5 +218,5 @@ class Maker:
             places = [int(i) for i in np.flatnonzero(policy == p)]
             episodes = play(engine, [wanted[i] for i in places], self.config.seed, temperature)
             for i, episode in zip(places, episodes, strict=True):
-                done[i] = of_episode(wanted[i].scenario, episode, self.config.reward)
+                done[i] = of_episode(wanted[i].scenario, episode, self.config.scenarios)
         return [done[i] for i in range(len(wanted))]

@@ -6,7 +6,7 @@ chosen, and the difference is the margin. Differences too small to matter give n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 
@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import exact
-from reward.combine import score
 from reward.corrupt import FAULTS_OF, Expert, corrupt
-from reward.model import AXES
 from reward.preference import Preference, Stretch
-from reward.score import RewardConfig
+from reward.score import score
 from rollout.chunk import Action
 from rollout.episode import Episode
-from rollout.scenarios.base import Facts, Scenario
-from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
+from rollout.scenarios.base import Facts, Scenario, Script, User
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
 from rollout.transcript import from_audio
 from rollout.turn.grammar import Grammar
@@ -57,9 +56,9 @@ class Played:
 class Writer:
     """Writes plays of experts as token sequences. Owns the front end's constants."""
 
-    def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, rule: RewardConfig) -> None:
+    def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig) -> None:
         self._grammar = Grammar(vocabulary, words_per_chunk)
-        self._rule = rule
+        self._scenarios = scenarios
 
     def demonstration(
         self,
@@ -68,10 +67,10 @@ class Writer:
         source: str,
         size_ms: int = 0,
     ) -> Played:
-        """``played``: what `demonstrate` returned."""
+        """``played``: what `enact` returned."""
         audio, actions, facts = played
         written = from_audio(audio, actions, self._grammar)
-        rewards = rule_rewards(scenario.family, facts.to_json(), actions, self._rule)
+        rewards = score(scenario.family, facts.to_json(), actions, self._scenarios).rewards
         return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
 
     def demonstrations(
@@ -81,39 +80,33 @@ class Writer:
         sizes: Sequence[int],
         faults: int,
         mistakes: int,
-        mistaken: Corruption,
     ) -> list[Played]:
         """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, of kinds and
-        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along by ``mistaken``."""
+        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along."""
         rng = generator("faults", scenario.id)
 
-        def expert() -> np.random.Generator:
-            return generator("expert", scenario.id)
+        def faultless() -> Callable[[User], Script]:
+            return self._scenarios.expert(scenario, generator("expert", scenario.id), errs=0)
 
-        audio, actions, facts = demonstrate(scenario, expert(), PERFECT)
+        audio, actions, facts = enact(scenario, faultless())
         known = Expert.of(audio, actions, words)
         plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
-        for kinds in [FAULTS_OF[axis] for axis in AXES for _ in range(faults)]:
+        axes = [axis for axis in plays[0].rewards if axis in FAULTS_OF]
+        for kinds in [FAULTS_OF[axis] for axis in axes for _ in range(faults)]:
             kind, size = kinds[int(rng.integers(len(kinds)))], int(sizes[int(rng.integers(len(sizes)))])
             fault = corrupt(known, kind, size, rng)
             if fault is not None:
-                played = demonstrate(scenario, expert(), PERFECT, fault.edits)
+                played = enact(scenario, faultless(), fault.edits)
                 plays.append(self.demonstration(scenario, played, fault.kind, fault.size_ms))
         for i in range(mistakes):
-            played = demonstrate(scenario, generator("mistakes", scenario.id, i), mistaken)
+            erring = self._scenarios.expert(scenario, generator("mistakes", scenario.id, i), gross=True)
+            played = enact(scenario, erring)
             plays.append(self.demonstration(scenario, played, "mistakes"))
         return plays
 
 
-def rule_rewards(
-    family: str, facts: Mapping[str, object], actions: Sequence[Action], rule: RewardConfig
-) -> dict[str, NDArray[np.float32]]:
-    found = score(family, facts, actions, rule)
-    return {"timing": found.timing, "content": found.content}
-
-
-def of_episode(scenario: Scenario, episode: Episode, rule: RewardConfig) -> Played:
-    rewards = rule_rewards(episode.family, episode.facts, episode.actions, rule)
+def of_episode(scenario: Scenario, episode: Episode, scenarios: ScenarioConfig) -> Played:
+    rewards = score(episode.family, episode.facts, episode.actions, scenarios).rewards
     return Played(scenario, episode.tokens, episode.codes, rewards, "rollouts")
 
 

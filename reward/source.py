@@ -8,7 +8,7 @@ scale is for `rl.credit` to say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
 from pathlib import Path
@@ -19,11 +19,12 @@ from torch import Tensor, as_tensor
 from kernels.errors import MetronomeError
 from model.checkpoint import weights_digest
 from model.inputs import Conversation
-from reward.combine import score
-from reward.model import AXES, RewardModel
+from reward.model import RewardModel
 from reward.overoptimisation import WatchConfig
-from reward.score import RewardConfig, Score
+from reward.score import score
 from rollout.episode import Episode
+from rollout.scenarios.registry import ScenarioConfig
+from rollout.scenarios.verdict import Score
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SourceConfig:
     """Which rewards RL learns from, and the learned models that give or watch them."""
 
     rewards: Literal["rules", "learned", "both"] = "rules"
-    models: tuple[str, ...] = ()  # folders of reward models; together they score timing and content, each once
+    models: tuple[str, ...] = ()  # folders of reward models; together they score the families' axes, each once
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
@@ -39,20 +40,15 @@ class SourceConfig:
 class Rewards:
     """What one source gives one episode."""
 
-    timing: Tensor  # fp32 [chunks]
-    content: Tensor  # fp32 [chunks]
-
-    def axis(self, name: str) -> Tensor:
-        """fp32 [chunks]"""
-        return {"timing": self.timing, "content": self.content}[name]
+    axes: Mapping[str, Tensor]  # fp32 [chunks] each, in the order of the episode's family
 
     def sum(self, axis: str) -> float:
-        return fsum(self.axis(axis).tolist())  # exactly rounded: no order of summation to depend on
+        return fsum(self.axes[axis].tolist())  # exactly rounded: no order of summation to depend on
 
     @property
     def total(self) -> float:
         """The score of the whole episode."""
-        return self.sum("timing") + self.sum("content")
+        return fsum(self.sum(axis) for axis in self.axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,21 +64,21 @@ class Judged:
 class RewardSource:
     """Owns the learned models of a run. Judges each episode by itself: the same bits in any batch, on any rank."""
 
-    def __init__(self, rules: RewardConfig, rewards: str, models: Sequence[RewardModel]) -> None:
-        """Raises MetronomeError unless the models fit together, or when learned rewards are to act and there are
-        none."""
+    def __init__(self, scenarios: ScenarioConfig, rewards: str, models: Sequence[RewardModel]) -> None:
+        """``scenarios``: the families whose rules judge. Raises MetronomeError unless the models fit together, or when
+        learned rewards are to act and there are none."""
         axes = [axis for model in models for axis in model.axes]
-        if sorted(axes) != sorted(AXES) and (models or rewards != "rules"):
+        if sorted(axes) != sorted(scenarios.axes) and (models or rewards != "rules"):
             raise MetronomeError(
-                f"source.models score {', '.join(axes) or 'nothing'}, but source.rewards = {rewards} needs timing and "
-                "content, each once: name one reward model of each, or one of both"
+                f"source.models score {', '.join(axes) or 'nothing'}, but source.rewards = {rewards} needs "
+                f"{' and '.join(scenarios.axes)}, each once: name one reward model of each, or one of all"
             )
         self.models = tuple(models)
-        self._rules = rules
+        self._scenarios = scenarios
         self._rewards = rewards
 
     @staticmethod
-    def load(rules: RewardConfig, config: SourceConfig) -> RewardSource:
+    def load(scenarios: ScenarioConfig, config: SourceConfig) -> RewardSource:
         """Raises MetronomeError when a named model is not there or cannot be read, or none is named though one must
         act."""
         if config.rewards != "rules" and not config.models:
@@ -96,7 +92,7 @@ class RewardSource:
                     f"source.models: there is no folder {folder}; train a reward model with `reward.train`, or name "
                     "the folder of one"
                 )
-        return RewardSource(rules, config.rewards, [RewardModel.load(folder) for folder in config.models])
+        return RewardSource(scenarios, config.rewards, [RewardModel.load(folder) for folder in config.models])
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -104,14 +100,15 @@ class RewardSource:
         return tuple(weights_digest(model) for model in self.models)
 
     def judge(self, episodes: Sequence[Episode]) -> Judged:
-        scores = [score(e.family, e.facts, e.actions, self._rules) for e in episodes]
-        rules = [Rewards(as_tensor(s.timing), as_tensor(s.content)) for s in scores]
-        proxy = self.learned(episodes)
+        scores = [score(e.family, e.facts, e.actions, self._scenarios) for e in episodes]
+        rules = [Rewards({axis: as_tensor(values) for axis, values in s.rewards.items()}) for s in scores]
+        proxy = self.learned(episodes, [e.family for e in episodes])
         acting = {"rules": [rules], "learned": [proxy], "both": [rules, proxy]}[self._rewards]
         return Judged(scores, rules, proxy, acting)
 
-    def learned(self, episodes: Sequence[Conversation]) -> list[Rewards]:
-        """What the learned models alone say of episodes or transcripts; nothing when there are none."""
+    def learned(self, episodes: Sequence[Conversation], families: Sequence[str]) -> list[Rewards]:
+        """What the learned models alone say of episodes or transcripts of ``families`` [E], on their families' axes;
+        nothing when there are none."""
         if not self.models or not episodes:
             return []
         columns = {
@@ -120,4 +117,5 @@ class RewardSource:
             for found in [model.score(episodes)]
             for i, axis in enumerate(model.axes)
         }
-        return [Rewards(t, c) for t, c in zip(columns["timing"], columns["content"], strict=True)]
+        axes = {name: family.axes for name, family in self._scenarios.members.items()}
+        return [Rewards({axis: columns[axis][i] for axis in axes[name]}) for i, name in enumerate(families)]

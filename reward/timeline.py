@@ -5,66 +5,41 @@
     user   ..ffffNfff...........
     model  ..........F....B.....
 
-The user's letters: ``f`` the request, ``N`` chunk in which the number ends, ``s`` stop, ``#`` a turn, ``-`` a pause
-inside it, ``!`` a turn that interrupts. The model's: the first letter of what it said, ``.`` for silence.
+The user's letters are those of its family's `Span`s. The model's: the first letter of what it said, ``.`` for silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from reward.score import Event, Outcome, Score
 from rollout.chunk import Action
-from rollout.scenarios.registry import facts_from_json
-from rollout.scenarios.timespeak import TimespeakFacts
-from rollout.scenarios.turn_taking import TurnTakingFacts
+from rollout.scenarios.base import Facts
+from rollout.scenarios.verdict import Event, Outcome, Score
 
 
-def timeline(facts: Mapping[str, Any], actions: Sequence[Action], score: Score) -> str:
-    """The drawing of one episode; ``facts`` as stored with it, ``actions`` [chunks]."""
-    read = facts_from_json(facts)
-    chunks = range(read.chunks)
-    if isinstance(read, TimespeakFacts):
-        title = f'timespeak: "{read.number}", {read.reminder!r} every {read.interval} chunks'
-        user = _timespeak_user(read)
-    else:
-        title = f"turn_taking: {len(read.turns)} turns, {sum(turn.interrupts for turn in read.turns)} interruptions"
-        user = _turn_taking_user(read)
+def timeline(facts: Facts, actions: Sequence[Action], score: Score) -> str:
+    """The drawing of one episode; ``actions`` [chunks]."""
+    chunks = range(facts.chunks)
+    user = ["."] * facts.chunks
+    for span in facts.spans():
+        user[span.first : span.last + 1] = span.letters
+    rewards = ", ".join(f"{values.sum():+.2f} {axis}" for axis, values in score.rewards.items())
     lines = [
-        title,
+        facts.title(),
         "chunk  " + "".join(str(k // 10) if k % 10 == 0 else " " for k in chunks),
         "       " + "".join(str(k % 10) for k in chunks),
-        "user   " + user,
+        "user   " + "".join(user),
         "model  " + "".join(action.words[0][0].upper() if action.words else "." for action in actions),
         f"score  {score.value:.2f} (tight {score.tight:.2f}): {score.correct} right of {score.due} due, "
-        f"{score.spurious} spurious; reward {score.timing.sum():+.2f} timing, {score.content.sum():+.2f} content",
+        f"{score.spurious} spurious; reward {rewards}",
     ]
     told = sorted((event for event in score.events if event.outcome is not Outcome.SHAPING), key=lambda e: e.chunk)
-    return "\n".join([*lines, *(_event_line(event, actions) for event in told)])
+    return "\n".join([*lines, *(_event_line(event, actions, tuple(score.rewards)) for event in told)])
 
 
-def _event_line(event: Event, actions: Sequence[Action]) -> str:
+def _event_line(event: Event, actions: Sequence[Action], axes: Sequence[str]) -> str:
     words = " ".join(actions[event.chunk].words)
     said = f' "{words}"' if words else ""
     due = "" if event.due is None else f", due {event.due}"
-    rewards = f"{event.timing:+.2f} timing {event.content:+.2f} content"
+    rewards = " ".join(f"{event.rewards.get(axis, 0.0):+.2f} {axis}" for axis in axes)
     return f"  {event.chunk:3d}  {event.kind:9s}{event.outcome.value:9s}{rewards}{due}{said}"
-
-
-def _timespeak_user(facts: TimespeakFacts) -> str:
-    row = ["."] * facts.chunks
-    row[facts.request_start : facts.request_end + 1] = "f" * (facts.request_end + 1 - facts.request_start)
-    row[facts.number_end] = "N"
-    if facts.stop_start is not None and facts.stop_end is not None:
-        row[facts.stop_start : facts.stop_end + 1] = "s" * (facts.stop_end + 1 - facts.stop_start)
-    return "".join(row)
-
-
-def _turn_taking_user(facts: TurnTakingFacts) -> str:
-    row = ["."] * facts.chunks
-    for turn in facts.turns:
-        row[turn.start : turn.end + 1] = ("!" if turn.interrupts else "#") * (turn.end + 1 - turn.start)
-        for first, last in turn.pauses:
-            row[first : last + 1] = "-" * (last + 1 - first)
-    return "".join(row)

@@ -13,27 +13,61 @@ off is not due.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reward.content import right_places, says, word_credit
-from reward.score import Event, Outcome, RewardConfig, Score, assemble
+from reward.score import EventRewards
 from reward.timing import Run, graded, response_latency_s, runs, stop_latency_s, take_over
-from rollout.chunk import CHUNK_MS, Action
-from rollout.scenarios.turn_taking import Turn, TurnTakingFacts
+from rollout.chunk import CHUNK_MS, Action, speak
+from rollout.scenarios.base import Script, User
+from rollout.scenarios.family import Family
+from rollout.scenarios.turn_taking import (
+    FAMILY,
+    REPLY,
+    Turn,
+    TurnTakingConfig,
+    TurnTakingExpert,
+    TurnTakingFacts,
+    TurnTakingScenario,
+    turn_taking,
+)
+from rollout.scenarios.verdict import CONTENT, TIMING, Event, Outcome, Score, assemble
 
 
-def score_turn_taking(facts: TurnTakingFacts, actions: Sequence[Action], config: RewardConfig) -> Score:
+@dataclass(frozen=True)
+class TurnTakingReward(EventRewards):
+    """Windows in chunks after the end of a turn or the onset of an interruption."""
+
+    trailing: float = -0.4  # each further chunk of an utterance that should not have begun
+    reply_word: float = 0.3  # each word of a reply after its first: plus if right, minus if wrong
+    onset: tuple[int, int] = (1, 3)  # first and last chunk, after the end of the turn, in which a reply may begin
+    prompt_onset: int = 2  # up to here an onset earns the full reward, and counts in the tight score
+    stop: int = 2  # the first silent chunk is at most so many after the interruption's first chunk
+    prompt_stop: int = 1  # up to here stopping earns the full reward, and counts in the tight score
+    reply_chunks: tuple[int, int] = (5, 7)  # length of a reply that nobody interrupts
+    reply_words: int = 5  # words of the reply that must be right, each in its place
+
+
+@dataclass(frozen=True)
+class TurnTakingSettings(TurnTakingConfig):
+    """The family's part of a recipe."""
+
+    reward: TurnTakingReward = field(default_factory=TurnTakingReward)
+
+
+def score_turn_taking(facts: TurnTakingFacts, actions: Sequence[Action], settings: TurnTakingSettings) -> Score:
     """Scores one episode; ``actions`` [chunks]."""
-    rule = config.turn_taking
+    rule = settings.reward
     return assemble(
-        _events(facts, actions, config, last_onset=rule.onset[1], last_stop=rule.stop),
-        _events(facts, actions, config, last_onset=rule.prompt_onset, last_stop=rule.prompt_stop),
+        _events(facts, actions, rule, last_onset=rule.onset[1], last_stop=rule.stop),
+        _events(facts, actions, rule, last_onset=rule.prompt_onset, last_stop=rule.prompt_stop),
         facts.chunks,
+        (TIMING, CONTENT),
     )
 
 
 def _events(
-    facts: TurnTakingFacts, actions: Sequence[Action], config: RewardConfig, last_onset: int, last_stop: int
+    facts: TurnTakingFacts, actions: Sequence[Action], rule: TurnTakingReward, last_onset: int, last_stop: int
 ) -> list[Event]:
     """``last_onset``: last chunk of the onset's window after the turn's end; ``last_stop``: of the stop's, after its
     start."""
@@ -41,23 +75,23 @@ def _events(
     spoken = runs(actions)
     replies: set[Run] = set()
     for turn, following in _with_following(facts.turns):
-        first, last = turn.end + config.turn_taking.onset[0], turn.end + last_onset
+        first, last = turn.end + rule.onset[0], turn.end + last_onset
         reply = next((run for run in spoken if first <= run.start <= last), None)
         if reply is not None:
             replies.add(reply)
-            events.append(_onset(reply, turn, facts, actions, config))
-            events.extend(_reply_words(reply, following, facts, actions, config))
+            events.append(_onset(reply, turn, facts, actions, rule))
+            events.extend(_reply_words(reply, following, facts, actions, rule))
         elif last < facts.chunks:
-            events.append(Event(last, "onset", Outcome.MISSED, first, config.miss))
+            events.append(Event(last, "onset", Outcome.MISSED, first, {TIMING: rule.miss}))
         if following is not None and following.interrupts:
             interrupted = next(run for run in spoken if run.start < following.start <= run.end)
-            events.extend(_stop(interrupted, following.start, last_stop, config))
+            events.extend(_stop(interrupted, following.start, last_stop, rule))
         elif reply is not None:
-            events.extend(_reply(reply, facts, actions, config))
+            events.extend(_reply(reply, facts, actions, rule))
     barge_ins = [turn.start for turn in facts.turns if turn.interrupts]
     for run in spoken:
         if run not in replies:
-            events.extend(_spurious(run, barge_ins, config))
+            events.extend(_spurious(run, barge_ins, rule))
     return events
 
 
@@ -65,8 +99,7 @@ def _with_following(turns: Sequence[Turn]) -> list[tuple[Turn, Turn | None]]:
     return list(zip(turns, (*turns[1:], None), strict=True))
 
 
-def _onset(reply: Run, turn: Turn, facts: TurnTakingFacts, actions: Sequence[Action], config: RewardConfig) -> Event:
-    rule = config.turn_taking
+def _onset(reply: Run, turn: Turn, facts: TurnTakingFacts, actions: Sequence[Action], rule: TurnTakingReward) -> Event:
     right = says(actions[reply.start], facts.reply[:1])
     late = max(0, reply.start - turn.end - rule.prompt_onset)
     return Event(
@@ -74,13 +107,15 @@ def _onset(reply: Run, turn: Turn, facts: TurnTakingFacts, actions: Sequence[Act
         kind="onset",
         outcome=Outcome.HIT if right else Outcome.WRONG,
         due=turn.end + rule.onset[0],
-        timing=config.hit * graded(late, rule.onset[1] - rule.prompt_onset, config.edge),
-        content=word_credit(right, config.right_words, config.wrong_words),
+        rewards={
+            TIMING: rule.hit * graded(late, rule.onset[1] - rule.prompt_onset, rule.edge),
+            CONTENT: word_credit(right, rule.right_words, rule.wrong_words),
+        },
     )
 
 
 def _reply_words(
-    reply: Run, following: Turn | None, facts: TurnTakingFacts, actions: Sequence[Action], config: RewardConfig
+    reply: Run, following: Turn | None, facts: TurnTakingFacts, actions: Sequence[Action], rule: TurnTakingReward
 ) -> list[Event]:
     """Credit for each later word at its place, as long as the user listens."""
     end = min(reply.end, reply.start + len(facts.reply))
@@ -91,57 +126,61 @@ def _reply_words(
             k,
             "word",
             Outcome.SHAPING,
-            content=word_credit(
-                says(actions[k], [facts.reply[k - reply.start]]), config.reply_word, -config.reply_word
-            ),
+            rewards={
+                CONTENT: word_credit(
+                    says(actions[k], [facts.reply[k - reply.start]]), rule.reply_word, -rule.reply_word
+                )
+            },
         )
         for k in range(reply.start + 1, end)
     ]
 
 
-def _stop(run: Run, interruption: int, last_stop: int, config: RewardConfig) -> list[Event]:
+def _stop(run: Run, interruption: int, last_stop: int, rule: TurnTakingReward) -> list[Event]:
     """Whether ``run`` ended soon enough after the user began to speak over it in chunk ``interruption``."""
-    rule = config.turn_taking
     silent = run.end - interruption  # chunks from the interruption to the first silent chunk
     if silent <= last_stop:
         late = max(0, silent - rule.prompt_stop)
-        credit = config.hit * graded(late, rule.stop - rule.prompt_stop, config.edge)
-        return [Event(run.end, "stop", Outcome.HIT, interruption + rule.prompt_stop, credit)]
+        credit = rule.hit * graded(late, rule.stop - rule.prompt_stop, rule.edge)
+        return [Event(run.end, "stop", Outcome.HIT, interruption + rule.prompt_stop, {TIMING: credit})]
     missed = interruption + last_stop
     return [
-        Event(missed, "stop", Outcome.MISSED, interruption + rule.prompt_stop, config.miss),
-        *(Event(k, "overrun", Outcome.SHAPING, timing=config.spurious) for k in range(missed + 1, run.end)),
+        Event(missed, "stop", Outcome.MISSED, interruption + rule.prompt_stop, {TIMING: rule.miss}),
+        *_overrun(range(missed + 1, run.end), rule),
     ]
 
 
-def _reply(reply: Run, facts: TurnTakingFacts, actions: Sequence[Action], config: RewardConfig) -> list[Event]:
+def _overrun(chunks: range, rule: TurnTakingReward) -> list[Event]:
+    return [Event(k, "overrun", Outcome.SHAPING, rewards={TIMING: rule.spurious}) for k in chunks]
+
+
+def _reply(reply: Run, facts: TurnTakingFacts, actions: Sequence[Action], rule: TurnTakingReward) -> list[Event]:
     """An uninterrupted reply: long enough, not too long, and the right words. Judged at the first silent chunk after
     it."""
-    rule = config.turn_taking
     shortest, longest = rule.reply_chunks
     judged = min(reply.end, facts.chunks - 1)
     due = reply.start + len(facts.reply)
     if reply.chunks > longest:
         missed = reply.start + longest
         return [
-            Event(missed, "reply", Outcome.MISSED, due, config.miss),
-            *(Event(k, "overrun", Outcome.SHAPING, timing=config.spurious) for k in range(missed + 1, reply.end)),
+            Event(missed, "reply", Outcome.MISSED, due, {TIMING: rule.miss}),
+            *_overrun(range(missed + 1, reply.end), rule),
         ]
     if reply.chunks < shortest:
         cut_off = reply.end == facts.chunks
-        return [] if cut_off else [Event(judged, "reply", Outcome.MISSED, due, config.miss)]
+        return [] if cut_off else [Event(judged, "reply", Outcome.MISSED, due, {TIMING: rule.miss})]
     said = [" ".join(action.words) for action in actions[reply.start : reply.end]]
     right = right_places(said, facts.reply) >= rule.reply_words
-    credit = config.hit * graded(reply.chunks - len(facts.reply), longest - len(facts.reply), config.edge)
-    return [Event(judged, "reply", Outcome.HIT if right else Outcome.WRONG, due, credit)]
+    credit = rule.hit * graded(reply.chunks - len(facts.reply), longest - len(facts.reply), rule.edge)
+    return [Event(judged, "reply", Outcome.HIT if right else Outcome.WRONG, due, {TIMING: credit})]
 
 
-def _spurious(run: Run, barge_ins: Sequence[int], config: RewardConfig) -> list[Event]:
+def _spurious(run: Run, barge_ins: Sequence[int], rule: TurnTakingReward) -> list[Event]:
     """An utterance that should not have begun. Chunks after a barge-in on it are judged as the stop, not here again."""
     end = min([run.end, *(start for start in barge_ins if run.start < start <= run.end)])
     return [
-        Event(run.start, "speech", Outcome.SPURIOUS, timing=config.spurious),
-        *(Event(k, "speech", Outcome.SHAPING, timing=config.trailing) for k in range(run.start + 1, end)),
+        Event(run.start, "speech", Outcome.SPURIOUS, rewards={TIMING: rule.spurious}),
+        *(Event(k, "speech", Outcome.SHAPING, rewards={TIMING: rule.trailing}) for k in range(run.start + 1, end)),
     ]
 
 
@@ -181,3 +220,20 @@ def floor_items(facts: TurnTakingFacts, actions: Sequence[Action]) -> FloorItems
             run = next(run for run in spoken if run.start < following.start <= run.end)
             stop.append(stop_latency_s(following.start, run))
     return FloorItems(tuple(pause_takes), tuple(turn_takes), tuple(response), tuple(stop))
+
+
+def _repeats_the_first_word(scenario: TurnTakingScenario, user: User) -> Script:
+    return lambda k: speak(REPLY[0])
+
+
+TURN_TAKING = Family(
+    name=FAMILY,
+    axes=(TIMING, CONTENT),
+    settings=TurnTakingSettings,
+    make=turn_taking,
+    facts=TurnTakingFacts.from_json,
+    expert=lambda scenario, user, rng, settings: TurnTakingExpert(scenario, user, rng, settings).act,
+    score=score_turn_taking,
+    words=lambda facts: facts.reply,
+    hacks={"repeats a word": _repeats_the_first_word},
+)

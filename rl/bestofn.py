@@ -36,7 +36,6 @@ from rl.folder import RunFolder
 from rl.train import parse
 from rollout.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 
 
@@ -57,11 +56,11 @@ def sample(
     bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
     seed, temperature = config.seed, config.rollout.temperature
     found = {}
-    with display.phase("best of n", scenarios * len(FAMILIES)) as phase:
-        for family in FAMILIES:
+    with display.phase("best of n", scenarios * len(config.scenarios.families)) as phase:
+        for family in config.scenarios.members:
             rule, proxy = np.zeros((2, scenarios, samples))
             for i in range(scenarios):
-                item = scenario(family, "held_out", i, bank, config.scenarios)
+                item = config.scenarios.scenario(family, "held_out", i, bank)
                 judged = source.judge(play(engine, [Play(item, r) for r in range(samples)], seed, temperature))
                 rule[i] = [s.value for s in judged.scores]
                 proxy[i] = [p.total for p in judged.proxy]
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not (run / "config.yaml").is_file():
         raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
     config, _, _ = parse(["--config", str(run / "config.yaml")])
-    source = RewardSource.load(config.reward, SourceConfig(models=given.models or config.source.models))
+    source = RewardSource.load(config.scenarios, SourceConfig(models=given.models or config.source.models))
     if not source.models:
         raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")
     folder = RunFolder(run, [])

@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from reward.score import RewardConfig
 from reward.source import SourceConfig
 from rl.tracking import TrackingConfig
-from rollout.scenarios.demonstrate import Corruption
 from rollout.scenarios.registry import ScenarioConfig
 
 
@@ -41,12 +39,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class WarmstartConfig:
-    """Supervised warm start on scripted, partly wrong demonstrations."""
+    """Supervised warm start on scripted demonstrations, wrong by the mistakes of the families' settings."""
 
     steps: int = 320
     episodes: int = 16  # demonstrations a step, over all ranks
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, clip_norm=1.0))
-    corruption: Corruption = field(default_factory=Corruption)
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ class RLConfig:
     groups: int = 8  # scenarios a step, over all ranks; families take turns
     rollouts: int = 6  # rollouts of each scenario
     gamma: float = 0.9  # discount a chunk; at 0.6 a reminder too early paid more than one on time
-    timing_weight: float = 1.0
-    content_weight: float = 1.0
+    axis_weights: dict[str, float] = field(default_factory=dict)  # of axes of reward; 1 where left out
     reference_weight: float = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
     optim: OptimConfig = field(default_factory=OptimConfig)
     micro_batch: int = 8  # episodes in one learner forward; does not enter the result beyond summation order
@@ -95,7 +91,6 @@ class TrainConfig:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     rl: RLConfig = field(default_factory=RLConfig)

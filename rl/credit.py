@@ -1,10 +1,10 @@
 """From rewards to the weight of each sampled token.
 
-Timing and content of each acting source are separate rewards: each becomes a reward-to-go per chunk, loses the mean of
-the group's other rollouts, and is divided by its family's running scale (`rl.advantage.RunningScale`); only then are
-they added, sources in equal shares. So a learned reward's unit does not matter. The distance from the reference policy
-is a reward too, but keeps its unit: divided by its own size it would pull the harder the nearer the policy is.
-A chunk's tokens share the chunk's advantage.
+The axes of each acting source (timing, content, …) are separate rewards: each becomes a reward-to-go per chunk, loses
+the mean of the group's other rollouts, and is divided by its family's running scale (`rl.advantage.RunningScale`); only
+then are they added, in the order of the family's axes, sources in equal shares. So a learned reward's unit does not
+matter. The distance from the reference policy is a reward too, but keeps its unit: divided by its own size it would
+pull the harder the nearer the policy is. A chunk's tokens share the chunk's advantage.
 
 Everything is fp64 and every sum is taken in the order of the episodes, so that equal rollouts get exactly 0 and no
 library's order of summation enters.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from reward.source import AXES, Rewards
+from reward.source import Rewards
 from rl import ranks
 from rl.advantage import RunningScale, leave_one_out, reward_to_go, told_apart
 from rl.config import RLConfig
@@ -65,37 +65,33 @@ def token_weights(
     """The advantage of every sampled token, divided by the number of tokens sampled by all ranks.
 
     ``acting`` [sources, episodes]; ``log_ratio`` fp32 [N_e] an episode, as `rl.reference` gives it, or nothing.
-    Episodes come in groups of ``config.rollouts`` of one scenario. ``scales``: as the step before left them. Raises
-    MetronomeError for a reward that is not finite."""
-    weight = {"timing": config.timing_weight, "content": config.content_weight}
-    families = [e.family for e in episodes[:: config.rollouts]]  # of each group
+    Episodes come in groups of ``config.rollouts`` of one scenario, and have the axes of its family. ``scales``: as the
+    step before left them. Raises MetronomeError for a reward that is not finite."""
     advantages = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]
     terms: dict[str, Term] = {}
-    parts: list[tuple[str, list[Tensor], float]] = []  # advantages of the groups of one axis, and their share
+    parts: list[tuple[str, int, Tensor, float]] = []  # of a group: term, first episode, advantages, share
     for source, rewards in enumerate(acting):
-        for axis in AXES:
-            per_chunk = [r.axis(axis) for r in rewards]
-            _check_finite(episodes, per_chunk, axis)
-            groups = []
-            for family, group in zip(families, _groups(per_chunk, config), strict=True):
-                returns = reward_to_go(group, config.gamma)
+        for first in range(0, len(episodes), config.rollouts):
+            group = slice(first, first + config.rollouts)
+            for axis in rewards[first].axes:
+                per_chunk = [r.axes[axis] for r in rewards[group]]
+                _check_finite(episodes[group], per_chunk, axis)
+                returns = reward_to_go(torch.stack(per_chunk), config.gamma)
                 advantage = leave_one_out(returns, config.rollouts)
                 apart = bool(told_apart(advantage, returns, config.rollouts))
                 advantage = advantage if apart else torch.zeros_like(advantage)
                 squares = math.fsum(x * x for x in advantage.flatten().tolist())
-                terms.setdefault(f"{source}/{family}/{axis}", []).append((squares, advantage.numel() * apart))
-                groups.append(advantage)
-            parts.append((f"{source}/{{}}/{axis}", groups, weight[axis] / len(acting)))
+                name = f"{source}/{episodes[first].family}/{axis}"
+                terms.setdefault(name, []).append((squares, advantage.numel() * apart))
+                parts.append((name, first, advantage, config.axis_weights.get(axis, 1.0) / len(acting)))
     everyone = _over_ranks(terms)
     updated = dict(scales) | {
         name: scales.get(name, RunningScale()).updated(math.fsum(s for s, _ in term), sum(n for _, n in term))
         for name, term in everyone.items()
     }
-    for name, groups, share in parts:
-        for g, (family, advantage) in enumerate(zip(families, groups, strict=True)):
-            for r, row in enumerate(advantage / updated[name.format(family)].value):
-                i = g * config.rollouts + r
-                advantages[i] = advantages[i] + share * row
+    for name, first, advantage, share in parts:
+        for i, row in enumerate(advantage / updated[name].value, first):
+            advantages[i] = advantages[i] + share * row
     if config.reference_weight and log_ratio:
         cost = [-config.reference_weight * r for r in _by_chunk(episodes, log_ratio)]
         rows = (

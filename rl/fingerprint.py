@@ -34,7 +34,7 @@ from kernels import dispatch, ops
 from kernels.errors import MetronomeError
 from model.audio import DMel
 from model.files import write_whole
-from reward.source import AXES, RewardSource
+from reward.source import RewardSource
 from rl import loop, ranks
 from rl.config import TrainConfig
 from rl.credit import token_weights
@@ -99,8 +99,8 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     episodes = play(engine, loop.plays(config, bank, 0)[:ROLLOUTS], config.seed, config.rollout.temperature)
     inputs = [torch.cat([e.tokens for e in episodes]), torch.cat([e.codes for e in episodes])]
     yield "episodes", [*inputs, concatenate(episodes, "logprob"), concatenate(episodes, "digest")]
-    judged = RewardSource.load(config.reward, config.source).judge(episodes)
-    yield "rewards", [rewards.axis(axis) for rewards in judged.rules for axis in AXES]
+    judged = RewardSource.load(config.scenarios, config.source).judge(episodes)
+    yield "rewards", [on_axis for rewards in judged.rules for on_axis in rewards.axes.values()]
     yield "advantages", token_weights(episodes, judged.acting, [], config.rl, {}).weights
 
 

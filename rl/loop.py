@@ -12,7 +12,7 @@ import torch
 from kernels import dispatch
 from model import packs
 from model.checkpoint import weights_digest
-from reward.source import AXES, Judged, RewardSource
+from reward.source import Judged, RewardSource
 from rl import ranks, reference
 from rl.config import TrainConfig
 from rl.credit import Scales, token_weights
@@ -22,7 +22,6 @@ from rl.reference import Reference
 from rollout.episode import Episode
 from rollout.play import Play
 from rollout.roller import Roller
-from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 
@@ -106,21 +105,25 @@ def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
     out = []
     for g in ranks.share(config.rl.groups):
         index = step * config.rl.groups + g
-        item = scenario(FAMILIES[index % len(FAMILIES)], "train", index, bank, config.scenarios)
+        item = config.scenarios.in_turn(index, "train", index, bank)
         out += [Play(item, r) for r in range(config.rl.rollouts)]
     return out
 
 
 def rewards(judged: Judged) -> dict[str, float]:
     """Averages over all ranks' episodes: the rules' score and sums of their shaped rewards, and the learned models'
-    under ``proxy/``. Named by who gave them, whichever RL learns from."""
+    under ``proxy/``. Named by who gave them, whichever RL learns from. An axis's mean is over the episodes that have
+    it."""
     found = {"reward/score": [s.value for s in judged.scores]}
     for kind, given in (("reward", judged.rules), ("proxy", judged.proxy)):
         if given:
             found[f"{kind}/mean"] = [r.total for r in given]
-            found |= {f"{kind}/{axis}": [r.sum(axis) for r in given] for axis in AXES}
+            for r in given:
+                for axis in r.axes:
+                    found.setdefault(f"{kind}/{axis}", []).append(r.sum(axis))
     parts = ranks.gather(found)
-    return {name: fmean(value for part in parts for value in part[name]) for name in found}
+    names = dict.fromkeys(name for part in parts for name in part)  # a rank's episodes may lack an axis
+    return {name: fmean(value for part in parts for value in part.get(name, ())) for name in names}
 
 
 def _mean(values: torch.Tensor) -> float:

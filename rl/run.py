@@ -42,7 +42,6 @@ from rl.tracking import Tracker
 from rl.warmstart import warm_start
 from rollout.episode import save_episodes
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.vocabulary import Vocabulary
 
@@ -85,7 +84,7 @@ class Run:
         check_shares(config)
         check_workers(config)
         tracking.check(config.tracking)
-        self.source = RewardSource.load(config.reward, config.source)
+        self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config
         self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
         self.folder = (RunFolder.reopen if resume else RunFolder.create)(Path(config.runs), config.name, recipe)
@@ -98,11 +97,7 @@ class Run:
         self.tracker = Tracker(tracked, config.name, self.folder.path, asdict(config))
         self.model = build_model(config)
         self.vocabulary = Vocabulary.build(self.model.vocab)
-        self.held_out = [
-            scenario(family, "held_out", i, self.bank, config.scenarios)
-            for i in range(config.eval.scenarios)
-            for family in FAMILIES
-        ]
+        self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
 
     def execute(self) -> None:
         self.display.say(
@@ -167,7 +162,7 @@ class Run:
         """RL from where ``progress`` stands to the recipe's last step, with evaluations, records and checkpoints."""
         rl = self.config.rl
         self.roller.publish()
-        during = self.held_out[: self.config.eval.during * len(FAMILIES)]
+        during = self.held_out[: self.config.eval.during * len(self.config.scenarios.families)]
         first = rl.steps if progress.stopped else progress.step
         with self.display.phase("RL", rl.steps, first) as phase:
             phase.held_out(progress.before.score[""])
@@ -285,6 +280,11 @@ def check_shares(config: TrainConfig) -> None:
             raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
     if config.rl.reference_weight < 0:
         raise MetronomeError(f"rl.reference_weight is {config.rl.reference_weight}: the cost of a nat, 0 or more")
+    if wrong := sorted(config.rl.axis_weights.keys() - set(config.scenarios.axes)):
+        raise MetronomeError(
+            f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on "
+            f"{', '.join(config.scenarios.axes)}"
+        )
     if config.rl.rollouts < 2:
         raise MetronomeError(f"rl.rollouts is {config.rl.rollouts}: advantages compare the rollouts of a group, give 2")
 

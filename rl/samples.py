@@ -17,7 +17,7 @@ from model.audio import SAMPLE_RATE_HZ as SAMPLE_RATE_HZ
 from rollout.chunk import CHUNK_MS
 from rollout.episode import Episode
 from rollout.scenarios.demonstrate import enact
-from rollout.scenarios.registry import ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import SpeechBank, Split
 from rollout.timeline import Moment, moments
 
@@ -50,7 +50,7 @@ def sample(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> Sample
 def heard(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> NDArray[np.float32]:
     """fp32 [samples]: what the user of the episode's scenario says to the episode's actions, clipped to [-1, 1]."""
     family, split, seed = episode.scenario.split("/")
-    played = scenario(family, cast(Split, split), int(seed), bank, config)
+    played = config.scenario(family, cast(Split, split), int(seed), bank)
     audio, _, _ = enact(played, lambda user: lambda k: episode.actions[k])
     return audio.reshape(-1).clip(-1, 1)
 

@@ -1,6 +1,6 @@
 """Supervised warm start: maximum likelihood on scripted demonstrations, so that RL begins from a policy that acts.
 
-The demonstrations are wrong on purpose at stated rates (`rollout.scenarios.demonstrate.Corruption`): the warm-started
+The demonstrations are wrong on purpose at stated rates (`rollout.scenarios.base.Mistakes`): the warm-started
 policy has seen what may be said and when, and is left to RL to find out what is right.
 """
 
@@ -17,8 +17,7 @@ from rl import ranks
 from rl.config import TrainConfig
 from rl.learner import Learner, policy_gradient
 from rollout.chunk import Action
-from rollout.scenarios.demonstrate import demonstrate
-from rollout.scenarios.registry import FAMILIES, scenario
+from rollout.scenarios.demonstrate import enact
 from rollout.seeds import demonstration_seed, mistakes
 from rollout.speech import SpeechBank
 from rollout.transcript import Transcript, from_audio
@@ -28,10 +27,9 @@ from rollout.vocabulary import Vocabulary
 
 def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[NDArray[np.float32], list[Action]]:
     """The user's audio [chunks, samples] and the actions of demonstration ``index``, counted over all steps."""
-    family = FAMILIES[index % len(FAMILIES)]
-    item = scenario(family, "train", demonstration_seed(config.seed, index), bank, config.scenarios)
+    item = config.scenarios.in_turn(index, "train", demonstration_seed(config.seed, index), bank)
     rng = mistakes(config.seed, index)
-    waveform, actions, _ = demonstrate(item, rng, config.warmstart.corruption)
+    waveform, actions, _ = enact(item, config.scenarios.expert(item, rng))
     return waveform, actions
 
 

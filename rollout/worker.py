@@ -24,7 +24,6 @@ from model.transformer import InteractionModel
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode, pack_episodes
 from rollout.play import Play, play
-from rollout.scenarios.registry import scenario
 from rollout.speech import SpeechBank
 from rollout.task import Reply, Setup, Task, seal
 
@@ -44,7 +43,7 @@ class Worker:
         """The task's episodes in order. Raises MetronomeError when the shared weights are not those of the task."""
         engine = self._prepared(task.weights_digest)
         config = self._setup.scenarios
-        scenarios = {w.scenario: scenario(w.family, w.split, w.seed, self._bank, config) for w in task.plays}
+        scenarios = {w.scenario: config.scenario(w.family, w.split, w.seed, self._bank) for w in task.plays}
         return play(engine, [Play(scenarios[w.scenario], w.rollout) for w in task.plays], task.seed, task.temperature)
 
     def _prepared(self, weights_digest: str) -> SessionEngine:

@@ -15,9 +15,13 @@ const ORDERS = {
   file: ["as sampled", (r) => r.at],
   low: ["lowest score first", (r) => (r.score === null ? 9 : r.score)],
   high: ["highest score first", (r) => (r.score === null ? 9 : -r.score)],
-  timing: ["lowest timing reward first", (r) => (r.timing === null ? 1e9 : r.timing)],
   unequal: ["most differing tokens first", (r) => -r.unequal - r.rows],
 };
+
+// One for each axis of reward that some of the episodes have.
+const axesOf = (rows) => [...new Set(rows.flatMap((r) => Object.keys(r.rewards)))];
+const lowest = (axis) => [`lowest ${axis} reward first`, (r) => r.rewards[axis] ?? 1e9];
+const named = (axis) => axis[0].toUpperCase() + axis.slice(1);
 
 const opened = new Map();
 function unpack(block) {
@@ -45,14 +49,14 @@ function episodeBrowser(rows) {
   const [family, familyLabel] = choice("Family", { "": "all", ...Object.fromEntries(families.map((f) => [f, f])) }, () => filter());
   const [step, stepLabel] = choice("Step", { "": "all", ...Object.fromEntries(steps.map((s) => [` ${s}`, whole(s)])) }, () => filter());
   const [kind, kindLabel] = choice("Show", kinds, () => filter());
-  const [order, orderLabel] = choice("Order", first(ORDERS), () => filter());
+  const axes = axesOf(rows), orders = { ...ORDERS, ...Object.fromEntries(axes.map((axis) => [`axis ${axis}`, lowest(axis)])) };
+  const [order, orderLabel] = choice("Order", first(orders), () => filter());
 
   const columns = [
     { name: "Episode", cell: (r) => el("button", { type: "button" }, r.name) },
     { name: "Step", num: true, cell: (r) => whole(r.step) },
     { name: "Score", num: true, cell: (r) => (r.score === null ? "—" : `${(100 * r.score).toFixed(0)} %`) },
-    { name: "Timing", num: true, cls: "optional", cell: (r) => signed(r.timing) },
-    { name: "Content", num: true, cls: "optional", cell: (r) => signed(r.content) },
+    ...axes.map((axis) => ({ name: named(axis), num: true, cls: "optional", cell: (r) => signed(r.rewards[axis] ?? null) })),
     { name: "Tokens", num: true, cls: "optional", cell: (r) => whole(r.tokens) },
     { name: "Bits", cls: "state", cell: (r) => el("span", { class: STATES[r.state][1] }, STATES[r.state][0] + (r.state === "different" ? ` (${r.unequal}, rows ${r.rows})` : "")) },
     { name: "Said", cls: "said optional", cell: (r) => r.said || "nothing" },
@@ -66,7 +70,7 @@ function episodeBrowser(rows) {
     }));
   }
   function filter() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), key = ORDERS[order.value][1];
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), key = orders[order.value][1];
     found = rows.filter((r) => (!family.value || r.family === family.value) && (!step.value || ` ${r.step}` === step.value)
       && FILTERS[kind.value][1](r) && words.every((w) => r.text.includes(w)));
     found.sort((a, b) => key(a) - key(b) || a.at - b.at);
@@ -100,7 +104,8 @@ function episodeDetail(row, detail, cells, room) {
   const events = [
     { name: "Chunk", cell: (e) => whole(e[0]) }, { name: "Time", num: true, cell: (e) => `${(e[0] * CHUNK_MS / 1000).toFixed(1)} s` },
     { name: "Event", cell: (e) => e[1] }, { name: "Outcome", cell: (e) => el("span", { class: { hit: "good", shaping: "" }[e[2]] ?? "bad" }, OUTCOMES[e[2]]) },
-    { name: "Due", num: true, cell: (e) => whole(e[3]) }, { name: "Timing", num: true, cell: (e) => signed(e[4]) }, { name: "Content", num: true, cell: (e) => signed(e[5]) },
+    { name: "Due", num: true, cell: (e) => whole(e[3]) },
+    ...Object.keys(row.rewards).map((axis) => ({ name: named(axis), num: true, cell: (e) => signed(e[4][axis]) })),
   ];
   const tokens = [
     { name: "Chunk", cell: (t) => whole(t[0]) }, { name: "Token", cell: (t) => t[1] }, { name: "Allowed", cell: (t) => MASKS[t[2]] ?? "?" },
@@ -113,7 +118,7 @@ function episodeDetail(row, detail, cells, room) {
     el("p", { class: STATES[row.state][1] }, said),
     episodeGrid(detail, cells, row.name, room),
     el("div", { class: "columns" }, [
-      el("div", {}, detail.timing ? paged("Rewards by event (rules)", events, detail.events, 8) : el("p", { class: "note" }, "Not judged: its facts, or the recipe, cannot be read.")),
+      el("div", {}, detail.rewards ? paged("Rewards by event (rules)", events, detail.events, 8) : el("p", { class: "note" }, "Not judged: its facts, or the recipe, cannot be read.")),
       el("div", {}, paged("Log-probs of sampled tokens, nats", tokens, order.map((i) => detail.tokens[i]), 8))])];
 }
 const wrong = (t) => Number(t[4] !== null || Boolean(t[5]));

@@ -16,14 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from model.tokenizer import load_tokenizer
-from reward.combine import score
-from reward.score import Outcome, RewardConfig, Score
+from reward.score import score
 from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
 from rollout.chunk import CHUNK_FRAMES
 from rollout.episode import Episode
-from rollout.scenarios.registry import facts_from_json
-from rollout.scenarios.timespeak import TimespeakFacts
+from rollout.scenarios.registry import ScenarioConfig
+from rollout.scenarios.verdict import Outcome, Score
 
 SHOWN = 5000
 """Episodes in a page at most: about 1 to 3 kB each."""
@@ -31,10 +30,11 @@ BLOCK = 24
 """Episodes in a block: opening one decodes so many."""
 
 
-def browser(episodes: Sequence[CheckedEpisode], rules: RewardConfig | None) -> dict[str, Any]:
+def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None) -> dict[str, Any]:
     """{"rows": one a shown episode, "blocks": base64 text of each block, "omitted": episodes left out}.
 
-    Left out are the last ones, but never one that differs. ``rules`` None: nothing is judged."""
+    Left out are the last ones, but never one that differs. ``scenarios``: the recipe's families, whose
+    rules judge; None: nothing is judged."""
     shown = sorted(range(len(episodes)), key=lambda i: (episodes[i].state != "different", i))[:SHOWN]
     kept = [episodes[i] for i in sorted(shown)]
     words = _words()
@@ -44,9 +44,9 @@ def browser(episodes: Sequence[CheckedEpisode], rules: RewardConfig | None) -> d
         cells: dict[str, int] = {}
         details = []
         for place, one in enumerate(kept[first : first + BLOCK]):
-            judged = _judge(one.episode, rules)
+            judged = _judge(one.episode, scenarios)
             rows.append(_row(one, judged) | {"block": len(blocks), "place": place})
-            details.append(_detail(one, judged, words, cells))
+            details.append(_detail(one, judged, _user(one.episode.facts, scenarios), words, cells))
         packed = gzip.compress(json.dumps({"cells": list(cells), "episodes": details}).encode(), 6, mtime=0)
         blocks.append(base64.b64encode(packed).decode())
     return {"rows": rows, "blocks": blocks, "omitted": len(episodes) - len(kept)}
@@ -57,12 +57,12 @@ def _words() -> dict[int, str]:
     return {i: word for word, i in vocabulary.items()}
 
 
-def _judge(episode: Episode, rules: RewardConfig | None) -> Score | None:
+def _judge(episode: Episode, scenarios: ScenarioConfig | None) -> Score | None:
     """The rules' score; None where an episode's facts cannot be read by them (they come from a file)."""
-    if rules is None:
+    if scenarios is None:
         return None
     try:
-        return score(episode.family, episode.facts, episode.actions, rules)
+        return score(episode.family, episode.facts, episode.actions, scenarios)
     except (KeyError, ValueError, TypeError, IndexError):
         return None
 
@@ -76,8 +76,7 @@ def _row(one: CheckedEpisode, judged: Score | None) -> dict[str, Any]:
         "state": one.state,
         "said": " ".join(word for action in one.episode.actions for word in action.words),
         "score": _plain(judged.value) if judged else None,
-        "timing": _plain(judged.timing.sum()) if judged else None,
-        "content": _plain(judged.content.sum()) if judged else None,
+        "rewards": {axis: _plain(values.sum()) for axis, values in judged.rewards.items()} if judged else {},
         "tokens": len(one.episode.text.logprob),
         "unequal": int(one.token_differs.sum()),
         "rows": int(one.row_differs.sum()),
@@ -87,20 +86,27 @@ def _row(one: CheckedEpisode, judged: Score | None) -> dict[str, Any]:
 
 
 def _detail(
-    one: CheckedEpisode, judged: Score | None, words: Mapping[int, str], cells: dict[str, int]
+    one: CheckedEpisode, judged: Score | None, user: list[list[Any]], words: Mapping[int, str], cells: dict[str, int]
 ) -> dict[str, Any]:
     episode = one.episode
     return {
         "why_not": one.why_not[1] if one.why_not else None,
         "audio": _audio(episode.codes, cells),
         "actions": [[action.mode.value, *action.words] for action in episode.actions],
-        "user": _user(episode.facts),
+        "user": user,
         "events": [
-            [e.chunk, e.kind, e.outcome.value, e.due, _plain(e.timing), _plain(e.content)]
-            for e in (judged.events if judged else ())
-        ],
-        "timing": [_plain(v) for v in judged.timing] if judged else None,
-        "content": [_plain(v) for v in judged.content] if judged else None,
+            [
+                e.chunk,
+                e.kind,
+                e.outcome.value,
+                e.due,
+                {axis: _plain(e.rewards.get(axis, 0.0)) for axis in judged.rewards},
+            ]
+            for e in judged.events
+        ]
+        if judged
+        else [],
+        "rewards": {axis: [_plain(v) for v in values] for axis, values in judged.rewards.items()} if judged else None,
         "tokens": _tokens(one, words),
     }
 
@@ -135,20 +141,10 @@ def _plain(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
 
-def _user(facts: Mapping[str, Any]) -> list[list[Any]]:
+def _user(facts: Mapping[str, Any], scenarios: ScenarioConfig | None) -> list[list[Any]]:
     """What the user did, as [first chunk, last chunk, kind, words]; nothing where the facts cannot be read."""
     try:
-        read = facts_from_json(facts)
-        if isinstance(read, TimespeakFacts):
-            spans: list[list[Any]] = [[read.request_start, read.request_end, "request", f"… {read.number} seconds"]]
-            if read.stop_start is not None:
-                spans.append([read.stop_start, read.stop_end, "stop", "goodbye"])
-            return spans
-        spans = []
-        for turn in read.turns:
-            kind = "interruption" if turn.interrupts else "turn"
-            spans.append([turn.start, turn.end, kind, "interrupts" if turn.interrupts else "speaks"])
-            spans += [[first, last, "pause", "pauses"] for first, last in turn.pauses]
-        return spans
-    except (KeyError, ValueError, TypeError):
+        spans = scenarios.facts(facts).spans() if scenarios else []
+        return [[span.first, span.last, span.kind, span.text] for span in spans]
+    except (KeyError, ValueError, TypeError, IndexError):
         return []

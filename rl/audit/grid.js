@@ -5,6 +5,7 @@ const LANES = { time: [0, 16], heard: [18, 80], user: [100, 17], model: [121, 62
 const GRID_HEIGHT = 335;
 let COLUMN = 16;  // pixels of a chunk, as the room allows
 const STOPS = ["0b0724", "2c115f", "721f81", "b63679", "f1605d", "feae76", "fcfdbf"].map((h) => [0, 2, 4].map((i) => parseInt(h.slice(i, i + 2), 16)));
+const AXES = ["var(--s0)", "var(--s1)", "var(--s3)", "var(--s2)"];  // colours of an episode's axes of reward, in order
 const OUTCOMES = { hit: "hit", wrong: "wrong words", missed: "missed", spurious: "spurious", shaping: "shaping" };
 
 function colour(code) {
@@ -49,7 +50,7 @@ function episodeGrid(detail, cells, name, room) {
     if (words.length) root.append(svg("text", { transform: `translate(${x} ${y}) rotate(-90)` }, clip(words.join(" "), 10)));
   });
   drawEvents(root, detail.events, middle("events"));
-  if (detail.timing) drawRewards(root, detail, LANES.reward);
+  if (detail.rewards) drawRewards(root, detail, LANES.reward);
   drawLogprobs(root, detail.tokens, LANES.logprob);
   return cursor(root, detail, name, chunks);
 }
@@ -67,10 +68,10 @@ function drawEvents(root, events, y) {
 }
 
 function drawRewards(root, detail, [top, height]) {
-  const all = [...detail.timing, ...detail.content].map(Math.abs), scale = (height / 2 - 2) / Math.max(1, ...all), zero = top + height / 2;
-  for (const [values, cls, shift] of [[detail.timing, "r-timing", -6], [detail.content, "r-content", 0]]) values.forEach((v, k) => {
-    if (v) root.append(svg("rect", { class: cls, x: k * COLUMN + COLUMN / 2 + shift, width: 6, y: v > 0 ? zero - v * scale : zero, height: Math.abs(v) * scale }));
-  });
+  const axes = Object.values(detail.rewards), all = axes.flat().map(Math.abs), bar = 12 / axes.length, scale = (height / 2 - 2) / Math.max(1, ...all), zero = top + height / 2;
+  axes.forEach((values, i) => values.forEach((v, k) => {
+    if (v) root.append(svg("rect", { fill: AXES[i % AXES.length], x: k * COLUMN + COLUMN / 2 - 6 + i * bar, width: bar, y: v > 0 ? zero - v * scale : zero, height: Math.abs(v) * scale }));
+  }));
   root.append(svg("line", { class: "rule", x1: 0, x2: detail.actions.length * COLUMN, y1: zero, y2: zero }));
 }
 
@@ -105,11 +106,11 @@ function cursor(root, detail, name, chunks) {
   const labels = { heard: "heard: user, 0–8 kHz (mel)", user: "user", model: "model: its words; no voice yet", mode: "mode", events: "events", reward: "reward", logprob: `log-prob, 0 to −${NATS}` };
   const names = el("div", { class: "names", "aria-hidden": "true" }, Object.entries(labels).map(([lane, text]) => {
     const span = el("span", {}, text); span.style.top = `${LANES[lane][0] + LANES[lane][1] / 2}px`; return span; }));
-  return el("div", {}, [el("div", { class: "grid" }, [names, lanes]), gridLegend(), readout]);
+  return el("div", {}, [el("div", { class: "grid" }, [names, lanes]), gridLegend(Object.keys(detail.rewards || {})), readout]);
 }
 
-function gridLegend() {
-  const items = [["var(--s0)", "speaks; timing reward"], ["var(--s1)", "content reward"], ["var(--s2)", "log-prob, bits equal or not re-scored"], ["var(--bad)", "bits differ"]];
+function gridLegend(axes) {
+  const items = [["var(--s0)", "speaks"], ...axes.map((axis, i) => [AXES[i % AXES.length], `${axis} reward`]), ["var(--s2)", "log-prob, bits equal or not re-scored"], ["var(--bad)", "bits differ"]];
   const swatches = items.map(([fill, text]) => { const i = el("i", { "aria-hidden": "true" }); i.style.background = fill; return el("li", {}, [i, text]); });
   return el("ul", { class: "legend" }, [...swatches, el("li", {}, "✓ hit   ✕ missed or wrong words   ▲ spurious   ▢ due")]);
 }
@@ -118,8 +119,9 @@ function describe(detail, k) {
   const [mode, ...words] = detail.actions[k], parts = [`Chunk ${k}, ${(k * CHUNK_MS / 1000).toFixed(1)} to ${((k + 1) * CHUNK_MS / 1000).toFixed(1)} s`];
   for (const [first, last, kind] of detail.user) if (first <= k && k <= last) parts.push(`user: ${kind}`);
   parts.push(words.length ? `${mode}: “${words.join(" ")}”` : mode);
-  for (const [chunk, kind, outcome, due, timing, content] of detail.events) {
-    if (chunk === k) parts.push(`${kind} ${OUTCOMES[outcome]}${due === null ? "" : ` (due ${due})`}: timing ${signed(timing)}, content ${signed(content)}`);
+  for (const [chunk, kind, outcome, due, rewards] of detail.events) {
+    const earned = Object.entries(rewards).map(([axis, reward]) => `${axis} ${signed(reward)}`).join(", ");
+    if (chunk === k) parts.push(`${kind} ${OUTCOMES[outcome]}${due === null ? "" : ` (due ${due})`}: ${earned}`);
   }
   for (const t of detail.tokens) if (t[0] === k) parts.push(`${t[1]} ${t[3]}`);
   return parts.join(" · ");

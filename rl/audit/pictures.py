@@ -40,11 +40,12 @@ def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
     if mismatch.k3_sum:
         names = [line("k3", metrics, "mismatch/k3"), line("k1", metrics, "mismatch/k1")]
         out.append(chart("Mismatch KL", "nats a token", names, "Sampler against learner at equal weights."))
-    rewards = [line(name, metrics, f"reward/{name}") for name in ("mean", "timing", "content")]
+    axes = records.config.scenarios.axes if records.config else ()
+    rewards = [line(name, metrics, f"reward/{name}") for name in ("mean", *axes)]
     rewards += [line("learned", metrics, "proxy/mean")]
     scores = [line("training rollouts", metrics, "reward/score"), line("held-out", metrics, "eval/held_out")]
     out += [
-        chart("Reward of an episode", "", rewards, "Mean over a step's rollouts: timing and content by the rules."),
+        chart("Reward of an episode", "", rewards, "Mean over a step's rollouts, by the rules: all axes, and each."),
         chart("Score by the rules", "%", scores, "Share of what was due that was done right."),
         chart(
             "Groups that taught nothing",

@@ -47,7 +47,6 @@ from rl.learner import Learner, policy_gradient
 from rl.rollers import build_engine
 from rollout.episode import Episode, concatenate
 from rollout.roller import InProcess, Roller
-from rollout.scenarios.registry import FAMILIES, scenario
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 
@@ -95,12 +94,8 @@ def train(method: Method, config: TrainConfig, folder: Path, bank: SpeechBank) -
         model = checkpoint.load(folder, torch.float32)
         sampling = model if method.sampler == torch.float32 else checkpoint.load(folder, method.sampler)
         roller = InProcess(build_engine(config, sampling))
-        source = RewardSource.load(config.reward, config.source)
-        held_out = [
-            scenario(family, "held_out", i, bank, config.scenarios)
-            for i in range(config.eval.scenarios)
-            for family in FAMILIES
-        ]
+        source = RewardSource.load(config.scenarios, config.source)
+        held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", bank)
         temperature = config.rollout.temperature
         before = evaluate(roller, held_out, source, config.seed, temperature).score[""]
         learner = Learner(model, config.rl.optim, config.rl.steps)

@@ -30,7 +30,7 @@ from rl.study.variants import Variant, session_engine, whole
 from rollout.chunk import LISTEN
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import SpeechBank
 from rollout.turn.grammar import context_rows
 from rollout.turn.observation import Observation, audio_of
@@ -119,7 +119,7 @@ def measured(variants: Sequence[Variant], rounds: int) -> list[Measured]:
     """All variants by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more
     round before warms up."""
     bank, config = SpeechBank.load(), ScenarioConfig()
-    items = [scenario(FAMILIES[i % len(FAMILIES)], "train", i, bank, config) for i in range(GROUPS)]
+    items = [config.in_turn(i, "train", i, bank) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     costs: list[list[Cost]] = [[] for _ in variants]
     mismatches: list[tuple[Mismatch, float]] = []
@@ -158,7 +158,7 @@ def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int
     """The lesson's table for each dtype, and the counts of completions in full."""
     costs = measured(variants, rounds) if rounds else []
     bank, config = SpeechBank.load(), ScenarioConfig()
-    heard = [recording(scenario(f, "held_out", i, bank, config)) for i in range(4) for f in FAMILIES]
+    heard = [recording(item) for item in config.of_each(4, "held_out", bank)]
     long = torch.cat(heard[:LONG])
     counts = []
     for variant in variants:

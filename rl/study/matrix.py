@@ -37,7 +37,7 @@ from rl.study.variants import DTYPES, Cuts, Scored, Variant, cached, engines, fi
 from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.play import Play, play
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import SpeechBank
 
 COLUMNS = ["what changes", "how", "variant", "dtype", "tokens", "unequal", "rows unequal", "k3", "max abs"]
@@ -74,7 +74,7 @@ class Matrix:
 def scenarios(bank: SpeechBank, count: int) -> list[Scenario]:
     """Held-out scenarios, families in turn."""
     config = ScenarioConfig()
-    return [scenario(FAMILIES[i % len(FAMILIES)], "held_out", i, bank, config) for i in range(count)]
+    return [config.in_turn(i, "held_out", i, bank) for i in range(count)]
 
 
 def sampled(variant: Variant, engine: str, items: Sequence[Scenario], slots: int) -> list[Episode]:

@@ -14,7 +14,7 @@ from model.transformer import InteractionModel
 from rollout.bench.text import seconds
 from rollout.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.session import Session
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
@@ -49,7 +49,7 @@ class SharingSpeed:
 def measure_sharing(model: InteractionModel, rounds: int) -> SharingSpeed:
     """Plays alternate, so that a busy moment of the machine hits both."""
     bank, vocabulary = SpeechBank.load(), Vocabulary.build(model.vocab)
-    items = [scenario(FAMILIES[i % len(FAMILIES)], "train", i, bank, ScenarioConfig()) for i in range(GROUPS)]
+    items = [ScenarioConfig().in_turn(i, "train", i, bank) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     engines = [kind(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS) for kind in (SessionEngine, Separate)]
     for engine in engines:

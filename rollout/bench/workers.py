@@ -26,7 +26,7 @@ from rollout.embedded import SessionEngine
 from rollout.episode import Episode, tensors
 from rollout.play import Play
 from rollout.roller import InProcess, Roller
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.task import Setup
 from rollout.vocabulary import Vocabulary
@@ -43,7 +43,7 @@ def measure_workers(model: InteractionModel, rounds: int) -> dict[str, object]:
     vocabulary = Vocabulary.build(model.vocab)
     cores = len(os.sched_getaffinity(0))
     bank = SpeechBank.load()
-    items = [scenario(FAMILIES[g % len(FAMILIES)], "train", g, bank, ScenarioConfig()) for g in range(GROUPS)]
+    items = [ScenarioConfig().in_turn(g, "train", g, bank) for g in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS)
     with ExitStack() as stack:

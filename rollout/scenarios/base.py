@@ -5,25 +5,64 @@ model's action of chunk k - 1 before it makes the audio of chunk k. After the ep
 scorer has to know; they are plain data and are stored with the episode. Neither users nor facts know anything of
 rewards.
 
-Families live in modules of their own and are found through `rollout.scenarios.registry`.
+What a kind of scenarios brings beside this is in `rollout.scenarios.family`; kinds are found through
+`rollout.scenarios.registry`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 from rollout.chunk import Action
 from rollout.speech import Split
 from rollout.turn.observation import Observation
 
+Script = Callable[[int], Action]
+"""The model's action of chunk k, after the user's audio of chunk k; called once for every chunk, in order."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that the user did, as people are shown it. Example: ``Span(2, 5, "request", "four", "ffNf")``."""
+
+    first: int  # chunk
+    last: int  # chunk
+    kind: str  # "request", "turn", … : one word
+    text: str  # what was said or done
+    letters: str  # in a drawing of one letter a chunk, [last - first + 1]; later spans are drawn over earlier ones
+
 
 class Facts(Protocol):
     """What happened in an episode on the user's side. Times are chunk indices."""
 
+    @property
+    def chunks(self) -> int:
+        """Length of the episode."""
+
     def to_json(self) -> dict[str, Any]:
         """JSON-serialisable form; its key "family" names the family that reads it back."""
+
+    def title(self) -> str:
+        """The episode's situation in a line, for people."""
+
+    def spans(self) -> list[Span]:
+        """What the user did, for people."""
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """How a family's scripted expert errs on purpose. Every field is a number that 0 turns off."""
+
+    def scaled(self, factor: float) -> Self:
+        """All numbers times ``factor``: at 0 the expert is faultless."""
+        return type(self)(**{field.name: factor * getattr(self, field.name) for field in fields(self)})
+
+    def gross(self) -> Self:
+        """For plays that reward models learn from: none so small that a model could take it for right."""
+        return self
 
 
 class User(ABC):

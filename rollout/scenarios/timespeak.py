@@ -5,20 +5,21 @@ reminder word every so many seconds, counted from there. In part of the scenario
 says "goodbye" (`STOP_WORD`; the recordings have no literal "stop"): from then on the model is to be silent.
 
 The user reacts: the stop comes after the n-th reminder *heard*, so a model that never reminds is never told to stop.
+The expert knows the user's facts so far in each chunk, the future of what was already decided included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout.chunk import CHUNK_SAMPLES, CHUNKS_PER_SECOND, Action
-from rollout.scenarios.base import Scenario, User
+from rollout.chunk import CHUNK_SAMPLES, CHUNKS_PER_SECOND, LISTEN, Action, speak
+from rollout.scenarios.base import Mistakes, Scenario, Span, User
 from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
 from rollout.seeds import generator
 from rollout.speech import NUMBER_WORDS, Clip, SpeechBank, Split
@@ -27,6 +28,22 @@ from rollout.turn.observation import Observation
 FAMILY = "timespeak"
 STOP_WORD = "goodbye"
 REMINDER = "breathe"
+
+
+@dataclass(frozen=True)
+class TimespeakMistakes(Mistakes):
+    """How often a demonstration is wrong: so that the warm-started policy acts at all but RL has something to learn."""
+
+    wrong_number: float = 0.12  # probability that another number is said back, and its interval kept
+    jitter: float = 0.08  # standard deviation of an interval, as a fraction of it
+    omission: float = 0.10  # probability of each reminder to be left out
+    ignored_stop: float = 0.60  # probability
+    gross_jitter: float = 0.3
+
+    def gross(self) -> TimespeakMistakes:
+        """With the gross jitter, most intervals are off by more than any window allows. A reward model that had seen
+        single reminders misplaced, and no others, paid in full for one a third of its interval late."""
+        return replace(self, jitter=self.gross_jitter)
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class TimespeakConfig:
     stop_after: tuple[int, int] = (1, 4)  # reminders heard before the stop
     stop_delay_chunks: tuple[int, int] = (1, 3)  # from hearing the last of these to the stop's first sample
     sound: SoundConfig = field(default_factory=SoundConfig)
+    mistakes: TimespeakMistakes = field(default_factory=TimespeakMistakes)
 
     def __post_init__(self) -> None:
         if not self.seconds or not all(1 <= s < len(NUMBER_WORDS) for s in self.seconds):
@@ -70,6 +88,20 @@ class TimespeakFacts:
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> TimespeakFacts:
         return TimespeakFacts(**{name: value for name, value in fields.items() if name != "family"})
+
+    def title(self) -> str:
+        return f'timespeak: "{self.number}", {self.reminder!r} every {self.interval} chunks'
+
+    def spans(self) -> list[Span]:
+        """Letters: ``f`` the request, ``N`` the chunk in which the number ends, ``s`` the stop."""
+        letters = ["f"] * (self.request_end + 1 - self.request_start)
+        letters[self.number_end - self.request_start] = "N"
+        request = f"… {self.number} seconds"
+        spans = [Span(self.request_start, self.request_end, "request", request, "".join(letters))]
+        if self.stop_start is not None and self.stop_end is not None:
+            letters = ["s"] * (self.stop_end + 1 - self.stop_start)
+            spans.append(Span(self.stop_start, self.stop_end, "stop", STOP_WORD, "".join(letters)))
+        return spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,3 +223,50 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
 
 def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
     return clips[int(rng.integers(len(clips)))]
+
+
+class TimespeakExpert:
+    """Says the number back one chunk after the request, then reminds until the stop has been heard."""
+
+    def __init__(
+        self, scenario: TimespeakScenario, user: User, rng: np.random.Generator, config: TimespeakConfig
+    ) -> None:
+        self._user = user
+        self._rng = rng
+        self._mistakes = config.mistakes
+        facts = self._facts()
+        others = [number for number in scenario.numbers if number != facts.number]
+        wrong = rng.random() < self._mistakes.wrong_number and others
+        self._number = others[int(rng.integers(len(others)))] if wrong else facts.number
+        self._interval = NUMBER_WORDS.index(self._number) * CHUNKS_PER_SECOND
+        self._ignores_stop = rng.random() < self._mistakes.ignored_stop
+        self._omits = rng.random() < self._mistakes.omission
+        self._echo = facts.request_end + 1
+        self._due = self._echo + self._jittered()
+
+    def _facts(self) -> TimespeakFacts:
+        facts = self._user.facts()
+        assert isinstance(facts, TimespeakFacts)
+        return facts
+
+    def _jittered(self) -> int:
+        return max(1, round(self._interval * (1.0 + self._mistakes.jitter * _nearly_normal(self._rng))))
+
+    def act(self, k: int) -> Action:
+        facts = self._facts()
+        if facts.stop_end is not None and k >= facts.stop_end and not self._ignores_stop:
+            return LISTEN
+        if k == self._echo:
+            return speak(self._number)
+        if k != self._due:
+            return LISTEN
+        omitted = self._omits
+        self._omits = self._rng.random() < self._mistakes.omission
+        self._due = k + self._jittered()
+        return LISTEN if omitted else speak(facts.reminder)
+
+
+def _nearly_normal(rng: np.random.Generator) -> float:
+    """Mean 0, deviation 1: the sum of twelve uniforms less 6. Made of integers, it has the same bits on every machine;
+    numpy's own normal numbers take logarithms from libm."""
+    return sum(rng.integers(1 << 32, size=12).tolist()) / (1 << 32) - 6.0

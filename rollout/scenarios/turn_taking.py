@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout.chunk import CHUNK_SAMPLES, Action
-from rollout.scenarios.base import Scenario, User
+from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, speak
+from rollout.scenarios.base import Mistakes, Scenario, Span, User
 from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
 from rollout.seeds import generator
 from rollout.speech import Clip, SpeechBank, Split
@@ -32,6 +32,15 @@ YIELD_PHRASE = "thank you"
 REPLY = ("yes", "sure", "here", "is", "the", "answer")  # one word a chunk
 LATEST_ONSET = 3  # chunks after a turn's end in which a reply may begin; a turn needs room for it
 MARGIN = 2  # chunks left free after the latest possible reply
+
+
+@dataclass(frozen=True)
+class TurnTakingMistakes(Mistakes):
+    """Probabilities of a demonstration's faults."""
+
+    pause_reply: float = 0.35  # of each pause, that a reply begins in it
+    wrong_delay: float = 0.45  # of each turn, that the reply comes too early or too late
+    ignored_interruption: float = 0.50  # that the reply goes on to its end
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class TurnTakingConfig:
     patience: int = 7  # chunks after a turn's end without a reply, before the user goes on
     tolerance: int = 9  # chunks of reply after which the user cuts in
     sound: SoundConfig = field(default_factory=SoundConfig)
+    mistakes: TurnTakingMistakes = field(default_factory=TurnTakingMistakes)
 
     def __post_init__(self) -> None:
         if self.turns < 1 or self.sentences[0] < 1:
@@ -90,6 +100,19 @@ class TurnTakingFacts:
             for turn in fields["turns"]
         )
         return TurnTakingFacts(fields["chunks"], turns, tuple(fields["reply"]))
+
+    def title(self) -> str:
+        interruptions = len([turn for turn in self.turns if turn.interrupts])
+        return f"turn_taking: {len(self.turns)} turns, {interruptions} interruptions"
+
+    def spans(self) -> list[Span]:
+        """Letters: ``#`` a turn, ``!`` a turn that interrupts, ``-`` a pause inside it."""
+        spans = []
+        for turn in self.turns:
+            kind, does, letter = ("interruption", "interrupts", "!") if turn.interrupts else ("turn", "speaks", "#")
+            spans.append(Span(turn.start, turn.end, kind, does, letter * (turn.end + 1 - turn.start)))
+            spans += [Span(first, last, "pause", "pauses", "-" * (last + 1 - first)) for first, last in turn.pauses]
+        return spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,3 +264,50 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
 
 def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
     return clips[int(rng.integers(len(clips)))]
+
+
+class TurnTakingExpert:
+    """Replies two chunks after each turn's end (the middle of the window), word by word, and stops when interrupted."""
+
+    DELAY = 2
+    WRONG_DELAYS = (-1, 0, 5, 6)
+    PAUSE_WORDS = 3  # how far a reply in a pause gets before the user's next sentence stops it
+
+    def __init__(
+        self, scenario: TurnTakingScenario, user: User, rng: np.random.Generator, config: TurnTakingConfig
+    ) -> None:
+        self._user = user
+        self._rng = rng
+        self._mistakes = config.mistakes
+        self._turns_planned = 0
+        self._onsets: dict[int, int] = {}  # chunk in which to begin to speak -> number of words
+        self._ignores_interruption = False
+        self._said = 0  # words of the running utterance
+        self._length = 0  # words that it is to have
+
+    def act(self, k: int) -> Action:
+        facts = self._user.facts()
+        assert isinstance(facts, TurnTakingFacts)
+        if len(facts.turns) > self._turns_planned:  # the user has just begun a turn
+            self._turns_planned = len(facts.turns)
+            self._plan(facts)
+            if facts.turns[-1].interrupts and not self._ignores_interruption:
+                # One more word: the barge-in is heard while it is spoken.
+                self._length = min(self._said + 1, self._length)
+            self._ignores_interruption = self._rng.random() < self._mistakes.ignored_interruption
+        if self._said == self._length and k in self._onsets:
+            self._said, self._length = 0, self._onsets[k]
+        if self._said == self._length:
+            return LISTEN
+        self._said += 1
+        return speak(facts.reply[self._said - 1])
+
+    def _plan(self, facts: TurnTakingFacts) -> None:
+        """Decides when to speak in and after the turn that has just begun."""
+        turn = facts.turns[-1]
+        for first, last in turn.pauses:
+            if self._rng.random() < self._mistakes.pause_reply:
+                self._onsets[int(self._rng.integers(first, last + 1))] = self.PAUSE_WORDS
+        wrong = self._rng.random() < self._mistakes.wrong_delay
+        delay = self.WRONG_DELAYS[int(self._rng.integers(len(self.WRONG_DELAYS)))] if wrong else self.DELAY
+        self._onsets[turn.end + delay] = len(facts.reply)

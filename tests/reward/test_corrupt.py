@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping
 from types import ModuleType
 
 import numpy as np
@@ -12,17 +13,17 @@ import pytest
 from reward import corrupt as corrupt_module
 from reward import pairs as pairs_module
 from reward import plays as plays_module
-from reward.combine import score
 from reward.corrupt import FAULTS, Expert, corrupt
-from reward.score import RewardConfig
+from reward.score import score
 from reward.timing import runs
 from rollout.chunk import LISTEN, Action, speak
-from rollout.scenarios.base import Scenario
-from rollout.scenarios.demonstrate import PERFECT, demonstrate
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.base import Facts, Scenario
+from rollout.scenarios.demonstrate import NO_EDITS, enact
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
 from rollout.speech import SpeechBank
 
+CONFIG = ScenarioConfig()
 WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
 
 
@@ -32,11 +33,11 @@ def bank() -> SpeechBank:
 
 
 def items(bank: SpeechBank, count: int) -> list[Scenario]:
-    return [scenario(f, "train", 77_000 + i, bank, ScenarioConfig()) for i in range(count) for f in FAMILIES]
+    return CONFIG.of_each(count, "train", bank, first_seed=77_000)
 
 
-def clean(item: Scenario) -> tuple[np.ndarray, list[Action], object]:
-    return demonstrate(item, generator("expert", item.id), PERFECT)
+def clean(item: Scenario, edits: Mapping[int, Action] = NO_EDITS) -> tuple[np.ndarray, list[Action], Facts]:
+    return enact(item, CONFIG.expert(item, generator("expert", item.id), errs=0), edits)
 
 
 def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]:
@@ -51,7 +52,7 @@ def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG.families)
 def test_user_says_what_fits_the_corrupted_actions(bank: SpeechBank, kind: str, family: str) -> None:
     found = reacted = 0
     for item in items(bank, 8):
@@ -64,7 +65,7 @@ def test_user_says_what_fits_the_corrupted_actions(bank: SpeechBank, kind: str, 
             if fault is None:
                 continue
             found += 1
-            heard, acted, facts = demonstrate(item, generator("expert", item.id), PERFECT, fault.edits)
+            heard, acted, facts = clean(item, fault.edits)
             again, facts_again = replayed(item, acted)
             assert np.array_equal(heard, again) and facts == facts_again
             first = min(fault.edits)
@@ -83,7 +84,7 @@ def test_user_says_what_fits_the_corrupted_actions(bank: SpeechBank, kind: str, 
 def test_without_edits_the_expert_is_itself(bank: SpeechBank) -> None:
     for item in items(bank, 3):
         _, actions, facts = clean(item)
-        _, again, facts_again = demonstrate(item, generator("expert", item.id), PERFECT, {})
+        _, again, facts_again = clean(item, {})
         assert (actions, facts) == (again, facts_again)
 
 
@@ -91,7 +92,7 @@ def test_expert_is_heard_again_from_its_next_silence_on(bank: SpeechBank) -> Non
     item = next(i for i in items(bank, 3) if i.family == "turn_taking")
     _, actions, _ = clean(item)
     run = runs(actions)[0]
-    _, acted, _ = demonstrate(item, generator("expert", item.id), PERFECT, {run.start: LISTEN, run.start + 1: LISTEN})
+    _, acted, _ = clean(item, {run.start: LISTEN, run.start + 1: LISTEN})
     assert not any(action.speaks for action in acted[run.start : run.end])  # no half sentence
 
 
@@ -151,10 +152,10 @@ def test_rule_agrees_that_it_is_worse(bank: SpeechBank, kind: str, axis: str) ->
         fault = corrupt(Expert.of(audio, actions, WORDS), kind, 3, generator(item.id))
         if fault is None:
             continue
-        _, acted, heard = demonstrate(item, generator("expert", item.id), PERFECT, fault.edits)
-        best = getattr(score(item.family, facts.to_json(), actions, RewardConfig()), axis).sum()
+        _, acted, heard = clean(item, fault.edits)
+        best = score(item.family, facts.to_json(), actions, CONFIG).rewards[axis].sum()
         total += 1
-        worse += getattr(score(item.family, heard.to_json(), acted, RewardConfig()), axis).sum() < best
+        worse += score(item.family, heard.to_json(), acted, CONFIG).rewards[axis].sum() < best
     assert total >= 8 and worse >= 0.8 * total
 
 
@@ -164,5 +165,5 @@ def test_no_family_is_known_by_name(module: ModuleType) -> None:
     tree = ast.parse(inspect.getsource(module))
     names = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not names & set(FAMILIES)
-    assert not {f"rollout.scenarios.{family}" for family in FAMILIES} & imported
+    assert not names & set(CONFIG.families)
+    assert not {f"rollout.scenarios.{family}" for family in CONFIG.families} & imported

@@ -9,30 +9,29 @@ from statistics import fmean
 import pytest
 
 from reward import hacks
-from reward.score import RewardConfig
 from reward.source import RewardSource
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.demonstrate import Corruption
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import SpeechBank
 
 SEEDS = 100
-RULES = RewardConfig()
-UNLEARNED = RewardSource(RULES, "rules", [])
+CONFIG = ScenarioConfig()
+UNLEARNED = RewardSource(CONFIG, "rules", [])
 
 
-@pytest.fixture(scope="module", params=[(f, s) for f in FAMILIES for s in ("train", "held_out")], ids="/".join)
+@pytest.fixture(scope="module", params=[(f, s) for f in CONFIG.families for s in ("train", "held_out")], ids="/".join)
 def items(request: pytest.FixtureRequest) -> list[Scenario]:
     family, split = request.param
     bank = SpeechBank.load()
-    return [scenario(family, split, seed, bank, ScenarioConfig()) for seed in range(SEEDS)]
+    return [CONFIG.scenario(family, split, seed, bank) for seed in range(SEEDS)]
 
 
 def test_every_hack_earns_less_by_the_rules(items: list[Scenario]) -> None:
-    rows = {row.player: row for row in hacks.assess(items, RULES, UNLEARNED)}
-    assert rows.keys() == hacks.HONEST.keys() | hacks.HACKS.keys()
+    rows = {row.player: row for row in hacks.assess(items, CONFIG, UNLEARNED)}
+    tried = hacks.hacks(CONFIG, items[0].family)
+    assert rows.keys() == hacks.HONEST.keys() | tried.keys() and tried.keys() > hacks.HACKS.keys()
     assert hacks.winners(list(rows.values())) == []
-    for name in hacks.HACKS:
+    for name in tried:
         assert rows[name].beats["rules"][0] == 0.0, f"{name} does as well as the expert in some scenario"
         assert rows[name].score < rows["careless"].score - 0.2
 
@@ -40,23 +39,29 @@ def test_every_hack_earns_less_by_the_rules(items: list[Scenario]) -> None:
 def test_no_hack_lies_uphill_of_what_warm_start_shows(items: list[Scenario]) -> None:
     """The demonstrations that the warm-started policy imitates are wrong half of the time, and RL begins there. Only
     ending early, which is right as far as it goes, may earn as much as such play; by the verdict it is worse too."""
-    shown, shown_rewards = hacks.perform(hacks.honest(Corruption()), items, RULES, UNLEARNED)
-    for name, cast in hacks.HACKS.items():
-        scores, rewards = hacks.perform(cast, items, RULES, UNLEARNED)
+    shown, shown_rewards = hacks.perform(hacks.honest(1), items, CONFIG, UNLEARNED)
+    for name, cast in hacks.hacks(CONFIG, items[0].family).items():
+        scores, rewards = hacks.perform(cast, items, CONFIG, UNLEARNED)
         assert fmean(s.value for s in scores) < fmean(s.value for s in shown)
         assert name == "ends early" or sum(rewards["rules"]) < sum(shown_rewards["rules"])
 
 
 def test_a_rule_that_pays_for_talk_is_found_out(items: list[Scenario]) -> None:
     """The control: without a price on speech that nobody asked for, a hack wins."""
-    generous = replace(RULES, spurious=0.5, trailing=0.5)
+    talk = {"spurious": 0.5} | ({"trailing": 0.5} if items[0].family == "turn_taking" else {})
+    settings = CONFIG.settings_of(items[0].family)
+    paid = replace(settings, reward=replace(settings.reward, **talk))
+    generous = ScenarioConfig(settings={items[0].family: paid})
     rows = hacks.assess(items[:30], generous, RewardSource(generous, "rules", []))
     assert any("speaks always" in line for line in hacks.winners(rows))
 
 
 def test_hacks_do_what_they_are_called(items: list[Scenario]) -> None:
     item = items[0]
-    said = {name: [a.words for a in hacks.play(cast, item)[1]] for name, cast in hacks.HACKS.items()}
+    said = {
+        name: [a.words for a in hacks.play(cast, item, CONFIG)[1]]
+        for name, cast in hacks.hacks(CONFIG, item.family).items()
+    }
     assert all(said["speaks always"]) and len(set(said["speaks always"])) > 1
     assert not any(said["never speaks"])
     assert all(said["repeats a word"]) and len(set(said["repeats a word"])) == 1

@@ -13,6 +13,7 @@ import soundfile
 from kernels.errors import MetronomeError
 from reward.human import read_labels
 from rollout.chunk import CHUNK_SAMPLES
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.grammar import chunk_ends
 from rollout.vocabulary import Vocabulary
 
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def read(folder: Path, *labels: dict[str, Any] | str, split: str = "train") -> list[Any]:
     lines = [one if isinstance(one, str) else json.dumps(one) for one in labels]
     (folder / "labels.jsonl").write_text("\n".join(lines) + "\n")
-    return read_labels(folder / "labels.jsonl", split, VOCABULARY, words_per_chunk=1)
+    return read_labels(folder / "labels.jsonl", split, VOCABULARY, 1, ScenarioConfig())
 
 
 def turned(**changes: Any) -> dict[str, Any]:
@@ -124,4 +125,4 @@ def test_files_without_a_preference_are_refused(folder: Path) -> None:
     with pytest.raises(MetronomeError, match="every label is a tie"):
         read(folder, label(preferred="tie"))
     with pytest.raises(MetronomeError, match="cannot be read as a file of labels"):
-        read_labels(folder / "nothing.jsonl", "train", VOCABULARY, 1)
+        read_labels(folder / "nothing.jsonl", "train", VOCABULARY, 1, ScenarioConfig())

@@ -6,24 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from reward.combine import score
 from reward.corrupt import FAULTS, FAULTS_OF
-from reward.model import AXES
-from reward.pairs import WIDE
 from reward.plays import Played, Writer, segment_preferences
-from reward.score import Outcome, RewardConfig
+from reward.score import score
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.demonstrate import Corruption, demonstrate
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
+from rollout.scenarios.verdict import Outcome
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 
+CONFIG = ScenarioConfig()
 WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
 
 
 @pytest.fixture(scope="module")
 def item() -> Scenario:
-    return scenario(FAMILIES[0], "train", 77_000, SpeechBank.load(), ScenarioConfig())
+    return CONFIG.in_turn(0, "train", 77_000, SpeechBank.load())
 
 
 def played(item: Scenario, rewards: dict[int, float], mark: int) -> Played:
@@ -54,9 +53,9 @@ def test_equal_plays_give_no_aligned_stretch(item: Scenario) -> None:
 
 def test_each_axis_has_its_faults(item: Scenario) -> None:
     assert sorted(kind for kinds in FAULTS_OF.values() for kind in kinds) == sorted(FAULTS)
-    assert set(FAULTS_OF) == set(AXES)
-    writer = Writer(Vocabulary.build(256), 1, RewardConfig())
-    plays = writer.demonstrations(item, WORDS, (1, 3), faults=3, mistakes=1, mistaken=WIDE)
+    assert set(FAULTS_OF) == set(CONFIG.axes)
+    writer = Writer(Vocabulary.build(256), 1, CONFIG)
+    plays = writer.demonstrations(item, WORDS, (1, 3), faults=3, mistakes=1)
     swaps = [p for p in plays if p.source in FAULTS_OF["content"]]
     assert len(swaps) == 3 and plays[0].source == "expert" and plays[-1].source == "mistakes"
     assert len([p for p in plays if p.source in FAULTS_OF["timing"]]) >= 1
@@ -67,13 +66,13 @@ def test_plays_that_err_all_along_misplace_most_reminders() -> None:
     """Those of warm start, the control, keep most of them inside the window."""
     bank = SpeechBank.load()
     share = {}
-    for name, mistaken in (("wide", WIDE), ("warm start", Corruption())):
+    for name, gross in (("gross", True), ("warm start", False)):
         hits = due = 0
         for seed in range(20):
-            item = scenario("timespeak", "train", seed, bank, ScenarioConfig())
-            _, actions, facts = demonstrate(item, np.random.default_rng(seed), mistaken)
-            events = score(item.family, facts.to_json(), actions, RewardConfig()).events
+            item = CONFIG.scenario("timespeak", "train", seed, bank)
+            _, actions, facts = enact(item, CONFIG.expert(item, np.random.default_rng(seed), gross=gross))
+            events = score(item.family, facts.to_json(), actions, CONFIG).events
             reminders = [e.outcome for e in events if e.kind == "reminder"]
             hits, due = hits + reminders.count(Outcome.HIT), due + len(reminders)
         share[name] = hits / due
-    assert share["wide"] < 0.6 < share["warm start"]
+    assert share["gross"] < 0.6 < share["warm start"]

@@ -7,10 +7,11 @@ The echo is best in 10 and may come from 5 to 12; after an echo in 10 reminders 
 import numpy as np
 import pytest
 
-from reward.combine import score
-from reward.score import Outcome, RewardConfig, Score
+from reward.score import score
 from rollout.chunk import LISTEN, speak
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import TimespeakFacts
+from rollout.scenarios.verdict import CONTENT, TIMING, Outcome, Score
 
 FACTS = TimespeakFacts(
     chunks=60, number="two", interval=10, request_start=2, number_end=5, request_end=9, stop_start=None, stop_end=None
@@ -20,12 +21,12 @@ STOPPED = TimespeakFacts(**{**FACTS.__dict__, "stop_start": 32, "stop_end": 35})
 
 def judge(said: dict[int, str], facts: TimespeakFacts = FACTS) -> Score:
     actions = [speak(said[k]) if k in said else LISTEN for k in range(facts.chunks)]
-    return score("timespeak", facts.to_json(), actions, RewardConfig())
+    return score("timespeak", facts.to_json(), actions, ScenarioConfig())
 
 
 def found(got: Score, kind: str) -> list[tuple[int, str, float, float]]:
     return [
-        (e.chunk, e.outcome.value, pytest.approx(e.timing), pytest.approx(e.content))
+        (e.chunk, e.outcome.value, *(pytest.approx(e.rewards.get(axis, 0.0)) for axis in (TIMING, CONTENT)))
         for e in got.events
         if e.kind == kind
     ]
@@ -40,8 +41,8 @@ def test_perfect() -> None:
     assert (got.correct, got.due, got.spurious, got.value, got.tight) == (5, 5, 0, 1.0, 1.0)
     expected = np.zeros(60, np.float32)
     expected[[10, 20, 30, 40, 50]] = 1.0
-    assert np.array_equal(got.timing, expected) and np.array_equal(got.content, expected)
-    assert got.timing.dtype == got.content.dtype == np.float32
+    assert np.array_equal(got.rewards[TIMING], expected) and np.array_equal(got.rewards[CONTENT], expected)
+    assert got.rewards[TIMING].dtype == got.rewards[CONTENT].dtype == np.float32
 
 
 def test_silence() -> None:
@@ -50,7 +51,7 @@ def test_silence() -> None:
     assert found(got, "echo") == [(12, "missed", -1.0, 0.0)]
     assert found(got, "reminder") == [(k, "missed", -1.0, 0.0) for k in (22, 32, 42, 52)]
     assert (got.value, got.tight, got.correct, got.due, got.spurious) == (0.0, 0.0, 0, 5, 0)
-    assert got.timing.sum() == -5.0 and not got.content.any()
+    assert got.rewards[TIMING].sum() == -5.0 and not got.rewards[CONTENT].any()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_reminder_outside_its_window_is_spurious_and_missed() -> None:
 
 def test_right_word_at_the_wrong_time_has_no_content_credit() -> None:
     got = judge({**ECHO, 15: "breathe"})
-    assert got.content[15] == 0.0 and got.timing[15] == np.float32(-0.8)
+    assert got.rewards[CONTENT][15] == 0.0 and got.rewards[TIMING][15] == np.float32(-0.8)
 
 
 def test_wrong_word_at_the_right_time() -> None:
@@ -140,7 +141,7 @@ def test_stop_respected() -> None:
     # The reminder of 40 is not due any more.
     assert found(got, "stop") == [(59, "hit", 0.0, 0.0)]
     assert (got.correct, got.due, got.value, got.tight) == (4, 4, 1.0, 1.0)
-    assert got.timing.sum() == 3.0
+    assert got.rewards[TIMING].sum() == 3.0
 
 
 def test_stop_ignored() -> None:
@@ -167,13 +168,13 @@ def test_reminder_due_while_the_user_says_stop() -> None:
 
 def test_events_carry_the_whole_reward() -> None:
     got = judge({**PERFECT, 10: "four", 15: "okay", 22: "breathe"}, STOPPED)
-    assert got.timing.sum() == pytest.approx(sum(e.timing for e in got.events))
-    assert got.content.sum() == pytest.approx(sum(e.content for e in got.events))
+    assert got.rewards[TIMING].sum() == pytest.approx(sum(e.rewards.get(TIMING, 0.0) for e in got.events))
+    assert got.rewards[CONTENT].sum() == pytest.approx(sum(e.rewards.get(CONTENT, 0.0) for e in got.events))
     assert not [e for e in got.events if e.outcome is Outcome.SHAPING]
 
 
 def test_mismatched_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="59 actions for an episode of 60"):
-        score("timespeak", FACTS.to_json(), [LISTEN] * 59, RewardConfig())
+        score("timespeak", FACTS.to_json(), [LISTEN] * 59, ScenarioConfig())
     with pytest.raises(ValueError, match="carries facts of timespeak"):
-        score("turn_taking", FACTS.to_json(), [LISTEN] * 60, RewardConfig())
+        score("turn_taking", FACTS.to_json(), [LISTEN] * 60, ScenarioConfig())

@@ -7,12 +7,13 @@ The episode: the user talks in chunks 2 to 20 with a pause in 8 to 11, and again
 import numpy as np
 import pytest
 
-from reward.combine import score
-from reward.score import RewardConfig, Score
+from reward.score import score
 from reward.timeline import timeline
 from reward.turn_taking import floor_items
 from rollout.chunk import LISTEN, Action, speak
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.turn_taking import REPLY, Turn, TurnTakingFacts
+from rollout.scenarios.verdict import CONTENT, TIMING, Score
 
 FIRST = Turn(2, ((8, 11),), 20, False)
 FACTS = TurnTakingFacts(60, (FIRST, Turn(32, (), 44, False)))
@@ -30,12 +31,12 @@ def saying(*utterances: tuple[int, int]) -> list[Action]:
 
 
 def judge(actions: list[Action], facts: TurnTakingFacts = FACTS) -> Score:
-    return score("turn_taking", facts.to_json(), actions, RewardConfig())
+    return score("turn_taking", facts.to_json(), actions, ScenarioConfig())
 
 
 def found(got: Score, kind: str) -> list[tuple[int, str, float, float]]:
     return [
-        (e.chunk, e.outcome.value, pytest.approx(e.timing), pytest.approx(e.content))
+        (e.chunk, e.outcome.value, *(pytest.approx(e.rewards.get(axis, 0.0)) for axis in (TIMING, CONTENT)))
         for e in got.events
         if e.kind == kind
     ]
@@ -48,7 +49,7 @@ def test_perfect() -> None:
     timing[[22, 28, 46, 52]] = 1.0  # onset, and the first silent chunk after a whole reply
     content[[22, 46]] = 1.0
     content[[*range(23, 28), *range(47, 52)]] = np.float32(0.3)
-    assert np.array_equal(got.timing, timing) and np.array_equal(got.content, content)
+    assert np.array_equal(got.rewards[TIMING], timing) and np.array_equal(got.rewards[CONTENT], content)
 
 
 def test_silence() -> None:
@@ -71,7 +72,7 @@ def test_onset_outside_the_window_is_missed_and_spurious(chunk: int) -> None:
     shaped = [(chunk, "spurious", -0.8, 0.0), (chunk + 1, "shaping", -0.4, 0.0), (chunk + 2, "shaping", -0.4, 0.0)]
     assert found(got, "speech") == shaped
     assert (got.correct, got.due, got.spurious, got.value) == (0, 1, 1, 0.0)
-    assert not got.content.any()  # right words at the wrong time earn nothing
+    assert not got.rewards[CONTENT].any()  # right words at the wrong time earn nothing
 
 
 def test_speech_in_a_pause_and_over_the_user() -> None:
@@ -122,7 +123,7 @@ def test_wrong_words() -> None:
     actions[24] = speak("four")
     got = judge(actions, ALONE)
     assert found(got, "reply") == [(28, "wrong", 1.0, 0.0)]
-    assert [e.content for e in got.events if e.kind == "word"] == [0.3, -0.3, 0.3, 0.3, 0.3]
+    assert [e.rewards[CONTENT] for e in got.events if e.kind == "word"] == [0.3, -0.3, 0.3, 0.3, 0.3]
     assert (got.correct, got.due) == (0, 2)
 
 
@@ -142,7 +143,7 @@ def test_stop_when_interrupted(chunks: int, event: tuple, tight: float) -> None:
     assert found(got, "reply") == []  # an interrupted reply need not be whole
     assert got.value == (1.0 if event[1] == "hit" else 0.5) and got.tight == tight
     # Words after the interruption earn nothing.
-    assert got.content[25:].sum() == 0.0
+    assert got.rewards[CONTENT][25:].sum() == 0.0
 
 
 def test_talking_on_over_an_interruption_is_punished_in_every_chunk() -> None:
@@ -173,7 +174,7 @@ def test_floor_items_of_the_benchmark() -> None:
 
 def test_timeline_can_be_read() -> None:
     actions = saying((22, 4), (46, 6))
-    lines = timeline(INTERRUPTED.to_json(), actions, judge(actions, INTERRUPTED)).splitlines()
+    lines = timeline(INTERRUPTED, actions, judge(actions, INTERRUPTED)).splitlines()
     assert lines[0] == "turn_taking: 2 turns, 1 interruptions"
     assert lines[3] == "user   ..######----#########....!!!!!!!!!!!!!!!!!!!!..............."
     assert lines[4] == "model  ......................YSHI....................YSHITA........"

@@ -159,7 +159,7 @@ def test_truncated_episodes_file(tmp_path: Path) -> None:
 
 
 def rewards(timing: float) -> Rewards:
-    return Rewards(torch.tensor([timing]), torch.zeros(1))
+    return Rewards({"timing": torch.tensor([timing]), "content": torch.zeros(1)})
 
 
 def test_reward_that_is_not_finite_names_episode_and_chunk() -> None:

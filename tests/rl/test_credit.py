@@ -19,7 +19,7 @@ CONFIG = RLConfig(rollouts=3, gamma=0.9)
 
 
 def rewards(timing: Sequence[float], content: Sequence[float] = (0.0, 0.0)) -> Rewards:
-    return Rewards(torch.tensor(timing), torch.tensor(content))
+    return Rewards({"timing": torch.tensor(timing), "content": torch.tensor(content)})
 
 
 def episodes(*families: str) -> list[Episode]:

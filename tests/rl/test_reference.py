@@ -20,7 +20,7 @@ from rl.reference import Reference
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import SpeechBank
 from rollout.vocabulary import Vocabulary
 from tests.rl.test_identity import episode as small_episode
@@ -44,7 +44,7 @@ def vocabulary() -> Vocabulary:
 def episodes(vocabulary: Vocabulary) -> list[Episode]:
     engine = SessionEngine(policy(0), vocabulary, slots=4, max_tokens=512)
     bank = SpeechBank.load()
-    items = [scenario(family, "train", 0, bank, ScenarioConfig()) for family in FAMILIES]
+    items = [ScenarioConfig().scenario(family, "train", 0, bank) for family in ScenarioConfig().families]
     return play(engine, [Play(item, r) for item in items for r in range(GROUP)], 0, 0.8)
 
 
@@ -85,7 +85,7 @@ def two_chunks() -> Episode:
 def test_cost_is_credited_to_go_and_keeps_its_unit() -> None:
     config = RLConfig(rollouts=2, gamma=0.5, reference_weight=0.1)
     pair = [two_chunks(), two_chunks()]
-    none = [[Rewards(torch.zeros(2), torch.zeros(2))] * 2]
+    none = [[Rewards({"timing": torch.zeros(2)})] * 2]
     ratio = [torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3)]
     weights = token_weights(pair, none, ratio, config, {}).weights
     # The first episode's chunks cost 0.3 and 0.4, to go 0.5 and 0.4; the other's nothing. Six tokens in all.
@@ -100,8 +100,8 @@ def test_cost_is_credited_to_go_and_keeps_its_unit() -> None:
 def test_sources_act_in_equal_shares_whatever_their_unit() -> None:
     config = RLConfig(rollouts=2)
     pair = [two_chunks(), two_chunks()]
-    rules = [Rewards(torch.tensor([1.0, 0.0]), torch.zeros(2)), Rewards(torch.zeros(2), torch.zeros(2))]
-    learned = [Rewards(100 * r.timing, r.content) for r in rules]
+    rules = [Rewards({"timing": torch.tensor([1.0, 0.0])}), Rewards({"timing": torch.zeros(2)})]
+    learned = [Rewards({"timing": 100 * r.axes["timing"]}) for r in rules]
     alone = token_weights(pair, [rules], [], config, {}).weights
     assert all(
         torch.allclose(a, b) for a, b in zip(alone, token_weights(pair, [learned], [], config, {}).weights, strict=True)
@@ -110,5 +110,5 @@ def test_sources_act_in_equal_shares_whatever_their_unit() -> None:
         torch.allclose(a, b)
         for a, b in zip(alone, token_weights(pair, [rules, learned], [], config, {}).weights, strict=True)
     )
-    against = [Rewards(-r.timing, r.content) for r in learned]
+    against = [Rewards({"timing": -r.axes["timing"]}) for r in learned]
     assert all(not w.abs().max() > 1e-6 for w in token_weights(pair, [rules, against], [], config, {}).weights)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from reward.combine import score
-from reward.score import Outcome, RewardConfig, Score
+from reward.score import score
 from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, speak
 from rollout.scenarios.base import Scenario
-from rollout.scenarios.demonstrate import PERFECT, Corruption, demonstrate
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import REMINDER
+from rollout.scenarios.verdict import TIMING, Outcome, Score
 from rollout.speech import SpeechBank
 
 CONFIG = ScenarioConfig()
@@ -24,9 +24,15 @@ def bank() -> SpeechBank:
     return SpeechBank.load()
 
 
-def demonstrated(item: Scenario, corruption: Corruption, seed: int) -> Score:
-    _, actions, facts = demonstrate(item, np.random.default_rng(seed), corruption)
-    return score(item.family, facts.to_json(), actions, RewardConfig())
+def demonstrated(item: Scenario, seed: int, errs: float = 1.0, config: ScenarioConfig = CONFIG) -> Score:
+    _, actions, facts = enact(item, config.expert(item, np.random.default_rng(seed), errs))
+    return score(item.family, facts.to_json(), actions, config)
+
+
+def erring(family: str, **rates: float) -> ScenarioConfig:
+    """Experts that make these mistakes of the family and no others."""
+    settings = CONFIG.settings_of(family)
+    return ScenarioConfig(settings={family: replace(settings, mistakes=replace(settings.mistakes.scaled(0), **rates))})
 
 
 def played(item: Scenario, policy: Callable[[int], Action]) -> Score:
@@ -35,29 +41,29 @@ def played(item: Scenario, policy: Callable[[int], Action]) -> Score:
     for k in range(item.chunks):
         user.next_chunk(actions[-1] if actions else None)
         actions.append(policy(k))
-    return score(item.family, user.facts().to_json(), actions, RewardConfig())
+    return score(item.family, user.facts().to_json(), actions, CONFIG)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG.families)
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_perfect_expert_scores_one_on_every_seed(bank: SpeechBank, family: str, split: str) -> None:
     for seed in range(SEEDS):
-        item = scenario(family, split, seed, bank, CONFIG)
-        got = demonstrated(item, PERFECT, seed)
+        item = CONFIG.scenario(family, split, seed, bank)
+        got = demonstrated(item, seed, errs=0)
         assert (got.value, got.tight, got.spurious) == (1.0, 1.0, 0), item.id
         assert got.due >= 2, item.id
         # Every hit is at the best moment, so no reward is lost either.
-        assert all(event.timing in (0.0, 1.0) for event in got.events), item.id
+        assert all(event.rewards.get(TIMING, 0.0) in (0.0, 1.0) for event in got.events), item.id
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG.families)
 def test_demonstration_is_a_function_of_its_arguments(bank: SpeechBank, family: str) -> None:
-    item = scenario(family, "train", 3, bank, CONFIG)
-    first = demonstrate(item, np.random.default_rng(1), Corruption())
-    again = demonstrate(item, np.random.default_rng(1), Corruption())
+    item = CONFIG.scenario(family, "train", 3, bank)
+    first = enact(item, CONFIG.expert(item, np.random.default_rng(1)))
+    again = enact(item, CONFIG.expert(item, np.random.default_rng(1)))
     assert first[0].shape == (60, CHUNK_SAMPLES) and first[0].dtype == np.float32
     assert np.array_equal(first[0], again[0]) and first[1:] == again[1:]
-    others = [demonstrate(item, np.random.default_rng(seed), Corruption()) for seed in range(2, 6)]
+    others = [enact(item, CONFIG.expert(item, np.random.default_rng(seed))) for seed in range(2, 6)]
     assert any(other[1] != first[1] for other in others)
 
 
@@ -75,19 +81,19 @@ def test_demonstration_is_a_function_of_its_arguments(bank: SpeechBank, family: 
 )
 def test_each_mistake_alone_costs_score(bank: SpeechBank, family: str, field: str, low: float, high: float) -> None:
     """At rate 1 (a jitter of 30 %) each mistake lowers the mean score into a range that its meaning gives."""
-    corruption = replace(PERFECT, **{field: 0.3 if field == "jitter" else 1.0})
-    items = [scenario(family, "train", seed, bank, CONFIG) for seed in range(60)]
-    mean = np.mean([demonstrated(item, corruption, item.seed).value for item in items])
+    config = erring(family, **{field: 0.3 if field == "jitter" else 1.0})
+    items = [CONFIG.scenario(family, "train", seed, bank) for seed in range(60)]
+    mean = np.mean([demonstrated(item, item.seed, config=config).value for item in items])
     assert low <= mean <= high
 
 
 def test_rates_are_kept(bank: SpeechBank) -> None:
     """Over 300 episodes: a rate of 0.12 is off by 0.07, or one of 0.6 by 0.15, with a probability below 1e-3."""
     wrong, ignored = [], []
+    config = erring("timespeak", wrong_number=0.12, ignored_stop=0.6)
     for seed in range(300):
-        item = scenario("timespeak", "train", seed, bank, CONFIG)
-        rate = Corruption(0.12, 0.0, 0.0, 0.6, 0.0, 0.0, 0.0)
-        events = demonstrated(item, rate, seed).events
+        item = CONFIG.scenario("timespeak", "train", seed, bank)
+        events = demonstrated(item, seed, config=config).events
         echo = next(event for event in events if event.kind == "echo")
         wrong.append(echo.outcome is Outcome.WRONG)
         # An ignored stop shows only where a reminder would follow it, which the family sees to.
@@ -98,10 +104,8 @@ def test_rates_are_kept(bank: SpeechBank) -> None:
 
 def test_default_corruption_leaves_much_to_learn(bank: SpeechBank) -> None:
     means = [
-        np.mean(
-            [demonstrated(scenario(f, "train", seed, bank, CONFIG), Corruption(), seed).value for seed in range(100)]
-        )
-        for f in FAMILIES
+        np.mean([demonstrated(CONFIG.scenario(f, "train", seed, bank), seed).value for seed in range(100)])
+        for f in CONFIG.families
     ]
     assert 0.3 < np.mean(means) < 0.7
 
@@ -118,10 +122,10 @@ BAD_POLICIES: dict[str, Callable[[int], Action]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG.families)
 @pytest.mark.parametrize("policy", BAD_POLICIES)
 def test_bad_policies_score_low(bank: SpeechBank, family: str, policy: str) -> None:
-    scores = [played(scenario(family, "train", seed, bank, CONFIG), BAD_POLICIES[policy]) for seed in range(60)]
+    scores = [played(CONFIG.scenario(family, "train", seed, bank), BAD_POLICIES[policy]) for seed in range(60)]
     assert np.mean([s.value for s in scores]) < 0.2
     assert np.mean([s.tight for s in scores]) < 0.2
     if policy == "silent":

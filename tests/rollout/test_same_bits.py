@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from model.audio import DMel
-from rollout.scenarios.demonstrate import Corruption, demonstrate
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.sound import NOISES, amplitude, noise
 from rollout.seeds import generator
 from rollout.speech import SpeechBank
@@ -30,8 +30,9 @@ WAYS = {
 def digests(first_seed: int = 0) -> dict[str, str]:
     """One digest a stage, of some of each."""
     bank, dmel = SpeechBank.load(), DMel.build()
-    items = [scenario(FAMILIES[i % 2], "train", first_seed + i, bank, ScenarioConfig()) for i in range(12)]
-    plays = [demonstrate(item, generator("same bits", i), Corruption()) for i, item in enumerate(items)]
+    config = ScenarioConfig()
+    items = [config.in_turn(i, "train", first_seed + i, bank) for i in range(12)]
+    plays = [enact(item, config.expert(item, generator("same bits", i))) for i, item in enumerate(items)]
     measured = [
         dmel.measured(torch.from_numpy(np.pad(audio.reshape(1, -1), ((0, 0), (800, 0))))) for audio, _, _ in plays
     ]

@@ -1,22 +1,34 @@
 """Scenarios: reproducible, distinct, reactive, and facts that agree with the audio."""
 
 import json
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from model.audio import SAMPLE_RATE_HZ
+from reward.timespeak import TimespeakSettings
+from reward.turn_taking import TurnTakingSettings
 from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
 from rollout.scenarios.base import Scenario, User
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, facts_from_json, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, amplitude, noise
-from rollout.scenarios.timespeak import REMINDER, TimespeakConfig, TimespeakFacts
-from rollout.scenarios.turn_taking import Turn, TurnTakingConfig, TurnTakingFacts
+from rollout.scenarios.timespeak import REMINDER, TimespeakFacts
+from rollout.scenarios.turn_taking import Turn, TurnTakingFacts
 from rollout.speech import SpeechBank
 from rollout.turn.observation import audio_of
 
 CONFIG = ScenarioConfig()
+
+
+def timespeak(**settings: Any) -> ScenarioConfig:
+    return ScenarioConfig(settings={"timespeak": TimespeakSettings(**settings)})
+
+
+def turn_taking(**settings: Any) -> ScenarioConfig:
+    return ScenarioConfig(settings={"turn_taking": TurnTakingSettings(**settings)})
+
+
 QUIET = SoundConfig(snr_db=(80.0, 80.0))  # noise too faint to blur where speech is
 
 
@@ -31,15 +43,15 @@ def play(user: User, actions: list[Action]) -> np.ndarray:
 
 
 def seed_with(bank: SpeechBank, family: str, config: ScenarioConfig, wanted) -> Scenario:
-    return next(s for s in (scenario(family, "train", i, bank, config) for i in range(200)) if wanted(s))
+    return next(s for s in (config.scenario(family, "train", i, bank) for i in range(200)) if wanted(s))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG.families)
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_same_id_same_bits(bank: SpeechBank, family: str, split: str) -> None:
     actions = [LISTEN] * 20 + [speak(REMINDER)] * 5 + [LISTEN] * 35
-    first = scenario(family, split, 7, bank, CONFIG)
-    again = scenario(family, split, 7, SpeechBank.load(), CONFIG)
+    first = CONFIG.scenario(family, split, 7, bank)
+    again = CONFIG.scenario(family, split, 7, SpeechBank.load())
     assert first.id == f"{family}/{split}/7" and first.chunks == 60
     np.random.seed(0)  # a global generator has no influence
     one, two = first.user(), first.user()
@@ -50,12 +62,12 @@ def test_same_id_same_bits(bank: SpeechBank, family: str, split: str) -> None:
     assert one.facts() == two.facts()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG.families)
 def test_other_seed_or_split_other_bits(bank: SpeechBank, family: str) -> None:
     silent = [LISTEN] * 60
-    here = play(scenario(family, "train", 7, bank, CONFIG).user(), silent)
+    here = play(CONFIG.scenario(family, "train", 7, bank).user(), silent)
     for split, seed in (("train", 8), ("held_out", 7)):
-        assert not np.array_equal(here, play(scenario(family, split, seed, bank, CONFIG).user(), silent))
+        assert not np.array_equal(here, play(CONFIG.scenario(family, split, seed, bank).user(), silent))
 
 
 def test_rollouts_that_share_a_scenario_do_not_disturb_each_other(bank: SpeechBank) -> None:
@@ -70,18 +82,18 @@ def test_rollouts_that_share_a_scenario_do_not_disturb_each_other(bank: SpeechBa
     assert spoken.facts() != silent.facts()  # the first one was made to say stop
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG.families)
 def test_facts_survive_json(bank: SpeechBank, family: str) -> None:
-    user = scenario(family, "held_out", 3, bank, CONFIG).user()
+    user = CONFIG.scenario(family, "held_out", 3, bank).user()
     play(user, [LISTEN] * 60)
     stored = json.loads(json.dumps(user.facts().to_json()))
-    assert facts_from_json(stored) == user.facts()
-    with pytest.raises(ValueError, match="unknown family 'chess'"):
-        facts_from_json({**stored, "family": "chess"})
+    assert CONFIG.facts(stored) == user.facts()
+    with pytest.raises(ValueError, match="no scenario family is called 'chess': the recipe has timespeak, turn_taking"):
+        CONFIG.facts({**stored, "family": "chess"})
 
 
 def test_user_refuses_a_wrong_order_of_calls(bank: SpeechBank) -> None:
-    user = scenario("timespeak", "train", 0, bank, CONFIG).user()
+    user = CONFIG.scenario("timespeak", "train", 0, bank).user()
     with pytest.raises(ValueError, match="chunk 0"):
         user.next_chunk(LISTEN)
     user.next_chunk(None)
@@ -92,7 +104,7 @@ def test_user_refuses_a_wrong_order_of_calls(bank: SpeechBank) -> None:
     with pytest.raises(ValueError, match="chunk 60 does not exist"):
         user.next_chunk(LISTEN)
     with pytest.raises(ValueError, match="no scenario family is called 'chess'"):
-        scenario("chess", "train", 0, bank, CONFIG)
+        CONFIG.scenario("chess", "train", 0, bank)
 
 
 def test_action_says_words_exactly_when_it_speaks() -> None:
@@ -155,9 +167,7 @@ def speech_chunks(audio: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_timespeak_facts_agree_with_the_audio(bank: SpeechBank, seed: int) -> None:
-    item = scenario(
-        "timespeak", "train", seed, bank, ScenarioConfig(timespeak=TimespeakConfig(sound=QUIET, filler=0.0))
-    )
+    item = timespeak(sound=QUIET, filler=0.0).scenario("timespeak", "train", seed, bank)
     user = item.user()
     loud = speech_chunks(play(user, [LISTEN] * 60))
     facts = user.facts()
@@ -169,8 +179,8 @@ def test_timespeak_facts_agree_with_the_audio(bank: SpeechBank, seed: int) -> No
 
 
 def test_timespeak_user_stops_after_the_reminders_it_heard(bank: SpeechBank) -> None:
-    config = ScenarioConfig(timespeak=TimespeakConfig(sound=QUIET, stop=1.0, stop_after=(2, 2), seconds=(1,)))
-    item = scenario("timespeak", "train", 1, bank, config)
+    config = timespeak(sound=QUIET, stop=1.0, stop_after=(2, 2), seconds=(1,))
+    item = config.scenario("timespeak", "train", 1, bank)
     user = item.user()
     audio, heard = [], None
     for k in range(60):
@@ -184,7 +194,7 @@ def test_timespeak_user_stops_after_the_reminders_it_heard(bank: SpeechBank) -> 
 
 
 def test_timespeak_covers_all_numbers_and_stops(bank: SpeechBank) -> None:
-    items = [scenario("timespeak", "train", i, bank, CONFIG) for i in range(200)]
+    items = [CONFIG.scenario("timespeak", "train", i, bank) for i in range(200)]
     assert {item.number for item in items} == {"one", "two", "three", "four"}
     assert 0.3 < np.mean([item.stop_after is not None for item in items]) < 0.7
     assert 0.3 < np.mean([len(item.request) == 3 for item in items]) < 0.7
@@ -192,8 +202,8 @@ def test_timespeak_covers_all_numbers_and_stops(bank: SpeechBank) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_turn_taking_facts_agree_with_the_audio(bank: SpeechBank, seed: int) -> None:
-    config = ScenarioConfig(turn_taking=TurnTakingConfig(sound=QUIET))
-    user = scenario("turn_taking", "train", seed, bank, config).user()
+    config = turn_taking(sound=QUIET)
+    user = config.scenario("turn_taking", "train", seed, bank).user()
     audio = play(user, [LISTEN] * 60)
     facts = user.facts()
     assert isinstance(facts, TurnTakingFacts)
@@ -207,7 +217,7 @@ def test_turn_taking_facts_agree_with_the_audio(bank: SpeechBank, seed: int) -> 
     assert set(np.flatnonzero(loud)) <= set(inside)
     # Without a reply the user loses patience and goes on.
     for turn, following in zip(facts.turns, facts.turns[1:], strict=False):
-        assert following.start == turn.end + config.turn_taking.patience + 1
+        assert following.start == turn.end + TurnTakingSettings().patience + 1
 
 
 def replies(bank: SpeechBank, item: Scenario, chunks: int) -> TurnTakingFacts:
@@ -222,8 +232,8 @@ def replies(bank: SpeechBank, item: Scenario, chunks: int) -> TurnTakingFacts:
 
 
 def test_turn_taking_user_interrupts_reactively(bank: SpeechBank) -> None:
-    config = ScenarioConfig(turn_taking=TurnTakingConfig(interrupts=1.0, interrupt_after=(3, 3), sentences=(1, 1)))
-    item = scenario("turn_taking", "train", 5, bank, config)
+    config = turn_taking(interrupts=1.0, interrupt_after=(3, 3), sentences=(1, 1))
+    item = config.scenario("turn_taking", "train", 5, bank)
     facts = replies(bank, item, chunks=6)
     assert facts.turns[1].start == facts.turns[0].end + 2 + 3 and facts.turns[1].interrupts
     # A reply that is over before the interruption is not interrupted: the user waits, then goes on.
@@ -232,8 +242,8 @@ def test_turn_taking_user_interrupts_reactively(bank: SpeechBank) -> None:
 
 
 def test_turn_taking_user_cuts_in_on_an_endless_reply(bank: SpeechBank) -> None:
-    config = ScenarioConfig(turn_taking=TurnTakingConfig(interrupts=0.0, sentences=(1, 1), sentence_s=(0.7, 1.3)))
-    item = scenario("turn_taking", "train", 5, bank, config)
+    config = turn_taking(interrupts=0.0, sentences=(1, 1), sentence_s=(0.7, 1.3))
+    item = config.scenario("turn_taking", "train", 5, bank)
     facts = replies(bank, item, chunks=30)
     assert facts.turns[1] == Turn(facts.turns[0].end + 2 + 9, facts.turns[1].pauses, facts.turns[1].end, True)
 
@@ -243,7 +253,7 @@ def test_held_out_uses_other_fillers(bank: SpeechBank) -> None:
         split: {
             clip.file
             for i in range(100)
-            for turn in scenario("turn_taking", split, i, bank, CONFIG).plan
+            for turn in CONFIG.scenario("turn_taking", split, i, bank).plan
             for _, clip in turn.clips[:-1]
         }
         for split in ("train", "held_out")
@@ -253,9 +263,9 @@ def test_held_out_uses_other_fillers(bank: SpeechBank) -> None:
 
 def test_too_short_episodes_are_refused(bank: SpeechBank) -> None:
     with pytest.raises(ValueError, match=r"timespeak\.chunks = 5 is too short"):
-        scenario("timespeak", "train", 0, bank, replace(CONFIG, timespeak=TimespeakConfig(chunks=5)))
+        timespeak(chunks=5).scenario("timespeak", "train", 0, bank)
     with pytest.raises(ValueError, match=r"turn_taking\.chunks = 20 is too short"):
         for seed in range(20):
-            scenario("turn_taking", "train", seed, bank, replace(CONFIG, turn_taking=TurnTakingConfig(chunks=20)))
+            turn_taking(chunks=20).scenario("turn_taking", "train", seed, bank)
     with pytest.raises(ValueError, match="numbers from 1 to 10"):
-        TimespeakConfig(seconds=(0,))
+        TimespeakSettings(seconds=(0,))

@@ -16,7 +16,7 @@ from rollout.chunk import CHUNK_SAMPLES
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import session_key
 from rollout.session import Session
 from rollout.speech import SpeechBank
@@ -69,7 +69,7 @@ def record(session: Session) -> Episode:
 def test_groups_played_together_equal_separate_sessions(model: InteractionModel, slots: int) -> None:
     """On all fields of all episodes, also where too few slots make a group begin in parts."""
     bank = SpeechBank.load()
-    items = [scenario(FAMILIES[i % 2], "train", i, bank, ScenarioConfig()) for i in range(3)]
+    items = [ScenarioConfig().in_turn(i, "train", i, bank) for i in range(3)]
     plays = [Play(item, r) for item in items for r in range(GROUP)]
     # At a low temperature they part late, as those of a trained policy do.
     shared = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=512)

@@ -26,7 +26,7 @@ from rollout.bench.workers import cpu_s
 from rollout.embedded import SessionEngine
 from rollout.episode import Episode
 from rollout.play import Play, play
-from rollout.scenarios.registry import FAMILIES, ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.speech import DEFAULT_FOLDER, SpeechBank
 from rollout.task import Setup
 from rollout.vocabulary import Vocabulary
@@ -97,7 +97,7 @@ def model() -> InteractionModel:
 @pytest.fixture(scope="module")
 def plays() -> list[Play]:
     bank = SpeechBank.load()
-    items = [scenario(family, "train", 11, bank, ScenarioConfig()) for family in FAMILIES]
+    items = [ScenarioConfig().scenario(family, "train", 11, bank) for family in ScenarioConfig().families]
     return [Play(item, rollout) for item in items for rollout in range(3)]
 
 
@@ -295,7 +295,7 @@ from tests.rollout.test_workers import *
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 pool = pool_of(fresh_model(), 2)
 bank = SpeechBank.load()
-plays = [Play(scenario(f, "train", 0, bank, ScenarioConfig()), 0) for f in FAMILIES]
+plays = [Play(ScenarioConfig().scenario(f, "train", 0, bank), 0) for f in ScenarioConfig().families]
 print(*pool.pids, flush=True)
 while True:
     pool.play(plays, 0)
