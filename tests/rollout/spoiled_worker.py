@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import signal
@@ -17,9 +18,12 @@ from rollout.task import READY, Reply, seal
 
 
 def next_kind() -> str:
-    path = Path(os.environ["SPOIL"])
-    kind, _, rest = path.read_text().partition("\n")
-    path.write_text(rest)
+    with Path(os.environ["SPOIL"]).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # workers answer at the same moment, and no two may take one line
+        kind, _, rest = file.read().partition("\n")
+        file.seek(0)
+        file.truncate()
+        file.write(rest)
     return kind
 
 
