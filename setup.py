@@ -1,6 +1,6 @@
 """Builds the native CPU kernels: one shared library per instruction set, from the same sources.
 
-And puts a copy of the recipes into the wheel, where `model.shipped` finds them: configs/ is no package.
+And puts a copy of the recipes into the wheel, where `model.program.shipped` finds them: configs/ is no package.
 Needs g++ (or $CXX) only: no torch, no Python headers, since the libraries are plain C and called through cffi.
 ``python setup.py build_ext --inplace`` rebuilds them after an edit. Everything else about the package is in
 pyproject.toml.

@@ -8,8 +8,8 @@ import torch
 from transformers import InklingConfig
 
 from model import config as shapes
-from model.state import session_bytes
-from model.transformer import InteractionModel
+from model.backbone.state import session_bytes
+from model.backbone.transformer import InteractionModel
 
 
 def parameter_counts(config: InklingConfig) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class Inputs:
 
     def part(self, spans: Sequence[tuple[int, int, int]], segments: Segments) -> Inputs:
         """Rows ``first`` … ``end - 1`` of sequence s for every span (s, first, end), in the order of the spans;
-        ``segments`` says what these rows continue, as `model.state.SessionState.extend` does."""
+        ``segments`` says what these rows continue, as `model.backbone.state.SessionState.extend` does."""
         starts = self.starts
         cuts = [(starts[s] + first, starts[s] + end) for s, first, end in spans]
         heard = torch.searchsorted(self.audio_rows, torch.tensor(cuts, device=self.audio_rows.device)).tolist()

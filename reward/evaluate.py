@@ -11,7 +11,7 @@ with the rule's; and what scoring costs beside rolling out. A reliability plot l
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("reward.evaluate")
 
@@ -31,20 +31,20 @@ from scipy.stats import spearmanr
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint
-from model.files import write_whole
-from model.recipe import read_recipe
-from reward.calibrate import Reliability, fit_temperature, plot, reliability
-from reward.model import RewardModel, episode_scores
+from model.program.files import write_whole
+from model.program.recipe import read_recipe
+from model.weights import checkpoint
+from reward.learned.calibrate import Reliability, fit_temperature, plot, reliability
+from reward.learned.model import RewardModel, episode_scores
+from reward.learned.preference import Preference, Stretch, from_row, load_preferences
+from reward.learned.trainable import stretch_scores
 from reward.pairs import SLOTS, PolicyRecipe
-from reward.preference import Preference, Stretch, from_row, load_preferences
 from reward.score import score
-from reward.trainable import stretch_scores
-from rollout.embedded import SessionEngine
+from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
-from rollout.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 
 UNSEEN_SEEDS = 5_000_000
 """Preference scenarios from this one on, held out, are in no data set of pairs."""

@@ -11,7 +11,7 @@ player's in the same scenario.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("reward.hacks")
 
@@ -28,19 +28,19 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import MetronomeError
-from model.files import write_whole
-from model.recipe import read_recipe
+from model.program.files import write_whole
+from model.program.recipe import read_recipe
 from reward.score import score
 from reward.source import RewardSource, SourceConfig
-from rollout.chunk import LISTEN, Action, speak
-from rollout.scenarios.base import Facts, Scenario, Script, User
+from rollout.record.transcript import from_audio
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
-from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.transcript import from_audio
+from rollout.turn.action import LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.base import Facts, Scenario, Script, User
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 
 WORDS_PER_CHUNK = 6  # that a micro-turn allows here: enough for a whole reply at once
 

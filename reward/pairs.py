@@ -3,9 +3,9 @@
     python -m reward.pairs --config configs/reward_pairs.yaml
 
 Three sources, all for every axis: rollouts of policies of different quality, ranked by the rule; corruptions of expert
-play, controlled ones (`reward.corrupt`) and the experts' own mistakes; and labels by people (`reward.human`). Beside
-whole conversations, stretches of them are compared, so that a model learns which chunks deserve a reward, and not only
-which conversations.
+play, controlled ones (`reward.learned.corrupt`) and the experts' own mistakes; and labels by people
+(`reward.learned.human`). Beside whole conversations, stretches of them are compared, so that a model learns which
+chunks deserve a reward, and not only which conversations.
 
 The set has two splits. ``held_out`` has scenarios of the held-out split (unseen seeds, noise, gains and filler
 sentences) and sizes of corruption that ``train`` has not. The speaker is the same in both: there are recordings of one
@@ -15,7 +15,7 @@ only; give another's by ``--speech-dir``. A pure function of the recipe and of t
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("reward.pairs")
 
@@ -28,19 +28,19 @@ from pathlib import Path
 import numpy as np
 
 from kernels.errors import MetronomeError
-from model import checkpoint
-from model.recipe import read_recipe
-from reward.human import read_labels
-from reward.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
-from reward.preference import Preference, save_preferences
-from rollout.embedded import SessionEngine
+from model.program.recipe import read_recipe
+from model.weights import checkpoint
+from reward.learned.human import read_labels
+from reward.learned.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
+from reward.learned.preference import Preference, save_preferences
+from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.scenarios.base import Scenario
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator, preference_seed
-from rollout.speech import DEFAULT_FOLDER, SpeechBank, Split
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.base import Scenario
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank, Split
 
 VOCABULARY_PLAYS = 16
 """Expert plays of each family whose words may be swapped for one another."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.errors import MetronomeError
-from rollout.chunk import Action
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
+from rollout.turn.action import Action
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 The rules judge every episode, whatever acts: their verdict is what is reported, and what the learned rewards (the
 *proxy*) are watched against. Learned models score every episode too, as soon as the recipe names any; with
 ``rewards: rules`` they are only watched. Knows nothing of advantages: how rewards of two sources are brought to one
-scale is for `rl.credit` to say.
+scale is for `rl.step.credit` to say.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Literal
 from torch import Tensor, as_tensor
 
 from kernels.errors import MetronomeError
-from model.checkpoint import weights_digest
 from model.inputs import Conversation
-from reward.model import RewardModel
-from reward.overoptimisation import WatchConfig
+from model.weights.checkpoint import weights_digest
+from reward.learned.model import RewardModel
 from reward.score import score
-from rollout.episode import Episode
+from reward.study.overoptimisation import WatchConfig
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
 

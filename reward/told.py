@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from kernels.errors import MetronomeError
-from model.recipe import read_recipe
+from model.program.recipe import read_recipe
 from reward.score import score
-from rollout.episode import Episode
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 
 

@@ -2,12 +2,13 @@
 
     accelerate launch --config_file configs/accelerate/reward.yaml -m reward.train --config configs/reward_timing.yaml
 
-TRL's loop and its loss as a function are used; what computes them is ours (`reward.graded`: labels may be graded; loss,
-clipping and AdamW run through our ops). Under accelerate's DeepSpeed clipping is DeepSpeed's. Ours are the model, and
-the collator, which puts every conversation of a batch into one packed forward pass once, in however many pairs it is.
-Pairs are taken in the order of the data set, where pairs that share conversations stand together. ``--resume`` goes on
-from the newest finished checkpoint: the newest with a manifest, whose files must be those that it lists. TRL's state is
-read with ``weights_only``, as tensors and plain values, so that nothing in a checkpoint is ever executed.
+TRL's loop and its loss as a function are used; what computes them is ours (`reward.learned.graded`: labels may be
+graded; loss, clipping and AdamW run through our ops). Under accelerate's DeepSpeed clipping is DeepSpeed's. Ours are
+the model, and the collator, which puts every conversation of a batch into one packed forward pass once, in however many
+pairs it is. Pairs are taken in the order of the data set, where pairs that share conversations stand together.
+``--resume`` goes on from the newest finished checkpoint: the newest with a manifest, whose files must be those that it
+lists. TRL's state is read with ``weights_only``, as tensors and plain values, so that nothing in a checkpoint is ever
+executed.
 
     runs/<name>/config.yaml, checkpoints/checkpoint-NNN/ (TRL's), model/ (RewardModel.load), summary.json
 """
@@ -15,7 +16,7 @@ read with ``weights_only``, as tensors and plain values, so that nothing in a ch
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("reward.train")
 
@@ -37,16 +38,16 @@ from transformers.training_args import OptimizerNames
 from kernels import dispatch
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
-from model import checkpoint, manifest
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.files import write_whole
-from model.recipe import read_recipe
-from model.startup import import_deepspeed, prepare_process
+from model.program.files import write_whole
+from model.program.recipe import read_recipe
+from model.program.startup import import_deepspeed, prepare_process
 from model.tokenizer import load_tokenizer
-from model.transformer import InteractionModel
-from reward.model import RewardModel
-from reward.preference import load_preferences
-from reward.trainable import Collator, Trainable
+from model.weights import checkpoint, manifest
+from reward.learned.model import RewardModel
+from reward.learned.preference import load_preferences
+from reward.learned.trainable import Collator, Trainable
 
 DROPPED = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
 """What TRL and DeepSpeed leave in a checkpoint beside its state, and nothing reads: a pickled object and programs."""
@@ -98,7 +99,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     _prepare_libraries(folder, config)
     from trl import RewardConfig  # after the settings above: it reads them when imported
 
-    from reward.graded import GradedTrainer
+    from reward.learned.graded import GradedTrainer
 
     try:
         arguments = RewardConfig(

@@ -10,7 +10,7 @@ lies beside the JSON file.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("rl.bestofn")
 
@@ -25,18 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import MetronomeError
-from model import checkpoint
-from model.files import write_whole
-from model.recipe import read_recipe
-from reward.bestofn import Pick, curve, mean
+from model.program.files import write_whole
+from model.program.recipe import read_recipe
+from model.weights import checkpoint
 from reward.source import RewardSource, SourceConfig
+from reward.study.bestofn import Pick, curve, mean
 from rl.config import TrainConfig
 from rl.display import Display
 from rl.folder import RunFolder
 from rl.train import parse
-from rollout.embedded import SessionEngine
+from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         "picks": [asdict(p) for p in picks],
     }
     write_whole(Path(given.json), (json.dumps(report, indent=2) + "\n").encode())
-    from reward.pictures import best_of_n  # takes a second to import
+    from reward.study.pictures import best_of_n  # takes a second to import
 
     picture = Path(given.json).with_suffix(".png")
     write_whole(picture, best_of_n([mean(curves), *curves]))

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def launch(verb: Verb, config: str | None, rest: Sequence[str]) -> NoReturn:
     """Becomes ``accelerate launch``."""
-    from model.shipped import resolve
+    from model.program.shipped import resolve
 
     path = resolve(config or str(verb.launcher))
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", path]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from reward.source import RewardSource
-from rl import ranks
+from rl.learner import ranks
+from rollout.engines.roller import Roller
 from rollout.play import Play
-from rollout.roller import Roller
-from rollout.scenarios.base import Scenario
+from rollout.world.base import Scenario
 
 
 @dataclass(frozen=True)

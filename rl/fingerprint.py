@@ -13,7 +13,7 @@ On every processor the stages of one contract are the same: `tests/golden/finger
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("rl.fingerprint")
 
@@ -32,22 +32,23 @@ from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.errors import MetronomeError
-from model.audio import DMel
-from model.files import write_whole
+from model.program.files import write_whole
+from model.senses.audio import DMel
 from reward.source import RewardSource
-from rl import loop, ranks
 from rl.config import TrainConfig
-from rl.credit import token_weights
 from rl.environment import environment
-from rl.learner import Learner, policy_gradient
+from rl.learner import ranks
+from rl.learner.deepspeed import Learner, policy_gradient
 from rl.rollers import build_engine
 from rl.run import build_model
+from rl.step import loop
+from rl.step.credit import token_weights
 from rl.warmstart import demonstration, demonstrations
-from rollout.episode import concatenate
 from rollout.play import play
-from rollout.scenarios.sound import NOISES, noise
-from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from rollout.record.episode import concatenate
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.sound import NOISES, noise
+from rollout.world.speech import SpeechBank
 
 DEMONSTRATIONS = 64
 STEPS = 3

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
-from model import manifest
-from model.files import write_whole
-from rl import ranks
+from model.program.files import write_whole
+from model.weights import manifest
+from rl.learner import ranks
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STEP = re.compile(r"step_(\d{6,})")

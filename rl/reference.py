@@ -4,7 +4,8 @@ The reference is a frozen copy of the warm-started policy, read from the run's o
 has the same one. Its log-probs come teacher-forced from the same kernels and the same `TokenClasses.score` as the
 learner's, so that before the first update every log-ratio is exactly 0.
 
-Reference KL is not mismatch KL (`rl.identity`): that one compares sampler and learner at equal weights and is always 0.
+Reference KL is not mismatch KL (`rl.step.identity`): that one compares sampler and learner at equal weights and is
+always 0.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
-from model.transformer import InteractionModel
-from rl import ranks
-from rl.batch import collate, score_choices
-from rollout.episode import Episode, concatenate
+from model.weights import checkpoint
+from rl.learner import ranks
+from rl.step.batch import collate, score_choices
+from rollout.record.episode import Episode, concatenate
 
 
 class Reference:

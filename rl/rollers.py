@@ -10,16 +10,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from kernels.errors import MetronomeError
-from model.transformer import InteractionModel
-from rl import ranks
+from model.backbone.transformer import InteractionModel
 from rl.config import TrainConfig
-from rollout.embedded import SessionEngine
-from rollout.engine import Engine
-from rollout.roller import InProcess, Roller
-from rollout.speech import DEFAULT_FOLDER
-from rollout.task import Setup
-from rollout.vocabulary import Vocabulary
-from rollout.workers import WorkerPool
+from rl.learner import ranks
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.engine import Engine
+from rollout.engines.roller import InProcess, Roller
+from rollout.engines.workers.pool import WorkerPool
+from rollout.engines.workers.task import Setup
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import DEFAULT_FOLDER
 
 
 def check_workers(config: TrainConfig) -> None:
@@ -54,7 +54,7 @@ def build_engine(config: TrainConfig, model: InteractionModel) -> Engine:
     rollout, slots = config.rollout, plays_of_a_step(config)
     if rollout.engine == "session":
         return SessionEngine.of(model, rollout, slots)
-    from rollout.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
+    from rollout.engines.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
 
     return VllmEngine(
         model,

@@ -1,7 +1,7 @@
 """One run of a recipe, phase by phase: warm start, reinforcement learning, the held-out verdict.
 
 Owns everything that lasts as long as the run: its folder, what the user sees, the model. The algorithm itself is in
-`rl.warmstart` and `rl.loop`; here is when to evaluate, what to keep on disk, and how an interrupted run goes on.
+`rl.warmstart` and `rl.step.loop`; here is when to evaluate, what to keep on disk, and how an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
+from model.weights import checkpoint
 from reward.source import RewardSource
-from rl import loop, ranks, tracking, watch
-from rl.advantage import RunningScale
+from rl import tracking, watch
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
-from rl.credit import Scales
 from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
-from rl.identity import Mismatch, NotEqualError
-from rl.learner import Learner
+from rl.learner import ranks
+from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, start_roller
 from rl.samples import samples
+from rl.step import loop
+from rl.step.advantage import RunningScale
+from rl.step.credit import Scales
+from rl.step.identity import Mismatch, NotEqualError
 from rl.tracking import Tracker
 from rl.warmstart import warm_start
-from rollout.episode import save_episodes
-from rollout.scenarios.base import Scenario
-from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.vocabulary import Vocabulary
+from rollout.record.episode import save_episodes
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.base import Scenario
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 
 AUDITED = 240
 """Saved episodes that a run's end re-scores at most, a few seconds' worth; `python -m rl.audit` re-scores them all."""
@@ -70,7 +72,7 @@ class Progress:
     reward_models: tuple[str, ...]  # digest of each one's weights
     processes: int  # that sum the gradients; another number sums them in another order
     stopped: bool = False  # by the watch over learned rewards
-    scales: Scales = field(default_factory=dict)  # of the advantages (`rl.credit`)
+    scales: Scales = field(default_factory=dict)  # of the advantages (`rl.step.credit`)
 
 
 class Run:

@@ -13,13 +13,13 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from model.audio import SAMPLE_RATE_HZ as SAMPLE_RATE_HZ
-from rollout.chunk import CHUNK_MS
-from rollout.episode import Episode
+from model.senses.audio import SAMPLE_RATE_HZ as SAMPLE_RATE_HZ
+from rollout.record.episode import Episode
+from rollout.record.timeline import Moment, moments
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import SpeechBank, Split
-from rollout.timeline import Moment, moments
+from rollout.turn.action import CHUNK_MS
+from rollout.world.speech import SpeechBank, Split
 
 DPI = 100
 

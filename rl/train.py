@@ -9,13 +9,13 @@ finished checkpoint of the run of that name. Every process runs this same progra
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("rl.train")
 
-from model.recipe import read_recipe
-from rl import ranks
+from model.program.recipe import read_recipe
 from rl.config import TrainConfig
+from rl.learner import ranks
 from rl.run import Run
 
 

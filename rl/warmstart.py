@@ -1,6 +1,6 @@
 """Supervised warm start: maximum likelihood on scripted demonstrations, so that RL begins from a policy that acts.
 
-The demonstrations are wrong on purpose at stated rates (`rollout.scenarios.base.Mistakes`): the warm-started
+The demonstrations are wrong on purpose at stated rates (`rollout.world.base.Mistakes`): the warm-started
 policy has seen what may be said and when, and is left to RL to find out what is right.
 """
 
@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.transformer import InteractionModel
-from rl import ranks
+from model.backbone.transformer import InteractionModel
 from rl.config import TrainConfig
-from rl.learner import Learner, policy_gradient
-from rollout.chunk import Action
+from rl.learner import ranks
+from rl.learner.deepspeed import Learner, policy_gradient
+from rollout.record.transcript import Transcript, from_audio
 from rollout.scenarios.demonstrate import enact
 from rollout.seeds import demonstration_seed, mistakes
-from rollout.speech import SpeechBank
-from rollout.transcript import Transcript, from_audio
+from rollout.turn.action import Action
 from rollout.turn.grammar import Grammar
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 
 
 def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[NDArray[np.float32], list[Action]]:

@@ -5,10 +5,10 @@ Everything is read from the run's records, so that a resumed run sees what an un
 
 from __future__ import annotations
 
-from reward.overoptimisation import Alarm, Point, WatchConfig, alarm
-from rl import ranks
+from reward.study.overoptimisation import Alarm, Point, WatchConfig, alarm
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
+from rl.learner import ranks
 
 PICTURE = "report/overoptimisation.png"
 
@@ -17,7 +17,7 @@ def watch(folder: RunFolder, held_out: list[Point], config: WatchConfig) -> Alar
     """Draws the run so far into its folder and returns the alarm, if there is cause for one."""
     seen = alarm(held_out, config)
     if ranks.rank() == 0:
-        from reward.pictures import overoptimisation
+        from reward.study.pictures import overoptimisation
 
         records = folder.metrics()
         training = [Point(r["step"], r["reward/score"], r["proxy/mean"]) for r in records]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rollout.chunk import Action
-from rollout.engine import Engine
-from rollout.episode import Episode
-from rollout.scenarios.base import Scenario, User
+from rollout.engines.engine import Engine
+from rollout.engines.session import Session
+from rollout.record.episode import Episode
 from rollout.seeds import session_key
-from rollout.session import Session
+from rollout.turn.action import Action
+from rollout.world.base import Scenario, User
 
 
 @dataclass(frozen=True)

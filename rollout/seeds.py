@@ -5,9 +5,9 @@ scenario id, rollout index, chunk, position, stream), so an episode comes out th
 it, in whatever order or process, and a killed rollout is simply rolled out again. The noise per vocabulary entry is
 made from the key inside `kernels.ops.sample`.
 
-Whatever else is random has a `generator` of its own, named by what it is for, as fresh weights have (`model.draws`).
-Scenarios are numbered: those of RL from 0, of demonstrations from `DEMONSTRATIONS`, of the reward models' data from
-`PREFERENCES`, so that they never meet.
+Whatever else is random has a `generator` of its own, named by what it is for, as fresh weights have
+(`model.weights.draws`). Scenarios are numbered: those of RL from 0, of demonstrations from `DEMONSTRATIONS`, of the
+reward models' data from `PREFERENCES`, so that they never meet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 
 import numpy as np
 
-from model.draws import philox
+from model.weights.draws import philox
 
 DEMONSTRATIONS, PREFERENCES = 1_000_000_000, 2_000_000_000
 SEEDS_A_RUN = 10_000_000

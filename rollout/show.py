@@ -11,7 +11,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # the checks must come before any import of our own packages
     import signal
 
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     run_command("rollout.show")
@@ -30,9 +30,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kernels.errors import MetronomeError
-from rollout.chunk import Mode
-from rollout.episode import Episode, load_episodes
-from rollout.timeline import Moment, moments
+from rollout.record.episode import Episode, load_episodes
+from rollout.record.timeline import Moment, moments
+from rollout.turn.action import Mode
 
 JUDGE = "reward.told:told"
 """Found by name, as whatever stands above this package: (episode, folder of its run) to a `Verdict` in JSON or None."""

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from rollout.episode import TEXT, Episode, tensors
+from rollout.record.episode import TEXT, Episode, tensors
 
 
 def unequal_fields(one: Episode, other: Episode) -> set[str]:

@@ -69,7 +69,7 @@ def test_recipes_exist() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipe_parses(path: Path) -> None:
-    from model.recipe import read_recipe
+    from model.program.recipe import read_recipe
     from reward.evaluate import EvaluateConfig
     from reward.pairs import PairsConfig
     from reward.train import RewardTrainConfig

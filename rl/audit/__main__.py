@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.startup import run_command
+from model.program.startup import run_command
 
 if __name__ == "__main__":
     run_command("rl.audit.command")

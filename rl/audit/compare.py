@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernels.errors import MetronomeError
-from model.manifest import PLACE
+from model.weights.manifest import PLACE
 from rl.audit.document import (
     ComparisonReport,
     ContractsOfBoth,
@@ -28,8 +28,8 @@ from rl.audit.page import render
 from rl.audit.pictures import chart, line
 from rl.audit.records import Records, flat, read
 from rl.audit.report import machines, write
-from rl.identity import unequal_bits
-from rollout.episode import Episode, load_episodes, tensors
+from rl.step.identity import unequal_bits
+from rollout.record.episode import Episode, load_episodes, tensors
 
 
 def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:

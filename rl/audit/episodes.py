@@ -19,10 +19,10 @@ from model.tokenizer import load_tokenizer
 from reward.score import score
 from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
-from rollout.chunk import CHUNK_FRAMES
-from rollout.episode import Episode
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Outcome, Score
+from rollout.turn.action import CHUNK_FRAMES
 
 SHOWN = 5000
 """Episodes in a page at most: about 1 to 3 kB each."""

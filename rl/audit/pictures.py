@@ -71,7 +71,7 @@ def line(name: str, metrics: Sequence[Record], key: str) -> dict[str, Any] | Non
 
 
 def _share(name: str, metrics: Sequence[Record], what: str) -> dict[str, Any] | None:
-    """Degenerate ``what`` ("groups" or "terms") of all, as `rl.credit` counts them."""
+    """Degenerate ``what`` ("groups" or "terms") of all, as `rl.step.credit` counts them."""
     values = []
     for record in metrics:
         some, every = _number(record.get(f"credit/degenerate_{what}")), _number(record.get(f"credit/{what}"))

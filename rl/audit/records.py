@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from kernels.errors import MetronomeError
-from model.recipe import read_recipe
+from model.program.recipe import read_recipe
 from rl.audit.document import DiagnosisSummary
 from rl.config import TrainConfig
-from rl.identity import Mismatch
+from rl.step.identity import Mismatch
 
 _EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
 _CHECKPOINT = re.compile(r"step_(\d{6,})")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.files import write_whole
+from model.program.files import write_whole
 from rl.audit import pictures
 from rl.audit.document import Report, RunReport, by_record, to_json
 from rl.audit.episodes import browser

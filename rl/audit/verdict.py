@@ -36,7 +36,7 @@ from rl.audit.document import (
 )
 from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep
-from rl.identity import Mismatch
+from rl.step.identity import Mismatch
 
 LISTED = 100
 """Episodes that are named one by one when they cannot be compared; beyond that they are counted."""

@@ -1,6 +1,6 @@
 """``python -m rl.study.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
 
-One recipe, one checkpoint and one seed, several runs side by side: ours (`rl.loop`, exact or stopped), naive torch
+One recipe, one checkpoint and one seed, several runs side by side: ours (`rl.step.loop`, exact or stopped), naive torch
 (`kernels.reference.naive`), whose sampler and learner differ in their last bits, and a bf16 sampler with an fp32
 learner, which differ a thousand times as much, as where rollouts run in lower precision. The latter with truncated
 importance weights: every token's advantage is multiplied by min(p_learner / p_sampler, CAP) (Yao et al. 2025,
@@ -12,7 +12,7 @@ reward and mismatch at each step, and the held-out score.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("rl.study.baseline")
 
@@ -30,25 +30,26 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.reference import naive
-from model import checkpoint
-from model.files import write_whole
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
+from model.program.files import write_whole
+from model.weights import checkpoint
 from reward.source import RewardSource
-from rl import loop, ranks
 from rl.audit.document import to_json
 from rl.audit.table import Cell, Table
-from rl.batch import collate, score_choices
 from rl.config import EvalConfig, RLConfig, TrainConfig
-from rl.credit import Scales, token_weights
 from rl.environment import environment
 from rl.evaluate import evaluate
-from rl.identity import compare
-from rl.learner import Learner, policy_gradient
+from rl.learner import ranks
+from rl.learner.deepspeed import Learner, policy_gradient
 from rl.rollers import build_engine
-from rollout.episode import Episode, concatenate
-from rollout.roller import InProcess, Roller
-from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from rl.step import loop
+from rl.step.batch import collate, score_choices
+from rl.step.credit import Scales, token_weights
+from rl.step.identity import compare
+from rollout.engines.roller import InProcess, Roller
+from rollout.record.episode import Episode, concatenate
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 
 CAP = 2.0
 RATIO_MEAN, RATIO_MAX, TRUNCATED = "ratio/mean", "ratio/max", "ratio/truncated"
@@ -89,7 +90,7 @@ class Result:
 
 
 def train(method: Method, config: TrainConfig, folder: Path, bank: SpeechBank) -> Result:
-    """One run from the checkpoint; the caller has joined a world of processes (`rl.ranks`)."""
+    """One run from the checkpoint; the caller has joined a world of processes (`rl.learner.ranks`)."""
     with method.backend():
         model = checkpoint.load(folder, torch.float32)
         sampling = model if method.sampler == torch.float32 else checkpoint.load(folder, method.sampler)
@@ -118,7 +119,8 @@ def _inexact(
     source: RewardSource,
     sampling: InteractionModel,
 ) -> Iterator[dict[str, Any]]:
-    """`rl.loop.steps` without its promise: the mismatch is recorded, and importance weights stand in for equality."""
+    """`rl.step.loop.steps` without its promise: the mismatch is recorded, and importance weights stand in for
+    equality."""
     classes, micro_batch = Vocabulary.build(learner.model.vocab).classes, config.rl.micro_batch
     scales: Scales = {}
     for step in range(config.rl.steps):

@@ -4,7 +4,8 @@
   together, how many others run beside them and how far these are in their own conversations. A completion is all that a
   session samples. Beside the count of token sequences stands the count of sequences of row digests: these tell two
   distributions apart even where the likeliest token is the same.
-- KL between sampler and learner at equal weights (k3 of `rl.identity`; and the largest of any episode, the "spikes").
+- KL between sampler and learner at equal weights (k3 of `rl.step.identity`; and the largest of any episode, the
+  "spikes").
 - Time of sampling and of learning, naive and ours by turns in one process.
 
 Importance weights (truncated: `rl.study.baseline`) change none of the completions and none of the KL; they correct the
@@ -24,16 +25,16 @@ import torch
 from torch import Tensor
 
 from rl.audit.table import Cell, Table
-from rl.identity import Mismatch, compare
-from rl.learner import policy_gradient
+from rl.learner.deepspeed import policy_gradient
+from rl.step.identity import Mismatch, compare
 from rl.study.variants import Variant, session_engine, whole
-from rollout.chunk import LISTEN
 from rollout.play import Play, play
-from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import SpeechBank
+from rollout.turn.action import LISTEN
 from rollout.turn.grammar import context_rows
 from rollout.turn.observation import Observation, audio_of
+from rollout.world.base import Scenario
+from rollout.world.speech import SpeechBank
 
 MOST_TOGETHER, MOST_OTHERS, MOST_AHEAD = 32, 16, 20
 """Of a round of load: sessions that hear the recording, others beside them, and chunks these are ahead."""

@@ -9,7 +9,7 @@ FOLDER/matrix.json.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the checks must come before any import of our own packages
-    from model.startup import run_command
+    from model.program.startup import run_command
 
     run_command("rl.study.matrix")
 
@@ -25,20 +25,20 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import weights_digest
-from model.files import write_whole
+from model.program.files import write_whole
+from model.weights.checkpoint import weights_digest
 from rl.audit.document import to_json
 from rl.audit.table import Cell, Table
 from rl.environment import environment
-from rl.identity import Mismatch
-from rl.learner import policy_gradient
+from rl.learner.deepspeed import policy_gradient
+from rl.step.identity import Mismatch
 from rl.study import lesson
 from rl.study.variants import DTYPES, Cuts, Scored, Variant, cached, engines, first_of, joined, load_variants, whole
-from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.play import Play, play
-from rollout.scenarios.base import Scenario
+from rollout.record.episode import Episode, load_episodes, save_episodes
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import SpeechBank
+from rollout.world.base import Scenario
+from rollout.world.speech import SpeechBank
 
 COLUMNS = ["what changes", "how", "variant", "dtype", "tokens", "unequal", "rows unequal", "k3", "max abs"]
 SEED = 0

@@ -17,8 +17,8 @@ from model import config as shapes
 from model.config import MEL_CHANNELS
 from model.info import parameter_counts
 from rl.config import RLConfig
-from rollout.chunk import CHUNKS_PER_SECOND
-from rollout.episode import TEXT, Stream
+from rollout.record.episode import TEXT, Stream
+from rollout.turn.action import CHUNKS_PER_SECOND
 from rollout.turn.grammar import AUDIO_ROWS, turn_rows
 
 

@@ -17,17 +17,17 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.backend import Backend
 from kernels.reference import naive
-from model import checkpoint
+from model.backbone.state import SessionState
+from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
-from model.state import SessionState
-from model.transformer import InteractionModel
-from rl.batch import collate, score_choices
-from rl.identity import Mismatch, compare
-from rollout.embedded import SessionEngine
-from rollout.engine import Engine
-from rollout.episode import Episode
-from rollout.vllm.process import missing
-from rollout.vocabulary import Vocabulary
+from model.weights import checkpoint
+from rl.step.batch import collate, score_choices
+from rl.step.identity import Mismatch, compare
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.engine import Engine
+from rollout.engines.vllm.process import missing
+from rollout.record.episode import Episode
+from rollout.turn.vocabulary import Vocabulary
 
 DTYPES = (torch.float32, torch.bfloat16)
 SPARE_SLOTS = 4  # of a session state: for forks and for sessions that scatter the pages
@@ -73,7 +73,7 @@ def _session(variant: Variant, slots: int, max_tokens: int) -> AbstractContextMa
 @contextmanager
 def _vllm(variant: Variant, slots: int, max_tokens: int) -> Iterator[Engine]:
     """Ended afterwards: a process holds one vLLM at a time."""
-    from rollout.vllm.engine import VllmEngine
+    from rollout.engines.vllm.engine import VllmEngine
 
     engine = VllmEngine(variant.model, variant.vocabulary, slots=slots, max_tokens=max_tokens)
     try:

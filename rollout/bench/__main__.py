@@ -26,9 +26,9 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint
-from model.files import write_whole
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
+from model.program.files import write_whole
+from model.weights import checkpoint
 from rollout.bench import crowd
 from rollout.bench.engines import measure_engines
 from rollout.bench.overhead import measure_growth, measure_overhead
@@ -36,7 +36,7 @@ from rollout.bench.serving import holds_real_time, measure_real_time, measure_sh
 from rollout.bench.sharing import measure_sharing
 from rollout.bench.text import measure_text
 from rollout.bench.workers import measure_workers
-from rollout.vllm import process
+from rollout.engines.vllm import process
 
 
 def text(given: argparse.Namespace) -> list[dict[str, Any]]:

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_SAMPLES
-from rollout.embedded import SessionEngine
-from rollout.engine import Engine
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.engine import Engine
+from rollout.engines.session import Session
 from rollout.seeds import session_key
-from rollout.session import Session
+from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import context_rows
 from rollout.turn.observation import of_audio
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 
 @dataclass

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
 from rollout.bench.crowd import Crowd, embedded, served, tiny_model
-from rollout.engine import Engine
+from rollout.engines.engine import Engine
 from rollout.turn.grammar import context_rows
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 SESSIONS = (1, 32)
 WARM_TICKS = 10
@@ -59,7 +59,7 @@ class Stopwatch:
 
 def vllm_engine(model: InteractionModel, slots: int, ticks: int) -> Engine:
     """vLLM's engine in this process, with the room that `embedded` has."""
-    from rollout.vllm.engine import VllmEngine
+    from rollout.engines.vllm.engine import VllmEngine
 
     max_tokens = context_rows(ticks, words_per_chunk=1)
     return VllmEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=max_tokens)
@@ -67,8 +67,8 @@ def vllm_engine(model: InteractionModel, slots: int, ticks: int) -> Engine:
 
 def measure_engines(rounds: int, ticks: int) -> list[EngineSpeed]:
     """Rounds of ``ticks`` micro-turns alternate, so that a busy moment of the machine hits both."""
-    from rollout.vllm.policy import Policy
-    from rollout.vllm.sampling import RowSampler
+    from rollout.engines.vllm.policy import Policy
+    from rollout.engines.vllm.sampling import RowSampler
 
     watch, model = Stopwatch(), tiny_model()
     watch.around(Policy, "embed_multimodal", "embed_input_ids", "forward", "compute_logits")

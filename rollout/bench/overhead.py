@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rollout.bench.crowd import Crowd, embedded, tiny_model
-from rollout.embedded import SessionEngine
+from rollout.engines.embedded import SessionEngine
 
 WARM_TICKS = 20
 SETTLED_TICKS = 100

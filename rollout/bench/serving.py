@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kernels.layout import Segments
+from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
-from model.transformer import InteractionModel
 from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
-from rollout.chunk import CHUNK_MS, CHUNKS_PER_SECOND
+from rollout.turn.action import CHUNK_MS, CHUNKS_PER_SECOND
 
 SESSIONS = (1, 8, 32, 128)
 WORDS = (1, 4)

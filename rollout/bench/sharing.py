@@ -10,14 +10,14 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
 from rollout.bench.text import seconds
-from rollout.embedded import SessionEngine
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.session import Session
 from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.session import Session
-from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 
 GROUPS, ROLLOUTS = 8, 6
 MAX_TOKENS = 512

@@ -19,9 +19,9 @@ from transformers import InklingConfig, InklingForCausalLM, InklingTextConfig
 
 from kernels import ops
 from kernels.layout import Segments
+from model.backbone.state import SessionState
+from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
-from model.state import SessionState
-from model.transformer import InteractionModel
 from rollout.seeds import token_key
 
 PROMPT_TOKENS = 64

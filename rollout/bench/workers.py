@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 
-from model import checkpoint
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
+from model.weights import checkpoint
 from rollout.bench.text import seconds
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode, tensors
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.roller import InProcess, Roller
+from rollout.engines.workers.pool import WorkerPool
+from rollout.engines.workers.task import Setup
 from rollout.play import Play
-from rollout.roller import InProcess, Roller
+from rollout.record.episode import Episode, tensors
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.task import Setup
-from rollout.vocabulary import Vocabulary
-from rollout.workers import WorkerPool
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 
 GROUPS, ROLLOUTS, MAX_TOKENS = 8, 6, 512
 IDLE_S = 5.0

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rollout.chunk import LISTEN, Action
-from rollout.scenarios.base import Facts, Scenario, Script, User
+from rollout.turn.action import LISTEN, Action
 from rollout.turn.observation import audio_of
+from rollout.world.base import Facts, Scenario, Script, User
 
 NO_EDITS: Mapping[int, Action] = {}
 

@@ -1,8 +1,8 @@
 """A family: everything that one kind of scenario brings, in one object.
 
 Whoever makes, plays, scores or shows scenarios asks their family; nothing outside a family's own modules knows its
-scenarios, facts or settings. The shipped families stand in `reward.timespeak` and `reward.turn_taking`, above the
-modules of their users (`rollout.scenarios.timespeak`, …), because a scorer needs more than a user does.
+scenarios, facts or settings. The shipped families stand in `reward.rules.timespeak` and `reward.rules.turn_taking`,
+above the modules of their users (`rollout.scenarios.timespeak`, …), because a scorer needs more than a user does.
 `tests/examples/` has one that lives outside these packages.
 """
 
@@ -15,10 +15,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from kernels.errors import MetronomeError
-from rollout.chunk import Action
-from rollout.scenarios.base import Facts, Mistakes, Scenario, Script, User
 from rollout.scenarios.verdict import Score
-from rollout.speech import SpeechBank, Split
+from rollout.turn.action import Action
+from rollout.world.base import Facts, Mistakes, Scenario, Script, User
+from rollout.world.speech import SpeechBank, Split
 
 NAMES_TAKEN = ("families", "mean")
 """A recipe or a table of results means something else by them."""

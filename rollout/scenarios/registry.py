@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from kernels.errors import MetronomeError
-from model.recipe import OpenConfig
-from rollout.scenarios.base import Facts, Scenario, Script, User
+from model.program.recipe import OpenConfig
 from rollout.scenarios.family import AnyFamily, Family
-from rollout.speech import SpeechBank, Split
+from rollout.world.base import Facts, Scenario, Script, User
+from rollout.world.speech import SpeechBank, Split
 
 SHIPPED = {"timespeak": "reward.timespeak:TIMESPEAK", "turn_taking": "reward.turn_taking:TURN_TAKING"}
 """Families that a recipe may name in short. Named, not imported: rewards stand above rollouts."""

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout.chunk import CHUNK_SAMPLES, CHUNKS_PER_SECOND, LISTEN, Action, speak
-from rollout.scenarios.base import Mistakes, Scenario, Span, User
-from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
 from rollout.seeds import generator
-from rollout.speech import NUMBER_WORDS, Clip, SpeechBank, Split
+from rollout.turn.action import CHUNK_SAMPLES, CHUNKS_PER_SECOND, LISTEN, Action, speak
 from rollout.turn.observation import Observation
+from rollout.world.base import Mistakes, Scenario, Span, User
+from rollout.world.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
+from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split
 
 FAMILY = "timespeak"
 STOP_WORD = "goodbye"

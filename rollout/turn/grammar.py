@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from model.logprob import MODE, NEXT_TEXT
-from rollout.chunk import CHUNK_FRAMES, Action, Mode
-from rollout.vocabulary import Vocabulary
+from rollout.turn.action import CHUNK_FRAMES, Action, Mode
+from rollout.turn.vocabulary import Vocabulary
 
 AUDIO_ROWS = CHUNK_FRAMES
 """Rows of a micro-turn that hold the audio token."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from rollout.chunk import CHUNK_SAMPLES
+from rollout.turn.action import CHUNK_SAMPLES
 
 MOST_FRAMES = 2
 """Video frames in one micro-turn."""

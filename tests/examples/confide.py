@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, speak
-from rollout.scenarios.base import Mistakes, Scenario, Script, Span, User
 from rollout.scenarios.family import Family
-from rollout.scenarios.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
 from rollout.scenarios.verdict import TIMING, Event, Outcome, Score, assemble
-from rollout.speech import NUMBER_WORDS, Clip, SpeechBank, Split
+from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
+from rollout.world.base import Mistakes, Scenario, Script, Span, User
+from rollout.world.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
+from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split
 
 SAFETY = "safety"
 REPLY = ("got", "it")

@@ -16,11 +16,11 @@ import pytest
 from reward import hacks
 from reward.score import score
 from reward.source import RewardSource
-from reward.timeline import timeline
-from rollout.chunk import LISTEN, Action, speak
+from reward.study.timeline import timeline
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import SpeechBank
+from rollout.turn.action import LISTEN, Action, speak
+from rollout.world.speech import SpeechBank
 from tests.examples.confide import FAMILY, ConfideFacts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from reward.source import RewardSource
-from rl import loop
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.config import RLConfig, TrainConfig
-from rl.identity import Evidence, Mismatch, NotComparableError, NotEqualError, check_identity
-from rl.learner import policy_gradient
+from rl.learner.deepspeed import policy_gradient
 from rl.rollers import build_engine
 from rl.run import build_model
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rl.step import loop
+from rl.step.identity import Evidence, Mismatch, NotComparableError, NotEqualError, check_identity
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.roller import InProcess
 from rollout.play import play
-from rollout.roller import InProcess
-from rollout.speech import SpeechBank
+from rollout.record.episode import Episode
+from rollout.world.speech import SpeechBank
 from tests.episodes import with_text
 
 CONFIG = TrainConfig(rl=RLConfig(groups=2, rollouts=2, micro_batch=2))

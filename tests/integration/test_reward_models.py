@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from reward.model import RewardModel
+from model.weights import checkpoint
+from reward.learned.model import RewardModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import dispatch, dmel, fourier
 from kernels.cpu.dmel import transform
 from kernels.reference import dmel as reference_dmel
-from model.audio import HOP, WINDOW, DMel
+from model.senses.audio import HOP, WINDOW, DMel
 from tests.kernels.contract import generator, threads
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import InklingConfig, InklingForConditionalGeneration
 
+from model.backbone.state import SessionState
+from model.backbone.transformer import Capture, InteractionModel
 from model.inputs import Inputs
-from model.state import SessionState
-from model.transformer import Capture, InteractionModel
 
 AUDIO = 2
 ROWS = 150  # longer than every window below

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from model import manifest
+from model.weights import manifest
 
 OPTIMIZER = "learner/optimizer.safetensors"
 

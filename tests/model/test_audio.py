@@ -21,7 +21,7 @@ from transformers.models.inkling.processing_inkling import InklingProcessor
 
 from kernels.dispatch import backend as active
 from kernels.dispatch import use_backend
-from model.audio import HOP, WINDOW, DMel, mel_filters
+from model.senses.audio import HOP, WINDOW, DMel, mel_filters
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT.parent / "shared/data/speech", ROOT / "rollout/data/speech"]

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import InklingForConditionalGeneration
 
-from model.checkpoint import CheckpointError, load, load_into, save, weights_digest
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
+from model.weights.checkpoint import CheckpointError, load, load_into, save, weights_digest
 from tests.model.cases import random_rows, twins, whole
 
 

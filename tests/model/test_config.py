@@ -11,9 +11,9 @@ from transformers import InklingForConditionalGeneration
 
 from kernels.layout import Segments
 from model import info
+from model.backbone.transformer import InteractionModel
 from model.config import PRESETS, check, log_scale_table, preset
 from model.inputs import Inputs
-from model.transformer import InteractionModel
 from tests.model.cases import random_config
 
 

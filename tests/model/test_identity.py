@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kernels import dispatch
+from model.backbone.state import SessionState
+from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
-from model.state import SessionState
-from model.transformer import InteractionModel
 from tests.kernels.contract import uneven
 from tests.model.cases import AUDIO, ROWS, in_pieces, random_rows, twins, whole
 

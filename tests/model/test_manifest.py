@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from model import checkpoint, manifest
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.manifest import MANIFEST, CheckpointError
-from model.transformer import InteractionModel
+from model.weights import checkpoint, manifest
+from model.weights.manifest import MANIFEST, CheckpointError
 from tests.model.damage import DAMAGES, edit_manifest, flip_bit
 
 RECIPE = "seed: 0\n"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
-from model import memory
+from model.backbone.state import SessionState
 from model.config import preset
-from model.state import SessionState
+from model.program import memory
 
 
 def test_a_state_that_does_not_fit_is_refused_before_it_is_made() -> None:

@@ -8,12 +8,12 @@ import torch
 from kernels import ops
 from kernels.errors import StaleWeightsError
 from kernels.layout import Segments
-from model import packs
+from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.inputs import Inputs
-from model.packs import StaleCopyError
-from model.transformer import InteractionModel
-from reward.model import RewardModel
+from model.weights import packs
+from model.weights.packs import StaleCopyError
+from reward.learned.model import RewardModel
 
 
 def model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> InteractionModel:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from model import startup
+from model.program import startup
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels.layout import SPLIT_TOKENS
+from model.backbone.state import ContextFull, SessionState, pages_per_slot, session_bytes
 from model.config import preset
-from model.state import ContextFull, SessionState, pages_per_slot, session_bytes
 from tests.model.cases import ROWS, in_pieces, random_rows, twins
 
 TINY = preset("tiny")

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from reward.bestofn import best_of, curve, mean
-from reward.pictures import best_of_n
+from reward.study.bestofn import best_of, curve, mean
+from reward.study.pictures import best_of_n
 
 
 @pytest.mark.parametrize("n", range(1, 8))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reward.calibrate import fit_temperature, plot, reliability
+from reward.learned.calibrate import fit_temperature, plot, reliability
 
 
 def synthetic(temperature: float, count: int = 20_000) -> np.ndarray:

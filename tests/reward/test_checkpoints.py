@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
-from model import manifest
-from reward.model import RewardModel
-from reward.preference import save_preferences
+from model.weights import manifest
+from reward.learned.model import RewardModel
+from reward.learned.preference import save_preferences
 from reward.train import BackboneRecipe, RewardTrainConfig, train
 from tests.model.damage import Payload, flip_bit
 from tests.reward.test_model import reward_model

@@ -10,18 +10,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from reward import corrupt as corrupt_module
 from reward import pairs as pairs_module
-from reward import plays as plays_module
-from reward.corrupt import FAULTS, Expert, corrupt
+from reward.learned import corrupt as corrupt_module
+from reward.learned import plays as plays_module
+from reward.learned.corrupt import FAULTS, Expert, corrupt
+from reward.rules.timing import runs
 from reward.score import score
-from reward.timing import runs
-from rollout.chunk import LISTEN, Action, speak
-from rollout.scenarios.base import Facts, Scenario
 from rollout.scenarios.demonstrate import NO_EDITS, enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
-from rollout.speech import SpeechBank
+from rollout.turn.action import LISTEN, Action, speak
+from rollout.world.base import Facts, Scenario
+from rollout.world.speech import SpeechBank
 
 CONFIG = ScenarioConfig()
 WORDS = ("breathe", "yes", "sure", "four", "two", "answer")

@@ -15,15 +15,15 @@ from trl import RewardConfig
 
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.tokenizer import load_tokenizer
-from model.transformer import InteractionModel
-from reward.graded import GradedTrainer, log_sigmoid
-from reward.model import RewardModel
-from reward.preference import table
+from model.weights import checkpoint
+from reward.learned.graded import GradedTrainer, log_sigmoid
+from reward.learned.model import RewardModel
+from reward.learned.preference import table
+from reward.learned.trainable import Collator, Trainable, doubt
 from reward.train import BackboneRecipe, RewardTrainConfig, _backbone, _optimizer
-from reward.trainable import Collator, Trainable, doubt
 from tests.kernels.contract import normal, threads
 from tests.reward.test_model import VOCABULARY, reward_model
 from tests.reward.test_trainable import AXES, pairs

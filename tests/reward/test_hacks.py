@@ -10,9 +10,9 @@ import pytest
 
 from reward import hacks
 from reward.source import RewardSource
-from rollout.scenarios.base import Scenario
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import SpeechBank
+from rollout.world.base import Scenario
+from rollout.world.speech import SpeechBank
 
 SEEDS = 100
 CONFIG = ScenarioConfig()

@@ -11,11 +11,11 @@ import pytest
 import soundfile
 
 from kernels.errors import MetronomeError
-from reward.human import read_labels
-from rollout.chunk import CHUNK_SAMPLES
+from reward.learned.human import read_labels
 from rollout.scenarios.registry import ScenarioConfig
+from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import chunk_ends
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(256)
 FIRST = [["listen"], ["listen"], ["speak", "four"]]

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint, manifest
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from reward.model import RewardModel, episode_scores
-from rollout.chunk import CHUNK_FRAMES, LISTEN, speak
-from rollout.transcript import Transcript, write_transcript
+from model.weights import checkpoint, manifest
+from reward.learned.model import RewardModel, episode_scores
+from rollout.record.transcript import Transcript, write_transcript
+from rollout.turn.action import CHUNK_FRAMES, LISTEN, speak
 from rollout.turn.grammar import Grammar, chunk_ends
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
 VOCABULARY = Vocabulary.build(256)

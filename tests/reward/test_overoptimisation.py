@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from reward.overoptimisation import Alarm, Point, WatchConfig, alarm
-from reward.pictures import overoptimisation
+from reward.study.overoptimisation import Alarm, Point, WatchConfig, alarm
+from reward.study.pictures import overoptimisation
 
 CONFIG = WatchConfig(drop=0.05, patience=2)
 PNG = b"\x89PNG\r\n"

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from reward.corrupt import FAULTS, FAULTS_OF
-from reward.plays import Played, Writer, segment_preferences
+from reward.learned.corrupt import FAULTS, FAULTS_OF
+from reward.learned.plays import Played, Writer, segment_preferences
 from reward.score import score
-from rollout.scenarios.base import Scenario
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Outcome
-from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.base import Scenario
+from rollout.world.speech import SpeechBank
 
 CONFIG = ScenarioConfig()
 WORDS = ("breathe", "yes", "sure", "four", "two", "answer")

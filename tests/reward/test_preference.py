@@ -14,7 +14,7 @@ import torch
 
 from kernels.errors import MetronomeError
 from model.tokenizer import AUDIO
-from reward.preference import Preference, Stretch, check, from_row, load_preferences, save_preferences, to_row
+from reward.learned.preference import Preference, Stretch, check, from_row, load_preferences, save_preferences, to_row
 from tests.reward.test_model import conversation
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
-from model.transformer import InteractionModel
-from reward.model import RewardModel
-from reward.prefixes import LEAST_ROWS, Stem, tree
-from rollout.chunk import CHUNK_FRAMES, LISTEN, Action, speak
-from rollout.transcript import Transcript, write_transcript
+from reward.learned.model import RewardModel
+from reward.learned.prefixes import LEAST_ROWS, Stem, tree
+from rollout.record.transcript import Transcript, write_transcript
+from rollout.turn.action import CHUNK_FRAMES, LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
 from tests.reward.test_model import VOCABULARY, conversation, reward_model
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from reward.model import RewardModel
+from reward.learned.model import RewardModel
 from reward.score import score
 from reward.source import RewardSource, SourceConfig
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 
 CONFIG = ScenarioConfig()
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from reward.score import score
-from rollout.chunk import LISTEN, speak
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import TimespeakFacts
 from rollout.scenarios.verdict import CONTENT, TIMING, Outcome, Score
+from rollout.turn.action import LISTEN, speak
 
 FACTS = TimespeakFacts(
     chunks=60, number="two", interval=10, request_start=2, number_end=5, request_end=9, stop_start=None, stop_end=None

@@ -2,8 +2,8 @@
 
 import pytest
 
-from reward.content import right_places, says, word_credit
-from reward.timing import (
+from reward.rules.content import right_places, says, word_credit
+from reward.rules.timing import (
     Run,
     graded,
     half_width,
@@ -13,7 +13,7 @@ from reward.timing import (
     take_over,
     take_over_rate,
 )
-from rollout.chunk import LISTEN, speak
+from rollout.turn.action import LISTEN, speak
 
 
 def test_runs() -> None:

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from reward.model import RewardModel, episode_scores
-from reward.preference import Preference, Stretch
-from reward.trainable import Collator, Trainable, stretch_scores
+from reward.learned.model import RewardModel, episode_scores
+from reward.learned.preference import Preference, Stretch
+from reward.learned.trainable import Collator, Trainable, stretch_scores
 from tests.reward.test_model import VOCABULARY, conversation, reward_model
 
 AXES = ("timing", "content")

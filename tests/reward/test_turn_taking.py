@@ -7,13 +7,13 @@ The episode: the user talks in chunks 2 to 20 with a pause in 8 to 11, and again
 import numpy as np
 import pytest
 
+from reward.rules.turn_taking import floor_items
 from reward.score import score
-from reward.timeline import timeline
-from reward.turn_taking import floor_items
-from rollout.chunk import LISTEN, Action, speak
+from reward.study.timeline import timeline
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.turn_taking import REPLY, Turn, TurnTakingFacts
 from rollout.scenarios.verdict import CONTENT, TIMING, Score
+from rollout.turn.action import LISTEN, Action, speak
 
 FIRST = Turn(2, ((8, 11),), 20, False)
 FACTS = TurnTakingFacts(60, (FIRST, Turn(32, (), 44, False)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rl import ranks
+from rl.learner import ranks
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-import rl.learner
-from model.checkpoint import weights_digest
+import rl.learner.deepspeed
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from rl import ranks
+from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig
-from rl.learner import Gradient, Learner
+from rl.learner import ranks
+from rl.learner.deepspeed import Gradient, Learner
 
 STEPS = 3
 

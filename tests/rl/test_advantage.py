@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rl.advantage import RunningScale, leave_one_out, reward_to_go, told_apart
+from rl.step.advantage import RunningScale, leave_one_out, reward_to_go, told_apart
 
 
 def test_reward_to_go_by_hand() -> None:

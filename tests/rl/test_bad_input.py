@@ -12,18 +12,18 @@ import soundfile
 import torch
 
 from kernels.errors import MetronomeError
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
+from model.weights import checkpoint
 from reward.source import Rewards
 from rl.config import RLConfig
-from rl.credit import token_weights
-from rl.learner import policy_gradient
+from rl.learner.deepspeed import policy_gradient
 from rl.run import Run, load_progress
+from rl.step.credit import token_weights
 from rl.train import parse
-from rollout.episode import Episode, load_episodes, save_episodes
-from rollout.speech import DEFAULT_FOLDER
-from rollout.vocabulary import Vocabulary
+from rollout.record.episode import Episode, load_episodes, save_episodes
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import DEFAULT_FOLDER
 from tests.rl.test_identity import episode as small_episode
 
 

@@ -19,9 +19,9 @@ BODY = """
 import sys
 from dataclasses import replace
 
-import rl.loop
+import rl.step.loop
 import rl.run
-from rl import ranks
+from rl.learner import ranks
 from rl.train import main as train
 from tests.episodes import with_text
 from tests.rl.audit.runs import flip

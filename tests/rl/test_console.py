@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from kernels.errors import MetronomeError
-from model import shipped
-from model.recipe import read_recipe
+from model.program import shipped
+from model.program.recipe import read_recipe
 from rl import console
 from rl.config import TrainConfig
 
@@ -52,7 +52,7 @@ def test_help_has_a_line_a_verb(arguments: list[str], capsys: pytest.CaptureFixt
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from rl import console; console.main(['--help']); "
-        "assert not {'torch', 'numpy', 'accelerate', 'rich', 'model.recipe'} & set(sys.modules)"
+        "assert not {'torch', 'numpy', 'accelerate', 'rich', 'model.program.recipe'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 

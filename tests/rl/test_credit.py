@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from reward.source import Rewards
-from rl.advantage import RunningScale
 from rl.config import RLConfig
-from rl.credit import Credit, token_weights
-from rollout.episode import Episode
+from rl.step.advantage import RunningScale
+from rl.step.credit import Credit, token_weights
+from rollout.record.episode import Episode
 from tests.rl.test_bad_input import small_episode
 
 CONFIG = RLConfig(rollouts=3, gamma=0.9)

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from kernels.errors import MetronomeError
-from model import manifest
-from model.startup import prepare_process
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
+from model.program.startup import prepare_process
+from model.weights import manifest
 from rl import run as run_module
 from rl.config import TrainConfig
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
-from rl.identity import Mismatch
 from rl.run import Progress, Run, build_model, save
+from rl.step.identity import Mismatch
 from rl.train import parse
 from tests.model.damage import DAMAGES, OPTIMIZER, Payload, edit_manifest
 

@@ -16,17 +16,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.adamw import AdamW
-from model.audio import DMel
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from rl import loop
+from model.senses.audio import DMel
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
-from rl.learner import Gradient, Learner, policy_gradient
+from rl.learner.deepspeed import Gradient, Learner, policy_gradient
 from rl.rollers import build_engine
+from rl.step import loop
 from rl.warmstart import demonstrations
 from rollout.play import play
-from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 
 MOVES = {
     *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "select"),

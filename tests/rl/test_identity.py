@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from rl.identity import Mismatch, NotComparableError, check_comparable, compare, unequal_bits
-from rollout.chunk import Action, Mode
-from rollout.episode import TEXT, Episode, Stream
+from rl.step.identity import Mismatch, NotComparableError, check_comparable, compare, unequal_bits
+from rollout.record.episode import TEXT, Episode, Stream
+from rollout.turn.action import Action, Mode
 
 
 def episode() -> Episode:
@@ -78,7 +78,7 @@ def test_a_stream_that_the_learner_does_not_score_is_not_comparable() -> None:
         check_comparable([dataclasses.replace(one, streams={**one.streams, "voice": one.text})], "c0", "w0")
 
 
-@pytest.mark.parametrize(("module", "uses"), [("rl.loop", False), ("rl.run", True)])
+@pytest.mark.parametrize(("module", "uses"), [("rl.step.loop", False), ("rl.run", True)])
 def test_the_loop_knows_no_audit(module: str, uses: bool) -> None:
     """Its caller does (the control)."""
     code = f"import sys, {module}; print(any(name.startswith('rl.audit') for name in sys.modules))"

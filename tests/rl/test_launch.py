@@ -46,8 +46,8 @@ def test_an_error_of_one_process_is_told_though_the_other_waits(tmp_path: Path, 
         f"""
 import torch.distributed as dist
 from kernels.errors import MetronomeError
-from rl import ranks
-from model.startup import import_deepspeed
+from rl.learner import ranks
+from model.program.startup import import_deepspeed
 
 def main():
     import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
@@ -69,7 +69,7 @@ def test_ranks_tensors_are_added_in_rank_order(tmp_path: Path) -> None:
         """
 import torch
 import torch.distributed as dist
-from rl import ranks
+from rl.learner import ranks
 
 def main():
     ranks.join()
@@ -95,7 +95,7 @@ def test_deepspeed_compiles_nothing_and_steps_as_adamw_does(tmp_path: Path) -> N
         tmp_path,
         """
 import os, torch
-from model.startup import import_deepspeed
+from model.program.startup import import_deepspeed
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.0,

@@ -14,17 +14,17 @@ import torch
 from kernels import ops
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
-from model import checkpoint
-from model.checkpoint import weights_digest
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from rl.batch import collate, score_choices
+from model.weights import checkpoint
+from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
-from rl.learner import Gradient, Learner, learning_rate, policy_gradient
+from rl.learner.deepspeed import Gradient, Learner, learning_rate, policy_gradient
+from rl.step.batch import collate, score_choices
 from rl.warmstart import demonstrations
-from rollout.speech import SpeechBank
-from rollout.transcript import Transcript
-from rollout.vocabulary import Vocabulary
+from rollout.record.transcript import Transcript
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, final_lr=1.0, clip_norm=0.5)
 CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=4))

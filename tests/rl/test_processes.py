@@ -9,8 +9,8 @@ from typing import Literal
 import pytest
 import torch
 
-from model.checkpoint import weights_digest
-from rl.learner import Learner
+from model.weights.checkpoint import weights_digest
+from rl.learner.deepspeed import Learner
 from tests.rl.steps_of_ranks import STEPS, gradient, learner, take
 from tests.settings import run
 

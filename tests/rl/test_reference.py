@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
+from model.weights import checkpoint
 from reward.source import Rewards
 from rl import reference
 from rl.config import RLConfig
-from rl.credit import token_weights
 from rl.reference import Reference
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rl.step.credit import token_weights
+from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import SpeechBank
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 from tests.rl.test_identity import episode as small_episode
 
 GROUP = 2

@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 
 from kernels.errors import MetronomeError
-from model.audio import DMel
+from model.senses.audio import DMel
 from rl.samples import heard, sample, samples
-from rollout.chunk import CHUNK_SAMPLES, Action, Mode
-from rollout.episode import Episode, save_episodes
+from rollout.record.episode import Episode, save_episodes
+from rollout.record.timeline import moments
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig, scenario
 from rollout.show import main
-from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.timeline import moments
+from rollout.turn.action import CHUNK_SAMPLES, Action, Mode
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reward.overoptimisation import Alarm, Point, WatchConfig
+from reward.study.overoptimisation import Alarm, Point, WatchConfig
 from rl import watch
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder

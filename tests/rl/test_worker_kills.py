@@ -14,15 +14,15 @@ from itertools import islice
 import pytest
 
 from reward.source import RewardSource
-from rl import loop
 from rl.config import RLConfig, TrainConfig
-from rl.learner import Learner
+from rl.learner.deepspeed import Learner
 from rl.rollers import start_roller
 from rl.run import build_model
-from rollout.episode import Episode
+from rl.step import loop
+from rollout.engines.workers.pool import ATTEMPTS, WorkerPool
 from rollout.play import Play
-from rollout.speech import SpeechBank
-from rollout.workers import ATTEMPTS, WorkerPool
+from rollout.record.episode import Episode
+from rollout.world.speech import SpeechBank
 from tests.episodes import unequal_fields
 
 KILLS = 30

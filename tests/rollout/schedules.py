@@ -16,12 +16,12 @@ import torch
 
 from kernels import ops
 from kernels.layout import SPLIT_TOKENS
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from rollout.chunk import CHUNK_SAMPLES
-from rollout.engine import Engine
+from rollout.engines.engine import Engine
+from rollout.engines.session import Session
 from rollout.seeds import session_key
-from rollout.session import Session
+from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import AUDIO_ROWS, most_rows
 from rollout.turn.observation import Observation
 from tests.episodes import unequal_fields

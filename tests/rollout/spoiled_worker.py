@@ -12,9 +12,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from rollout import worker
-from rollout.episode import pack_episodes, unpack_episodes
-from rollout.task import READY, Reply, seal
+from rollout.engines.workers import worker
+from rollout.engines.workers.task import READY, Reply, seal
+from rollout.record.episode import pack_episodes, unpack_episodes
 
 
 def next_kind() -> str:

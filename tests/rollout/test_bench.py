@@ -15,9 +15,9 @@ from kernels.layout import Segments
 from rollout.bench import __main__ as bench
 from rollout.bench import overhead, serving, text, workers
 from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
-from rollout.chunk import Action
-from rollout.embedded import SessionEngine
-from rollout.session import Session
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.session import Session
+from rollout.turn.action import Action
 
 
 @torch.no_grad()

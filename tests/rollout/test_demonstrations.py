@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from reward.score import score
-from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, speak
-from rollout.scenarios.base import Scenario
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import REMINDER
 from rollout.scenarios.verdict import TIMING, Outcome, Score
-from rollout.speech import SpeechBank
+from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
+from rollout.world.base import Scenario
+from rollout.world.speech import SpeechBank
 
 CONFIG = ScenarioConfig()
 SEEDS = 200

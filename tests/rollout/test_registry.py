@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from kernels.errors import MetronomeError
+from reward.rules.timespeak import TIMESPEAK, TimespeakSettings
 from reward.score import score
-from reward.timespeak import TIMESPEAK, TimespeakSettings
 from rl.run import check_shares
 from rl.train import parse
-from rollout.chunk import LISTEN
 from rollout.scenarios.family import Family
 from rollout.scenarios.registry import SHIPPED, ScenarioConfig, find
+from rollout.turn.action import LISTEN
 from tests.reward.test_timespeak import FACTS
 
 BOTH = "[timespeak, tests.examples.confide:FAMILY]"

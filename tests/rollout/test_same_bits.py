@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.audio import DMel
+from model.senses.audio import DMel
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.scenarios.sound import NOISES, amplitude, noise
 from rollout.seeds import generator
-from rollout.speech import SpeechBank
+from rollout.world.sound import NOISES, amplitude, noise
+from rollout.world.speech import SpeechBank
 from tests.settings import SETTINGS, run
 
 LIBRARIES = ("MKL compatible", "torch without vectors", "numpy without its vector code", "glibc without FMA")

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.audio import SAMPLE_RATE_HZ
-from reward.timespeak import TimespeakSettings
-from reward.turn_taking import TurnTakingSettings
-from rollout.chunk import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
-from rollout.scenarios.base import Scenario, User
+from model.senses.audio import SAMPLE_RATE_HZ
+from reward.rules.timespeak import TimespeakSettings
+from reward.rules.turn_taking import TurnTakingSettings
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.scenarios.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, amplitude, noise
 from rollout.scenarios.timespeak import REMINDER, TimespeakFacts
 from rollout.scenarios.turn_taking import Turn, TurnTakingFacts
-from rollout.speech import SpeechBank
+from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
 from rollout.turn.observation import audio_of
+from rollout.world.base import Scenario, User
+from rollout.world.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, amplitude, noise
+from rollout.world.speech import SpeechBank
 
 CONFIG = ScenarioConfig()
 

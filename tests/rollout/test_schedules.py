@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.state import SessionState
-from rl.batch import collate, score_choices
-from rollout.embedded import SessionEngine
-from rollout.vocabulary import Vocabulary
+from model.backbone.state import SessionState
+from rl.step.batch import collate, score_choices
+from rollout.engines.embedded import SessionEngine
+from rollout.turn.vocabulary import Vocabulary
 from tests.rollout.schedules import SIZES, Planner, Schedule, failed, make_model
 
 STEPS = 100

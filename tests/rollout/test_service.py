@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
 from rollout.bench.overhead import heap_bytes
-from rollout.chunk import CHUNK_SAMPLES
-from rollout.embedded import SessionEngine
-from rollout.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
+from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import context_rows
 from rollout.turn.observation import MissingSenseError, Observation
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 MAX_CHUNKS = 12
 RECORD = ("tokens", "sampled", "logprob", "digest", "actions")

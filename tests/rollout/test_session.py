@@ -7,21 +7,21 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
+from model.backbone.state import ContextFull
+from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.inputs import Inputs
 from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
-from model.state import ContextFull
-from model.transformer import InteractionModel
-from rl.batch import collate, score_choices
-from rl.identity import compare
-from rollout.chunk import CHUNK_SAMPLES, Mode
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode, concatenate, tensors
+from rl.step.batch import collate, score_choices
+from rl.step.identity import compare
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.session import Session
+from rollout.record.episode import Episode, concatenate, tensors
+from rollout.record.transcript import write_transcript
 from rollout.seeds import session_key
-from rollout.session import Session
-from rollout.transcript import write_transcript
+from rollout.turn.action import CHUNK_SAMPLES, Mode
 from rollout.turn.observation import Observation, of_audio
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 CHUNKS = 12
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
 from rollout.bench.sharing import Separate
-from rollout.chunk import CHUNK_SAMPLES
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.session import Session
 from rollout.play import Play, play
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import session_key
-from rollout.session import Session
-from rollout.speech import SpeechBank
+from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.observation import Observation, of_audio
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
 from tests.episodes import unequal_fields
 
 GROUP = 4

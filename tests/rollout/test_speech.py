@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from model.audio import SAMPLE_RATE_HZ
-from rollout.speech import DEFAULT_FOLDER, NUMBER_WORDS, RESERVED_WORDS, SpeechBank, SpeechError
+from model.senses.audio import SAMPLE_RATE_HZ
+from rollout.world.speech import DEFAULT_FOLDER, NUMBER_WORDS, RESERVED_WORDS, SpeechBank, SpeechError
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from kernels.errors import MetronomeError
-from rollout.chunk import LISTEN
-from rollout.episode import TEXT, Episode, Stream, load_episodes, pack_episodes, save_episodes, unpack_episodes
-from rollout.task import Reply, Task, Wanted, check, cuts, seal, unseal
+from rollout.engines.workers.task import Reply, Task, Wanted, check, cuts, seal, unseal
+from rollout.record.episode import TEXT, Episode, Stream, load_episodes, pack_episodes, save_episodes, unpack_episodes
+from rollout.turn.action import LISTEN
 from tests.episodes import unequal_fields, with_text
 
 WANTED = Wanted("timespeak", "train", 3, 1, chunks=2)

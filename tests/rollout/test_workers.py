@@ -18,19 +18,19 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
+from model.backbone.state import ContextFull
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.state import ContextFull
-from model.transformer import InteractionModel
-from rollout import workers
 from rollout.bench.workers import cpu_s
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.workers import pool as workers
+from rollout.engines.workers.pool import WorkerPool
+from rollout.engines.workers.task import Setup
 from rollout.play import Play, play
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.speech import DEFAULT_FOLDER, SpeechBank
-from rollout.task import Setup
-from rollout.vocabulary import Vocabulary
-from rollout.workers import WorkerPool
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 from tests.episodes import unequal_fields
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
 from rl.audit.diagnosis.differences import OpDifference, Traces, compare_traces, first_unequal
 from rl.audit.diagnosis.suspects import suspects
 from rl.audit.document import to_json
 from rl.audit.table import Cell, Table
-from rl.identity import Evidence, Mismatch
-from rollout.vocabulary import Vocabulary
+from rl.step.identity import Evidence, Mismatch
+from rollout.turn.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

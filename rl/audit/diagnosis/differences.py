@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
-from model.transformer import InteractionModel
 from rl.audit.diagnosis import trace
 from rl.audit.diagnosis.trace import Entry, Trace
-from rollout.episode import Episode
+from rollout.record.episode import Episode
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from itertools import permutations
 import torch
 
 from kernels import dispatch, ops
-from model.checkpoint import weights_digest
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
+from model.weights.checkpoint import weights_digest
 from rl.audit.diagnosis.differences import OpDifference, Traces, first_unequal, unequal_values
-from rollout.episode import Episode
+from rollout.record.episode import Episode
 
 FEW_ROWS = 8
 """Below so many rows torch's own fp32 linear takes other paths on the CPUs tried (tests/model/test_identity.py)."""

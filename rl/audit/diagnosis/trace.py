@@ -18,12 +18,12 @@ from torch import Tensor
 
 from kernels.layout import PackedExperts, PackedLinear
 from kernels.observe import Call, observed
+from model.backbone.state import SessionState
+from model.backbone.transformer import Capture, InteractionModel
 from model.inputs import Inputs
 from model.logprob import TokenClasses
-from model.state import SessionState
-from model.transformer import Capture, InteractionModel
-from rl.batch import collate
-from rollout.episode import Episode
+from rl.step.batch import collate
+from rollout.record.episode import Episode
 from rollout.seeds import session_key, token_key
 
 _UNNAMED = re.compile(r"\.(weight|conv1d\.weight|e_score_correction_bias|rel_logits_proj\.proj)$")

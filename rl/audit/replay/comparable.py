@@ -13,11 +13,11 @@ from kernels import dispatch
 from model.config import MEL_BINS
 from rl.audit.document import Reason
 from rl.config import TrainConfig
-from rollout.chunk import CHUNK_FRAMES
-from rollout.episode import Episode, tensors
-from rollout.transcript import write_transcript
+from rollout.record.episode import Episode, tensors
+from rollout.record.transcript import write_transcript
+from rollout.turn.action import CHUNK_FRAMES
 from rollout.turn.grammar import Grammar
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 DTYPES = {
     "tokens": torch.int64,

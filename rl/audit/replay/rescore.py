@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from model import checkpoint, manifest, packs
-from model.transformer import InteractionModel
+from model.backbone.transformer import InteractionModel
+from model.weights import checkpoint, manifest, packs
 from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.document import Reason
 from rl.audit.records import Records
 from rl.audit.replay.comparable import incomparable, other_contract
-from rl.batch import collate, score_choices
-from rl.identity import Evidence, Mismatch, compare, unequal_bits
-from rollout.episode import Episode, load_episodes
-from rollout.vocabulary import Vocabulary
+from rl.step.batch import collate, score_choices
+from rl.step.identity import Evidence, Mismatch, compare, unequal_bits
+from rollout.record.episode import Episode, load_episodes
+from rollout.turn.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class CheckedStep:
     step: int
     episodes: list[CheckedEpisode]
     weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
-    packs_digest: str | None = None  # of the packed copies that these weights give here (`model.packs`)
+    packs_digest: str | None = None  # of the packed copies that these weights give here (`model.weights.packs`)
     diagnosis: Diagnosis | None = None  # of its first difference
 
     @property

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from kernels.cpu import library
-from model.files import write_whole
+from model.program.files import write_whole
 
 INTEGER, FLOAT, ADDRESS = range(3)
 DATA_PTR = torch.Tensor.data_ptr

@@ -9,8 +9,8 @@ from kernels import dispatch
 from kernels.dispatch import contract_id, substituted
 from kernels.errors import MetronomeError
 from kernels.reference import naive
-from model.state import SessionState
-from model.transformer import InteractionModel
+from model.backbone.state import SessionState
+from model.backbone.transformer import InteractionModel
 from tests.model.cases import ROWS, in_pieces, random_rows, twins, whole
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # of the largest hidden value

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from model import checkpoint, packs
-from rl import loop
+from model.weights import checkpoint, packs
 from rl.environment import environment
 from rl.folder import RunFolder
 from rl.rollers import build_engine
 from rl.run import build_model
+from rl.step import loop
 from rl.train import parse
-from rollout.episode import Episode, load_episodes, save_episodes
 from rollout.play import play
-from rollout.speech import SpeechBank
+from rollout.record.episode import Episode, load_episodes, save_episodes
+from rollout.world.speech import SpeechBank
 
 STEPS = 2
 RECIPE = {"name": "small", "rl.steps": STEPS, "rl.groups": 2, "rl.rollouts": 2, "rl.micro_batch": 3}

@@ -15,12 +15,12 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model import checkpoint, manifest
+from model.weights import checkpoint, manifest
 from rl.audit.command import main
 from rl.audit.report import audit
 from rl.audit.schema import schema
-from rollout.chunk import Action, Mode
-from rollout.episode import Episode, load_episodes
+from rollout.record.episode import Episode, load_episodes
+from rollout.turn.action import Action, Mode
 from tests.episodes import with_text
 from tests.model.damage import flip_bit
 from tests.rl.audit.runs import STEPS, changed, first_file, flip, tamper

@@ -16,7 +16,7 @@ from rl.audit.command import main
 from rl.audit.compare import compare_runs
 from rl.audit.document import to_json
 from rl.audit.schema import schema
-from rollout.episode import load_episodes, save_episodes
+from rollout.record.episode import load_episodes, save_episodes
 from tests.episodes import with_text
 from tests.rl.audit.runs import changed, first_file, flip, tamper
 

@@ -18,21 +18,21 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.layout import PackedLinear
 from kernels.reference import attention as reference_attention
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from rl import ranks
 from rl.audit.diagnosis import trace
 from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.diagnosis.differences import compare_traces
 from rl.config import TrainConfig
-from rl.identity import Evidence, NotEqualError, check_identity
-from rl.learner import Gradient, policy_gradient
+from rl.learner import ranks
+from rl.learner.deepspeed import Gradient, policy_gradient
 from rl.run import DIFFERENCE, Run
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rl.step.identity import Evidence, NotEqualError, check_identity
+from rollout.engines.embedded import SessionEngine
+from rollout.record.episode import Episode
 from rollout.seeds import session_key
 from rollout.turn.observation import of_audio
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
 CHUNKS = 16  # about 110 rows: past the first split of keys

@@ -16,7 +16,7 @@ from rl.audit.compare import compare_runs
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep, rescore
 from rl.audit.report import audit, run_page
-from rollout.chunk import Action, Mode
+from rollout.turn.action import Action, Mode
 from tests.episodes import with_text
 from tests.rl.audit.browser import Tab, chromium, tab
 from tests.rl.audit.runs import first_file, flip, record, tamper

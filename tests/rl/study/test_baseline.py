@@ -10,9 +10,9 @@ import torch
 
 from kernels import dispatch
 from kernels.reference import naive
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
+from model.weights import checkpoint
 from rl.study import baseline
 from tests.kernels.contract import uneven
 

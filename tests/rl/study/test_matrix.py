@@ -17,21 +17,21 @@ import pytest
 import torch
 
 from kernels.reference import naive
-from model import checkpoint
+from model.backbone.state import SessionState
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.state import SessionState
-from model.transformer import InteractionModel
+from model.weights import checkpoint
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.document import to_json
-from rl.identity import Evidence, NotEqualError, check_identity
-from rl.learner import policy_gradient
+from rl.learner.deepspeed import policy_gradient
+from rl.step.identity import Evidence, NotEqualError, check_identity
 from rl.study import lesson, matrix, variants
 from rl.study.lesson import completions
 from rl.study.variants import Variant, _scatter, whole
-from rollout.chunk import CHUNK_SAMPLES, Action
-from rollout.episode import Episode
-from rollout.scenarios.base import Scenario, User
+from rollout.record.episode import Episode
+from rollout.turn.action import CHUNK_SAMPLES, Action
 from rollout.turn.observation import Observation
+from rollout.world.base import Scenario, User
 from tests.episodes import with_text
 from tests.kernels.contract import uneven
 

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
 from rl.study.traffic import episode_bytes, main, traffic
-from rollout.chunk import CHUNK_SAMPLES, Mode
-from rollout.embedded import SessionEngine
-from rollout.episode import tensors
+from rollout.engines.embedded import SessionEngine
+from rollout.record.episode import tensors
+from rollout.turn.action import CHUNK_SAMPLES, Mode
 from rollout.turn.observation import of_audio
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 
 def test_episode_bytes_are_those_of_a_real_episode() -> None:

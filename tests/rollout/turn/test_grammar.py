@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rollout.chunk import CHUNK_FRAMES, LISTEN, Action, Mode, speak
-from rollout.transcript import write_transcript
+from rollout.record.transcript import write_transcript
+from rollout.turn.action import CHUNK_FRAMES, LISTEN, Action, Mode, speak
 from rollout.turn.grammar import Grammar, chunk_ends, chunk_starts, context_rows, most_rows, row_class, turn_rows
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(256)
 WORDS = ("one", "two", "three", "four")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
-from rollout.embedded import SessionEngine
+from rollout.engines.embedded import SessionEngine
 from rollout.turn.observation import MissingSenseError, Observation, audio_of, of_audio
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 SILENCE = torch.zeros(3200)
 

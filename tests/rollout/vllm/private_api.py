@@ -1,4 +1,4 @@
-"""The points of vLLM's private interfaces that `rollout.vllm` leans on, as one line each.
+"""The points of vLLM's private interfaces that `rollout.engines.vllm` leans on, as one line each.
 
 ``python -m tests.rollout.vllm.private_api`` writes them to private_api.json for the installed vLLM: to be run, and its
 difference read, when the pinned version changes.

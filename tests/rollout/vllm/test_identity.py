@@ -17,25 +17,25 @@ import torch
 
 from kernels import ops
 from kernels.errors import MetronomeError
+from model.backbone.state import ContextFull
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.state import ContextFull
-from model.transformer import InteractionModel
-from rl.batch import collate, score_choices
-from rl.identity import compare
-from rollout.chunk import CHUNK_SAMPLES
-from rollout.embedded import SessionEngine
-from rollout.engine import Engine
-from rollout.episode import concatenate
+from rl.step.batch import collate, score_choices
+from rl.step.identity import compare
+from rollout.engines.embedded import SessionEngine
+from rollout.engines.engine import Engine
+from rollout.engines.session import Session
+from rollout.record.episode import concatenate
 from rollout.seeds import session_key
-from rollout.session import Session
+from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.observation import MissingSenseError, Observation, of_audio
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
 
-from rollout.vllm.engine import VllmEngine  # noqa: E402
+from rollout.engines.vllm.engine import VllmEngine  # noqa: E402
 
 SESSIONS, CHUNKS = 16, 20
 SIZES = {"slots": 20, "max_tokens": 320, "words_per_chunk": 3, "keep_hidden": True}

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import checkpoint
+from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.transformer import InteractionModel
+from model.weights import checkpoint
 from rl.study import matrix
 from rl.study.variants import Variant
-from rollout.speech import SpeechBank
+from rollout.world.speech import SpeechBank
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ from kernels.layout import CONV_TAPS, SPLIT_TOKENS, Segments
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
 
-from rollout.vllm.pages import PAST, PageWindows, Rows, plan  # noqa: E402
+from rollout.engines.vllm.pages import PAST, PageWindows, Rows, plan  # noqa: E402
 
 CHANNELS, TAIL = 5, 10
 

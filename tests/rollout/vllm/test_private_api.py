@@ -8,7 +8,7 @@ import json
 import pytest
 
 from kernels.errors import MetronomeError
-from rollout.vllm import process
+from rollout.engines.vllm import process
 from tests.rollout.vllm.private_api import FILE, described, moved
 
 

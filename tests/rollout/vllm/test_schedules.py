@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollout.embedded import SessionEngine
-from rollout.vocabulary import Vocabulary
+from rollout.engines.embedded import SessionEngine
+from rollout.turn.vocabulary import Vocabulary
 from tests.rollout.schedules import FEW_PAGES, SIZES, Planner, make_model, play, unequal
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -27,8 +27,8 @@ pytest.importorskip("vllm")
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
 
-from rollout.vllm import pages  # noqa: E402
-from rollout.vllm.engine import VllmEngine  # noqa: E402
+from rollout.engines.vllm import pages  # noqa: E402
+from rollout.engines.vllm.engine import VllmEngine  # noqa: E402
 
 SCHEDULES, STEPS = 4, 100
 SMALL_STEP = 24

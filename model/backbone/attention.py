@@ -1,0 +1,127 @@
+"""Inkling's attention: fused q/k/v/r projection, short convolutions on k and v, per-head norms, relative bias.
+
+Knows one layer and packed rows; where keys lie is the session state's affair. k and v share one convolution call over
+their adjoining columns (depthwise: no column knows another), so a layer has three windows in memory for Inkling's four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import InklingConfig
+
+from kernels import ops
+from kernels.layout import CONV_TAPS, PackedLinear, Segments
+from model import config as shapes
+from model.backbone.embed import Weight
+from model.backbone.state import LayerState, Windows
+
+
+class ShortConv(nn.Module):
+    """Weights [C, 1, 4] of a depthwise convolution; always fp32, as Inkling keeps them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1d = Weight(channels, 1, CONV_TAPS, dtype=torch.float32)
+
+    def taps(self) -> Tensor:
+        """[C, 4], differentiable."""
+        return self.conv1d.weight.view(-1, CONV_TAPS)
+
+
+def short_conv(x: Tensor, taps: Tensor, segments: Segments, past: Windows | None) -> Tensor:
+    """`kernels.ops.short_conv`, wherever the windows are kept."""
+    if past is None or isinstance(past, Tensor):
+        return ops.short_conv(x, taps, segments, past)
+    return past(x, taps, segments)
+
+
+@dataclass(slots=True)
+class _Packed:
+    """What the forward reads, looked up once: module attributes cost a microsecond each, which counts at one token."""
+
+    qkvr: PackedLinear
+    out: PackedLinear
+    q_norm: Tensor  # [head]
+    k_norm: Tensor  # [head]
+    rel_proj: Tensor  # [C, extent]
+    kv_taps: Tensor  # [2 * kv, 4] detached
+
+
+class RelativeBias(nn.Module):
+    """``proj`` [d_rel, extent]: profiles of bias over distance, mixed by each row's relative states."""
+
+    def __init__(self, d_rel: int, extent: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.empty(d_rel, extent, dtype=dtype))
+
+
+class Attention(nn.Module):
+    packed: _Packed  # set by `pack`
+
+    def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        text = config.text_config
+        width, self.eps = text.hidden_size, text.rms_norm_eps
+        self.heads, self.kv_heads, self.head_dim = shapes.heads(text, layer)
+        self.window = shapes.window(text, layer)
+        self.scale = 1.0 / self.head_dim  # q and k are normed per head, hence not the square root
+        q, kv, rel = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.heads * text.d_rel
+        self.columns = (q, 2 * kv, rel)
+        self.d_rel = text.d_rel
+        self.q_proj = Weight(q, width, dtype=dtype)
+        self.k_proj = Weight(kv, width, dtype=dtype)
+        self.v_proj = Weight(kv, width, dtype=dtype)
+        self.r_proj = Weight(rel, width, dtype=dtype)
+        self.o_proj = Weight(width, q, dtype=dtype)
+        self.k_sconv = ShortConv(kv)
+        self.v_sconv = ShortConv(kv)
+        self.q_norm = Weight(self.head_dim, dtype=dtype)
+        self.k_norm = Weight(self.head_dim, dtype=dtype)
+        extent = text.sliding_window_size if self.window else text.rel_extent
+        self.rel_logits_proj = RelativeBias(text.d_rel, extent, dtype)
+
+    def _kv_taps(self) -> Tensor:
+        return torch.cat((self.k_sconv.taps(), self.v_sconv.taps()))
+
+    def derived(self) -> dict[str, Tensor]:
+        """What the forward reads of the parameters beside the packs, as they are now."""
+        return {"kv_taps": self._kv_taps().detach()}
+
+    def pack(self) -> None:
+        self.packed = _Packed(
+            qkvr=ops.pack_linear(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.r_proj.weight),
+            out=ops.pack_linear(self.o_proj.weight),
+            q_norm=self.q_norm.weight,
+            k_norm=self.k_norm.weight,
+            rel_proj=self.rel_logits_proj.proj,
+            **self.derived(),
+        )
+
+    def repack(self) -> None:
+        ops.repack(self.packed.qkvr)
+        ops.repack(self.packed.out)
+        self.packed.kv_taps = self.derived()["kv_taps"]
+
+    def forward(self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None) -> Tensor:
+        """x [T, D] normed -> [T, D]. tau fp32 [T] scales the scores of global layers (None in sliding ones)."""
+        w, rows, head = self.packed, x.shape[0], self.head_dim
+        q, kv, rel = ops.linear(x, w.qkvr).split(self.columns, 1)
+        taps = self._kv_taps() if torch.is_grad_enabled() else w.kv_taps
+        kv = short_conv(kv, taps, segments, None if state is None else state.kv_conv).view(rows, -1, head)
+        k, v = kv[:, : self.kv_heads], kv[:, self.kv_heads :]
+        out = ops.attention(
+            ops.rms_norm(q.view(rows, -1, head), w.q_norm, self.eps),
+            ops.rms_norm(k, w.k_norm, self.eps),
+            v,
+            rel.view(rows, -1, self.d_rel),
+            w.rel_proj,
+            segments,
+            scale=self.scale,
+            window=self.window,
+            tau=tau,
+            cache=None if state is None else state.kv,
+        )
+        return ops.linear(out.view(rows, -1), w.out)

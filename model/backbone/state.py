@@ -1,0 +1,265 @@
+"""What sessions remember between calls: paged keys and values, convolution windows, positions.
+
+Everything is allocated when the state is made; appending allocates nothing. Knows slots and rows, nothing of tokens or
+audio. Layers of one kind (global, sliding) share a page table, since they hold the same positions. A page is one
+attention split, so a shared page reads the same bits as a copied one, and a fork's future equals its origin's.
+
+At the context limit the state raises `ContextFull`: it never drops early rows silently, since that would change what
+the policy had seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import InklingConfig, InklingTextConfig
+
+from kernels import dispatch
+from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PagedKV, Segments
+from model import config as shapes
+from model.program.memory import check_room
+
+
+class ContextFull(RuntimeError):
+    """A session was asked to hold more rows than ``max_tokens``."""
+
+
+Windows = Tensor | Callable[[Tensor, Tensor, Segments], Tensor]
+"""Convolution windows of one op, the last three inputs of each slot, oldest first: a tensor [slots, 3, C], or whoever
+keeps them elsewhere, called as ``(x, taps, segments)`` to convolve and to remember."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One layer of every slot."""
+
+    kv: PagedKV
+    kv_conv: Windows  # C = 2 * H_kv * D: k and v, side by side
+    attn_conv: Windows  # C = width
+    mlp_conv: Windows  # C = width
+
+
+class _Pages:
+    """Page ids of one kind of layer: which slot holds which, and how many slots share each."""
+
+    def __init__(self, pages: int, slots: int, max_pages: int, window: int | None, device: torch.device) -> None:
+        self.host = torch.full((slots, max_pages), -1, dtype=torch.int32)
+        self.rows = self.host.numpy()  # same memory; a scalar store here is ten times cheaper than through torch
+        self.table = self.host if device.type == "cpu" else self.host.to(device)  # what kernels read
+        self.changed = False
+        self.free = list(range(pages - 1, -1, -1))
+        self.users = [0] * pages
+        self.held: list[dict[int, int]] = [{} for _ in range(slots)]  # slot -> {page index: page id}, ascending
+        self.window = window
+
+    def first_seen(self, start: int) -> int:
+        """Index of the first page that a row at position ``start`` or later can see."""
+        return 0 if self.window is None else max(0, start - self.window + 1) // SPLIT_TOKENS
+
+    def reserve(self, slot: int, start: int, end: int) -> None:
+        """Pages for the rows start … end - 1; gives back those that no row from ``start`` on can see."""
+        held, keep = self.held[slot], self.first_seen(start)
+        for index in [i for i in held if i < keep]:
+            self._release(slot, index)
+        for index in range(start // SPLIT_TOKENS, (end - 1) // SPLIT_TOKENS + 1):
+            if index not in held:
+                self._take(slot, index)
+
+    def fork(self, origin: int, slot: int, length: int) -> tuple[int, int] | None:
+        """Shares the full pages; returns (page to copy from, to copy to) for a last, partly filled one."""
+        copy = None
+        for index, page in self.held[origin].items():
+            if (index + 1) * SPLIT_TOKENS <= length:
+                self.users[page] += 1
+                self._set(slot, index, page)
+            else:
+                copy = page, self._take(slot, index)
+        return copy
+
+    def close(self, slot: int) -> None:
+        for index in list(self.held[slot]):
+            self._release(slot, index)
+
+    def _take(self, slot: int, index: int) -> int:
+        page = self.free.pop()
+        self.users[page] = 1
+        self._set(slot, index, page)
+        return page
+
+    def show(self) -> None:
+        """Lets kernels see the table as it is."""
+        if self.changed and self.table is not self.host:
+            self.table.copy_(self.host, non_blocking=True)
+        self.changed = False
+
+    def _set(self, slot: int, index: int, page: int) -> None:
+        self.held[slot][index] = page
+        self.rows[slot, index] = page
+        self.changed = True
+
+    def _release(self, slot: int, index: int) -> None:
+        page = self.held[slot].pop(index)
+        self.rows[slot, index] = -1
+        self.changed = True
+        self.users[page] -= 1
+        if self.users[page] == 0:
+            self.free.append(page)
+
+
+class SessionState:
+    """Slots for sessions of one model. ``extend`` hands out rows; the model's forward fills them."""
+
+    def __init__(
+        self,
+        config: InklingConfig,
+        slots: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        max_rows: int = 1024,
+        device: torch.device | None = None,
+    ) -> None:
+        """``max_tokens``: rows a session can hold. ``max_rows``: rows in one call, over all sessions.
+
+        The latter bounds the pages that sliding layers need beyond their window while a call runs. Longer prefills go
+        in several calls, to the same bits. Raises MetronomeError when there is no memory for all this."""
+        if slots < 1 or max_tokens < 1 or max_rows < 1:
+            raise ValueError(f"SessionState: slots {slots}, max_tokens {max_tokens}, max_rows {max_rows} must be >= 1")
+        text = config.text_config
+        self.slots, self.max_tokens, self.max_rows = slots, max_tokens, max_rows
+        max_pages = -(-max_tokens // SPLIT_TOKENS)
+        counts: dict[int | None, int] = {None: slots * max_pages}
+        counts[text.sliding_window_size] = pages_per_slot(text.sliding_window_size, max_pages) * slots + min(
+            slots * max_pages, -(-max_rows // SPLIT_TOKENS)
+        )
+        windows = [shapes.window(text, i) for i in range(text.num_hidden_layers)]
+        sizes = [_layer_sizes(text, i, counts[window], slots) for i, window in enumerate(windows)]
+        device = device or dispatch.device()
+        check_room(
+            sum(math.prod(size) for layer in sizes for size in layer) * dtype.itemsize,
+            f"{slots} sessions of up to {max_tokens} tokens",
+            "lower the number of slots (rl.groups, rl.rollouts) or of tokens (rollout.max_tokens)",
+            device,
+        )
+        self._pages = {w: _Pages(counts[w], slots, max_pages, w, device) for w in dict.fromkeys(windows)}
+        self.layers: list[LayerState] = []
+        self.pasts: list[list[Tensor]] = []  # every layer's convolution windows
+        for window, layer in zip(windows, sizes, strict=True):
+            # Written to, not only asked for: the system hands out memory when it is first touched, not before.
+            key, value, *past = (torch.empty(size, dtype=dtype, device=device).zero_() for size in layer)
+            self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
+            self.pasts.append(past)
+        self._windows = windows
+        self._length = [-1] * slots  # -1: closed
+        self._free = list(range(slots - 1, -1, -1))
+        self._decode: tuple[list[int], Tensor, Tensor] = ([], torch.empty(0), torch.empty(0))
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def open_slots(self) -> int:
+        return self.slots - len(self._free)
+
+    def open(self) -> int:
+        """A slot at length 0."""
+        if not self._free:
+            raise RuntimeError(f"SessionState: all {self.slots} slots are open; close one or make the state with more")
+        slot = self._free.pop()
+        self._length[slot] = 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        self.length(slot)
+        for pages in self._pages.values():
+            pages.close(slot)
+        self._length[slot] = -1
+        self._free.append(slot)
+
+    def fork(self, slot: int) -> int:
+        """A new slot with the same past: full pages are shared, the last one and the convolution windows copied."""
+        length = self.length(slot)
+        twin = self.open()
+        copies = {window: pages.fork(slot, twin, length) for window, pages in self._pages.items()}
+        for window, layer, pasts in zip(self._windows, self.layers, self.pasts, strict=True):
+            if (copy := copies[window]) is not None:
+                layer.kv.key[copy[1]] = layer.kv.key[copy[0]]
+                layer.kv.value[copy[1]] = layer.kv.value[copy[0]]
+            for past in pasts:
+                past[twin] = past[slot]
+        self._length[twin] = length
+        return twin
+
+    def length(self, slot: int) -> int:
+        """Rows that the slot holds."""
+        if not 0 <= slot < self.slots or self._length[slot] < 0:
+            raise ValueError(f"SessionState: slot {slot} is not open (slots 0..{self.slots - 1})")
+        return self._length[slot]
+
+    def rows_left(self, slot: int) -> int:
+        return self.max_tokens - self.length(slot)
+
+    def extend(self, slots: list[int], lengths: list[int]) -> Segments:
+        """Reserves ``lengths[s]`` further rows for ``slots[s]`` and advances them; the result goes to the forward.
+
+        Raises before it changes anything: ContextFull past the limit, ValueError for a closed slot or too many rows."""
+        starts = [self.length(slot) for slot in slots]
+        if len(set(slots)) != len(slots) or len(slots) != len(lengths):
+            raise ValueError(f"SessionState.extend: slots {slots} come twice or do not pair with lengths {lengths}")
+        if (rows := sum(lengths)) > self.max_rows:
+            raise ValueError(f"SessionState.extend: {rows} rows in one call, limit {self.max_rows}; use several calls")
+        for slot, start, length in zip(slots, starts, lengths, strict=True):
+            if start + length > self.max_tokens:
+                raise ContextFull(
+                    f"session in slot {slot} holds {start} rows; {length} more would pass its limit of "
+                    f"{self.max_tokens}. Make the SessionState with more max_tokens, or end the session"
+                )
+            if length < 1:
+                raise ValueError(f"SessionState.extend: slot {slot} is to grow by {length} rows; need at least 1")
+        for slot, start, length in zip(slots, starts, lengths, strict=True):
+            end = start + length
+            if start % SPLIT_TOKENS == 0 or (start - 1) // SPLIT_TOKENS != (end - 1) // SPLIT_TOKENS:
+                for pages in self._pages.values():
+                    pages.reserve(slot, start, end)
+            self._length[slot] = end
+        for pages in self._pages.values():
+            pages.show()
+        if rows == len(slots):
+            return self._one_row_each(slots, starts)
+        return Segments.build(slots, starts, lengths)
+
+    def _one_row_each(self, slots: list[int], starts: list[int]) -> Segments:
+        """`Segments.build` for decoding, where only the positions change from call to call."""
+        if self._decode[0] != slots:
+            offset = torch.arange(len(slots) + 1, dtype=torch.int32)
+            self._decode = (list(slots), torch.tensor(slots, dtype=torch.int32), offset)
+        start = torch.tensor(starts, dtype=torch.int32)
+        return Segments(self._decode[1], start, self._decode[2], start)
+
+
+def _layer_sizes(text: InklingTextConfig, layer: int, pages: int, slots: int) -> list[tuple[int, ...]]:
+    """Of keys, values and the three convolutions' windows."""
+    _, kv_heads, head = shapes.heads(text, layer)
+    past = [(slots, CONV_TAPS - 1, columns) for columns in (2 * kv_heads * head, text.hidden_size, text.hidden_size)]
+    return [(pages, kv_heads, head, SPLIT_TOKENS), (pages, kv_heads, SPLIT_TOKENS, head), *past]
+
+
+def pages_per_slot(window: int | None, max_pages: int) -> int:
+    """Pages that one session needs in a layer between calls: all, or those that a window can touch."""
+    return max_pages if window is None else min(max_pages, -(-(window - 1) // SPLIT_TOKENS) + 2)
+
+
+def session_bytes(config: InklingConfig, max_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one session that can hold ``max_tokens`` rows."""
+    text = config.text_config
+    elements = 0
+    for i in range(text.num_hidden_layers):
+        _, kv_heads, head = shapes.heads(text, i)
+        pages = pages_per_slot(shapes.window(text, i), -(-max_tokens // SPLIT_TOKENS))
+        elements += pages * 2 * kv_heads * head * SPLIT_TOKENS
+        elements += (CONV_TAPS - 1) * 2 * (kv_heads * head + text.hidden_size)
+    return elements * dtype.itemsize

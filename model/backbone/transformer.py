@@ -1,0 +1,258 @@
+"""The interaction model: Inkling on packed rows. One forward serves prefill, decode and the learner.
+
+Rows of many sequences come one after another, `Segments` says which row continues which sequence; there is no batch
+axis and no padding. With a `SessionState` rows continue what it holds; without one every segment is a whole sequence
+and autograd works. Parameter names are those of transformers' `InklingForConditionalGeneration`, so state dicts
+interchange. Left out: the vision tower and multi-token prediction; a checkpoint's weights for the first are carried
+along in `passthrough`.
+
+The forward reads packed copies of the weights: call `pack` once after loading, and after each update `changed` and
+`repack`. A forward with copies older than the weights raises (`model.weights.packs`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import InklingConfig
+
+from kernels import ops
+from kernels.checks.weights import stale_weights
+from kernels.layout import Generation, PackedLinear, Segments
+from model import config as shapes
+from model.backbone.attention import Attention, ShortConv, short_conv
+from model.backbone.embed import AudioTower, TextEmbedding, Weight
+from model.backbone.moe import DenseMLP, MixtureOfExperts
+from model.backbone.state import LayerState, SessionState
+from model.inputs import Inputs
+from model.weights import packs
+from model.weights.draws import near_normal
+
+Capture = list[tuple[str, Tensor]]
+
+
+@dataclass(slots=True)
+class _Packed:
+    """What a layer's forward reads, looked up once: module attributes cost about a microsecond each, and decoding one
+    token is a matter of some hundred."""
+
+    attention: Callable[..., Tensor]
+    mlp: Callable[[Tensor], Tensor]
+    attn_norm: Tensor  # [D]
+    mlp_norm: Tensor  # [D]
+    attn_taps: Tensor  # [D, 4] detached
+    mlp_taps: Tensor  # [D, 4] detached
+
+
+class Layer(nn.Module):
+    packed: _Packed  # set by `pack`
+
+    def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        text = config.text_config
+        self.name, self.eps, self.window = f"layers.{layer}", text.rms_norm_eps, shapes.window(text, layer)
+        self.self_attn = Attention(config, layer, dtype)
+        sparse = text.mlp_layer_types[layer] == "sparse"
+        self.mlp = MixtureOfExperts(config, dtype) if sparse else DenseMLP(config, dtype)
+        self.input_layernorm = Weight(text.hidden_size, dtype=dtype)
+        self.post_attention_layernorm = Weight(text.hidden_size, dtype=dtype)
+        self.attn_sconv = ShortConv(text.hidden_size)
+        self.mlp_sconv = ShortConv(text.hidden_size)
+
+    def pack(self) -> None:
+        self.self_attn.pack()
+        self.mlp.pack()
+        self._look_up()
+
+    def repack(self) -> None:
+        self.self_attn.repack()
+        self.mlp.repack()
+        self._look_up()
+
+    def derived(self) -> dict[str, Tensor]:
+        """What the forward reads of the parameters beside the packs, as they are now."""
+        return {"attn_taps": self.attn_sconv.taps().detach(), "mlp_taps": self.mlp_sconv.taps().detach()}
+
+    def _look_up(self) -> None:
+        self.packed = _Packed(
+            attention=self.self_attn.forward,
+            mlp=self.mlp.forward,
+            attn_norm=self.input_layernorm.weight,
+            mlp_norm=self.post_attention_layernorm.weight,
+            **self.derived(),
+        )
+
+    def run(
+        self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None, capture: Capture | None
+    ) -> Tensor:
+        w = self.packed
+        attn_taps, mlp_taps = w.attn_taps, w.mlp_taps
+        if torch.is_grad_enabled():
+            attn_taps, mlp_taps = self.attn_sconv.taps(), self.mlp_sconv.taps()
+        attn_past, mlp_past = (None, None) if state is None else (state.attn_conv, state.mlp_conv)
+        h = w.attention(ops.rms_norm(x, w.attn_norm, self.eps), segments, state, tau)
+        if capture is not None:
+            capture.append((f"{self.name}.self_attn", h))
+        x = x + short_conv(h, attn_taps, segments, attn_past)
+        h = w.mlp(ops.rms_norm(x, w.mlp_norm, self.eps))
+        if capture is not None:
+            capture.append((f"{self.name}.mlp", h))
+        x = x + short_conv(h, mlp_taps, segments, mlp_past)
+        if capture is not None:
+            capture.append((self.name, x))
+        return x
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        text = config.text_config
+        self.embed_tokens = TextEmbedding(config, dtype)
+        self.layers = nn.ModuleList()  # filled by `InteractionModel`
+        self.norm = Weight(text.hidden_size, dtype=dtype)
+
+
+class Backbone(nn.Module):
+    """The two towers under transformers' names."""
+
+    def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.language_model = LanguageModel(config, dtype)
+        self.audio_tower = AudioTower(config, dtype)
+
+
+class InteractionModel(nn.Module):
+    """See the module's text. Use: construct, `init_weights` or load, `pack`, then call."""
+
+    def __init__(self, config: InklingConfig, dtype: torch.dtype = torch.float32) -> None:
+        """Weights are allocated, not set. Convolution taps and the router's bias are fp32 whatever ``dtype`` is."""
+        super().__init__()
+        shapes.check(config)
+        self.config, self.dtype = config, dtype
+        text = config.text_config
+        self.model = Backbone(config, dtype)
+        layers = (Layer(config, i, dtype) for i in range(text.num_hidden_layers))
+        self.layers = list(layers)  # typed, and without ModuleList's cost; registered below under transformers' name
+        self.model.language_model.layers.extend(self.layers)
+        self.lm_head = Weight(text.vocab_size, text.hidden_size, dtype=dtype)
+        self.passthrough: dict[str, Tensor] = {}  # weights of a loaded checkpoint that this model does not compute with
+        self.vocab = text.unpadded_vocab_size or text.vocab_size
+        self.eps = text.rms_norm_eps
+        self.multiplier = text.logits_mup_width_multiplier
+        self.audio_token_id = config.audio_token_id
+        self.packed: PackedLinear | None = None  # of the head
+        self.generation = Generation()  # of the weights
+        self._versions: tuple[int, ...] = ()  # torch's own count of each parameter's changes, when they were packed
+        self.tau: Tensor | None = None  # fp32 [positions], when log scaling is on
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Sets every weight from ``seed`` and its name alone: matrices of variance 1/fan_in, embeddings 1, norms and
+        scales 1, convolution taps and the relative bias of standard deviation 0.02 (both start near "no effect"). The
+        distribution is `model.weights.draws.near_normal`."""
+        for name, weight in sorted(self.named_parameters()):
+            if name.endswith(("norm.weight", "layernorm.weight", "global_scale")):
+                weight.fill_(1.0)
+                continue
+            if name.endswith("embed_tokens.weight"):
+                std = 1.0
+            elif name.endswith("embed_audio_tokens.weight"):
+                std = 1.0 / math.sqrt(self.config.audio_config.n_mel_bins)  # a sum over channels
+            elif name.endswith(("conv1d.weight", "rel_logits_proj.proj")):
+                std = 0.02
+            else:
+                std = 1.0 / math.sqrt(weight.shape[-1])
+            draws = near_normal(f"weights/{seed}/{name}", weight.numel())
+            weight.copy_(torch.from_numpy(draws).view(weight.shape) * std)
+        for name, buffer in self.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+        self.changed()
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Builds the packed weights for the active backend; needed once before the first forward."""
+        for layer in self.layers:
+            layer.pack()
+        self.packed = ops.pack_linear(self.lm_head.weight)
+        tau = shapes.log_scale_table(self.config.text_config)
+        self.tau = None if tau is None else tau.to(self.device)
+        packs.adopt(self, self.generation)
+        self._versions = self._present()
+
+    @torch.no_grad()
+    def repack(self) -> None:
+        """Refreshes the packed weights from the parameters' current values, in place; needed after each update."""
+        if self.packed is None:
+            raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
+        for layer in self.layers:
+            layer.repack()
+        ops.repack(self.packed)
+        self._versions = self._present()
+
+    def changed(self) -> None:
+        """Whoever changes the weights says so: until `repack` every forward raises StaleWeightsError."""
+        self.generation.now += 1
+
+    def _present(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.parameters())
+
+    def forward(
+        self,
+        inputs: Inputs,
+        state: SessionState | None = None,
+        capture: Capture | None = None,
+    ) -> Tensor:
+        """T rows, on the CPU -> hidden [T, D] on the model's device, after the final norm and the division by the muP
+        multiplier.
+
+        The inputs' segments are what ``state.extend`` returned, or, without state, whole sequences. ``capture``
+        collects (name, [T, D]) after each sub-block, to find the first layer where two runs differ."""
+        x = self._embed(inputs)
+        if capture is not None:
+            capture.append(("embed", x))
+        return self.run(x, inputs.segments, None if state is None else state.layers, capture)
+
+    def run(
+        self,
+        x: Tensor,
+        segments: Segments,
+        layers: Sequence[LayerState] | None = None,
+        capture: Capture | None = None,
+    ) -> Tensor:
+        """`forward` from the embedded rows x [T, D] on; ``layers`` is the state of each layer."""
+        if self.packed is None:
+            raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
+        if torch.is_grad_enabled() and self._versions != self._present():  # changed, and nobody said so
+            raise stale_weights("InteractionModel")
+        tau = None if self.tau is None else self.tau[segments.position.to(self.tau.device, non_blocking=True)]
+        for i, layer in enumerate(self.layers):
+            layer_tau = tau if layer.window is None else None
+            x = layer.run(x, segments, None if layers is None else layers[i], layer_tau, capture)
+        hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
+        return hidden if self.multiplier == 1.0 else hidden / self.multiplier
+
+    def _embed(self, inputs: Inputs) -> Tensor:
+        inputs = inputs.to(self.device, non_blocking=True)
+        tokens, rows = inputs.tokens, inputs.audio_rows
+        if rows.shape[0] == 0:
+            return self.model.language_model.embed_tokens(tokens)
+        audio = self.model.audio_tower(inputs.codes)
+        if rows.shape[0] == tokens.shape[0]:
+            return audio
+        return self.model.language_model.embed_tokens(tokens).index_copy(0, rows, audio)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, D] -> fp32 [R, V]; V is the vocabulary without its padding."""
+        if self.packed is None:
+            raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
+        logits = ops.linear(hidden, self.packed, torch.promote_types(hidden.dtype, torch.float32))
+        return logits if self.vocab == logits.shape[1] else logits[:, : self.vocab].contiguous()

@@ -1,0 +1,125 @@
+"""Recipes: typed frozen dataclasses, read from YAML and dotted overrides. Unknown keys are errors.
+
+A part of a recipe may be open (`OpenConfig`): which fields it has then depends on what the recipe says in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar, get_type_hints
+
+import jsonargparse
+import yaml
+
+from kernels.errors import MetronomeError
+from model.program import shipped
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[Config]):
+    config: Config
+    resume: bool
+    text: str  # the resolved recipe as YAML
+
+
+class OpenConfig(ABC):
+    """A part of a recipe that brings its own fields. The instance that a recipe has by default is asked for them."""
+
+    @abstractmethod
+    def reader(self, said: Mapping[str, Any]) -> type[Any]:
+        """The dataclass that this part is read as; ``said``: what the recipe says of this part, unchecked, with dotted
+        overrides under their names. Its defaults are this instance's."""
+
+    @classmethod
+    @abstractmethod
+    def from_reader(cls, read: Any) -> Self:
+        """From an instance of what `reader` returned."""
+
+
+def read_recipe(
+    command: str, description: str, kind: type[Config], arguments: list[str] | None = None, resumes: bool = False
+) -> Recipe[Config]:
+    """``command`` ("rl.train") names itself in messages; ``resumes`` adds ``--resume``; ``arguments`` are the command
+    line's unless given. Raises MetronomeError for an unknown key or a wrong type; ``--help`` prints every field."""
+    parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
+    help_text = f"recipe: a YAML file, or one that comes with the program ({', '.join(shipped.names())})"
+    parser.add_argument("--config", action="config", help=help_text)
+    if resumes:
+        resume_help = "go on from the run's newest finished checkpoint"
+        parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
+    given = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    parts = _open_parts(kind)
+    parser.add_class_arguments(_closed(kind, {name: p.reader(_said(given, name)) for name, p in parts.items()}))
+    try:
+        parsed = parser.parse_args(with_shipped(given))
+    except jsonargparse.ArgumentError as error:
+        raise MetronomeError(f"recipe: {error}. `python -m {command} --help` lists every field and its type") from error
+    resume = bool(parsed.pop("resume")) if resumes else False
+    parsed.pop("config")
+    text = parser.dump(parsed, skip_unset=False)
+    read = vars(parser.instantiate(parsed))
+    return Recipe(kind(**read | {name: p.from_reader(read[name]) for name, p in parts.items()}), resume, text)
+
+
+def _open_parts(kind: type[Any]) -> dict[str, OpenConfig]:
+    """The defaults of a recipe's open parts, by field."""
+    assert is_dataclass(kind)
+    made = {f.name: f.default_factory() for f in fields(kind) if f.default_factory is not MISSING}
+    return {name: value for name, value in made.items() if isinstance(value, OpenConfig)}
+
+
+def _closed(kind: type[Any], readers: dict[str, type[Any]]) -> type[Any]:
+    """The recipe's dataclass with its open parts replaced by what reads them."""
+    if not readers:
+        return kind
+    types = get_type_hints(kind) | readers
+    defaults = {f.name: (f.default, readers.get(f.name, f.default_factory)) for f in fields(kind)}
+    members = [(name, types[name], field(default=d, default_factory=f)) for name, (d, f) in defaults.items()]
+    return make_dataclass(kind.__name__, members, frozen=True)
+
+
+def _said(arguments: Sequence[str], part: str) -> dict[str, Any]:
+    """What recipe files and overrides say of a part. Checks nothing: whatever is wrong, the parser says it better."""
+    said: dict[str, Any] = {}
+    for name, value in _options(arguments):
+        try:
+            if name == "config":
+                said |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))[part]
+            elif name.startswith(f"{part}."):
+                said[name.removeprefix(f"{part}.")] = yaml.safe_load(value)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+            continue
+    return said
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of each option, given as ``--name=value`` or as two arguments."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            yield name, value if equals else following
+
+
+def with_underscores(argument: str) -> str:
+    """``--speech-dir=a-b`` -> ``--speech_dir=a-b``: fields have underscores, people type dashes."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def with_shipped(given: list[str]) -> list[str]:
+    """``--config quickstart`` -> ``--config /…/configs/quickstart.yaml``, where no file has that name."""
+    out = list(given)
+    for i, argument in enumerate(given):
+        if argument.startswith("--config="):
+            out[i] = f"--config={shipped.resolve(argument.removeprefix('--config='))}"
+        elif i and given[i - 1] == "--config":
+            out[i] = shipped.resolve(argument)
+    return out

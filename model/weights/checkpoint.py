@@ -1,0 +1,211 @@
+"""Checkpoints: a folder of ``config.json`` and ``model.safetensors``, under transformers' parameter names.
+
+`load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
+original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written whole or not at all.
+Weights of towers that this model does not build (vision) are kept and saved again; multi-token prediction is dropped.
+A folder that lies in a run's checkpoint is checked against the manifest there before it is read
+(`model.weights.manifest`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import InklingConfig
+
+from kernels import dispatch
+from model.backbone.transformer import InteractionModel
+from model.program.files import whole_folder
+from model.weights import manifest
+from model.weights.manifest import CheckpointError as CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+# Fields that do not change what is computed, or that a library stamps on its own.
+IGNORED_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "initializer_range")
+
+# Inkling's original names -> transformers' (transformers.conversion_mapping, "inkling_mm_model"), in this order.
+RENAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^model\.llm\.embed_norm\.", "model.language_model.embed_tokens.embed_norm."),
+        (r"^model\.llm\.embed\.", "model.language_model.embed_tokens."),
+        (r"^model\.llm\.unembed\.", "lm_head."),
+        (r"^model\.llm\.", "model.language_model."),
+        (r"^model\.audio\.encoder\.", "model.audio_tower.embed_audio_tokens.embed_audio_tokens."),
+        (r"^model\.audio\.final_norm\.", "model.audio_tower.norm."),
+        (r"^model\.visual\.layers\.linear_(\d+)\.", r"model.vision_tower.encoder_layers.\1.projection."),
+        (r"^model\.visual\.layers\.norm_(\d+)\.", r"model.vision_tower.encoder_layers.\1.layer_norm."),
+        (r"^model\.visual\.", "model.vision_tower."),
+        (r"\.attn\.wq_du\.", ".self_attn.q_proj."),
+        (r"\.attn\.wk_dv\.", ".self_attn.k_proj."),
+        (r"\.attn\.wv_dv\.", ".self_attn.v_proj."),
+        (r"\.attn\.wr_du\.", ".self_attn.r_proj."),
+        (r"\.attn\.wo_ud\.", ".self_attn.o_proj."),
+        (r"\.attn\.([kv])_sconv\.weight$", r".self_attn.\1_sconv.conv1d.weight"),
+        (r"\.attn\.", ".self_attn."),
+        (r"\.(attn|mlp)_sconv\.weight$", r".\1_sconv.conv1d.weight"),
+        (r"\.mlp_norm\.", ".post_attention_layernorm."),
+        (r"\.attn_norm\.", ".input_layernorm."),
+        (r"\.mlp\.gate\.bias$", ".mlp.gate.e_score_correction_bias"),
+        (r"\.mlp\.experts\.w2_weight$", ".mlp.experts.down_proj"),
+        (r"\.shared_w2_weight$", ".down_proj"),
+        (r"\.mlp\.w2_md\.weight$", ".mlp.down_proj.weight"),
+    )
+]
+
+
+def save(model: InteractionModel, folder: Path | str) -> None:
+    """Writes the model to ``folder``, replacing an older checkpoint there only when the new one is complete."""
+    with whole_folder(Path(folder)) as temporary:
+        config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
+        config["dtype"] = str(model.dtype).removeprefix("torch.")
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(weights(model) | model.passthrough, temporary / WEIGHTS, metadata={"format": "pt"})
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """What the model computes with, by name, as safetensors stores it."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionModel:
+    """The model in ``folder``, packed; in ``dtype``, or the stored one."""
+    folder = Path(folder)
+    stored = _stored_config(folder)
+    config = InklingConfig(**stored)
+    with torch.device("meta"):
+        model = InteractionModel(config, dtype or getattr(torch, stored.get("dtype") or "float32"))
+    model.to_empty(device=dispatch.device())
+    _fill(model, folder)
+    model.pack()
+    return model
+
+
+def load_into(model: InteractionModel, folder: Path | str) -> None:
+    """Fills ``model`` with the weights in ``folder`` and packs them; raises naming the fields whose config differs."""
+    folder = Path(folder)
+    if fields := config_differences(model.config, InklingConfig(**_stored_config(folder))):
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or the checkpoint"
+        )
+    _fill(model, folder)
+    model.pack()
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    """Of a folder whose files are those that were saved, as far as a manifest says so: every load begins here."""
+    manifest.check_loaded(folder)
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {folder}: there is no {CONFIG}; name a folder that a run saved") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {CONFIG} is damaged ({error}); use another checkpoint") from None
+    if stored.get("model_type") != InklingConfig.model_type:
+        raise CheckpointError(
+            f"checkpoint {folder}: model_type is {stored.get('model_type')!r}, not {InklingConfig.model_type!r}"
+        )
+    return stored
+
+
+def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str]:
+    """Each differing field as ``name: wanted … , stored …``."""
+    a, b = dict(_flat(wanted.to_dict())), dict(_flat(stored.to_dict()))
+    return [
+        f"{name}: wanted {a.get(name)!r}, stored {b.get(name)!r}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name) and name.rsplit(".", 1)[-1] not in IGNORED_FIELDS
+    ]
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _fill(model: InteractionModel, folder: Path) -> None:
+    """Copies every stored tensor into the model; all of the model's must come, each in its shape."""
+    target, missing, wrong = model.state_dict(), set(model.state_dict()), []
+    for name, tensor in _stored_tensors(folder):
+        if name.startswith("model.vision_tower."):
+            model.passthrough[name] = tensor
+        elif name.startswith("model.mtp."):
+            continue
+        elif name not in target:
+            wrong.append(f"{name} is unknown")
+        elif target[name].shape != tensor.shape:
+            wrong.append(f"{name} is {list(tensor.shape)}, not {list(target[name].shape)}")
+        else:
+            target[name].copy_(tensor)
+        missing.discard(name)
+    wrong += [f"{name} is missing" for name in sorted(missing)]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"checkpoint {folder} does not fit its config: {'; '.join(wrong[:5])}{more}")
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under transformers' name, one at a time."""
+    files = [WEIGHTS]
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = sorted(set(index["weight_map"].values()))
+    for file in files:
+        try:
+            with safe_open(folder / file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, not a dict
+                    yield from _renamed(name, tensors.get_tensor(name))
+        except FileNotFoundError:
+            raise CheckpointError(f"checkpoint {folder}: {file} is missing; copy the folder again") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"checkpoint {folder}: {file} is damaged ({error}); use another checkpoint") from None
+
+
+def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for pattern, replacement in RENAMES:
+        name = pattern.sub(replacement, name)
+    if name.endswith(".mlp.experts.w13_weight"):
+        yield name.replace("w13_weight", "gate_up_proj"), torch.cat(_deinterleaved(tensor, 1), 1)
+    elif name.endswith(".shared_w13_weight"):
+        yield from _gate_and_up(name, "shared_w13_weight", "{}_proj", _deinterleaved(tensor, 1))
+    elif name.endswith(".mlp.w13_dn.weight"):
+        yield from _gate_and_up(name, "w13_dn.weight", "{}_proj.weight", _deinterleaved(tensor, 0))
+    else:
+        yield name, tensor
+
+
+def _deinterleaved(tensor: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Rows gate 0, up 0, gate 1, … -> (gate rows, up rows)."""
+    gate, up = tensor.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    return gate, up
+
+
+def _gate_and_up(name: str, old: str, new: str, parts: tuple[Tensor, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for part, tensor in zip(("gate", "up"), parts, strict=True):
+        yield name.replace(old, new.format(part)), tensor
+
+
+def weights_digest(model: nn.Module) -> str:
+    """32 hexadecimal digits over names, dtypes, shapes and bytes of all the model's weights, in name order.
+
+    SHA-256, because processors have instructions for it: it is taken after every learner step."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,191 @@
+"""A checkpoint's manifest: the digest of every file in its folder, so that what is loaded is what was saved.
+
+    manifest.json = {"format": "metronome.manifest/1", "name": "step_000004", "recipe": SHA-256 of the run's recipe,
+                     "files": {"model/config.json": {"size": bytes, "sha256": 64 hexadecimal digits}, …},
+                     "digest": SHA-256 of all the other fields}
+
+It is written last, before the folder gets its name, and checked before anything of the folder is read. ``name`` and
+``recipe`` tell a checkpoint from a whole one of another step or another run that was put in its place. A manifest
+finds damage and mix-ups, not forgery: whoever can write into the folder can write a manifest too. That is why
+checkpoints hold data only, and nothing that reading them would execute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kernels.errors import MetronomeError
+from model.program.files import write_whole
+
+MANIFEST = "manifest.json"
+FORMAT = "metronome.manifest/1"
+PLACE = ("name", "runs", "tracking")
+"""What a recipe says of where a run is kept; it enters no result."""
+_SERIES = re.compile(r"(step_|checkpoint-)(\d+)")
+"""Names of checkpoints that a run saves one after another."""
+
+
+class CheckpointError(MetronomeError):
+    """A checkpoint is missing, damaged or of another model."""
+
+
+class _Fault(Exception):
+    """What is wrong with a checkpoint, as the rest of a sentence that begins with its path."""
+
+
+def write(folder: Path, name: str, recipe: str = "") -> None:
+    """Lists every file that lies in ``folder`` now; ``name``: what the folder is or will be called; ``recipe``: the
+    text of the recipe of the run that saves it."""
+    files = {
+        at: {"size": (folder / at).stat().st_size, "sha256": _file_digest(folder / at)} for at in sorted(_files(folder))
+    }
+    content = {"format": FORMAT, "name": name, "recipe": _recipe_digest(recipe), "files": files}
+    content["digest"] = _own_digest(content)
+    write_whole(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
+    """Raises CheckpointError unless ``folder`` holds exactly the files that were saved, under the name that it was
+    saved as; the message names the first wrong file and the newest checkpoint before this one that is whole.
+
+    ``part``: only the files in this folder inside it. ``recipe``: the run's; None where another run's will do."""
+    try:
+        _check(folder, part, recipe)
+    except _Fault as fault:
+        raise CheckpointError(f"checkpoint {folder}: {fault}. {_advice(folder, recipe)}") from None
+
+
+def check_loaded(folder: Path) -> None:
+    """`check` for ``folder`` alone, which may be a checkpoint or a part of one. Does nothing for a folder that no run
+    of ours saved, as what transformers saves: neither it nor the one around it has a manifest, or is called as a run's
+    checkpoints are."""
+    whole = folder.resolve()
+    for root, part in ((folder, ""), (whole.parent, whole.name)):
+        if _has_ours(root) or _SERIES.fullmatch(root.resolve().name):
+            check(root, part=part)
+            return
+
+
+def _check(folder: Path, part: str, recipe: str | None) -> None:
+    content = _read(folder)
+    actual = folder.resolve().name
+    if actual != content["name"] and _SERIES.fullmatch(actual):
+        raise _Fault(f"it was saved as {content['name']} ({MANIFEST}): another one lies in its place")
+    if recipe is not None and content["recipe"] != _recipe_digest(recipe):
+        raise _Fault(f"it was saved by a run of another recipe ({MANIFEST})")
+    inside = f"{part}/" if part else ""
+    listed = {at: entry for at, entry in content["files"].items() if at.startswith(inside)}
+    present = {at for at in _files(folder) if at.startswith(inside)}
+    for at in sorted(listed.keys() | present):
+        if at not in present:
+            raise _Fault(f"{at} is missing")
+        if at not in listed:
+            raise _Fault(f"{at} is not listed in {MANIFEST}: it was put there later")
+        try:
+            size, saved = (folder / at).stat().st_size, listed[at]["size"]
+            if size != saved:
+                raise _Fault(f"{at} is damaged: it has {size:,} bytes, and had {saved:,} when it was saved")
+            if _file_digest(folder / at) != listed[at]["sha256"]:
+                raise _Fault(f"{at} is damaged: its digest is not the one in {MANIFEST}")
+        except OSError as error:
+            raise _Fault(f"{at} cannot be read ({error.strerror})") from None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The manifest's content, every field of its type."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise _Fault("there is no such folder") from None
+        raise _Fault(f"{MANIFEST} is missing: an older version saved this checkpoint, or the file was lost") from None
+    except OSError as error:
+        raise _Fault(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise _Fault(f"{MANIFEST} is damaged: it is not JSON") from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if isinstance(version, str) and version.startswith("metronome.manifest/") and version != FORMAT:
+        raise _Fault(f"{MANIFEST} is of format {version}, and this version reads {FORMAT}")
+    try:
+        sound = (
+            content["format"] == FORMAT
+            and content["digest"] == _own_digest(content)
+            and all(isinstance(content[field], str) for field in ("name", "recipe"))
+            and all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in content["files"].values())
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise _Fault(f"{MANIFEST} is damaged: it does not agree with its own digest")
+    return dict(content)
+
+
+def _has_ours(folder: Path) -> bool:
+    """Whether ``folder`` has a manifest of ours; other programs have files of that name, which are JSON too."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True  # damaged, and `check` says so
+    return isinstance(content, dict) and str(content.get("format")).startswith("metronome.")
+
+
+def _advice(folder: Path, recipe: str | None) -> str:
+    """What to do instead of reading ``folder``."""
+    name = folder.resolve().name
+    if not _SERIES.fullmatch(name):
+        return "Copy it again from where it was whole, or make it anew"
+    for before in _earlier(folder.resolve()):
+        try:
+            _check(before, "", recipe)
+        except _Fault:
+            continue
+        return f"The newest one before it that is whole is {before.name}: to resume from it, move {name} away"
+    return "No checkpoint before it is whole: start anew under another --name"
+
+
+def _earlier(folder: Path) -> Iterator[Path]:
+    """The checkpoints of the same series that lie beside ``folder``, from the one before it backwards."""
+    series = {match: other for other in folder.parent.iterdir() if (match := _SERIES.fullmatch(other.name))}
+    this = _SERIES.fullmatch(folder.name)
+    assert this is not None
+    older = [(int(m[2]), path) for m, path in series.items() if m[1] == this[1] and int(m[2]) < int(this[2])]
+    yield from (path for _, path in sorted(older, reverse=True))
+
+
+def _files(folder: Path) -> set[str]:
+    """Everything in ``folder`` but folders and the manifest itself, as paths relative to it with forward slashes."""
+    found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {p.relative_to(folder).as_posix() for p in found} - {MANIFEST}
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():  # a pipe would never end
+        raise OSError(0, "it is no file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recipe_digest(recipe: str) -> str:
+    """Of what a recipe says, but for where the run's folder lies: a run that was copied or moved goes on."""
+    try:
+        fields = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        fields = None
+    if isinstance(fields, dict):
+        kept = {name: value for name, value in fields.items() if name not in PLACE}
+        recipe = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(recipe.encode()).hexdigest()
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    rest = {field: value for field, value in content.items() if field != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

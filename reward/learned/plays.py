@@ -1,0 +1,180 @@
+"""Conversations with the rule's rewards beside them, and the preferences that follow from these rewards.
+
+The rule's reward of a stretch is the sum of its chunks' rewards on one axis; of two stretches the one with more is
+chosen, and the difference is the margin. Differences too small to matter give no preference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels import exact
+from reward.learned.corrupt import FAULTS_OF, Expert, corrupt
+from reward.learned.preference import Preference, Stretch
+from reward.score import score
+from rollout.record.episode import Episode
+from rollout.record.transcript import from_audio
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
+from rollout.seeds import generator
+from rollout.turn.action import Action
+from rollout.turn.grammar import Grammar
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.base import Facts, Scenario, Script, User
+
+LEAST_MARGIN = 0.05
+"""Of a preference, in the rule's units: an event on time is worth 1."""
+LONGER = 0.5
+"""Share of the compared stretches that may be longer than a chunk. Where nearly all were, models spread what a reply
+earns at its end over its words."""
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """One conversation and the rule's rewards of it."""
+
+    scenario: Scenario
+    tokens: Tensor  # int64 [T]
+    codes: Tensor  # uint8 [A, 80]
+    rewards: Mapping[str, NDArray[np.float32]]  # by axis, [chunks]
+    source: str  # "expert", a kind of fault, "mistakes" or "rollouts"
+    size_ms: int = 0  # of the fault
+
+    def total(self, axis: str, first: int = 0, end: int | None = None) -> float:
+        return fsum(self.rewards[axis][first:end].tolist())
+
+    def stretch(self, first: int = 0, end: int | None = None) -> Stretch:
+        return Stretch(self.tokens, self.codes, first, self.scenario.chunks if end is None else end)
+
+
+class Writer:
+    """Writes plays of experts as token sequences. Owns the front end's constants."""
+
+    def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig) -> None:
+        self._grammar = Grammar(vocabulary, words_per_chunk)
+        self._scenarios = scenarios
+
+    def demonstration(
+        self,
+        scenario: Scenario,
+        played: tuple[NDArray[np.float32], Sequence[Action], Facts],
+        source: str,
+        size_ms: int = 0,
+    ) -> Played:
+        """``played``: what `enact` returned."""
+        audio, actions, facts = played
+        written = from_audio(audio, actions, self._grammar)
+        rewards = score(scenario.family, facts.to_json(), actions, self._scenarios).rewards
+        return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
+
+    def demonstrations(
+        self,
+        scenario: Scenario,
+        words: Sequence[str],
+        sizes: Sequence[int],
+        faults: int,
+        mistakes: int,
+    ) -> list[Played]:
+        """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, of kinds and
+        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along."""
+        rng = generator("faults", scenario.id)
+
+        def faultless() -> Callable[[User], Script]:
+            return self._scenarios.expert(scenario, generator("expert", scenario.id), errs=0)
+
+        audio, actions, facts = enact(scenario, faultless())
+        known = Expert.of(audio, actions, words)
+        plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
+        axes = [axis for axis in plays[0].rewards if axis in FAULTS_OF]
+        for kinds in [FAULTS_OF[axis] for axis in axes for _ in range(faults)]:
+            kind, size = kinds[int(rng.integers(len(kinds)))], int(sizes[int(rng.integers(len(sizes)))])
+            fault = corrupt(known, kind, size, rng)
+            if fault is not None:
+                played = enact(scenario, faultless(), fault.edits)
+                plays.append(self.demonstration(scenario, played, fault.kind, fault.size_ms))
+        for i in range(mistakes):
+            erring = self._scenarios.expert(scenario, generator("mistakes", scenario.id, i), gross=True)
+            played = enact(scenario, erring)
+            plays.append(self.demonstration(scenario, played, "mistakes"))
+        return plays
+
+
+def of_episode(scenario: Scenario, episode: Episode, scenarios: ScenarioConfig) -> Played:
+    rewards = score(episode.family, episode.facts, episode.actions, scenarios).rewards
+    return Played(scenario, episode.tokens, episode.codes, rewards, "rollouts")
+
+
+def prefer(
+    axis: str, source: str, a: tuple[Played, int, int], b: tuple[Played, int, int], size_ms: int = 0
+) -> Preference | None:
+    """The preference between two stretches (play, first chunk, end); None when the rule sees too little difference."""
+    margin = a[0].total(axis, a[1], a[2]) - b[0].total(axis, b[1], b[2])
+    if abs(margin) < LEAST_MARGIN:
+        return None
+    (better, *at), (worse, *other) = (a, b) if margin > 0 else (b, a)
+    return Preference(
+        chosen=better.stretch(*at),
+        rejected=worse.stretch(*other),
+        axis=axis,
+        source=source,
+        size_ms=size_ms,
+        family=better.scenario.family,
+        scenario=better.scenario.id,
+        margin=abs(margin),
+    )
+
+
+def fault_preferences(axis: str, plays: Sequence[Played]) -> Iterator[Preference]:
+    """The expert's play (the first) over each of the others, where the rule agrees that it is better."""
+    expert = plays[0]
+    for play in plays[1:]:
+        if expert.total(axis) > play.total(axis):
+            found = prefer(axis, play.source, _whole(expert), _whole(play), play.size_ms)
+            if found is not None:
+                yield found
+
+
+def whole_preferences(axis: str, plays: Sequence[Played], count: int, rng: np.random.Generator) -> Iterator[Preference]:
+    """Up to ``count`` preferences between two whole conversations."""
+    for _ in range(count):
+        a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=False))
+        found = prefer(axis, "rollouts", _whole(a), _whole(b))
+        if found is not None:
+            yield found
+
+
+def segment_preferences(
+    axis: str, plays: Sequence[Played], count: int, rng: np.random.Generator, aligned: bool
+) -> Iterator[Preference]:
+    """Up to ``count`` preferences between two stretches of equal length: they say *where* a reward belongs.
+
+    ``aligned``: of two plays of one scenario, at the same place, around a chunk that the rule rewards differently in
+    them. Otherwise one holds a chunk that the rule rewards or punishes, and the other is anywhere, also in one and the
+    same play. Most are a single chunk long, which is the most exact; the others are of all lengths."""
+    for _ in range(count):
+        a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=not aligned))
+        shortest = min(a.scenario.chunks, b.scenario.chunks)
+        other = b.rewards[axis][:shortest] if aligned else np.float32(0)
+        eventful = np.flatnonzero(a.rewards[axis][:shortest] != other)
+        if not len(eventful):
+            continue
+        length = int(exact.exp(rng.uniform(0.0, exact.ln(shortest)))) if rng.random() < LONGER else 1
+        event = int(eventful[int(rng.integers(len(eventful)))])
+        first, last = max(0, event - length + 1), min(event, shortest - length)
+        if first > last:
+            continue
+        at = int(rng.integers(first, last + 1))
+        there = at if aligned else int(rng.integers(b.scenario.chunks - length + 1))
+        found = prefer(axis, "segments", (a, at, at + length), (b, there, there + length))
+        if found is not None:
+            yield found
+
+
+def _whole(play: Played) -> tuple[Played, int, int]:
+    return play, 0, play.scenario.chunks

@@ -1,0 +1,184 @@
+"""A preference: two stretches of conversation, the better one first; and the table of them on disk.
+
+A stretch is some chunks of a conversation (Christiano et al. 2017 compare segments). The whole conversation up to its
+end is kept with it, because a reward depends on everything heard before. Rows are self-contained; the columns that
+TRL knows (``chosen_ids``, ``rejected_ids``, ``margin``) have TRL's names. dMel codes, uint8 [A, 80], are stored as
+zlib's bytes, a quarter of their size: a conversation is in many pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+from model.config import MEL_BINS, MEL_CHANNELS
+from model.program.files import whole_folder
+from rollout.turn.action import CHUNK_FRAMES
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Chunks ``first`` … ``end - 1`` of a conversation."""
+
+    tokens: Tensor  # int64 [T]
+    codes: Tensor  # uint8 [A, 80]
+    first: int
+    end: int
+
+    @property
+    def key(self) -> tuple[bytes, bytes]:
+        """Equal for stretches of one conversation."""
+        return self.tokens.numpy().tobytes(), self.codes.numpy().tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Preference:
+    """Example: the expert's play of timespeak/train/7 over the same with its second reminder 400 ms early."""
+
+    chosen: Stretch
+    rejected: Stretch
+    axis: str  # of reward, "timing" for one
+    source: str  # kind of corruption, "rollouts", "segments" or "human"
+    size_ms: int  # of the corruption; 0 for other sources
+    family: str
+    scenario: str  # id of the chosen one's scenario, or what the human labels call it
+    margin: float  # how much better, in the rule's units; 0 when nobody said
+
+
+_SIDE = {"ids": List(Value("int32")), "codes": Value("binary"), "first": Value("int32"), "end": Value("int32")}
+FEATURES = Features(
+    {f"{side}_{name}": feature for side in ("chosen", "rejected") for name, feature in _SIDE.items()}
+    | {name: Value("string") for name in ("axis", "source", "family", "scenario")}
+    | {"size_ms": Value("int32"), "margin": Value("float32")}
+)
+
+
+def to_row(preference: Preference) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for side, stretch in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+        row[f"{side}_ids"] = stretch.tokens.to(torch.int32).numpy()
+        row[f"{side}_codes"] = zlib.compress(stretch.codes.numpy().tobytes(), level=1)
+        row[f"{side}_first"], row[f"{side}_end"] = stretch.first, stretch.end
+    return row | {
+        name: getattr(preference, name) for name in ("axis", "source", "family", "scenario", "size_ms", "margin")
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Preference:
+    """``row`` of a dataset in its plain format (numpy's would cut the zeros off a text of bytes)."""
+    sides = [
+        Stretch(
+            torch.from_numpy(np.asarray(row[f"{side}_ids"], np.int64)),
+            torch.from_numpy(_decompressed(row[f"{side}_codes"]).reshape(-1, MEL_CHANNELS).copy()),
+            int(row[f"{side}_first"]),
+            int(row[f"{side}_end"]),
+        )
+        for side in ("chosen", "rejected")
+    ]
+    texts = {name: str(row[name]) for name in ("axis", "source", "family", "scenario")}
+    return Preference(sides[0], sides[1], size_ms=int(row["size_ms"]), margin=float(row["margin"]), **texts)
+
+
+@lru_cache(maxsize=64)
+def _decompressed(codes: bytes) -> NDArray[np.uint8]:
+    """uint8 [A * 80]. Kept for a while: neighbouring pairs share their conversations."""
+    return np.frombuffer(zlib.decompress(codes), np.uint8)
+
+
+def save_preferences(folder: Path, splits: Mapping[str, Sequence[Preference]]) -> None:
+    """Writes a `DatasetDict`, whole or not at all."""
+    tables = DatasetDict({name: table(preferences) for name, preferences in splits.items()})
+    with whole_folder(folder) as temporary:
+        tables.save_to_disk(temporary)
+
+
+def table(preferences: Sequence[Preference]) -> Dataset:
+    rows = [to_row(p) for p in preferences]
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
+
+
+def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) -> Dataset:
+    """The rows of one split whose axis is among ``axes``, every one of them checked.
+
+    ``audio``: id of the audio token. Raises MetronomeError naming the first row that will not do."""
+    try:
+        found = load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise MetronomeError(
+            f"{folder}: holds no preference pairs ({error}). Make them: python -m reward.pairs"
+        ) from None
+    if not isinstance(found, DatasetDict) or split not in found:
+        raise MetronomeError(f"{folder}: has no split {split!r}. Make the pairs anew: python -m reward.pairs")
+    rows = found[split]
+    if missing := sorted(set(FEATURES) - set(rows.column_names)):
+        raise MetronomeError(f"{folder}, {split}: the columns {', '.join(missing)} are missing")
+    wanted = [i for i, axis in enumerate(rows["axis"]) if axis in axes]
+    rows = rows.select(wanted)
+    check(((f"{folder}, {split}, row {i}", row) for i, row in zip(wanted, rows, strict=True)), audio)
+    if not wanted:
+        raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
+    return rows
+
+
+def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:
+    """Raises MetronomeError for the first (name, row) that cannot be learned from or contradicts an earlier one."""
+    seen: dict[bytes, str] = {}
+    for where, row in rows:
+        if problem := problem_of(row, audio):
+            raise MetronomeError(f"{where}: {problem}")
+        one, other = (_digest(row, side) for side in ("chosen", "rejected"))
+        if one == other:
+            raise MetronomeError(f"{where}: a tie, chosen and rejected are the same; nothing can be learned from it")
+        axis = str(row["axis"]).encode()
+        seen[axis + one + other] = where
+        if (earlier := seen.get(axis + other + one)) is not None:
+            raise MetronomeError(f"{where}: prefers what {earlier} rejects; remove the wrong one of the two")
+
+
+def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
+    """What is wrong with a row, or None."""
+    for name in ("axis", "family"):
+        if not str(row[name]).isidentifier():
+            return f"{name} {str(row[name])!r} is no name of one"
+    if not 0 <= float(row["margin"]) < math.inf:
+        return f"margin {float(row['margin'])} is not a finite number of at least 0"
+    for side in ("chosen", "rejected"):
+        tokens = np.asarray(row[f"{side}_ids"])
+        try:
+            codes = _decompressed(row[f"{side}_codes"])
+        except zlib.error as error:
+            return f"{side}: the dMel codes are damaged ({error})"
+        heard = int((tokens == audio).sum())
+        if not heard:
+            return f"the {side} conversation is empty"
+        if len(codes) != heard * MEL_CHANNELS:
+            return f"{side}: {heard} audio tokens, but {len(codes)} codes; {heard * MEL_CHANNELS} would belong to them"
+        if heard % CHUNK_FRAMES or tokens[-1] == audio:
+            return f"{side}: the audio is not whole chunks of {CHUNK_FRAMES} frames, each answered"
+        if codes.max() >= MEL_BINS:
+            return f"{side}: a dMel code is {codes.max()}, the largest is {MEL_BINS - 1}"
+        first, end = int(row[f"{side}_first"]), int(row[f"{side}_end"])
+        if not 0 <= first < end <= heard // CHUNK_FRAMES:
+            return f"{side}: chunks {first} to {end} are no stretch of {heard // CHUNK_FRAMES} chunks"
+    return None
+
+
+def _digest(row: Mapping[str, Any], side: str) -> bytes:
+    digest = blake2b(digest_size=16)
+    for name in ("ids", "codes", "first", "end"):
+        value = row[f"{side}_{name}"]
+        digest.update(value if isinstance(value, bytes) else np.asarray(value, np.int64).tobytes() + b"/")
+    return digest.digest()

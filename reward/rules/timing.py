@@ -1,0 +1,77 @@
+"""Formulas of timing: graded credit inside a window, and the benchmarks' take-over and latency.
+
+Times are chunk indices; a chunk is 200 ms (`rollout.turn.action`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rollout.turn.action import CHUNK_MS, Action
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of chunks in which the model spoke without a break: chunks ``start`` to ``end - 1``."""
+
+    start: int
+    end: int
+
+    @property
+    def chunks(self) -> int:
+        return self.end - self.start
+
+
+def runs(actions: Sequence[Action]) -> list[Run]:
+    """Every maximal stretch of speech, in order."""
+    found = []
+    start: int | None = None
+    for k, action in enumerate(actions):
+        if action.speaks and start is None:
+            start = k
+        elif not action.speaks and start is not None:
+            found.append(Run(start, k))
+            start = None
+    if start is not None:
+        found.append(Run(start, len(actions)))
+    return found
+
+
+def graded(error: int, half_width: int, edge: float) -> float:
+    """Credit for acting ``error`` chunks from the best moment, in a window of ``half_width`` chunks on each side: 1
+    at the centre, falling linearly to ``edge`` at the window's edge.
+
+    A window of one chunk falls only half as far, as if it were two wide: a fifth of a second is no grave error.
+    All-or-nothing credit would be exploited: a policy settles at the window's early edge."""
+    return 1.0 - (1.0 - edge) * abs(error) / max(half_width, 2)
+
+
+def half_width(interval: int, fraction: float) -> int:
+    """Half the window around a due time, in chunks: a fraction of the interval, at least 1."""
+    return max(1, round(interval * fraction))
+
+
+def take_over(span_s: float, words: int) -> bool:
+    """Full-Duplex-Bench v1: speech takes the floor unless it is shorter than 1 s and has at most 3 words; silence
+    does not."""
+    return words > 0 and not (span_s < 1.0 and words <= 3)
+
+
+def take_over_rate(takes: Sequence[bool]) -> float:
+    """TOR = mean of take-over over items. Low is good in pauses, high after a turn's end or an interruption."""
+    if not takes:
+        raise ValueError("a take-over rate needs at least one item")
+    return sum(takes) / len(takes)
+
+
+def response_latency_s(turn_end: int, onset: int) -> float:
+    """Full-Duplex-Bench: first word minus user end, floored at 0. Speech in the chunk after the user's last has
+    latency 0."""
+    return max(0, onset - turn_end - 1) * CHUNK_MS / 1000
+
+
+def stop_latency_s(interruption: int, run: Run) -> float:
+    """Full-Duplex-Bench v1.5: how long the model went on speaking over an interruption that began in chunk
+    ``interruption``."""
+    return max(0, run.end - interruption) * CHUNK_MS / 1000

@@ -1,0 +1,187 @@
+"""The identity check: the learner must give every sampled token the very bits that the sampler gave it.
+
+Two failures are told apart. *Not comparable*: the episodes come from other weights or another contract, so that no
+statement is possible. *Not equal*: same weights, same contract, other bits; training stops, and whoever runs the loop
+can name the first op whose results differ (`rl.audit.diagnosis`) from the evidence that the error carries. Nothing here
+averages before it compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+from rl.learner import ranks
+from rollout.record.episode import TEXT, Episode, concatenate
+
+
+class NotComparableError(MetronomeError):
+    """Episodes of other weights or another contract: their log-probs say nothing about this learner's."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Sampler against learner over N sampled tokens; d = logprob_learner - logprob_rollout.
+
+    num_unequal and rows_unequal count bitwise differences (log-prob of the token; digest of the whole row);
+    k1 = mean(-d) and k3 = mean(exp(d) - 1 - d) are the usual estimators of the mismatch KL (Schulman 2020), in nats.
+    """
+
+    num_tokens: int
+    num_unequal: int
+    rows_unequal: int
+    k1_sum: float
+    k3_sum: float
+    max_abs: float
+
+    @staticmethod
+    def total(parts: Sequence[Mismatch]) -> Mismatch:
+        return Mismatch(
+            sum(p.num_tokens for p in parts),
+            sum(p.num_unequal for p in parts),
+            sum(p.rows_unequal for p in parts),
+            sum(p.k1_sum for p in parts),
+            sum(p.k3_sum for p in parts),
+            max((p.max_abs for p in parts), default=0.0),
+        )
+
+    def metrics(self) -> dict[str, float | int]:
+        n = max(self.num_tokens, 1)
+        return {
+            "mismatch/num_tokens": self.num_tokens,
+            "mismatch/num_unequal": self.num_unequal,
+            "mismatch/rows_unequal": self.rows_unequal,
+            "mismatch/k1": self.k1_sum / n,
+            "mismatch/k3": self.k3_sum / n,
+            "mismatch/max_abs": self.max_abs,
+        }
+
+
+def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_digest: str) -> None:
+    """Raises NotComparableError for the first episode of another contract or other weights, or with a stream that the
+    learner does not score."""
+    for e in episodes:
+        if e.contract_id != contract_id:
+            raise NotComparableError(
+                f"episode {e.name}: sampled under contract {e.contract_id}, but this learner's is {contract_id}. Bits "
+                "of other backends, kinds of GPU or versions cannot be compared: roll the episodes out again here."
+            )
+        if e.weights_digest != weights_digest:
+            raise NotComparableError(
+                f"episode {e.name}: sampled from weights {e.weights_digest}, but the learner holds {weights_digest}. "
+                "Publish the learner's weights to the sampler before rolling out."
+            )
+        if unscored := [name for name in e.streams if name != TEXT]:
+            raise NotComparableError(
+                f"episode {e.name}: was sampled in {', '.join(unscored)} beside text, which this learner does not score"
+            )
+
+
+def unequal_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Where two fp32 tensors differ in bits (NaN equals the same NaN, 0.0 differs from -0.0); bool, same shape."""
+    return a.contiguous().view(torch.int32) != b.contiguous().view(torch.int32)
+
+
+def compare(
+    rollout_logprob: Tensor, learner_logprob: Tensor, rollout_digest: Tensor, learner_digest: Tensor
+) -> Mismatch:
+    """Counts over all N tokens; logprobs fp32 [N], digests int64 [N]."""
+    d = learner_logprob.double() - rollout_logprob.double()
+    return Mismatch(
+        num_tokens=rollout_logprob.numel(),
+        num_unequal=int(unequal_bits(rollout_logprob, learner_logprob).sum()),
+        rows_unequal=int((rollout_digest != learner_digest).sum()),
+        k1_sum=float(-d.sum()),
+        k3_sum=float((d.expm1() - d).sum()),
+        max_abs=float(d.abs().max()) if d.numel() else 0.0,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """A rank's episodes of one step, and what the learner's forward pass gave for their N sampled tokens, packed in
+    the episodes' order: all that a diagnosis needs beside the model."""
+
+    step: int
+    episodes: Sequence[Episode]
+    logprob: Tensor  # fp32 [N], the learner's
+    digest: Tensor  # int64 [N], the learner's
+    micro_batch: int  # episodes in one of the learner's forward passes
+
+    def mismatch(self) -> Mismatch:
+        return compare(
+            concatenate(self.episodes, "logprob"), self.logprob, concatenate(self.episodes, "digest"), self.digest
+        )
+
+    def first(self) -> TokenDifference:
+        """Raises ValueError when nothing differs."""
+        logprob = concatenate(self.episodes, "logprob")
+        unequal = unequal_bits(logprob, self.logprob) | (concatenate(self.episodes, "digest") != self.digest)
+        if not unequal.any():
+            raise ValueError("every log-prob and every row digest is equal: there is no first difference")
+        at = within = int(unequal.nonzero()[0])
+        owner = 0
+        while within >= len(self.episodes[owner].text.logprob):
+            within -= len(self.episodes[owner].text.logprob)
+            owner += 1
+        episode = self.episodes[owner]
+        position = int(episode.text.sampled_at[within])
+        return TokenDifference(
+            owner=owner,
+            position=position,
+            chunk=int(episode.text.chunk[within]),
+            token=int(episode.tokens[position]),
+            rollout_logprob=float(logprob[at]),
+            learner_logprob=float(self.logprob[at]),
+        )
+
+    def describe(self) -> str:
+        """The first difference and the counts, as a sentence; ValueError when nothing differs."""
+        first, mismatch = self.first(), self.mismatch()
+        name = self.episodes[first.owner].name
+        return (
+            f"step {self.step}, episode {name}, token {first.position} (chunk {first.chunk}, id {first.token}): the "
+            f"sampler's log-prob {first.rollout_logprob!r} is not the learner's {first.learner_logprob!r}; "
+            f"{mismatch.num_unequal} log-probs and {mismatch.rows_unequal} rows of {mismatch.num_tokens} tokens differ."
+        )
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """A sampled token whose log-prob or row digest is not the learner's."""
+
+    owner: int  # index of its episode
+    position: int  # in the episode's tokens
+    chunk: int
+    token: int
+    rollout_logprob: float
+    learner_logprob: float
+
+
+class NotEqualError(MetronomeError):
+    """Same weights and contract, other bits. The sampler and the learner are not the same function."""
+
+    def __init__(self, message: str, evidence: Evidence | None = None) -> None:
+        """``evidence``: of this rank; None where only other ranks' tokens differ. (Pickling makes an exception from its
+        message alone and sets the rest afterwards, hence the default.)"""
+        super().__init__(message)
+        self.evidence = evidence
+
+
+def check_identity(evidence: Evidence) -> Mismatch:
+    """The counts of all ranks' sampled tokens. Raises NotEqualError on every rank when any bit differs on any: with the
+    first such rank's words, and each rank's own evidence, which need not cross processes and is explained where the
+    weights are that gave it."""
+    mismatch = evidence.mismatch()
+    differs = bool(mismatch.num_unequal or mismatch.rows_unequal)
+    parts = ranks.gather((mismatch, evidence.describe() if differs else ""))
+    message = next((words for _, words in parts if words), "")
+    if message:
+        raise NotEqualError(
+            f"{message} The step was not taken; the last checkpoint stands.", evidence if differs else None
+        )
+    return Mismatch.total([part for part, _ in parts])

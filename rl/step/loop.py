@@ -1,0 +1,133 @@
+"""The RL loop: sample, judge, compare, learn, publish. Everything it calls is a room of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from kernels import dispatch
+from model.weights import packs
+from model.weights.checkpoint import weights_digest
+from reward.source import Judged, RewardSource
+from rl import reference
+from rl.config import TrainConfig
+from rl.learner import ranks
+from rl.learner.deepspeed import Learner, policy_gradient
+from rl.reference import Reference
+from rl.step.credit import Scales, token_weights
+from rl.step.identity import Evidence, Mismatch, check_comparable, check_identity
+from rollout.engines.roller import Roller
+from rollout.play import Play
+from rollout.record.episode import Episode
+from rollout.turn.vocabulary import Vocabulary
+from rollout.world.speech import SpeechBank
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found: metrics (equal on every rank) and this rank's episodes."""
+
+    metrics: dict[str, float | int | str]
+    mismatch: Mismatch
+    episodes: list[Episode]
+    scales: Scales  # of the advantages, after this step
+
+
+def steps(
+    config: TrainConfig,
+    bank: SpeechBank,
+    roller: Roller,
+    learner: Learner,
+    source: RewardSource,
+    start: Reference | None,
+    first: int,
+    scales: Scales,
+) -> Iterator[StepResult]:
+    """Steps ``first`` … of the recipe, each strictly on-policy: one rollout batch, one optimizer step. ``start``: the
+    policy whose distance is measured and, by the recipe's weight, paid for. ``scales``: of the advantages, as the step
+    before ``first`` left them.
+
+    Raises NotComparableError or NotEqualError before a step that would not be on-policy, MetronomeError for a reward or
+    log-prob that is not finite; the model is then as the last finished step left it."""
+    classes = Vocabulary.build(learner.model.vocab).classes
+    digest = weights_digest(learner.model)
+    for step in range(first, config.rl.steps):
+        clock = time.perf_counter()
+        episodes = roller.play(plays(config, bank, step), config.seed, config.rollout.temperature)
+        rollout_s = time.perf_counter() - clock
+        judged = source.judge(episodes)
+        judge_s = time.perf_counter() - clock - rollout_s
+        log_ratio = start.log_ratio(episodes) if start else []
+        credit = token_weights(episodes, judged.acting, log_ratio, config.rl, scales)
+        scales = credit.scales
+        check_comparable(episodes, dispatch.contract_id(), digest)
+        gradient = policy_gradient(
+            learner.model,
+            episodes,
+            credit.weights,
+            classes,
+            config.rollout.temperature,
+            config.rl.micro_batch,
+        )
+        mismatch = check_identity(Evidence(step, episodes, gradient.logprob, gradient.digest, config.rl.micro_batch))
+        norm = learner.step(gradient)
+        roller.publish()
+        packs.check(learner.model)
+        digest = weights_digest(learner.model)
+        total_s = time.perf_counter() - clock
+        yield StepResult(
+            {
+                "step": step,
+                "weights_digest": digest,
+                "packs_digest": packs.digest(learner.model),
+                **rewards(judged),
+                **mismatch.metrics(),
+                **credit.metrics(),
+                **(reference.metrics(log_ratio) if start else {}),
+                "policy/entropy": _mean(gradient.entropy),
+                "policy/grad_norm": norm,
+                "time/rollout_s": max(ranks.gather(rollout_s)),
+                "time/judge_s": max(ranks.gather(judge_s)),
+                "time/learner_s": total_s - rollout_s - judge_s,
+                "time/step_s": total_s,
+            },
+            mismatch,
+            episodes,
+            scales,
+        )
+
+
+def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
+    """This rank's rollouts of a step: its share of the groups, every group a fresh train scenario, families in turn."""
+    out = []
+    for g in ranks.share(config.rl.groups):
+        index = step * config.rl.groups + g
+        item = config.scenarios.in_turn(index, "train", index, bank)
+        out += [Play(item, r) for r in range(config.rl.rollouts)]
+    return out
+
+
+def rewards(judged: Judged) -> dict[str, float]:
+    """Averages over all ranks' episodes: the rules' score and sums of their shaped rewards, and the learned models'
+    under ``proxy/``. Named by who gave them, whichever RL learns from. An axis's mean is over the episodes that have
+    it."""
+    found = {"reward/score": [s.value for s in judged.scores]}
+    for kind, given in (("reward", judged.rules), ("proxy", judged.proxy)):
+        if given:
+            found[f"{kind}/mean"] = [r.total for r in given]
+            for r in given:
+                for axis in r.axes:
+                    found.setdefault(f"{kind}/{axis}", []).append(r.sum(axis))
+    parts = ranks.gather(found)
+    names = dict.fromkeys(name for part in parts for name in part)  # a rank's episodes may lack an axis
+    return {name: fmean(value for part in parts for value in part.get(name, ())) for name in names}
+
+
+def _mean(values: torch.Tensor) -> float:
+    """Mean over all ranks' entries."""
+    parts = ranks.gather((float(values.double().sum()), values.numel()))
+    return sum(total for total, _ in parts) / sum(count for _, count in parts)

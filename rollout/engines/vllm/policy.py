@@ -1,0 +1,166 @@
+"""The interaction model as vLLM sees it: one multimodal model, which is also its only cache layer.
+
+vLLM schedules, batches and holds the pages; the arithmetic is `model.backbone.transformer.InteractionModel`'s, the same
+forward that the embedded engine and the learner run. The weights do not come through vLLM's loader: the engine hands
+over the learner's own model (in process) or a copy of it (in a worker process), see `rollout.engines.vllm.worker`.
+
+A chunk's audio is one multimodal item: its dMel codes, uint8 [4, 80], embedded here by the audio tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import InklingConfig, PretrainedConfig
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import BaseProcessingInfo
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from model.backbone.transformer import InteractionModel
+from model.logprob import TokenClasses
+from rollout.engines.vllm.pages import PageBackend, Pages, page_spec, view_pages
+from rollout.turn.grammar import AUDIO_ROWS
+
+MODEL_TYPE = "metronome"
+ARCHITECTURE = "MetronomePolicy"
+"""Names of the configuration class, in transformers, and of the model class, in vLLM."""
+
+CACHE_LAYER = "model.layers.0"
+"""The name of the one cache layer; vLLM wants a number in it."""
+
+CLASSES = "classes.safetensors"
+"""In the model's folder: which tokens each row class allows, bool [3, V] under ``allowed``."""
+
+CODES = "address"
+"""What vLLM calls a chunk's codes. It drops the data of items that lie behind a session's computed rows, unless they
+have a field of this name (meant for items in shared memory); without them a preempted session could not be recomputed
+and vLLM would stop with an encoder cache miss."""
+
+Record = tuple[int, float, int, bytes]
+"""What sampling one token leaves: token, log-prob, digest of the row, bytes of the hidden state (empty: not wanted)."""
+
+
+class PolicyConfig(PretrainedConfig):
+    """What vLLM reads of a model, and Inkling's own configuration under ``inkling``."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, inkling: dict[str, Any] | None = None, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.inkling = inkling or {}
+
+    @staticmethod
+    def of(config: InklingConfig, rows: int) -> PolicyConfig:
+        text = config.text_config
+        return PolicyConfig(
+            inkling=config.to_dict(),
+            architectures=[ARCHITECTURE],
+            hidden_size=text.hidden_size,
+            vocab_size=text.unpadded_vocab_size or text.vocab_size,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=rows,
+        )
+
+
+class _Info(BaseProcessingInfo):
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"audio": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"audio": AUDIO_ROWS}
+
+
+class _NoProcessor:
+    """Chunks come as codes: vLLM has nothing to process, it only wants to know their size."""
+
+    def __init__(self, info: _Info, dummy_inputs: None) -> None:
+        self.info = info
+
+
+@MULTIMODAL_REGISTRY.register_processor(_NoProcessor, info=_Info, dummy_inputs=lambda info: None)
+class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
+    """See the module's text. Until it is given a model it answers with zeros, which is what vLLM's profiling gets."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        model_config = vllm_config.model_config
+        self.config = InklingConfig(**model_config.hf_config.inkling)
+        self.dtype, self.device = model_config.dtype, vllm_config.device_config.device
+        self.width, self.vocab = model_config.hf_config.hidden_size, model_config.hf_config.vocab_size
+        self.classes = TokenClasses(load_file(Path(model_config.model) / CLASSES)["allowed"].to(self.device))
+        self.models: list[InteractionModel] = []  # in a list, so that vLLM does not take the weights for its own
+        self.pages: list[Pages] = []
+        self.hidden: Tensor | None = None  # [R, D] of the rows that are being sampled
+        self.records: dict[str, dict[int, Record]] = {}  # session -> position -> what was sampled there
+        vllm_config.compilation_config.static_forward_context[CACHE_LAYER] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return PageBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return page_spec(self.config, self.dtype)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        self.pages = view_pages(kv_cache, self.config, self.dtype)
+
+    def load_weights(self, weights: Any) -> set[str]:
+        return set()
+
+    def embed_multimodal(self, **kwargs: object) -> Tensor:
+        """codes uint8 [N, 4, 80] -> [N, 4, D]."""
+        codes = kwargs[CODES]
+        assert isinstance(codes, Tensor)
+        rows = self.models[0].model.audio_tower(codes.flatten(0, 1))
+        return rows.view(*codes.shape[:2], self.width)
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Sequence[Tensor] | Tensor | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids [T] -> [T, D]; rows where ``is_multimodal`` are taken from ``multimodal_embeddings``, in order."""
+        if not self.models:
+            return torch.zeros(input_ids.shape[0], self.width, dtype=self.dtype, device=self.device)
+        x = self.models[0].model.language_model.embed_tokens(input_ids.long())
+        if multimodal_embeddings is not None and len(multimodal_embeddings):
+            assert is_multimodal is not None
+            x = x.index_copy(0, is_multimodal.to(x.device).nonzero()[:, 0], torch.cat(list(multimodal_embeddings)))
+        return x
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """One step's rows, [T] or [T, D] embedded -> hidden [T, D]."""
+        assert inputs_embeds is not None
+        steps = get_forward_context().attn_metadata
+        if not self.models or steps is None:
+            return torch.zeros_like(inputs_embeds)
+        assert isinstance(steps, dict)
+        rows = steps[CACHE_LAYER]
+        states = [pages.state(rows) for pages in self.pages]
+        return self.models[0].run(inputs_embeds, rows.segments(positions), states)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden [R, D] -> fp32 [R, V]. The rows that are sampled, in the order in which vLLM samples them."""
+        self.hidden = hidden_states
+        if not self.models:
+            return torch.zeros(hidden_states.shape[0], self.vocab, device=self.device)
+        return self.models[0].logits(hidden_states)

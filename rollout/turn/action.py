@@ -1,0 +1,53 @@
+"""The micro-turn's clock and what a model does in one micro-turn.
+
+Chunk k covers the user's audio [200 k, 200 (k + 1)) ms. The action of chunk k is taken after all of chunk k's audio was
+heard; the user hears it before producing chunk k + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from model.senses.audio import HOP, SAMPLE_RATE_HZ
+
+CHUNK_MS = 200
+CHUNKS_PER_SECOND = 1000 // CHUNK_MS
+CHUNK_SAMPLES = SAMPLE_RATE_HZ * CHUNK_MS // 1000
+CHUNK_FRAMES = CHUNK_SAMPLES // HOP  # dMel frames, and so audio tokens, of a chunk
+
+
+class Mode(StrEnum):
+    """The first decision of a micro-turn: say nothing, say words, or hand a request to the background model."""
+
+    LISTEN = "listen"
+    SPEAK = "speak"
+    DELEGATE = "delegate"
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the model did in one chunk.
+
+    Example: ``Action(Mode.SPEAK, ("breathe",))``; silence is `LISTEN`.
+    """
+
+    mode: Mode
+    words: tuple[str, ...] = ()  # [0..K] lower-case words, empty if and only if the mode is listen
+
+    def __post_init__(self) -> None:
+        if (self.mode is Mode.LISTEN) == bool(self.words):
+            raise ValueError(f"an action in mode {self.mode.value!r} cannot have the words {self.words!r}")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the user hears anything of it."""
+        return self.mode is Mode.SPEAK
+
+
+LISTEN = Action(Mode.LISTEN)
+
+
+def speak(*words: str) -> Action:
+    """The action of saying ``words`` in one chunk."""
+    return Action(Mode.SPEAK, words)
