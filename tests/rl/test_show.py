@@ -15,6 +15,7 @@ from rich.console import Console
 from kernels.errors import MetronomeError
 from model.audio import DMel
 from rl.samples import heard, sample, samples
+from rl.train import parse
 from rollout.chunk import CHUNK_SAMPLES, Action, Mode
 from rollout.episode import Episode, save_episodes
 from rollout.scenarios.demonstrate import enact
@@ -90,6 +91,8 @@ def test_rewards_are_those_of_the_runs_recipe(bank: SpeechBank, tmp_path: Path) 
     save_episodes(file, [episode(bank)])
     assert "-1.00 timing" in shown(str(file)) and "-7.00 timing" not in shown(str(file))
     (tmp_path / "run/config.yaml").write_text("reward:\n  miss: -7.0\n")
+    assert "-7.00 timing" in shown(str(file))
+    (tmp_path / "run/config.yaml").write_text(parse([])[2].replace("miss: -1.0", "miss: -7.0"))  # a whole recipe
     assert "-7.00 timing" in shown(str(file))
     (tmp_path / "run/config.yaml").write_text("reward:\n  mis: -7.0\n")
     with pytest.raises(MetronomeError, match="mis"):
