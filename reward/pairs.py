@@ -92,7 +92,7 @@ class PairsConfig:
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     corruptions: CorruptionRecipe = field(default_factory=CorruptionRecipe)
     rollouts: RolloutRecipe = field(default_factory=RolloutRecipe)
-    human: tuple[str, ...] = ()  # files of labels by people (reward.human)
+    human: tuple[str, ...] = ()  # files of labels by people (reward.learned.human)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,9 +26,10 @@ def told(episode: Episode, run: Path) -> dict[str, Any] | None:
     """{"score", "rewards": sum by axis, "events": [{"chunk", "kind", "outcome", "due", "rewards"}]}; None where the
     rules do not know the family or cannot read the facts. ``run``: its folder, whose recipe may name other families
     and other constants than the defaults. Raises MetronomeError when that recipe cannot be read."""
+    scenarios = families(run)
     try:
-        judged = score(episode.family, episode.facts, episode.actions, families(run))
-    except (MetronomeError, KeyError, ValueError, TypeError, IndexError):
+        judged = score(episode.family, episode.facts, episode.actions, scenarios)
+    except (KeyError, ValueError, TypeError, IndexError):
         return None
     return {
         "score": judged.value,

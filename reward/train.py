@@ -70,7 +70,9 @@ class RewardTrainConfig:
     pairs: str = "runs/reward_pairs"  # data set made by reward.pairs
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
     margin_scale: float = 1.0  # times the pair's margin, subtracted inside the loss; 0 turns margins off
-    rationality: float | None = None  # margins grade the labels instead, and rewards get their unit (reward.graded)
+    rationality: float | None = (
+        None  # margins grade the labels instead, and rewards get their unit (reward.learned.graded)
+    )
     trainer: dict[str, Any] = field(default_factory=dict)  # any field of trl.RewardConfig
 
 

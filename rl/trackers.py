@@ -20,7 +20,8 @@ from rl.tracking import Place, Record, TrackingConfig
 
 # accelerate's logger and its decorator for the first process ask for accelerate's own `PartialState`, which would join
 # processes, set threads and the environment. Ours have joined (`rl.learner.ranks`), and only the first one has
-# trackers. accelerate_tracking.logger = logging.getLogger("accelerate.tracking")
+# trackers.
+accelerate_tracking.logger = logging.getLogger("accelerate.tracking")
 
 
 class Plain:

@@ -43,7 +43,12 @@ def test_imports_point_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["import rl.loop", "from rollout.session import Session", "def f():\n    import reward", "from . import x"],
+    [
+        "import rl.step.loop",
+        "from rollout.engines.session import Session",
+        "def f():\n    import reward",
+        "from . import x",
+    ],
 )
 def test_upward_import_is_seen(source: str) -> None:
     assert upward_imports(source, "model")

@@ -100,7 +100,7 @@ def _said(arguments: Sequence[str], part: str) -> dict[str, Any]:
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(name, value) of each option, given as ``--name=value`` or as two arguments."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             yield name, value if equals else following

@@ -26,8 +26,8 @@ def names() -> list[str]:
 def resolve(given: str) -> str:
     """``given`` if it is a file or holds a recipe's text; otherwise the path of the shipped recipe of that name, if
     there is one."""
-    found = None if Path(given).is_file() else shipped(given)
-    return given if found is None else str(found)
+    found = shipped(given)  # first: a recipe's text may be too long to ask the disk for a file of that name
+    return given if found is None or Path(given).is_file() else str(found)
 
 
 def _plain(name: str) -> bool:

@@ -16,7 +16,7 @@ from rollout.scenarios.family import AnyFamily, Family
 from rollout.world.base import Facts, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
-SHIPPED = {"timespeak": "reward.timespeak:TIMESPEAK", "turn_taking": "reward.turn_taking:TURN_TAKING"}
+SHIPPED = {"timespeak": "reward.rules.timespeak:TIMESPEAK", "turn_taking": "reward.rules.turn_taking:TURN_TAKING"}
 """Families that a recipe may name in short. Named, not imported: rewards stand above rollouts."""
 
 

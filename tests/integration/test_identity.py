@@ -22,7 +22,7 @@ from rollout.engines.roller import InProcess
 from rollout.play import play
 from rollout.record.episode import Episode
 from rollout.world.speech import SpeechBank
-from tests.episodes import with_text
+from tests.support.episodes import with_text
 
 CONFIG = TrainConfig(rl=RLConfig(groups=2, rollouts=2, micro_batch=2))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.settings import PROBES, ROOT, SETTINGS, reaches, run
+from tests.support.settings import PROBES, ROOT, SETTINGS, reaches, run
 
 GOLDEN = ROOT / "tests/golden/fingerprint.json"
 SHORT = ROOT / "tests/golden/short_recipe.json"

@@ -26,9 +26,9 @@ def run(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.Completed
 def command(folder: Path, body: str, native: bool = False) -> str:
     """Code that runs a command module holding ``body``; without ``native`` the check that loads torch is left out."""
     (folder / "some_command.py").write_text(body)
-    check = "" if native else "import model.startup; model.startup.check_native = lambda: None; "
+    check = "" if native else "import model.program.startup; model.program.startup.check_native = lambda: None; "
     path = f"import sys; sys.path.append({str(folder)!r}); "
-    return f"{path}{check}from model.startup import run_command; run_command('some_command')"
+    return f"{path}{check}from model.program.startup import run_command; run_command('some_command')"
 
 
 def test_a_clean_command_ends_with_0(tmp_path: Path) -> None:

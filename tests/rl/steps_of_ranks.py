@@ -43,7 +43,7 @@ def take(of: Learner, parameters: list[Tensor]) -> None:
 
 def take_means() -> None:
     """As DeepSpeed does by default: every rank hands over the gradient, and their mean is applied."""
-    deepspeed, every = rl.learner.import_deepspeed(), SimpleNamespace(**vars(ranks) | {"rank": lambda: 0})
+    deepspeed, every = rl.learner.deepspeed.import_deepspeed(), SimpleNamespace(**vars(ranks) | {"rank": lambda: 0})
     honest = deepspeed.initialize
 
     def initialize(config: dict[str, object], **rest: object) -> object:
@@ -51,7 +51,7 @@ def take_means() -> None:
         found[0].gradient_average = False  # as the learner asks; the optimizer that reduces has its own
         return found
 
-    rl.learner.import_deepspeed = lambda: SimpleNamespace(initialize=initialize)  # type: ignore[assignment,return-value]
+    rl.learner.deepspeed.import_deepspeed = lambda: SimpleNamespace(initialize=initialize)  # type: ignore[assignment,return-value]
     Learner.step.__globals__["ranks"] = every
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def launch(folder: Path, body: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs ``main()`` of a command module holding ``body`` in launched processes."""
     (folder / "some_command.py").write_text(body)
-    (folder / "start.py").write_text("from model.startup import run_command\nrun_command('some_command')\n")
+    (folder / "start.py").write_text("from model.program.startup import run_command\nrun_command('some_command')\n")
     config = str(ROOT / "configs/accelerate/cpu.yaml")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config]
     return subprocess.run(

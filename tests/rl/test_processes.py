@@ -12,7 +12,7 @@ import torch
 from model.weights.checkpoint import weights_digest
 from rl.learner.deepspeed import Learner
 from tests.rl.steps_of_ranks import STEPS, gradient, learner, take
-from tests.settings import run
+from tests.support.settings import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("world")]
 

@@ -15,13 +15,15 @@ from rich.console import Console
 from kernels.errors import MetronomeError
 from model.senses.audio import DMel
 from rl.samples import heard, sample, samples
-from rollout.record.episode import Episode, save_episodes
+from rl.train import parse
+from rollout.record.episode import TEXT, Episode, Stream, save_episodes
 from rollout.record.timeline import moments
 from rollout.scenarios.demonstrate import enact
-from rollout.scenarios.registry import ScenarioConfig, scenario
+from rollout.scenarios.registry import ScenarioConfig
 from rollout.show import main
 from rollout.turn.action import CHUNK_SAMPLES, Action, Mode
 from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from tests.support.episodes import with_text
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def bank() -> SpeechBank:
 
 def episode(bank: SpeechBank, family: str = "timespeak") -> Episode:
     """A model that says "four" in chunk 5 and nothing else; a mode a chunk costs 1/4 nat, the word 2 more."""
-    item = scenario(family, "train", 0, bank, ScenarioConfig())
+    item = ScenarioConfig().scenario(family, "train", 0, bank)
     actions = [Action(Mode.SPEAK, ("four",)) if k == 5 else Action(Mode.LISTEN) for k in range(item.chunks)]
     audio, _, facts = enact(item, lambda user: lambda k: actions[k])
     codes = DMel.build().codes(torch.from_numpy(audio.reshape(1, -1)))[0]
@@ -42,7 +44,7 @@ def episode(bank: SpeechBank, family: str = "timespeak") -> Episode:
     return Episode(
         scenario=item.id, rollout=0, seed=0, temperature=1.0, contract_id="c", weights_digest="d" * 32,
         facts=facts.to_json(), actions=tuple(actions), tokens=torch.zeros(9, dtype=torch.int64), codes=codes,
-        sampled_at=zeros, row_class=zeros.clone(), chunk=chunk, logprob=logprob, digest=zeros.clone(),
+        streams={TEXT: Stream(zeros, zeros.clone(), chunk, logprob, zeros.clone())},
     )  # fmt: skip
 
 
@@ -89,9 +91,11 @@ def test_rewards_are_those_of_the_runs_recipe(bank: SpeechBank, tmp_path: Path) 
     file = tmp_path / "run/episodes/e"
     save_episodes(file, [episode(bank)])
     assert "-1.00 timing" in shown(str(file)) and "-7.00 timing" not in shown(str(file))
-    (tmp_path / "run/config.yaml").write_text("reward:\n  miss: -7.0\n")
+    (tmp_path / "run/config.yaml").write_text("scenarios:\n  timespeak:\n    reward:\n      miss: -7.0\n")
     assert "-7.00 timing" in shown(str(file))
-    (tmp_path / "run/config.yaml").write_text("reward:\n  mis: -7.0\n")
+    (tmp_path / "run/config.yaml").write_text(parse([])[2].replace("miss: -1.0", "miss: -7.0"))  # a whole recipe
+    assert "-7.00 timing" in shown(str(file))
+    (tmp_path / "run/config.yaml").write_text("scenarios:\n  timespeak:\n    reward:\n      mis: -7.0\n")
     with pytest.raises(MetronomeError, match="mis"):
         shown(str(file))
 
@@ -110,7 +114,7 @@ def test_what_does_not_fit_is_an_error(bank: SpeechBank, tmp_path: Path) -> None
     for number in ("1", "-1"):
         with pytest.raises(MetronomeError, match=f"--rollout {number}: .* holds 1 rollouts, counted from 0"):
             shown(str(file), "--rollout", number)
-    save_episodes(file, [replace(one, chunk=one.chunk + 1)])
+    save_episodes(file, [with_text(one, chunk=one.text.chunk + 1)])
     with pytest.raises(MetronomeError, match=r"outside its .* chunks"):
         shown(str(file))
     save_episodes(file, [replace(one, codes=one.codes[:-1])])

@@ -23,7 +23,7 @@ from rollout.engines.workers.pool import ATTEMPTS, WorkerPool
 from rollout.play import Play
 from rollout.record.episode import Episode
 from rollout.world.speech import SpeechBank
-from tests.episodes import unequal_fields
+from tests.support.episodes import unequal_fields
 
 KILLS = 30
 CONFIG = TrainConfig(rl=RLConfig(steps=60, groups=2, rollouts=3))  # at most; as many as `KILLS` kills take

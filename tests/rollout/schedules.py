@@ -24,7 +24,7 @@ from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import AUDIO_ROWS, most_rows
 from rollout.turn.observation import Observation
-from tests.episodes import unequal_fields
+from tests.support.episodes import unequal_fields
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
 SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * most_rows(WORDS), "words_per_chunk": WORDS}

@@ -24,7 +24,7 @@ TWIN = replace(TIMESPEAK, axes=("timing",))
 
 def test_shipped_families_have_their_names() -> None:
     assert {name: find(name).name for name in SHIPPED} == {name: name for name in SHIPPED}
-    assert find("reward.timespeak:TIMESPEAK") is find("timespeak") is TIMESPEAK
+    assert find("reward.rules.timespeak:TIMESPEAK") is find("timespeak") is TIMESPEAK
     assert ScenarioConfig().axes == ("timing", "content")
     assert ScenarioConfig(("tests.examples.confide:FAMILY", "timespeak")).axes == ("timing", "safety", "content")
 

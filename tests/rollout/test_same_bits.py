@@ -18,7 +18,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
 from rollout.world.sound import NOISES, amplitude, noise
 from rollout.world.speech import SpeechBank
-from tests.settings import SETTINGS, run
+from tests.support.settings import SETTINGS, run
 
 LIBRARIES = ("MKL compatible", "torch without vectors", "numpy without its vector code", "glibc without FMA")
 WAYS = {

@@ -22,7 +22,7 @@ from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.observation import Observation, of_audio
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
-from tests.episodes import unequal_fields
+from tests.support.episodes import unequal_fields
 
 GROUP = 4
 

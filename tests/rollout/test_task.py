@@ -16,7 +16,7 @@ from kernels.errors import MetronomeError
 from rollout.engines.workers.task import Reply, Task, Wanted, check, cuts, seal, unseal
 from rollout.record.episode import TEXT, Episode, Stream, load_episodes, pack_episodes, save_episodes, unpack_episodes
 from rollout.turn.action import LISTEN
-from tests.episodes import unequal_fields, with_text
+from tests.support.episodes import unequal_fields, with_text
 
 WANTED = Wanted("timespeak", "train", 3, 1, chunks=2)
 TASK = Task(0, (WANTED,), seed=5, temperature=0.7, weights_digest="d")

@@ -31,7 +31,7 @@ from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
-from tests.episodes import unequal_fields
+from tests.support.episodes import unequal_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 3

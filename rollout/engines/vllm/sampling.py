@@ -41,7 +41,7 @@ class Turn:
 
 def _turn(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> Turn:
     if params.extra_args is None or prompt is None:
-        raise ValueError("this model's requests come from rollout.vllm.engine, with a session and its key")
+        raise ValueError("this model's requests come from rollout.engines.vllm.engine, with a session and its key")
     return Turn(**params.extra_args, heard=len(prompt), said=output)
 
 

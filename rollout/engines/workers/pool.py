@@ -33,7 +33,7 @@ from rollout.record.episode import Episode, unpack_episodes
 
 ATTEMPTS = 5
 """So many workers in turn are tried on one task, or may be killed before they are ready, until the pool gives up."""
-PROGRAM = "from rollout.worker import main; main()"
+PROGRAM = "from rollout.engines.workers.worker import main; main()"
 
 
 class Lost(Exception):

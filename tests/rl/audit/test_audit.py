@@ -21,9 +21,9 @@ from rl.audit.report import audit
 from rl.audit.schema import schema
 from rollout.record.episode import Episode, load_episodes
 from rollout.turn.action import Action, Mode
-from tests.episodes import with_text
 from tests.model.damage import flip_bit
 from tests.rl.audit.runs import STEPS, changed, first_file, flip, tamper
+from tests.support.episodes import with_text
 
 Report = dict[str, Any]
 

@@ -17,8 +17,8 @@ from rl.audit.compare import compare_runs
 from rl.audit.document import to_json
 from rl.audit.schema import schema
 from rollout.record.episode import load_episodes, save_episodes
-from tests.episodes import with_text
 from tests.rl.audit.runs import changed, first_file, flip, tamper
+from tests.support.episodes import with_text
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep, rescore
 from rl.audit.report import audit, run_page
 from rollout.turn.action import Action, Mode
-from tests.episodes import with_text
 from tests.rl.audit.browser import Tab, chromium, tab
 from tests.rl.audit.runs import first_file, flip, record, tamper
+from tests.support.episodes import with_text
 
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (1920, 1080)}
 OPENS_IN_S = 2.0

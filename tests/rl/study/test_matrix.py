@@ -32,8 +32,8 @@ from rollout.record.episode import Episode
 from rollout.turn.action import CHUNK_SAMPLES, Action
 from rollout.turn.observation import Observation
 from rollout.world.base import Scenario, User
-from tests.episodes import with_text
 from tests.kernels.contract import uneven
+from tests.support.episodes import with_text
 
 CHUNKS = 14
 
