@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from reward.source import SourceConfig
-from rl.tracking import TrackingConfig
+from rl.tracking.settings import TrackingConfig
 from rollout.scenarios.registry import ScenarioConfig
 
 

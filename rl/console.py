@@ -35,11 +35,11 @@ VERBS = {
     "reward-evaluate": Verb("reward.evaluate", "how good reward models are"),
     "reward-hacks": Verb("reward.hacks", "what rewards pay policies that want to be paid for nothing"),
     "best-of-n": Verb("rl.bestofn", "how far a learned reward can be optimised without training"),
-    "baseline": Verb("rl.audit.baseline", "train beside naive torch with importance weights"),
+    "baseline": Verb("rl.study.baseline", "train beside naive torch with importance weights"),
     "bench": Verb("rollout.bench", "speed of decoding and serving"),
-    "kernel-bench": Verb("kernels.bench", "speed of the kernels beside torch's"),
-    "compile-report": Verb("kernels.compile_report", "compile the Triton kernels for four GPUs and check them"),
-    "traffic": Verb("rl.traffic", "bytes that cross the network in a step on many machines"),
+    "kernel-bench": Verb("kernels.tools.bench", "speed of the kernels beside torch's"),
+    "compile-report": Verb("kernels.tools.compile_report", "compile the Triton kernels for four GPUs and check them"),
+    "traffic": Verb("rl.study.traffic", "bytes that cross the network in a step on many machines"),
     "info": Verb("model.info", "a preset's layers, parameters and session size"),
 }
 

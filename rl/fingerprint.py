@@ -38,11 +38,12 @@ from reward.source import RewardSource
 from rl.config import TrainConfig
 from rl.environment import environment
 from rl.learner import ranks
-from rl.learner.deepspeed import Learner, policy_gradient
+from rl.learner.deepspeed import Learner
 from rl.rollers import build_engine
 from rl.run import build_model
 from rl.step import loop
 from rl.step.credit import token_weights
+from rl.step.gradient import gradient_of
 from rl.warmstart import demonstration, demonstrations
 from rollout.play import play
 from rollout.record.episode import concatenate
@@ -86,7 +87,7 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
         some = demonstrations(config, bank, vocabulary, step)
         tokens = sum(len(t.text.chunk) for t in some)
         weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in some]
-        gradient = policy_gradient(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
+        gradient = gradient_of(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         yield f"step {step}: log-probs and row digests", [gradient.logprob, gradient.digest]
         yield f"step {step}: gradient", gradient.parameters
         limit, norm = config.warmstart.optim.clip_norm, learner.step(gradient)

@@ -23,7 +23,7 @@ from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.weights import checkpoint
 from reward.source import RewardSource
-from rl import tracking, watch
+from rl import watch
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
@@ -35,12 +35,13 @@ from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, start_roller
-from rl.samples import samples
 from rl.step import loop
 from rl.step.advantage import RunningScale
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch, NotEqualError
-from rl.tracking import Tracker
+from rl.tracking.samples import samples
+from rl.tracking.settings import check as check_tracking
+from rl.tracking.tracker import Tracker
 from rl.warmstart import warm_start
 from rollout.record.episode import save_episodes
 from rollout.turn.vocabulary import Vocabulary
@@ -85,7 +86,7 @@ class Run:
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
         check_workers(config)
-        tracking.check(config.tracking)
+        check_tracking(config.tracking)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config
         self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)

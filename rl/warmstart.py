@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from model.backbone.transformer import InteractionModel
 from rl.config import TrainConfig
 from rl.learner import ranks
-from rl.learner.deepspeed import Learner, policy_gradient
+from rl.learner.deepspeed import Learner
+from rl.step.gradient import gradient_of
 from rollout.record.transcript import Transcript, from_audio
 from rollout.scenarios.demonstrate import enact
 from rollout.seeds import demonstration_seed, mistakes
@@ -51,7 +52,7 @@ def warm_start(
         transcripts = demonstrations(config, bank, vocabulary, step)
         tokens = sum(ranks.gather(sum(len(t.text.chunk) for t in transcripts)))
         weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in transcripts]
-        gradient = policy_gradient(model, transcripts, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
+        gradient = gradient_of(model, transcripts, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         norm = learner.step(gradient)
         loss = -sum(ranks.gather(float(gradient.logprob.double().sum()))) / tokens
         yield {"step": step, "warmstart/loss": loss, "warmstart/grad_norm": norm}

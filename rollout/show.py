@@ -156,5 +156,5 @@ def printable(text: str) -> str:
 
 
 def _colour(events: Sequence[dict[str, Any]]) -> str:
-    total = sum(value for event in events for value in event["rewards"].values())
+    total = math.fsum(value for event in events for value in event["rewards"].values())
     return "green" if total > 0 else "red" if total < 0 else ""

@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "rollout", "reward", "rl")
-ALLOWED = ("vllm", "triton", "transformers", "trl", "wandb", "matplotlib", "rich")
+ALLOWED = (
+    "vllm",
+    "triton",
+    "transformers",
+    "trl",
+    "accelerate",
+    "wandb",
+    "tensorboard",
+    "trackio",
+    "matplotlib",
+    "rich",
+)
 """Packages of others that a function may import: optional, slow to load, or only importable once the program is set up.
 Everything else is imported at a module's head."""
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,66 +27,16 @@ from kernels import ops
 from kernels.adamw import MOMENTS, AdamW
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
-from model.logprob import TokenClasses
 from model.program.startup import import_deepspeed
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig
 from rl.learner import ranks
-from rl.step.batch import collate, score_choices
-from rollout.record.episode import Episode
-from rollout.record.transcript import Transcript
+from rl.step import tree
+from rl.step.gradient import Gradient
 
 FOLDER, OPTIMIZER, STATE = "learner", "optimizer.safetensors", "state.json"
 """In a checkpoint folder: what of the optimizer's state is a tensor, by parameter, and the rest. Data only; nothing
 that is read back is code."""
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """The gradient of -sum_t weight_t * logprob_t over this rank's N chosen tokens, and what the forward pass saw."""
-
-    parameters: tuple[Tensor, ...]  # fp32, one a parameter, in the model's order
-    logprob: Tensor  # fp32 [N]
-    entropy: Tensor  # fp32 [N], nats
-    digest: Tensor  # int64 [N]
-    owner: Tensor  # int64 [N], episode of each token
-
-
-def policy_gradient(
-    model: InteractionModel,
-    episodes: Sequence[Episode | Transcript],
-    weights: Sequence[Tensor],
-    classes: TokenClasses,
-    temperature: float,
-    micro_batch: int,
-) -> Gradient:
-    """Plain policy gradient; ``weights[e]`` fp32 [N_e] is what each chosen token of episode e counts (an advantage, or
-    1 for supervised learning), already divided by whatever it is to be averaged over.
-
-    Raises MetronomeError when a log-prob is not finite."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    total: list[Tensor] | None = None
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for first in range(0, len(episodes), micro_batch):
-        some = episodes[first : first + micro_batch]
-        batch = collate(some, model.audio_token_id)
-        logprob, entropy, digest = score_choices(model, batch, classes, temperature)
-        if not torch.isfinite(logprob).all():
-            where = int((~torch.isfinite(logprob)).nonzero()[0])
-            raise MetronomeError(
-                f"the learner's log-prob of token {int(batch.target[where])} in episode "
-                f"{first + int(batch.owner[where])}, chunk {int(batch.chunk[where])}, is {logprob[where].item()}: the "
-                "weights have diverged. Lower the learning rate, or resume from an earlier checkpoint."
-            )
-        upstream = -torch.cat(list(weights[first : first + micro_batch])).to(logprob.device, non_blocking=True)
-        gradient = torch.autograd.grad(logprob, parameters, upstream, materialize_grads=True)
-        if total is None:
-            total = [g.float().clone() for g in gradient]
-        else:
-            torch._foreach_add_(total, [g.float() for g in gradient])
-        seen.append((logprob.detach().cpu(), entropy.detach().cpu(), digest.cpu(), batch.owner + first))
-    assert total is not None, "no episodes"
-    return Gradient(tuple(total), *(torch.cat(column) for column in zip(*seen, strict=True)))
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -158,9 +107,9 @@ class Learner:
         """Applies one step of the sum of all ranks' gradients and refreshes the packed weights; returns the sum's norm
         before clipping.
 
-        Every rank adds the ranks' gradients in rank order, so all hold the same bits. Raises MetronomeError, with the
-        weights as they were, when the sum is not finite."""
-        total = ranks.sum_in_order(torch.cat([g.flatten() for g in gradient.parameters]))
+        Every rank adds the ranks' gradients in one order (`rl.step.tree`), so all hold the same bits. Raises
+        MetronomeError, with the weights as they were, when the sum is not finite."""
+        total = tree.over_ranks(torch.cat([g.flatten() for g in gradient.parameters]))
         parts = total.split([p.numel() for p in self._masters])
         pieces = tuple(part.view(p.shape) for part, p in zip(parts, self._masters, strict=True))
         norm = math.sqrt(float(ops.dot(total, total)))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean
-
-import torch
 
 from kernels import dispatch
 from model.weights import packs
@@ -16,9 +13,11 @@ from reward.source import Judged, RewardSource
 from rl import reference
 from rl.config import TrainConfig
 from rl.learner import ranks
-from rl.learner.deepspeed import Learner, policy_gradient
+from rl.learner.deepspeed import Learner
 from rl.reference import Reference
+from rl.step import tree
 from rl.step.credit import Scales, token_weights
+from rl.step.gradient import gradient_of
 from rl.step.identity import Evidence, Mismatch, check_comparable, check_identity
 from rollout.engines.roller import Roller
 from rollout.play import Play
@@ -65,7 +64,7 @@ def steps(
         credit = token_weights(episodes, judged.acting, log_ratio, config.rl, scales)
         scales = credit.scales
         check_comparable(episodes, dispatch.contract_id(), digest)
-        gradient = policy_gradient(
+        gradient = gradient_of(
             learner.model,
             episodes,
             credit.weights,
@@ -88,7 +87,7 @@ def steps(
                 **mismatch.metrics(),
                 **credit.metrics(),
                 **(reference.metrics(log_ratio) if start else {}),
-                "policy/entropy": _mean(gradient.entropy),
+                "policy/entropy": tree.mean(gradient.entropy.tolist()),
                 "policy/grad_norm": norm,
                 "time/rollout_s": max(ranks.gather(rollout_s)),
                 "time/judge_s": max(ranks.gather(judge_s)),
@@ -122,12 +121,5 @@ def rewards(judged: Judged) -> dict[str, float]:
             for r in given:
                 for axis in r.axes:
                     found.setdefault(f"{kind}/{axis}", []).append(r.sum(axis))
-    parts = ranks.gather(found)
-    names = dict.fromkeys(name for part in parts for name in part)  # a rank's episodes may lack an axis
-    return {name: fmean(value for part in parts for value in part.get(name, ())) for name in names}
-
-
-def _mean(values: torch.Tensor) -> float:
-    """Mean over all ranks' entries."""
-    parts = ranks.gather((float(values.double().sum()), values.numel()))
-    return sum(total for total, _ in parts) / sum(count for _, count in parts)
+    names = dict.fromkeys(name for part in ranks.gather(list(found)) for name in part)  # a rank may lack an axis
+    return {name: tree.mean(found.get(name, ())) for name in names}

@@ -40,11 +40,12 @@ from rl.config import EvalConfig, RLConfig, TrainConfig
 from rl.environment import environment
 from rl.evaluate import evaluate
 from rl.learner import ranks
-from rl.learner.deepspeed import Learner, policy_gradient
+from rl.learner.deepspeed import Learner
 from rl.rollers import build_engine
 from rl.step import loop
 from rl.step.batch import collate, score_choices
 from rl.step.credit import Scales, token_weights
+from rl.step.gradient import gradient_of
 from rl.step.identity import compare
 from rollout.engines.roller import InProcess, Roller
 from rollout.record.episode import Episode, concatenate
@@ -138,7 +139,7 @@ def _inexact(
                 RATIO_MAX: float(every.max()),
                 TRUNCATED: float((every > CAP).float().mean()),
             }
-        g = policy_gradient(learner.model, episodes, weights, classes, config.rollout.temperature, micro_batch)
+        g = gradient_of(learner.model, episodes, weights, classes, config.rollout.temperature, micro_batch)
         found = compare(concatenate(episodes, "logprob"), g.logprob, concatenate(episodes, "digest"), g.digest)
         norm = learner.step(g)
         if sampling is not learner.model:

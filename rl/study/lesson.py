@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rl.audit.table import Cell, Table
-from rl.learner.deepspeed import policy_gradient
+from rl.step.gradient import gradient_of
 from rl.step.identity import Mismatch, compare
 from rl.study.variants import Variant, session_engine, whole
 from rollout.play import Play, play
@@ -143,7 +143,7 @@ def _round(variant: Variant, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch
     episodes = play(engine, plays, SEED)
     clock.append(time.perf_counter())
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
-    g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, MICRO_BATCH)
+    g = gradient_of(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, MICRO_BATCH)
     clock.append(time.perf_counter())
     whole(variant, episodes, MICRO_BATCH)
     clock.append(time.perf_counter())

@@ -30,7 +30,7 @@ from model.weights.checkpoint import weights_digest
 from rl.audit.document import to_json
 from rl.audit.table import Cell, Table
 from rl.environment import environment
-from rl.learner.deepspeed import policy_gradient
+from rl.step.gradient import gradient_of
 from rl.step.identity import Mismatch
 from rl.study import lesson
 from rl.study.variants import DTYPES, Cuts, Scored, Variant, cached, engines, first_of, joined, load_variants, whole
@@ -160,7 +160,7 @@ def learner_apart(variant: Variant, episodes: Sequence[Episode], micro_batch: in
     """What the sampler stored against what the learner finds under autograd."""
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     with variant.active():
-        g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, micro_batch)
+        g = gradient_of(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, micro_batch)
     stored = Scored(torch.cat([e.text.logprob for e in episodes]), torch.cat([e.text.digest for e in episodes]))
     return Scored(g.logprob, g.digest).against(stored)
 

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rollout.scenarios.family import Family
 from rollout.scenarios.verdict import TIMING, Event, Outcome, Score, assemble
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
+from rollout.turn.observation import Observation
 from rollout.world.base import Mistakes, Scenario, Script, Span, User
 from rollout.world.sound import SoundConfig, Track, amplitude, background, generator, seconds_to_samples
 from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split
@@ -92,8 +94,8 @@ class ConfideUser(User):
         end = (last + len(thanks.samples) - 1) // CHUNK_SAMPLES
         self._facts = ConfideFacts(scenario.chunks, scenario.number, start // CHUNK_SAMPLES, end)
 
-    def _produce(self, k: int, heard: Action | None) -> NDArray[np.float32]:
-        return self._track.chunk(k)
+    def _produce(self, k: int, heard: Action | None) -> Observation:
+        return Observation(torch.from_numpy(self._track.chunk(k)))
 
     def facts(self) -> ConfideFacts:
         return self._facts

@@ -12,10 +12,10 @@ from torch import Tensor
 from reward.source import RewardSource
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.config import RLConfig, TrainConfig
-from rl.learner.deepspeed import policy_gradient
 from rl.rollers import build_engine
 from rl.run import build_model
 from rl.step import loop
+from rl.step.gradient import gradient_of
 from rl.step.identity import Evidence, Mismatch, NotComparableError, NotEqualError, check_identity
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.roller import InProcess
@@ -45,7 +45,7 @@ def episodes(engine: SessionEngine, bank: SpeechBank) -> list[Episode]:
 
 def checked(engine: SessionEngine, episodes: list[Episode]) -> Mismatch:
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
-    gradient = policy_gradient(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
+    gradient = gradient_of(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 2)
     return check_identity(Evidence(7, episodes, gradient.logprob, gradient.digest, 2))
 
 
@@ -113,6 +113,6 @@ def test_loop_refuses_episodes_of_other_weights(
 ) -> None:
     stale = [replace(e, weights_digest="0" * 32) for e in episodes]
     monkeypatch.setattr(InProcess, "play", lambda *_: stale)
-    learner, source = SimpleNamespace(model=engine.model), RewardSource(CONFIG.reward, "rules", [])
+    learner, source = SimpleNamespace(model=engine.model), RewardSource(CONFIG.scenarios, "rules", [])
     with pytest.raises(NotComparableError, match="Publish the learner's weights"):
         next(loop.steps(CONFIG, bank, InProcess(engine), learner, source, None, 0, {}))

@@ -19,7 +19,8 @@ from model.config import preset
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig
 from rl.learner import ranks
-from rl.learner.deepspeed import Gradient, Learner
+from rl.learner.deepspeed import Learner
+from rl.step.gradient import Gradient
 
 STEPS = 3
 

@@ -17,9 +17,9 @@ from model.config import preset
 from model.weights import checkpoint
 from reward.source import Rewards
 from rl.config import RLConfig
-from rl.learner.deepspeed import policy_gradient
 from rl.run import Run, load_progress
 from rl.step.credit import token_weights
+from rl.step.gradient import gradient_of
 from rl.train import parse
 from rollout.record.episode import Episode, load_episodes, save_episodes
 from rollout.turn.vocabulary import Vocabulary
@@ -176,9 +176,9 @@ def test_logprob_that_is_not_finite_names_the_token() -> None:
     classes = Vocabulary.build(model.vocab).classes
     one = dataclasses.replace(small_episode(), tokens=torch.tensor([1, 2, 2, 2, 2, 3]))
     model.pack()
-    policy_gradient(model, [one], [torch.ones(1)], classes, 1.0, 1)
+    gradient_of(model, [one], [torch.ones(1)], classes, 1.0, 1)
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     model.repack()
     with pytest.raises((MetronomeError, ValueError), match=r"NaN|not finite|diverged"):
-        policy_gradient(model, [one], [torch.ones(1)], classes, 1.0, 1)
+        gradient_of(model, [one], [torch.ones(1)], classes, 1.0, 1)

@@ -26,7 +26,7 @@ from rl.train import main as train
 from tests.support.episodes import with_text
 from tests.rl.audit.runs import flip
 
-save, gradient = rl.run.save_episodes, rl.step.loop.policy_gradient
+save, gradient = rl.run.save_episodes, rl.step.loop.gradient_of
 
 def other_saved(path, episodes):
     first, *rest = episodes
@@ -40,7 +40,7 @@ def main():
     if {tamper!r} == "saved":
         rl.run.save_episodes = other_saved
     if {tamper!r} == "learned":
-        rl.step.loop.policy_gradient = other_learned
+        rl.step.loop.gradient_of = other_learned
     train({arguments!r})
 """
 RUN = [

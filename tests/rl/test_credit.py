@@ -14,6 +14,7 @@ from rl.step.advantage import RunningScale
 from rl.step.credit import Credit, token_weights
 from rollout.record.episode import Episode
 from tests.rl.test_bad_input import small_episode
+from tests.support.episodes import with_text
 
 CONFIG = RLConfig(rollouts=3, gamma=0.9)
 
@@ -25,7 +26,7 @@ def rewards(timing: Sequence[float], content: Sequence[float] = (0.0, 0.0)) -> R
 def episodes(*families: str) -> list[Episode]:
     """A group of each family; every episode has two chunks and three tokens."""
     one = small_episode()
-    one = replace(one, actions=one.actions * 2, chunk=torch.tensor([0, 0, 1]))
+    one = with_text(replace(one, actions=one.actions * 2), chunk=torch.tensor([0, 0, 1]))
     return [replace(one, scenario=f"{family}/train/0") for family in families for _ in range(CONFIG.rollouts)]
 
 

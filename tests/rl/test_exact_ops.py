@@ -20,9 +20,10 @@ from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.senses.audio import DMel
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
-from rl.learner.deepspeed import Gradient, Learner, policy_gradient
+from rl.learner.deepspeed import Learner
 from rl.rollers import build_engine
 from rl.step import loop
+from rl.step.gradient import Gradient, gradient_of
 from rl.warmstart import demonstrations
 from rollout.play import play
 from rollout.turn.vocabulary import Vocabulary
@@ -121,7 +122,7 @@ def gradient(model: InteractionModel) -> Callable[[], Gradient]:
     vocabulary = Vocabulary.build(model.vocab)
     some = demonstrations(CONFIG, SpeechBank.load(), vocabulary, 0)
     weights = [torch.full((len(t.text.chunk),), 0.01) for t in some]
-    return lambda: policy_gradient(model, some, weights, vocabulary.classes, 1.0, 1)
+    return lambda: gradient_of(model, some, weights, vocabulary.classes, 1.0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

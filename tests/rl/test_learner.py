@@ -19,8 +19,9 @@ from model.config import preset
 from model.weights import checkpoint
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
-from rl.learner.deepspeed import Gradient, Learner, learning_rate, policy_gradient
+from rl.learner.deepspeed import Learner, learning_rate
 from rl.step.batch import collate, score_choices
+from rl.step.gradient import Gradient, gradient_of
 from rl.warmstart import demonstrations
 from rollout.record.transcript import Transcript
 from rollout.turn.vocabulary import Vocabulary
@@ -74,15 +75,13 @@ def test_gradient_is_that_of_the_weighted_logprobs(
     model: InteractionModel, transcripts: list[Transcript], vocabulary: Vocabulary
 ) -> None:
     some = transcripts[:2]
-    gradient = policy_gradient(model, some, weights(some), vocabulary.classes, 1.0, 2)
+    gradient = gradient_of(model, some, weights(some), vocabulary.classes, 1.0, 2)
     logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
     loss = -(torch.cat(weights(some)) * logprob).sum()
     for got, wanted in zip(gradient.parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True):
         assert torch.equal(got, wanted)
-    halves = policy_gradient(model, some, weights(some), vocabulary.classes, 1.0, 1)
+    halves = gradient_of(model, some, weights(some), vocabulary.classes, 1.0, 1)
     assert torch.equal(halves.logprob, gradient.logprob) and torch.equal(halves.digest, gradient.digest)
-    owner = [i for i, t in enumerate(some) for _ in t.text.chunk]
-    assert halves.owner.tolist() == gradient.owner.tolist() == owner
     for a, b in zip(halves.parameters, gradient.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # another order of summation
 
@@ -106,7 +105,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(
     )
     learner = Learner(model, replace(OPTIM, zero_stage=stage), 3)
     for _ in range(3):
-        gradient = policy_gradient(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
+        gradient = gradient_of(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
         norm = learner.step(gradient)
         flat = torch.cat([g.flatten() for g in gradient.parameters])
         assert norm == math.sqrt(float(ops.dot(flat, flat))) > OPTIM.clip_norm
@@ -135,11 +134,11 @@ def test_stale_copies_are_refused_at_once(
 ) -> None:
     """Packs that nobody refreshes would make sampler and learner wrong alike."""
     learner = Learner(model, OPTIM, 3)
-    gradient = policy_gradient(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
+    gradient = gradient_of(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
     monkeypatch.setattr("kernels.ops.repack", lambda packed: None)
     learner.step(gradient)
     with pytest.raises(StaleWeightsError, match="changed after they were packed"):
-        policy_gradient(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
+        gradient_of(model, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -152,7 +151,7 @@ def test_saved_learner_goes_on_where_it_stood(
     dtype: torch.dtype,
 ) -> None:
     def step(of: InteractionModel, learner: Learner) -> None:
-        learner.step(policy_gradient(of, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4))
+        learner.step(gradient_of(of, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4))
 
     model, optim = policy(3, dtype), replace(OPTIM, zero_stage=stage)
     learner = Learner(model, optim, 4)

@@ -24,6 +24,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 from tests.rl.test_identity import episode as small_episode
+from tests.support.episodes import with_text
 
 GROUP = 2
 
@@ -79,7 +80,7 @@ def test_k1_and_k3_by_hand() -> None:
 def two_chunks() -> Episode:
     """Two chunks; in the first it speaks, so that three tokens were sampled."""
     one = small_episode()
-    return replace(one, actions=one.actions * 2, chunk=torch.tensor([0, 0, 1]))
+    return with_text(replace(one, actions=one.actions * 2), chunk=torch.tensor([0, 0, 1]))
 
 
 def test_cost_is_credited_to_go_and_keeps_its_unit() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kernels.errors import MetronomeError
 from model.senses.audio import DMel
-from rl.samples import heard, sample, samples
+from rl.tracking.samples import heard, sample, samples
 from rl.train import parse
 from rollout.record.episode import TEXT, Episode, Stream, save_episodes
 from rollout.record.timeline import moments

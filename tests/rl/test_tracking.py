@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from kernels.errors import MetronomeError
-from rl import trackers, tracking
-from rl.tracking import Tracker, TrackingConfig, check
+from rl.tracking import backends
+from rl.tracking import tracker as tracker_module
+from rl.tracking.settings import TrackingConfig, check
+from rl.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 ON = TrackingConfig(trackers=("wandb",))
@@ -61,9 +63,9 @@ def install(monkeypatch: pytest.MonkeyPatch, init: Any, config: dict[str, Any] |
 
 def test_off_imports_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from rl.tracking import *; check(TrackingConfig()); "
-        "t = Tracker(TrackingConfig(), 'a', Path(sys.argv[1]), {}); t.log(0, {}); t.close(); "
-        "assert not {'wandb', 'accelerate', 'matplotlib', 'rl.samples'} & set(sys.modules)"
+        "import sys; from pathlib import Path; from rl.tracking.settings import *; from rl.tracking.tracker import *; "
+        "check(TrackingConfig()); t = Tracker(TrackingConfig(), 'a', Path(sys.argv[1]), {}); t.log(0, {}); t.close(); "
+        "assert not {'wandb', 'accelerate', 'matplotlib', 'rl.tracking.samples'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
     assert not list(tmp_path.iterdir())
@@ -137,7 +139,7 @@ def test_a_disk_that_refuses_the_journal_is_a_warning(monkeypatch: pytest.Monkey
 def test_a_hang_delays_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     release = threading.Event()
     install(monkeypatch, lambda **_: release.wait() and FakeRun())
-    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(tracker_module, "CLOSE_TIMEOUT_S", 0.2)
     start = time.perf_counter()
     tracker = Tracker(ON, "a", tmp_path, {})
     tracker.log(0, {})
@@ -183,8 +185,9 @@ LOG = """
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from rl.samples import Sample
-from rl.tracking import Tracker, TrackingConfig
+from rl.tracking.samples import Sample
+from rl.tracking.settings import TrackingConfig
+from rl.tracking.tracker import Tracker
 
 kind, folder, first, last, ending = sys.argv[1:]
 
@@ -226,7 +229,7 @@ def wandb_steps(folder: Path) -> list[int]:
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len({path.name for path in parts}) == 1, "every part is of one run"
     return [
-        step for path in parts for step, values in trackers.wandb_history(path) if values["reward/mean"] == 0.5 * step
+        step for path in parts for step, values in backends.wandb_history(path) if values["reward/mean"] == 0.5 * step
     ]
 
 
@@ -279,7 +282,7 @@ def test_without_the_journal_steps_are_lost_or_doubled(tmp_path: Path) -> None:
 def test_wandb_keeps_pictures_and_sound(tmp_path: Path) -> None:
     log("wandb", tmp_path, 0, 5, "ended")
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    values = dict(trackers.wandb_history(path))
+    values = dict(backends.wandb_history(path))
     kinds = {step: {v for k, v in kept.items() if k.endswith("/_type")} for step, kept in values.items()}
     assert kinds == {0: set(), 1: set(), 2: set(), 3: {"image-file", "audio-file"}, 4: set()}
     media = path.parent / "files/media"

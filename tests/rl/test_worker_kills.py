@@ -66,7 +66,7 @@ def train(
     config = replace(CONFIG, seed=seed, rollout=replace(CONFIG.rollout, workers=workers, worker_threads=1))
     model = build_model(CONFIG)
     learner = Learner(model, config.rl.optim, config.rl.steps)
-    source = RewardSource(config.reward, "rules", [])
+    source = RewardSource(config.scenarios, "rules", [])
     with start_roller(config, model) as roller:
         kills = 0
         if kill:

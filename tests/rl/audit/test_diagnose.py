@@ -25,8 +25,8 @@ from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.diagnosis.differences import compare_traces
 from rl.config import TrainConfig
 from rl.learner import ranks
-from rl.learner.deepspeed import Gradient, policy_gradient
 from rl.run import DIFFERENCE, Run
+from rl.step.gradient import Gradient, gradient_of
 from rl.step.identity import Evidence, NotEqualError, check_identity
 from rollout.engines.embedded import SessionEngine
 from rollout.record.episode import Episode
@@ -60,7 +60,7 @@ def sampled(model: InteractionModel) -> list[Episode]:
 
 def learned(model: InteractionModel, episodes: list[Episode]) -> Gradient:
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
-    return policy_gradient(model, episodes, weights, VOCABULARY.classes, 1.0, 2)
+    return gradient_of(model, episodes, weights, VOCABULARY.classes, 1.0, 2)
 
 
 def explained(model: InteractionModel, episodes: list[Episode], sampling: InteractionModel | None = None) -> Diagnosis:

@@ -23,7 +23,7 @@ from model.config import preset
 from model.weights import checkpoint
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.document import to_json
-from rl.learner.deepspeed import policy_gradient
+from rl.step.gradient import gradient_of
 from rl.step.identity import Evidence, NotEqualError, check_identity
 from rl.study import lesson, matrix, variants
 from rl.study.lesson import completions
@@ -125,7 +125,7 @@ def test_naive_torch_cannot_pass_for_exact(folder: Path) -> None:
     episodes = matrix.sampled(variant, "session", ITEMS, len(ITEMS))
     with variant.active():
         weights = [torch.ones(len(e.text.chunk)) for e in episodes]
-        g = policy_gradient(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, 2)
+        g = gradient_of(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, 2)
         with pytest.raises(NotEqualError) as caught:
             check_identity(Evidence(0, episodes, g.logprob, g.digest, 2))
         assert caught.value.evidence is not None

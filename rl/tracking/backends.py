@@ -1,7 +1,7 @@
 """One class for what each tracker can do beyond metrics, around accelerate's own tracker of that name.
 
 accelerate gives start, metrics, configuration and end; pictures, sound, artifacts and going on with an interrupted run
-are each library's own. A tracker without a class here gets metrics only. Runs in the thread of `rl.tracking`.
+are each library's own. A tracker without a class here gets metrics only. Runs in the thread of `rl.tracking.tracker`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from accelerate import tracking as accelerate_tracking
 
-from rl.samples import SAMPLE_RATE_HZ, Sample
-from rl.tracking import Place, Record, TrackingConfig
+from rl.tracking.samples import SAMPLE_RATE_HZ, Sample
+from rl.tracking.settings import Place, Record, TrackingConfig
 
 # accelerate's logger and its decorator for the first process ask for accelerate's own `PartialState`, which would join
 # processes, set threads and the environment. Ours have joined (`rl.learner.ranks`), and only the first one has

@@ -1,0 +1,62 @@
+"""The gradient of an objective over a rank's episodes, micro-batch by micro-batch, and what the forward pass saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+from model.backbone.transformer import InteractionModel
+from model.logprob import TokenClasses
+from rl.step import tree
+from rl.step.batch import collate, score_choices
+from rl.step.objective import Objective, Tokens, policy_gradient
+from rollout.record.episode import Episode
+from rollout.record.transcript import Transcript
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of minus the objective, and the learner's log-probs of this rank's N chosen tokens."""
+
+    parameters: tuple[Tensor, ...]  # fp32, one a parameter, in the model's order
+    logprob: Tensor  # fp32 [N], on the CPU as all that follows
+    entropy: Tensor  # fp32 [N], nats
+    digest: Tensor  # int64 [N]
+
+
+def gradient_of(
+    model: InteractionModel,
+    episodes: Sequence[Episode | Transcript],
+    weights: Sequence[Tensor],
+    classes: TokenClasses,
+    temperature: float,
+    micro_batch: int,
+    objective: Objective = policy_gradient,
+) -> Gradient:
+    """``weights[e]`` fp32 [N_e] is what each chosen token of episode e counts (an advantage, or 1 for supervised
+    learning), already divided by whatever it is to be averaged over; ``micro_batch``: episodes in one forward pass.
+
+    Raises MetronomeError when a log-prob is not finite."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total: list[Tensor] | None = None
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    for first in range(0, len(episodes), micro_batch):
+        batch = collate(episodes[first : first + micro_batch], model.audio_token_id)
+        logprob, entropy, digest = score_choices(model, batch, classes, temperature)
+        if not torch.isfinite(logprob).all():
+            where = int((~torch.isfinite(logprob)).nonzero()[0])
+            raise MetronomeError(
+                f"the learner's log-prob of token {int(batch.target[where])} in episode "
+                f"{first + int(batch.owner[where])}, chunk {int(batch.chunk[where])}, is {logprob[where].item()}: the "
+                "weights have diverged. Lower the learning rate, or resume from an earlier checkpoint."
+            )
+        weight = torch.cat(list(weights[first : first + micro_batch])).to(logprob.device, non_blocking=True)
+        loss = -objective(Tokens(logprob, entropy, weight))
+        total = tree.over_micro_batches(total, torch.autograd.grad(loss, parameters, materialize_grads=True))
+        seen.append((logprob.detach().cpu(), entropy.detach().cpu(), digest.cpu()))
+    assert total is not None, "no episodes"
+    return Gradient(tuple(total), *(torch.cat(column) for column in zip(*seen, strict=True)))

@@ -1,0 +1,66 @@
+"""Which trackers a recipe names, whether they can be had, and what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kernels.errors import MetronomeError
+
+if TYPE_CHECKING:
+    from rl.tracking.samples import Sample
+
+LOCAL = ("tensorboard", "trackio", "wandb")
+"""Trackers that keep to this machine when ``mode`` is offline."""
+
+Metrics = Mapping[str, float | int | str]
+Sampled = Callable[[], Sequence["Sample"]]
+"""Draws a step's sampled episodes; called in the tracker's thread."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    trackers: tuple[str, ...] = ()  # wandb, tensorboard, trackio, or another one that accelerate knows
+    mode: Literal["offline", "online"] = "offline"  # offline keeps everything on this machine (`wandb sync` uploads)
+    project: str = "metronome"
+
+
+@dataclass(frozen=True)
+class Record:
+    step: int
+    metrics: Metrics
+    sampled: Sampled | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a tracker must know of the run."""
+
+    name: str
+    id: str  # of this folder's run; another run of that name has another one
+    folder: Path
+    recipe: Mapping[str, Any]
+
+
+def check(config: TrackingConfig) -> None:
+    """Raises MetronomeError for a tracker that is unknown, not installed, or would not stay offline."""
+    if not config.trackers:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = {str(one) for one in get_available_trackers()}
+    for name in config.trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise MetronomeError(f"tracking.trackers: no tracker is called {name!r}; choose from {known}")
+        if name not in installed:
+            raise MetronomeError(f"tracking.trackers: {name} is not installed: `pip install {name}`, or leave it out")
+        if config.mode == "offline" and name not in LOCAL:
+            raise MetronomeError(
+                f"tracking.trackers: {name} cannot be held to this machine from here; --tracking.mode online allows it "
+                f"the network, and {', '.join(LOCAL)} work offline"
+            )
+    if len(set(config.trackers)) < len(config.trackers):
+        raise MetronomeError(f"tracking.trackers names one twice: {', '.join(config.trackers)}")
