@@ -32,9 +32,9 @@ from kernels.triton import attention, attention_forward, conv, experts, sampling
 from kernels.triton.attention_parts import sizes, tiles_of
 from kernels.triton.launch import aligned, plain, run
 from kernels.triton.tiles import VOCAB_TILE, expert_form
+from model.backbone.state import SessionState
+from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
-from model.state import SessionState
-from model.transformer import InteractionModel
 from rollout.bench.latency import random_model
 
 CASES = (

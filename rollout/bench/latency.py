@@ -20,14 +20,14 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.tools.device_time import wait
+from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.inputs import Inputs
-from model.transformer import InteractionModel
 from rollout.bench.crowd import Crowd
-from rollout.embedded import SessionEngine
-from rollout.episode import Episode
+from rollout.engines.embedded import SessionEngine
+from rollout.record.episode import Episode
 from rollout.turn.grammar import context_rows
-from rollout.vocabulary import Vocabulary
+from rollout.turn.vocabulary import Vocabulary
 
 MOST_LEARNT = 16
 """Sequences of the learner's pass."""

@@ -12,8 +12,8 @@ import pytest
 
 from kernels import gpu_report
 from kernels.gpu_report import PORTABLE, collect, failed, readme, table
-from tests.settings import ROOT
 
+ROOT = Path(__file__).resolve().parents[3]
 Files = dict[str, Any]
 
 RUN = {"mismatch/num_unequal": 0, "mismatch/num_tokens": 3000, "weights_digest": "ab12"}

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.settings import ROOT
-
+ROOT = Path(__file__).resolve().parents[3]
 INTERPRETER = {"METRONOME_BACKEND": "triton", "TRITON_INTERPRET": "1"}
 
 
