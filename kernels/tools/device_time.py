@@ -69,19 +69,25 @@ def _profiled(calls: Sequence[Call], repeat: int) -> list[tuple[float, float, fl
             for _ in range(repeat):
                 call()
             torch.cuda.synchronize()
-    events = sorted(
-        (e for e in trace.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation),
-        key=lambda e: e.time_range.start,
-    )
+    kernels = [e for e in trace.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return per_call([(e.time_range.start, e.name, e.time_range.elapsed_us()) for e in kernels], len(calls), repeat)
+
+
+def per_call(
+    trace: Sequence[tuple[float, str, float]], calls: int, repeat: int
+) -> list[tuple[float, float, float]] | None:
+    """``trace``: (start, name, us) of all that ran on the device, in any order -> (kernels' us, copies' us, number of
+    kernels) of one call each, of ``calls`` that each follow a MARK and were repeated. None when a mark is missing or a
+    call shows no kernel."""
     found: list[list[float]] = []
-    for event in events:
-        if MARK in event.name:
+    for _, name, us in sorted(trace):
+        if MARK in name:
             found.append([0.0, 0.0, 0.0])
         elif found:
-            copy = event.name.startswith(("Memcpy", "Memset"))
-            found[-1][1 if copy else 0] += event.time_range.elapsed_us()
+            copy = name.startswith(("Memcpy", "Memset"))
+            found[-1][1 if copy else 0] += us
             found[-1][2] += not copy
-    if len(found) != len(calls) or not all(kernels for _, _, kernels in found):
+    if len(found) != calls or not all(kernels for _, _, kernels in found):
         return None
     return [(us / repeat, copies / repeat, kernels / repeat) for us, copies, kernels in found]
 
