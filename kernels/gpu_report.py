@@ -130,7 +130,7 @@ def findings(report: Report) -> Iterator[Finding]:
         yield Finding(f"decode step, {_case(one)}", None, text + ("equal" if one["same_bits"] else "differ"))
     for family, ratios in _ratios(report["bench"]).items():
         text = f"median {statistics.median(ratios):.2f}, worst {max(ratios):.2f} times torch's device time"
-        yield Finding(family, None, text)
+        yield Finding(f"op {family}", None, text)
 
 
 def _rows(report: Report) -> Iterator[Finding]:
