@@ -44,7 +44,7 @@ from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import SpeechBank
 
 UNSEEN_SEEDS = 5_000_000
 """Preference scenarios from this one on, held out, are in no data set of pairs."""
@@ -151,7 +151,7 @@ def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterat
     """Rank correlation of episode scores with the rule's, over all episodes and in each family, and what scoring cost
     beside rolling out, in this process."""
     unseen = config.unseen
-    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    bank = SpeechBank.open(config.speech_dir)
     policy = checkpoint.load(unseen.policy.checkpoint)
     engine = SessionEngine.of(policy, unseen, SLOTS)
     first = preference_seed(0, UNSEEN_SEEDS)

@@ -40,7 +40,7 @@ from rollout.turn.action import LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Facts, Scenario, Script, User
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import SpeechBank
 
 WORDS_PER_CHUNK = 6  # that a micro-turn allows here: enough for a whole reply at once
 
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     if config.scenarios < 1:
         raise MetronomeError(f"scenarios is {config.scenarios}: give at least one of each family")
     source = RewardSource.load(config.scenario, SourceConfig(models=config.models))
-    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    bank = SpeechBank.open(config.speech_dir)
     rows = []
     for family in config.scenario.members:
         items = [config.scenario.scenario(family, "held_out", i, bank) for i in range(config.scenarios)]

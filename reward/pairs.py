@@ -40,7 +40,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator, preference_seed
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank, Split
+from rollout.world.speech import SpeechBank, Split
 
 VOCABULARY_PLAYS = 16
 """Expert plays of each family whose words may be swapped for one another."""
@@ -121,7 +121,7 @@ class Maker:
 
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
-        self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+        self.bank = SpeechBank.open(config.speech_dir)
         self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
         self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
         self.writer = Writer(self.vocabulary, config.words_per_chunk, config.scenarios)

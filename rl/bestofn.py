@@ -36,7 +36,7 @@ from rl.folder import RunFolder
 from rl.train import parse
 from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import SpeechBank
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def sample(
     config: TrainConfig, engine: SessionEngine, source: RewardSource, scenarios: int, samples: int, display: Display
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Each family's (rule scores, learned rewards), both [scenarios, samples]."""
-    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    bank = SpeechBank.open(config.speech_dir)
     seed, temperature = config.seed, config.rollout.temperature
     found = {}
     with display.phase("best of n", scenarios * len(config.scenarios.families)) as phase:

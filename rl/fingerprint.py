@@ -70,7 +70,7 @@ def fingerprint() -> dict[str, Any]:
 
 def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     """(name, what was computed), each stage from those before it."""
-    config, bank, dmel = TrainConfig(), SpeechBank.load(), DMel.build()
+    config, bank, dmel = TrainConfig(), SpeechBank.open(), DMel.build()
     yield "recordings", [clip.samples for clip in bank.clips]
     for split, kinds in NOISES.items():
         yield f"noises, {split}", [noise(name, split) for name in kinds]

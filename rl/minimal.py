@@ -43,7 +43,7 @@ from rollout.engines.embedded import SessionEngine
 from rollout.play import play
 from rollout.record.episode import Episode, concatenate
 from rollout.turn.vocabulary import Vocabulary
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import SpeechBank
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(config: TrainConfig) -> str:
     """Returns the digest of the weights at the end."""
-    bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+    bank = SpeechBank.open(config.speech_dir)
     model = build_model(config)
     vocabulary, micro_batch = Vocabulary.build(model.vocab), config.rl.micro_batch
 

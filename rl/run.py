@@ -46,7 +46,7 @@ from rl.warmstart import warm_start
 from rollout.record.episode import save_episodes
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import SpeechBank
 
 AUDITED = 240
 """Saved episodes that a run's end re-scores at most, a few seconds' worth; `python -m rl.audit` re-scores them all."""
@@ -89,7 +89,7 @@ class Run:
         check_tracking(config.tracking)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config
-        self.bank = SpeechBank.load(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir)
+        self.bank = SpeechBank.open(config.speech_dir)
         self.folder = (RunFolder.reopen if resume else RunFolder.create)(Path(config.runs), config.name, recipe)
         # A damaged checkpoint is refused before anything is written over.
         self._newest = self.folder.checkpoint_to_resume() if resume else None

@@ -242,7 +242,7 @@ def run(
     config = TrainConfig(
         rl=RLConfig(steps=steps, groups=groups, rollouts=rollouts), eval=EvalConfig(scenarios=evaluated)
     )
-    bank, results = SpeechBank.load(), []
+    bank, results = SpeechBank.open(), []
     for method in METHODS:
         results.append(train(method, config, folder, bank))
         print(f"{method.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)

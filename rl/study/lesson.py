@@ -119,7 +119,7 @@ class Measured:
 def measured(variants: Sequence[Variant], rounds: int) -> list[Measured]:
     """All variants by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more
     round before warms up."""
-    bank, config = SpeechBank.load(), ScenarioConfig()
+    bank, config = SpeechBank.open(), ScenarioConfig()
     items = [config.in_turn(i, "train", i, bank) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     costs: list[list[Cost]] = [[] for _ in variants]
@@ -158,7 +158,7 @@ def _round(variant: Variant, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch
 def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int) -> list[Table]:
     """The lesson's table for each dtype, and the counts of completions in full."""
     costs = measured(variants, rounds) if rounds else []
-    bank, config = SpeechBank.load(), ScenarioConfig()
+    bank, config = SpeechBank.open(), ScenarioConfig()
     heard = [recording(item) for item in config.of_each(4, "held_out", bank)]
     long = torch.cat(heard[:LONG])
     counts = []

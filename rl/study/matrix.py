@@ -176,7 +176,7 @@ def invariance(
     folder: Path, variants: Sequence[Variant], dtypes: Sequence[torch.dtype], count: int
 ) -> list[Comparison]:
     """The matrix over ``count`` episodes, whose tokens our first variant samples."""
-    items = scenarios(SpeechBank.load(), count)
+    items = scenarios(SpeechBank.open(), count)
     tokens = sampled(variants[0], "session", items, count)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "episodes.safetensors"

@@ -48,7 +48,7 @@ class SharingSpeed:
 
 def measure_sharing(model: InteractionModel, rounds: int) -> SharingSpeed:
     """Plays alternate, so that a busy moment of the machine hits both."""
-    bank, vocabulary = SpeechBank.load(), Vocabulary.build(model.vocab)
+    bank, vocabulary = SpeechBank.open(), Vocabulary.build(model.vocab)
     items = [ScenarioConfig().in_turn(i, "train", i, bank) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     engines = [kind(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS) for kind in (SessionEngine, Separate)]

@@ -42,7 +42,7 @@ def measure_workers(model: InteractionModel, rounds: int) -> dict[str, object]:
     """``model``: the policy, packed."""
     vocabulary = Vocabulary.build(model.vocab)
     cores = len(os.sched_getaffinity(0))
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     items = [ScenarioConfig().in_turn(g, "train", g, bank) for g in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
     engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS)

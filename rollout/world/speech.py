@@ -81,9 +81,10 @@ class SpeechBank:
             self._by_words[clip.words] = (*self._by_words.get(clip.words, ()), clip)
 
     @classmethod
-    def load(cls, folder: str | Path = DEFAULT_FOLDER) -> SpeechBank:
-        """Reads the manifest and every recording of ``folder``; raises `SpeechError` at the first thing wrong."""
-        folder = Path(folder)
+    def open(cls, folder: str | Path | None = None) -> SpeechBank:
+        """Reads the manifest and every recording of ``folder``, by default of the set that comes with the program;
+        raises `SpeechError` at the first thing wrong."""
+        folder = DEFAULT_FOLDER if folder is None else Path(folder)
         if not folder.is_dir():
             raise SpeechError(
                 f"speech folder {folder} does not exist: give a folder with {MANIFEST} and its recordings"

@@ -29,7 +29,7 @@ CONFIG = TrainConfig(rl=RLConfig(groups=2, rollouts=2, micro_batch=2))
 
 @pytest.fixture(scope="module")
 def bank() -> SpeechBank:
-    return SpeechBank.load()
+    return SpeechBank.open()
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
 
 @pytest.fixture(scope="module")
 def bank() -> SpeechBank:
-    return SpeechBank.load()
+    return SpeechBank.open()
 
 
 def items(bank: SpeechBank, count: int) -> list[Scenario]:

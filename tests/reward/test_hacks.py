@@ -22,7 +22,7 @@ UNLEARNED = RewardSource(CONFIG, "rules", [])
 @pytest.fixture(scope="module", params=[(f, s) for f in CONFIG.families for s in ("train", "held_out")], ids="/".join)
 def items(request: pytest.FixtureRequest) -> list[Scenario]:
     family, split = request.param
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     return [CONFIG.scenario(family, split, seed, bank) for seed in range(SEEDS)]
 
 

@@ -22,7 +22,7 @@ WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
 
 @pytest.fixture(scope="module")
 def item() -> Scenario:
-    return CONFIG.in_turn(0, "train", 77_000, SpeechBank.load())
+    return CONFIG.in_turn(0, "train", 77_000, SpeechBank.open())
 
 
 def played(item: Scenario, rewards: dict[int, float], mark: int) -> Played:
@@ -64,7 +64,7 @@ def test_each_axis_has_its_faults(item: Scenario) -> None:
 
 def test_plays_that_err_all_along_misplace_most_reminders() -> None:
     """Those of warm start, the control, keep most of them inside the window."""
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     share = {}
     for name, gross in (("gross", True), ("warm start", False)):
         hits = due = 0

@@ -49,7 +49,7 @@ def episodes() -> list[Episode]:
     policy.init_weights(0)
     policy.pack()
     engine = SessionEngine(policy, Vocabulary.build(policy.vocab), slots=4, max_tokens=512)
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     return play(engine, [Play(item, r) for item in CONFIG.of_each(1, "train", bank) for r in (0, 1)], 0)
 
 

@@ -120,7 +120,7 @@ def policy(name: str = "tiny", dtype: torch.dtype = torch.float32) -> Interactio
 
 def gradient(model: InteractionModel) -> Callable[[], Gradient]:
     vocabulary = Vocabulary.build(model.vocab)
-    some = demonstrations(CONFIG, SpeechBank.load(), vocabulary, 0)
+    some = demonstrations(CONFIG, SpeechBank.open(), vocabulary, 0)
     weights = [torch.full((len(t.text.chunk),), 0.01) for t in some]
     return lambda: gradient_of(model, some, weights, vocabulary.classes, 1.0, 1)
 
@@ -147,7 +147,7 @@ def test_learners_step(stage: Literal[0, 1, 2], dtype: torch.dtype) -> None:
 def test_sampler() -> None:
     model = policy()
     engine = build_engine(CONFIG, model)
-    plays = loop.plays(CONFIG, SpeechBank.load(), 0)[:4]
+    plays = loop.plays(CONFIG, SpeechBank.open(), 0)[:4]
     assert refused(lambda: play(engine, plays, 0)) == {}
 
 

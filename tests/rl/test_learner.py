@@ -52,7 +52,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def transcripts(vocabulary: Vocabulary) -> list[Transcript]:
-    return demonstrations(CONFIG, SpeechBank.load(), vocabulary, 0)
+    return demonstrations(CONFIG, SpeechBank.open(), vocabulary, 0)
 
 
 def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
@@ -61,7 +61,7 @@ def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
 
 
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     again = demonstrations(CONFIG, bank, vocabulary, 0)
     assert all(
         torch.equal(a.tokens, b.tokens) and torch.equal(a.codes, b.codes)

@@ -44,7 +44,7 @@ def vocabulary() -> Vocabulary:
 @pytest.fixture(scope="module")
 def episodes(vocabulary: Vocabulary) -> list[Episode]:
     engine = SessionEngine(policy(0), vocabulary, slots=4, max_tokens=512)
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     items = [ScenarioConfig().scenario(family, "train", 0, bank) for family in ScenarioConfig().families]
     return play(engine, [Play(item, r) for item in items for r in range(GROUP)], 0, 0.8)
 

@@ -22,13 +22,13 @@ from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.show import main
 from rollout.turn.action import CHUNK_SAMPLES, Action, Mode
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import SpeechBank
 from tests.support.episodes import with_text
 
 
 @pytest.fixture(scope="module")
 def bank() -> SpeechBank:
-    return SpeechBank.load(DEFAULT_FOLDER)
+    return SpeechBank.open()
 
 
 def episode(bank: SpeechBank, family: str = "timespeak") -> Episode:

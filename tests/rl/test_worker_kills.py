@@ -93,7 +93,7 @@ def differing(one: list[loop.StepResult], other: list[loop.StepResult]) -> Itera
 
 @pytest.mark.slow
 def test_killing_workers_changes_no_bit(world: None) -> None:
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     killed, kills = train(bank, workers=2, kill=True)
     assert kills >= KILLS
     alone, _ = train(bank, workers=0, steps=len(killed))

@@ -21,7 +21,7 @@ SEEDS = 200
 
 @pytest.fixture(scope="module")
 def bank() -> SpeechBank:
-    return SpeechBank.load()
+    return SpeechBank.open()
 
 
 def demonstrated(item: Scenario, seed: int, errs: float = 1.0, config: ScenarioConfig = CONFIG) -> Score:

@@ -29,7 +29,7 @@ WAYS = {
 
 def digests(first_seed: int = 0) -> dict[str, str]:
     """One digest a stage, of some of each."""
-    bank, dmel = SpeechBank.load(), DMel.build()
+    bank, dmel = SpeechBank.open(), DMel.build()
     config = ScenarioConfig()
     items = [config.in_turn(i, "train", first_seed + i, bank) for i in range(12)]
     plays = [enact(item, config.expert(item, generator("same bits", i))) for i, item in enumerate(items)]

@@ -34,7 +34,7 @@ QUIET = SoundConfig(snr_db=(80.0, 80.0))  # noise too faint to blur where speech
 
 @pytest.fixture(scope="module")
 def bank() -> SpeechBank:
-    return SpeechBank.load()
+    return SpeechBank.open()
 
 
 def play(user: User, actions: list[Action]) -> np.ndarray:
@@ -51,7 +51,7 @@ def seed_with(bank: SpeechBank, family: str, config: ScenarioConfig, wanted) -> 
 def test_same_id_same_bits(bank: SpeechBank, family: str, split: str) -> None:
     actions = [LISTEN] * 20 + [speak(REMINDER)] * 5 + [LISTEN] * 35
     first = CONFIG.scenario(family, split, 7, bank)
-    again = CONFIG.scenario(family, split, 7, SpeechBank.load())
+    again = CONFIG.scenario(family, split, 7, SpeechBank.open())
     assert first.id == f"{family}/{split}/7" and first.chunks == 60
     np.random.seed(0)  # a global generator has no influence
     one, two = first.user(), first.user()

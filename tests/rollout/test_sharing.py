@@ -68,7 +68,7 @@ def record(session: Session) -> Episode:
 @pytest.mark.parametrize("slots", [3 * GROUP, 3])
 def test_groups_played_together_equal_separate_sessions(model: InteractionModel, slots: int) -> None:
     """On all fields of all episodes, also where too few slots make a group begin in parts."""
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     items = [ScenarioConfig().in_turn(i, "train", i, bank) for i in range(3)]
     plays = [Play(item, r) for item in items for r in range(GROUP)]
     # At a low temperature they part late, as those of a trained policy do.

@@ -14,7 +14,7 @@ from rollout.world.speech import DEFAULT_FOLDER, NUMBER_WORDS, RESERVED_WORDS, S
 
 @pytest.fixture(scope="module")
 def bank() -> SpeechBank:
-    return SpeechBank.load()
+    return SpeechBank.open()
 
 
 def tone(seconds: float) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_levels_are_those_of_exact_sums(bank: SpeechBank) -> None:
 def test_trim_removes_exactly_the_silence(tmp_path: Path) -> None:
     silence = np.zeros(SAMPLE_RATE_HZ // 2, "f4")
     folder = write(tmp_path, samples=np.concatenate([silence, tone(0.5), silence]))
-    (clip,) = SpeechBank.load(folder).clips
+    (clip,) = SpeechBank.open(folder).clips
     assert len(clip.samples) == SAMPLE_RATE_HZ // 2
 
 
@@ -81,12 +81,12 @@ def test_splits_of_fillers_are_disjoint_by_recording_and_by_words(bank: SpeechBa
 def test_wav_is_read_as_well(tmp_path: Path) -> None:
     write(tmp_path, {"file": "b.wav", "text": "Four!", "seconds": 1})
     soundfile.write(tmp_path / "b.wav", tone(1.0), SAMPLE_RATE_HZ)
-    assert [c.file for c in SpeechBank.load(tmp_path).saying("four")] == ["b.wav"]
+    assert [c.file for c in SpeechBank.open(tmp_path).saying("four")] == ["b.wav"]
 
 
 def test_a_whole_folder_loads(tmp_path: Path) -> None:
     """The control of every error below."""
-    assert len(SpeechBank.load(write(tmp_path)).clips) == 1
+    assert len(SpeechBank.open(write(tmp_path)).clips) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,30 +107,30 @@ def test_a_whole_folder_loads(tmp_path: Path) -> None:
 def test_bad_manifest_line_is_named(tmp_path: Path, line: dict | str, message: str) -> None:
     folder = write(tmp_path, {"file": "a.flac", "text": "four", "seconds": 1.0}, line)
     with pytest.raises(SpeechError, match=message):
-        SpeechBank.load(folder)
+        SpeechBank.open(folder)
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(SpeechError, match="does not exist"):
-        SpeechBank.load(tmp_path / "nowhere")
+        SpeechBank.open(tmp_path / "nowhere")
     with pytest.raises(SpeechError, match=r"has no manifest\.jsonl"):
-        SpeechBank.load(tmp_path)
+        SpeechBank.open(tmp_path)
     (tmp_path / "manifest.jsonl").write_text("\n\n")
     with pytest.raises(SpeechError, match="lists no recordings"):
-        SpeechBank.load(tmp_path)
+        SpeechBank.open(tmp_path)
 
 
 def test_bad_audio_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpeechError, match="sample rate of 8000 Hz: convert"):
-        SpeechBank.load(write(tmp_path / "rate", rate_hz=8000))
+        SpeechBank.open(write(tmp_path / "rate", rate_hz=8000))
     with pytest.raises(SpeechError, match="2 channels"):
-        SpeechBank.load(write(tmp_path / "stereo", samples=np.stack([tone(1.0)] * 2, axis=1)))
+        SpeechBank.open(write(tmp_path / "stereo", samples=np.stack([tone(1.0)] * 2, axis=1)))
     with pytest.raises(SpeechError, match="is silent"):
-        SpeechBank.load(write(tmp_path / "silent", samples=np.zeros(SAMPLE_RATE_HZ, "f4")))
+        SpeechBank.open(write(tmp_path / "silent", samples=np.zeros(SAMPLE_RATE_HZ, "f4")))
     folder = write(tmp_path / "noise")
     (folder / "a.flac").write_bytes(b"this is no audio")
     with pytest.raises(SpeechError, match=r"a\.flac cannot be decoded"):
-        SpeechBank.load(folder)
+        SpeechBank.open(folder)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
@@ -139,11 +139,11 @@ def test_truncated_audio_is_an_error(tmp_path: Path, share: float) -> None:
     whole = (folder / "a.flac").read_bytes()
     (folder / "a.flac").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(SpeechError, match=r"a\.flac (cannot be decoded|holds)"):
-        SpeechBank.load(folder)
+        SpeechBank.open(folder)
 
 
 def test_words_that_a_folder_lacks_are_named(tmp_path: Path) -> None:
-    bank = SpeechBank.load(write(tmp_path))
+    bank = SpeechBank.open(write(tmp_path))
     with pytest.raises(SpeechError, match="no recording that says 'thank you'"):
         bank.saying("thank you")
     with pytest.raises(SpeechError, match="no train recording of 2 to 9 words"):

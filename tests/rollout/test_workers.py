@@ -96,7 +96,7 @@ def model() -> InteractionModel:
 
 @pytest.fixture(scope="module")
 def plays() -> list[Play]:
-    bank = SpeechBank.load()
+    bank = SpeechBank.open()
     items = [ScenarioConfig().scenario(family, "train", 11, bank) for family in ScenarioConfig().families]
     return [Play(item, rollout) for item in items for rollout in range(3)]
 
@@ -294,7 +294,7 @@ from tests.rollout.test_workers import *
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 pool = pool_of(fresh_model(), 2)
-bank = SpeechBank.load()
+bank = SpeechBank.open()
 plays = [Play(ScenarioConfig().scenario(f, "train", 0, bank), 0) for f in ScenarioConfig().families]
 print(*pool.pids, flush=True)
 while True:

@@ -35,7 +35,7 @@ class Worker:
         """``weights``: descriptor of the memory file that holds them. Raises MetronomeError for bad recordings."""
         self._setup = setup
         self._weights = f"/proc/self/fd/{weights}"
-        self._bank = SpeechBank.load(setup.speech_dir)
+        self._bank = SpeechBank.open(setup.speech_dir)
         self._model = InteractionModel(setup.config, setup.dtype)
         self._engine: SessionEngine | None = None
 

@@ -21,7 +21,7 @@ def test_vllm_samples_what_the_learner_scores_in_both_types(tmp_path: Path) -> N
     model = InteractionModel(preset("tiny"))
     model.init_weights(5)
     checkpoint.save(model, tmp_path / "model")
-    items = matrix.scenarios(SpeechBank.load(), 2)
+    items = matrix.scenarios(SpeechBank.open(), 2)
     for dtype in (torch.float32, torch.bfloat16):
         variant = Variant.load("ours", tmp_path / "model", dtype)
         many, single = (matrix.sampled(variant, "vllm", items, slots) for slots in (2, 1))
