@@ -49,7 +49,7 @@ class TokenClasses:
         allowed[NEXT_TEXT, end] = True
         return TokenClasses(allowed)
 
-    def score(
+    def logprob(
         self, logits: Tensor, token: Tensor, row_class: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits fp32 [T, V], token and row_class int64 [T] -> (logprob fp32 [T], entropy fp32 [T] in nats, digest of
@@ -61,7 +61,7 @@ class TokenClasses:
         self, logits: Tensor, key: Tensor, row_class: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits fp32 [T, V], key int64 [T] (bits of the row's uint64 random key) -> (token int64 [T], logprob fp32
-        [T], digest int64 [T]), the last two equal to what `score` gives for that token."""
+        [T], digest int64 [T]), the last two equal to what `logprob` gives for that token."""
         key, row_class = (x.to(logits.device, non_blocking=True) for x in (key, row_class))
         return ops.sample(logits, temperature, key, self.on(logits.device), row_class)
 

@@ -34,7 +34,7 @@ from rollout.record.episode import Episode, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.turn.action import Mode
 
-JUDGE = "reward.told:told"
+VERDICT_FUNCTION = "reward.told:told"
 """Found by name, as whatever stands above this package: (episode, folder of its run) to a `Verdict` in JSON or None."""
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def look(episode: Episode, file: Path) -> View:
     """Raises MetronomeError when the file's fields do not fit together."""
-    module, name = JUDGE.split(":")
+    module, name = VERDICT_FUNCTION.split(":")
     judge: Callable[[Episode, Path], dict[str, Any] | None] = getattr(importlib.import_module(module), name)
     try:
         return View(episode, moments(episode), judge(episode, file.resolve().parent.parent))

@@ -56,13 +56,13 @@ class _Pages:
         self.held: list[dict[int, int]] = [{} for _ in range(slots)]  # slot -> {page index: page id}, ascending
         self.window = window
 
-    def first_seen(self, start: int) -> int:
+    def first_visible_page(self, start: int) -> int:
         """Index of the first page that a row at position ``start`` or later can see."""
         return 0 if self.window is None else max(0, start - self.window + 1) // SPLIT_TOKENS
 
     def reserve(self, slot: int, start: int, end: int) -> None:
         """Pages for the rows start … end - 1; gives back those that no row from ``start`` on can see."""
-        held, keep = self.held[slot], self.first_seen(start)
+        held, keep = self.held[slot], self.first_visible_page(start)
         for index in [i for i in held if i < keep]:
             self._release(slot, index)
         for index in range(start // SPLIT_TOKENS, (end - 1) // SPLIT_TOKENS + 1):
@@ -90,7 +90,7 @@ class _Pages:
         self._set(slot, index, page)
         return page
 
-    def show(self) -> None:
+    def copy_to_device(self) -> None:
         """Lets kernels see the table as it is."""
         if self.changed and self.table is not self.host:
             self.table.copy_(self.host, non_blocking=True)
@@ -146,12 +146,12 @@ class SessionState:
         )
         self._pages = {w: _Pages(counts[w], slots, max_pages, w, device) for w in dict.fromkeys(windows)}
         self.layers: list[LayerState] = []
-        self.pasts: list[list[Tensor]] = []  # every layer's convolution windows
+        self.conv_windows: list[list[Tensor]] = []  # every layer's convolution windows
         for window, layer in zip(windows, sizes, strict=True):
             # Written to, not only asked for: the system hands out memory when it is first touched, not before.
             key, value, *past = (torch.empty(size, dtype=dtype, device=device).zero_() for size in layer)
             self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
-            self.pasts.append(past)
+            self.conv_windows.append(past)
         self._windows = windows
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
@@ -185,11 +185,11 @@ class SessionState:
         length = self.length(slot)
         twin = self.open()
         copies = {window: pages.fork(slot, twin, length) for window, pages in self._pages.items()}
-        for window, layer, pasts in zip(self._windows, self.layers, self.pasts, strict=True):
+        for window, layer, conv_windows in zip(self._windows, self.layers, self.conv_windows, strict=True):
             if (copy := copies[window]) is not None:
                 layer.kv.key[copy[1]] = layer.kv.key[copy[0]]
                 layer.kv.value[copy[1]] = layer.kv.value[copy[0]]
-            for past in pasts:
+            for past in conv_windows:
                 past[twin] = past[slot]
         self._length[twin] = length
         return twin
@@ -227,7 +227,7 @@ class SessionState:
                     pages.reserve(slot, start, end)
             self._length[slot] = end
         for pages in self._pages.values():
-            pages.show()
+            pages.copy_to_device()
         if rows == len(slots):
             return self._one_row_each(slots, starts)
         return Segments.build(slots, starts, lengths)

@@ -6,7 +6,7 @@ and autograd works. Parameter names are those of transformers' `InklingForCondit
 interchange. Left out: the vision tower and multi-token prediction; a checkpoint's weights for the first are carried
 along in `passthrough`.
 
-The forward reads packed copies of the weights: call `pack` once after loading, and after each update `changed` and
+The forward reads packed copies of the weights: call `pack` once after loading, and after each update `mark_changed` and
 `repack`. A forward with copies older than the weights raises (`model.weights.packs`).
 """
 
@@ -175,7 +175,7 @@ class InteractionModel(nn.Module):
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
-        self.changed()
+        self.mark_changed()
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -185,7 +185,7 @@ class InteractionModel(nn.Module):
         self.packed = ops.pack_linear(self.lm_head.weight)
         tau = shapes.log_scale_table(self.config.text_config)
         self.tau = None if tau is None else tau.to(self.device)
-        packs.adopt(self, self.generation)
+        packs.mark_current(self, self.generation)
         self._versions = self._present()
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class InteractionModel(nn.Module):
         ops.repack(self.packed)
         self._versions = self._present()
 
-    def changed(self) -> None:
+    def mark_changed(self) -> None:
         """Whoever changes the weights says so: until `repack` every forward raises StaleWeightsError."""
         self.generation.now += 1
 

@@ -11,7 +11,7 @@ import torch
 
 from kernels.errors import MetronomeError
 
-RESERVE = 0.1
+RESERVED_FRACTION = 0.1
 """Share of what is left that nobody may plan with: activations, libraries and other processes want some too."""
 
 _GROUPS = Path("/sys/fs/cgroup")
@@ -35,7 +35,7 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUP
 def check_room(needed: int, purpose: str, remedy: str, device: torch.device | None = None) -> None:
     """Raises MetronomeError when ``needed`` bytes cannot be taken; the alternative is to be killed while using them."""
     there = device is not None and device.type == "cuda"
-    usable = int((1 - RESERVE) * (torch.cuda.mem_get_info(device)[0] if there else available_bytes()))
+    usable = int((1 - RESERVED_FRACTION) * (torch.cuda.mem_get_info(device)[0] if there else available_bytes()))
     if needed > usable:
         raise MetronomeError(
             f"{purpose} would take {needed / 2**30:.2f} GiB of memory, of which {usable / 2**30:.2f} GiB can be had: "

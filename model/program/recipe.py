@@ -32,14 +32,14 @@ class OpenConfig(ABC):
     """A part of a recipe that brings its own fields. The instance that a recipe has by default is asked for them."""
 
     @abstractmethod
-    def reader(self, said: Mapping[str, Any]) -> type[Any]:
+    def schema(self, said: Mapping[str, Any]) -> type[Any]:
         """The dataclass that this part is read as; ``said``: what the recipe says of this part, unchecked, with dotted
         overrides under their names. Its defaults are this instance's."""
 
     @classmethod
     @abstractmethod
-    def from_reader(cls, read: Any) -> Self:
-        """From an instance of what `reader` returned."""
+    def from_schema(cls, read: Any) -> Self:
+        """From an instance of what `schema` returned."""
 
 
 def read_recipe(
@@ -55,7 +55,7 @@ def read_recipe(
         parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
     given = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     parts = _open_parts(kind)
-    parser.add_class_arguments(_closed(kind, {name: p.reader(_said(given, name)) for name, p in parts.items()}))
+    parser.add_class_arguments(_closed(kind, {name: p.schema(_said(given, name)) for name, p in parts.items()}))
     try:
         parsed = parser.parse_args(with_shipped(given))
     except jsonargparse.ArgumentError as error:
@@ -64,7 +64,7 @@ def read_recipe(
     parsed.pop("config")
     text = parser.dump(parsed, skip_unset=False)
     read = vars(parser.instantiate(parsed))
-    return Recipe(kind(**read | {name: p.from_reader(read[name]) for name, p in parts.items()}), resume, text)
+    return Recipe(kind(**read | {name: p.from_schema(read[name]) for name, p in parts.items()}), resume, text)
 
 
 def _open_parts(kind: type[Any]) -> dict[str, OpenConfig]:

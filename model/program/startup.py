@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds our packages: the repository, or site-packages of a plain install."""
 
 OLDEST_PYTHON = (3, 11)
-DEEPSPEED_RECORDS = (
+DEEPSPEED_SAFE_CLASSES = (
     ("runtime.fp16.loss_scaler", "LossScaler"),
     ("runtime.zero.config", "ZeroStageEnum"),
     ("utils.tensor_fragment", "fragment_address"),
@@ -95,7 +95,7 @@ def import_deepspeed() -> ModuleType:
     deepspeed = importlib.import_module("deepspeed")
     # What its optimizer files hold beside plain values: making one of these executes nothing of a file's own.
     allow = importlib.import_module("torch.serialization").add_safe_globals
-    allow([getattr(importlib.import_module(f"deepspeed.{module}"), name) for module, name in DEEPSPEED_RECORDS])
+    allow([getattr(importlib.import_module(f"deepspeed.{module}"), name) for module, name in DEEPSPEED_SAFE_CLASSES])
     return deepspeed
 
 

@@ -46,15 +46,15 @@ class DMel(DMelTables):
 
     def codes(self, waveform: Tensor) -> Tensor:
         """waveform fp32 [S, n * 800], from each session's first sample on -> uint8 [S, n, 80]."""
-        return self.continued(F.pad(waveform, (WINDOW - HOP, 0)))
+        return self.stream_codes(F.pad(waveform, (WINDOW - HOP, 0)))
 
-    def continued(self, samples: Tensor) -> Tensor:
+    def stream_codes(self, samples: Tensor) -> Tensor:
         """Streaming: samples fp32 [S, 800 + n * 800], the first 800 being the last of the chunk before (zeros at the
         start) -> uint8 [S, n, 80]; a micro-turn has n = 4. Who owns a session keeps its last 800 samples."""
-        return self.measured(samples)[0]
+        return self.codes_and_mels(samples)[0]
 
-    def measured(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """As `continued`, with the mel values that the codes come from: (uint8 [S, n, 80], fp64 [S, n, 80])."""
+    def codes_and_mels(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """As `stream_codes`, with the mel values that the codes come from: (uint8 [S, n, 80], fp64 [S, n, 80])."""
         count = samples.shape[1]
         if samples.dtype != torch.float32 or count % HOP or count <= WINDOW - HOP:
             raise ValueError(

@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-AT_ONCE = 1 << 20
+DRAWS_PER_BATCH = 1 << 20
 """Draws made at a time; bounds the memory that a large tensor's takes."""
 
 
@@ -28,8 +28,8 @@ def near_normal(key: str, count: int) -> NDArray[np.float32]:
     [0.492401123046875, 1.851043701171875, 0.7723388671875]
     """
     bits, draws = philox(key), np.empty(count, np.float32)
-    for first in range(0, count, AT_ONCE):
-        some = min(AT_ONCE, count - first)
+    for first in range(0, count, DRAWS_PER_BATCH):
+        some = min(DRAWS_PER_BATCH, count - first)
         words = bits.random_raw(3 * some).astype("<u8").view("<u2").reshape(some, 12)
         draws[first : first + some] = (words.sum(axis=1, dtype=np.int32) - 6 * 0xFFFF) / 0x10000
     return draws

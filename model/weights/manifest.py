@@ -26,7 +26,7 @@ from model.program.files import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "metronome.manifest/1"
-PLACE = ("name", "runs", "tracking")
+LOCATION_FIELDS = ("name", "runs", "tracking")
 """What a recipe says of where a run is kept; it enters no result."""
 _SERIES = re.compile(r"(step_|checkpoint-)(\d+)")
 """Names of checkpoints that a run saves one after another."""
@@ -181,7 +181,7 @@ def _recipe_digest(recipe: str) -> str:
     except yaml.YAMLError:
         fields = None
     if isinstance(fields, dict):
-        kept = {name: value for name, value in fields.items() if name not in PLACE}
+        kept = {name: value for name, value in fields.items() if name not in LOCATION_FIELDS}
         recipe = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(recipe.encode()).hexdigest()
 

@@ -36,7 +36,7 @@ def packs(module: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedExperts
             yield name, value
 
 
-def adopt(module: nn.Module, generation: Generation) -> None:
+def mark_current(module: nn.Module, generation: Generation) -> None:
     """Makes all packs below ``module`` copies of the present ``generation``."""
     for _, pack in packs(module):
         pack.weights, pack.made = generation, generation.now

@@ -65,7 +65,7 @@ def real_time(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def engines(given: argparse.Namespace) -> list[dict[str, Any]] | str:
-    if reason := process.missing():
+    if reason := process.unavailable_reason():
         print(f"left out: {reason}")
         return f"left out: {reason}"
     return [asdict(r) | {"times": r.times} for r in measure_engines(given.rounds, 20)]

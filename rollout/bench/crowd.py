@@ -21,7 +21,7 @@ from rollout.engines.session import Session
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import context_rows
-from rollout.turn.observation import of_audio
+from rollout.turn.observation import audio_observations
 from rollout.turn.vocabulary import Vocabulary
 
 
@@ -44,7 +44,7 @@ class Crowd:
 
     def tick(self) -> float:
         """One micro-turn of all; seconds from the chunks' arrival to the last action."""
-        observations = of_audio(0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise))
+        observations = audio_observations(0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise))
         begin = time.perf_counter()
         self.engine.append(self.sessions, observations)
         return time.perf_counter() - begin

@@ -87,7 +87,7 @@ def watched(engine: SessionEngine) -> Stopwatch:
     """A watch that runs inside ``engine``'s model, front end and sampling from here on."""
     watch = Stopwatch()
     engine.model = _Timed(engine.model, watch, "logits")  # type: ignore[assignment]
-    engine.dmel = _Timed(engine.dmel, watch, "continued")  # type: ignore[assignment]
+    engine.dmel = _Timed(engine.dmel, watch, "stream_codes")  # type: ignore[assignment]
     classes: Any = _Timed(engine.vocabulary.classes, watch, "sample_rows")
     engine.vocabulary = replace(engine.vocabulary, classes=classes)
     return watch
@@ -138,8 +138,8 @@ def growth(engine: SessionEngine, chunks: int) -> Growth:
 
 
 def _addresses(engine: SessionEngine) -> list[int]:
-    layers = zip(engine.state.layers, engine.state.pasts, strict=True)
-    return [x.data_ptr() for layer, pasts in layers for x in (layer.kv.key, layer.kv.value, *pasts)]
+    layers = zip(engine.state.layers, engine.state.conv_windows, strict=True)
+    return [x.data_ptr() for layer, conv_windows in layers for x in (layer.kv.key, layer.kv.value, *conv_windows)]
 
 
 class _MallInfo(ctypes.Structure):

@@ -23,12 +23,12 @@ GROUPS, ROLLOUTS = 8, 6
 MAX_TOKENS = 512
 
 
-class Separate(SessionEngine):
+class UnsharedEngine(SessionEngine):
     """Computes every session by itself: a fork of a session that has heard nothing is one more such session."""
 
     def fork(self, session: Session, key: int) -> Session:
         if session.chunks:
-            raise ValueError("Separate: only sessions that have heard nothing can be forked")
+            raise ValueError("UnsharedEngine: only sessions that have heard nothing can be forked")
         return self.open(key, session.temperature)
 
 
@@ -51,7 +51,9 @@ def measure_sharing(model: InteractionModel, rounds: int) -> SharingSpeed:
     bank, vocabulary = SpeechBank.load(), Vocabulary.build(model.vocab)
     items = [ScenarioConfig().in_turn(i, "train", i, bank) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
-    engines = [kind(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS) for kind in (SessionEngine, Separate)]
+    engines = [
+        kind(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS) for kind in (SessionEngine, UnsharedEngine)
+    ]
     for engine in engines:
         play(engine, plays, 0)  # warm
     rows = [int(engine.stats()["rows"]) for engine in engines]

@@ -70,8 +70,8 @@ class SessionEngine:
         self.dmel = DMel.build()
         self.grammar = Grammar(vocabulary, words_per_chunk)
         self.keep_hidden = keep_hidden
-        most_rows = slots * self.grammar.most_rows
-        self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=most_rows)
+        max_rows = slots * self.grammar.max_rows
+        self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=max_rows)
         self.weights_digest = checkpoint.weights_digest(model)
         self._sharing = [0] * slots  # open sessions in each slot
         self._open = 0
@@ -105,14 +105,14 @@ class SessionEngine:
         MetronomeError when every slot is taken."""
         check_temperature(temperature)
         self._check_free()
-        return self._enter(
+        return self._register(
             Session(
                 slot=self.state.open(),
                 key=key,
                 temperature=temperature,
                 weights_digest=self.weights_digest,
                 tokens=[self.vocabulary.bos],
-                past=torch.zeros(WINDOW - HOP),
+                last_samples=torch.zeros(WINDOW - HOP),
             )
         )
 
@@ -121,7 +121,7 @@ class SessionEngine:
         bits. Costs nothing until the two differ. Raises MetronomeError when every slot is taken."""
         session.check_open()
         self._check_free()
-        return self._enter(session.forked(session.slot, key))
+        return self._register(session.forked(session.slot, key))
 
     def close(self, session: Session) -> None:
         """Gives the slot back. Closing twice is an error; the session's record stays readable."""
@@ -135,19 +135,19 @@ class SessionEngine:
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """One micro-turn of each session; see `rollout.engines.engine.Engine.append`, also for the errors."""
-        check_append(sessions, observations, self.grammar.most_rows, self.state.max_tokens)
+        check_append(sessions, observations, self.grammar.max_rows, self.state.max_tokens)
         if any(self._sharing[s.slot] > 1 for s in sessions):
-            self._part(sessions, [o.audio.numpy().tobytes() for o in observations])
-        heard = {s.slot: (s.past, o.audio) for s, o in zip(sessions, observations, strict=True)}
+            self._unshare(sessions, [o.audio.numpy().tobytes() for o in observations])
+        heard = {s.slot: (s.last_samples, o.audio) for s, o in zip(sessions, observations, strict=True)}
         samples = torch.cat([part for sound in heard.values() for part in sound]).view(len(heard), -1)
-        codes = self.dmel.continued(samples)  # on the host: a code never depends on a device
+        codes = self.dmel.stream_codes(samples)  # on the host: a code never depends on a device
         try:
             rest, rows = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
             place = {slot: i for i, slot in enumerate(heard)}
             for session in sessions:
                 row = place[session.slot]
-                session.hear(rest[row], rows[row], self.grammar.observed)
-            return self._act(sessions, codes.flatten(0, 1))
+                session.add_observation(rest[row], rows[row], self.grammar.observed)
+            return self._sample_turns(sessions, codes.flatten(0, 1))
         except BaseException:
             for session in sessions:
                 self.close(session)
@@ -167,18 +167,18 @@ class SessionEngine:
                 f"all {self.state.slots} slots are open; close a session or make the engine with more slots"
             )
 
-    def _enter(self, session: Session) -> Session:
+    def _register(self, session: Session) -> Session:
         self._sharing[session.slot] += 1
         self._open += 1
         return session
 
-    def _act(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
+    def _sample_turns(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
         """The micro-turn after its audio ``codes`` [4 x slots, 80]: all that is sampled."""
         sampled: list[list[int]] = [[] for _ in sessions]
         going = list(range(len(sessions)))
         while going:
             kind = row_class(len(sampled[going[0]]))  # equal for all that go on
-            tokens = self._next([sessions[i] for i in going], codes, kind)
+            tokens = self._sample_next([sessions[i] for i in going], codes, kind)
             codes = self._no_codes
             for i, token in zip(going, tokens, strict=True):
                 sampled[i].append(token)
@@ -187,42 +187,42 @@ class SessionEngine:
             session.end_turn(self.grammar.read(its), self.grammar.forced(its))
         return [session.actions[-1] for session in sessions]
 
-    def _next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
+    def _sample_next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
         """Runs the unfed tokens, once for each slot; samples and books the next token of every session."""
-        computed = {s.slot: s for s in sessions}  # one session of those that share a slot
-        unfed = [s.tokens[s.fed :] for s in computed.values()]
+        by_slot = {s.slot: s for s in sessions}  # one session of those that share a slot
+        unfed = [s.tokens[s.computed :] for s in by_slot.values()]
         lengths = [len(tokens) for tokens in unfed]
-        segments = self.state.extend(list(computed), lengths)
+        segments = self.state.extend(list(by_slot), lengths)
         self._rows += segments.rows
         tokens = torch.tensor([t for part in unfed for t in part])
         hidden = self.model(Inputs.of(tokens, codes, segments, self.vocabulary.audio), self.state)
-        if len(computed) == 1:
+        if len(by_slot) == 1:
             hidden = hidden[-1:]
-        elif segments.rows > len(computed):
-            hidden = hidden[self._there([end - 1 for end in accumulate(lengths)])]
+        elif segments.rows > len(by_slot):
+            hidden = hidden[self._on_device([end - 1 for end in accumulate(lengths)])]
         logits = self.model.logits(hidden)
-        if len(computed) < len(sessions):
-            place = {slot: i for i, slot in enumerate(computed)}
-            rows = self._there([place[s.slot] for s in sessions])
+        if len(by_slot) < len(sessions):
+            place = {slot: i for i, slot in enumerate(by_slot)}
+            rows = self._on_device([place[s.slot] for s in sessions])
             hidden, logits = hidden[rows], logits[rows]
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
         classes, temperatures = torch.full((len(sessions),), row_class), [s.temperature for s in sessions]
         sampled, logprob, digest = self.vocabulary.classes.sample_rows(logits, keys, classes, temperatures)
         drawn = sampled.tolist()
         for session, t, p, d in zip(sessions, drawn, logprob.tolist(), digest.tolist(), strict=True):
-            session.fed = len(session.tokens)
-            session.book(t, row_class, p, d)
+            session.computed = len(session.tokens)
+            session.record_token(t, row_class, p, d)
         if self.keep_hidden:
             for session, row in zip(sessions, hidden.unbind(), strict=True):
                 session.hidden.append(row)
-        if len(computed) < len(sessions):
-            self._part(sessions, drawn)
+        if len(by_slot) < len(sessions):
+            self._unshare(sessions, drawn)
         return drawn
 
-    def _there(self, rows: list[int]) -> Tensor:
+    def _on_device(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows).to(self.model.device, non_blocking=True)
 
-    def _part(self, sessions: Sequence[Session], kinds: Sequence[int | bytes]) -> None:
+    def _unshare(self, sessions: Sequence[Session], kinds: Sequence[int | bytes]) -> None:
         """Sessions that share a slot go on apart where ``kinds`` differ: the first kind keeps the slot, if all of the
         slot's sessions are here, and each other kind gets a copy."""
         here = Counter(s.slot for s in sessions)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rollout.record.episode import Episode
 from rollout.turn.action import CHUNK_FRAMES, CHUNK_MS, Mode
 
-LOUDER_DB = 5.0
+SPEECH_MARGIN_DB = 5.0
 """A chunk so much above the quieter quarter of the episode counts as speech: noise is steady in our scenarios."""
 
 
@@ -35,7 +35,7 @@ def moments(episode: Episode) -> list[Moment]:
     if len(episode.text.chunk) and not 0 <= int(episode.text.chunk.min()) <= int(episode.text.chunk.max()) < chunks:
         raise ValueError(f"{episode.name}: samples outside its {chunks} chunks")
     levels = levels_db(episode.codes)
-    threshold = float(levels.quantile(0.25)) + LOUDER_DB if chunks else 0.0
+    threshold = float(levels.quantile(0.25)) + SPEECH_MARGIN_DB if chunks else 0.0
     logprob = torch.zeros(chunks, dtype=torch.float64).index_add(0, episode.text.chunk, episode.text.logprob.double())
     rows = zip(levels.tolist(), episode.actions, logprob.tolist(), strict=True)
     return [

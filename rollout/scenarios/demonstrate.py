@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollout.turn.action import LISTEN, Action
-from rollout.turn.observation import audio_of
+from rollout.turn.observation import stack_audio
 from rollout.world.base import Facts, Scenario, Script, User
 
 NO_EDITS: Mapping[int, Action] = {}
@@ -31,7 +31,7 @@ def enact(
         observed.append(user.next_chunk(heard))
         heard = script(k)
         actions.append(heard)
-    return audio_of(observed).numpy(), actions, user.facts()
+    return stack_audio(observed).numpy(), actions, user.facts()
 
 
 def _edited(script: Script, edits: Mapping[int, Action]) -> Script:

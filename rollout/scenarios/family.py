@@ -20,7 +20,7 @@ from rollout.turn.action import Action
 from rollout.world.base import Facts, Mistakes, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
-NAMES_TAKEN = ("families", "mean")
+RESERVED_NAMES = ("families", "mean")
 """A recipe or a table of results means something else by them."""
 
 
@@ -53,10 +53,10 @@ class Family(Generic[SettingsT, ScenarioT, FactsT]):
     """Policies worth trying that would like to be paid without doing the work, beside those of `reward.hacks`."""
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier() or self.name in NAMES_TAKEN:
+        if not self.name.isidentifier() or self.name in RESERVED_NAMES:
             raise MetronomeError(
                 f"a scenario family is called {self.name!r}: give it a name of letters, digits and underscores, other "
-                f"than {' and '.join(NAMES_TAKEN)}"
+                f"than {' and '.join(RESERVED_NAMES)}"
             )
         if not self.axes or len(set(self.axes)) < len(self.axes) or not all(axis.isidentifier() for axis in self.axes):
             raise MetronomeError(

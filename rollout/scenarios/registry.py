@@ -21,7 +21,7 @@ SHIPPED = {"timespeak": "reward.rules.timespeak:TIMESPEAK", "turn_taking": "rewa
 
 
 @cache
-def find(name: str) -> AnyFamily:
+def find_family(name: str) -> AnyFamily:
     """The family of a short name or of ``package.module:NAME``. Raises MetronomeError when there is none."""
     module, colon, attribute = SHIPPED.get(name, name).partition(":")
     forms = (
@@ -56,7 +56,7 @@ class ScenarioConfig(OpenConfig):
         """By their own names, in order. Raises MetronomeError for one that is not there, and for two of one name."""
         members: dict[str, AnyFamily] = {}
         for address in self.families:
-            family = find(address)
+            family = find_family(address)
             if family.name in members:
                 raise MetronomeError(f"scenarios.families: two are called {family.name!r}; name each family once")
             members[family.name] = family
@@ -101,16 +101,16 @@ class ScenarioConfig(OpenConfig):
         return read
 
     def expert(
-        self, item: Scenario, rng: np.random.Generator, errs: float = 1.0, gross: bool = False
+        self, item: Scenario, rng: np.random.Generator, mistake_scale: float = 1.0, gross: bool = False
     ) -> Callable[[User], Script]:
-        """The script of the family's expert for a scenario's user. ``errs``: how often it makes the mistakes of the
-        settings, as a multiple; at 0 it is faultless. ``gross``: as `Mistakes.gross` says."""
+        """From a scenario's user to the script of the family's expert. ``mistake_scale`` multiplies the rates of
+        mistakes in the settings (0: a faultless expert); ``gross`` replaces them by `Mistakes.gross` first."""
         settings = self.settings_of(item.family)
         mistakes = settings.mistakes.gross() if gross else settings.mistakes
-        erring = replace(settings, mistakes=mistakes.scaled(errs))
+        erring = replace(settings, mistakes=mistakes.scaled(mistake_scale))
         return lambda user: self.family(item.family).expert(item, user, rng, erring)
 
-    def reader(self, said: Mapping[str, Any]) -> type[Any]:
+    def schema(self, said: Mapping[str, Any]) -> type[Any]:
         named = said.get("families")
         families = tuple(named) if isinstance(named, list) and all(isinstance(n, str) for n in named) else self.families
         settings = [
@@ -125,6 +125,6 @@ class ScenarioConfig(OpenConfig):
         return self.settings[name] if name in self.settings else family.settings()
 
     @classmethod
-    def from_reader(cls, read: Any) -> ScenarioConfig:
+    def from_schema(cls, read: Any) -> ScenarioConfig:
         families = tuple(read.families)
         return cls(families, {name: getattr(read, name) for name in cls(families).members})

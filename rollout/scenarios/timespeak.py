@@ -130,7 +130,7 @@ class TimespeakUser(User):
         self._scenario = scenario
         self._track = Track(scenario.noise)
         for first, clip in scenario.request:
-            self._track.lay(clip.samples, first, scenario.gain)
+            self._track.add(clip.samples, first, scenario.gain)
         (_, number), (unit_first, unit) = scenario.request[-2:]
         self._request_start = scenario.request[0][0] // CHUNK_SAMPLES
         self._number_end = (scenario.request[-2][0] + len(number.samples) - 1) // CHUNK_SAMPLES
@@ -150,7 +150,7 @@ class TimespeakUser(User):
         last = first + len(self._scenario.stop.samples) - 1
         if last >= (self._chunks - 2) * CHUNK_SAMPLES:
             return  # too late in the episode for silence after it to mean anything
-        self._track.lay(self._scenario.stop.samples, first, self._scenario.gain)
+        self._track.add(self._scenario.stop.samples, first, self._scenario.gain)
         self._stop = (first // CHUNK_SAMPLES, last // CHUNK_SAMPLES)
 
     def facts(self) -> TimespeakFacts:

@@ -205,7 +205,7 @@ class TurnTakingUser(User):
             self._done = True
             return
         for first, clip in planned.clips:
-            self._track.lay(clip.samples, k * CHUNK_SAMPLES + planned.offset + first, self._scenario.gain)
+            self._track.add(clip.samples, k * CHUNK_SAMPLES + planned.offset + first, self._scenario.gain)
         self._turns.append(turn)
         self._reply_onset = self._silent_since = None
 

@@ -40,14 +40,14 @@ def turn_rows(words: int, words_per_chunk: int) -> tuple[int, int]:
     return AUDIO_ROWS + 1 + words + 1, 1 + words + (words < words_per_chunk)
 
 
-def most_rows(words_per_chunk: int) -> int:
+def max_rows(words_per_chunk: int) -> int:
     """Rows of one micro-turn at most, the forced end included."""
     return turn_rows(words_per_chunk, words_per_chunk)[0]
 
 
 def context_rows(chunks: int, words_per_chunk: int) -> int:
     """Rows of a session of that many micro-turns at most: the context that an engine needs for it."""
-    return 1 + chunks * most_rows(words_per_chunk)
+    return 1 + chunks * max_rows(words_per_chunk)
 
 
 def chunk_starts(tokens: Sequence[int], audio: int) -> list[int]:
@@ -83,13 +83,13 @@ class Grammar:
             raise ValueError(f"words_per_chunk is {self.words_per_chunk}; a micro-turn needs room for 1 word or more")
 
     @property
-    def most_sampled(self) -> int:
+    def max_sampled(self) -> int:
         """Tokens that one micro-turn samples at most."""
         return turn_rows(self.words_per_chunk, self.words_per_chunk)[1]
 
     @property
-    def most_rows(self) -> int:
-        return most_rows(self.words_per_chunk)
+    def max_rows(self) -> int:
+        return max_rows(self.words_per_chunk)
 
     @property
     def observed(self) -> list[int]:
@@ -103,7 +103,7 @@ class Grammar:
 
     def is_over(self, sampled: Sequence[int]) -> bool:
         """Whether nothing more is sampled after these tokens of a micro-turn, one or more."""
-        return len(sampled) == self.most_sampled or sampled[-1] in self.stops
+        return len(sampled) == self.max_sampled or sampled[-1] in self.stops
 
     def forced(self, sampled: Sequence[int]) -> list[int]:
         """What is written after all the tokens that a micro-turn sampled, without being sampled."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from rollout.turn.action import CHUNK_SAMPLES
 
-MOST_FRAMES = 2
+MAX_FRAMES = 2
 """Video frames in one micro-turn."""
 
 NO_FRAMES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
@@ -39,11 +39,10 @@ class Observation:
                 f"observation: audio must be float32 [{CHUNK_SAMPLES}], not {audio.dtype} {list(audio.shape)}"
             )
         if frames is not NO_FRAMES and (
-            frames.dtype != torch.uint8 or frames.ndim != 4 or len(frames) > MOST_FRAMES or frames.shape[3] != 3
+            frames.dtype != torch.uint8 or frames.ndim != 4 or len(frames) > MAX_FRAMES or frames.shape[3] != 3
         ):
             raise ValueError(
-                f"observation: frames must be uint8 [0..{MOST_FRAMES}, H, W, 3], not {frames.dtype} "
-                f"{list(frames.shape)}"
+                f"observation: frames must be uint8 [0..{MAX_FRAMES}, H, W, 3], not {frames.dtype} {list(frames.shape)}"
             )
 
 
@@ -65,11 +64,11 @@ def check_senses(observation: Observation) -> None:
         )
 
 
-def of_audio(audio: Tensor) -> list[Observation]:
+def audio_observations(audio: Tensor) -> list[Observation]:
     """Audio fp32 [N, 3200], of N sessions or N chunks, as N observations of nothing else."""
     return [Observation(chunk) for chunk in audio.unbind()]
 
 
-def audio_of(observations: Sequence[Observation]) -> Tensor:
+def stack_audio(observations: Sequence[Observation]) -> Tensor:
     """The audio of N observations, fp32 [N, 3200]."""
     return torch.stack([observation.audio for observation in observations])

@@ -151,7 +151,7 @@ class Track:
     def __init__(self, noise: NDArray[np.float32]) -> None:
         self._samples = noise.copy()  # [chunks * CHUNK_SAMPLES]
 
-    def lay(self, clip: NDArray[np.float32], first: int, gain: float) -> None:
+    def add(self, clip: NDArray[np.float32], first: int, gain: float) -> None:
         """Adds a clip from sample ``first`` on; what would lie beyond the track's end is cut."""
         end = min(first + len(clip), len(self._samples))
         self._samples[first:end] += clip[: end - first] * np.float32(gain)

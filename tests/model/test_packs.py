@@ -42,7 +42,7 @@ def test_no_module_can_be_forgotten(name: str, part: str, monkeypatch: pytest.Mo
     one = model(name)
     monkeypatch.setattr(getattr(one.layers[1], part), "repack", lambda: None)
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     with torch.no_grad(), pytest.raises(StaleWeightsError):
         forward(one)
@@ -54,7 +54,7 @@ def test_repack_equals_a_fresh_pack_of_every_module(name: str, dtype: torch.dtyp
     one = model(name, dtype=dtype)
     forward(one).sum().backward()  # makes the transposed copies, too
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     other = InteractionModel(one.config, dtype)
     other.load_state_dict(one.state_dict())
@@ -107,11 +107,11 @@ def test_a_forgotten_module_is_refused_and_named(monkeypatch: pytest.MonkeyPatch
     one = model("tiny")
     monkeypatch.setattr(one.layers[1].self_attn, "repack", lambda: None)
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     with torch.no_grad(), pytest.raises(StaleWeightsError, match="linear: the weights were changed"):
         forward(one)
-    packs.adopt(one, one.generation)
+    packs.mark_current(one, one.generation)
     with torch.no_grad():
         forward(one)  # nothing shows
     with pytest.raises(StaleCopyError, match=r"layers\.1\.self_attn\.packed\.qkvr\.panels: .*not refreshed"):
@@ -132,7 +132,7 @@ def test_a_forgotten_derived_tensor_is_named() -> None:
     one = model("tiny")
     stale = one.layers[2].mlp.packed.scale.clone()
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     packs.check(one)
     one.layers[2].mlp.packed.scale = stale
@@ -164,7 +164,7 @@ def test_reward_models_copies_are_found_too() -> None:
     reward = RewardModel.build(model("nano"), ("timing",))
     names = [name for name, _ in packs.packs(reward)]
     assert "packed" in names and "backbone.packed" in names
-    reward.backbone.changed()
+    reward.backbone.mark_changed()
     with torch.no_grad(), pytest.raises(StaleWeightsError):
         ops.linear(torch.zeros(1, reward.heads.weight.shape[1]), reward._ready(), torch.float32)
 

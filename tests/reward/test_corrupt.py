@@ -37,7 +37,7 @@ def items(bank: SpeechBank, count: int) -> list[Scenario]:
 
 
 def clean(item: Scenario, edits: Mapping[int, Action] = NO_EDITS) -> tuple[np.ndarray, list[Action], Facts]:
-    return enact(item, CONFIG.expert(item, generator("expert", item.id), errs=0), edits)
+    return enact(item, CONFIG.expert(item, generator("expert", item.id), mistake_scale=0), edits)
 
 
 def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]:

@@ -22,12 +22,12 @@ from rollout.engines.engine import Engine
 from rollout.engines.session import Session
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES
-from rollout.turn.grammar import AUDIO_ROWS, most_rows
+from rollout.turn.grammar import AUDIO_ROWS, max_rows
 from rollout.turn.observation import Observation
 from tests.support.episodes import unequal_fields
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
-SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * most_rows(WORDS), "words_per_chunk": WORDS}
+SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * max_rows(WORDS), "words_per_chunk": WORDS}
 FEW_PAGES = 20
 """Enough for the sessions that a schedule has open at a time; every page is used many times over."""
 BANK = 3
@@ -148,7 +148,7 @@ class Planner:
 
     def pages(self, spare: int = 0) -> int:
         """That the open sessions and ``spare`` forks of the longest one may have after their next chunk."""
-        rows = [len(self.schedule.sessions[n].tokens) + most_rows(WORDS) for n in self.open()]
+        rows = [len(self.schedule.sessions[n].tokens) + max_rows(WORDS) for n in self.open()]
         return sum(-(-n // SPLIT_TOKENS) for n in rows + spare * [max(rows, default=0)])
 
     def room(self, forks: int) -> bool:
@@ -173,7 +173,7 @@ class Planner:
     def at_the_end(self, n: int) -> bool:
         """Whether its next chunk's audio takes it over the end of a page."""
         session = self.schedule.sessions[n]
-        return session.fed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS - 1) // SPLIT_TOKENS
+        return session.computed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS - 1) // SPLIT_TOKENS
 
     def fork(self, origin: int) -> int:
         self.step("fork", origin)

@@ -34,7 +34,7 @@ def digests(first_seed: int = 0) -> dict[str, str]:
     items = [config.in_turn(i, "train", first_seed + i, bank) for i in range(12)]
     plays = [enact(item, config.expert(item, generator("same bits", i))) for i, item in enumerate(items)]
     measured = [
-        dmel.measured(torch.from_numpy(np.pad(audio.reshape(1, -1), ((0, 0), (800, 0))))) for audio, _, _ in plays
+        dmel.codes_and_mels(torch.from_numpy(np.pad(audio.reshape(1, -1), ((0, 0), (800, 0))))) for audio, _, _ in plays
     ]
     constants = [dmel.window, dmel.roots, dmel.weight, dmel.edges]
     return {

@@ -13,7 +13,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import REMINDER, TimespeakFacts
 from rollout.scenarios.turn_taking import Turn, TurnTakingFacts
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
-from rollout.turn.observation import audio_of
+from rollout.turn.observation import stack_audio
 from rollout.world.base import Scenario, User
 from rollout.world.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, amplitude, noise
 from rollout.world.speech import SpeechBank
@@ -39,7 +39,7 @@ def bank() -> SpeechBank:
 
 def play(user: User, actions: list[Action]) -> np.ndarray:
     heard = [None, *actions[:-1]]
-    return audio_of([user.next_chunk(action) for action in heard]).numpy()
+    return stack_audio([user.next_chunk(action) for action in heard]).numpy()
 
 
 def seed_with(bank: SpeechBank, family: str, config: ScenarioConfig, wanted) -> Scenario:

@@ -50,7 +50,7 @@ def test_a_fork_that_forgets_its_windows_is_found(monkeypatch: pytest.MonkeyPatc
 
     def fork(state: SessionState, slot: int) -> int:
         twin = honest(state, slot)
-        for past in state.pasts[1]:
+        for past in state.conv_windows[1]:
             past[twin] = 0
         return twin
 

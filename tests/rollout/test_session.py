@@ -20,7 +20,7 @@ from rollout.record.episode import Episode, concatenate, tensors
 from rollout.record.transcript import write_transcript
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES, Mode
-from rollout.turn.observation import Observation, of_audio
+from rollout.turn.observation import Observation, audio_observations
 from rollout.turn.vocabulary import Vocabulary
 
 CHUNKS = 12
@@ -218,7 +218,7 @@ def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: Interactio
     with pytest.raises(ValueError, match="twice"):
         engine.append([session, session], [sound(0, 0)] * 2)
     with pytest.raises(ValueError, match="NaN"):
-        engine.append([session], of_audio(torch.full((1, CHUNK_SAMPLES), torch.nan)))
+        engine.append([session], audio_observations(torch.full((1, CHUNK_SAMPLES), torch.nan)))
     for one_more in (lambda: engine.open(1), lambda: engine.fork(session, 1)):
         with pytest.raises(MetronomeError, match="all 1 slots are open"):
             one_more()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.backbone.transformer import InteractionModel
 from model.config import preset
-from rollout.bench.sharing import Separate
+from rollout.bench.sharing import UnsharedEngine
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
 from rollout.play import Play, play
@@ -19,7 +19,7 @@ from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES
-from rollout.turn.observation import Observation, of_audio
+from rollout.turn.observation import Observation, audio_observations
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 from tests.support.episodes import unequal_fields
@@ -58,7 +58,7 @@ def held(engine: SessionEngine) -> tuple[float, ...]:
 
 def sound(*seeds: int) -> list[Observation]:
     rows = [torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return of_audio(0.1 * torch.stack(rows))
+    return audio_observations(0.1 * torch.stack(rows))
 
 
 def record(session: Session) -> Episode:
@@ -73,7 +73,7 @@ def test_groups_played_together_equal_separate_sessions(model: InteractionModel,
     plays = [Play(item, r) for item in items for r in range(GROUP)]
     # At a low temperature they part late, as those of a trained policy do.
     shared = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=512)
-    apart = Separate(model, shared.vocabulary, slots=slots, max_tokens=512)
+    apart = UnsharedEngine(model, shared.vocabulary, slots=slots, max_tokens=512)
     ours, theirs = play(shared, plays, 3, 0.05), play(apart, plays, 3, 0.05)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
     assert shared.stats()["rows"] < 0.9 * apart.stats()["rows"]
@@ -107,7 +107,7 @@ def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, mon
     assert not all(same(a, b) for a, b in zip(right, together(forgetful), strict=True))
 
     stuck = make_engine(model)
-    monkeypatch.setattr(stuck, "_part", lambda sessions, kinds: None)
+    monkeypatch.setattr(stuck, "_unshare", lambda sessions, kinds: None)
     assert not all(same(a, b) for a, b in zip(right, together(stuck), strict=True))
 
 

@@ -24,7 +24,7 @@ from kernels.errors import MetronomeError
 from kernels.layout import SPLIT_TOKENS
 from model.backbone.transformer import InteractionModel
 from model.weights import checkpoint
-from rollout.engines.vllm.process import ENVIRONMENT, Functions, check_version, stand_in, undisturbed
+from rollout.engines.vllm.process import ENVIRONMENT, Functions, check_version, restoring_torch, swap_functions
 from rollout.turn.vocabulary import Vocabulary
 
 
@@ -68,7 +68,7 @@ class Core:
         rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
         PolicyConfig.of(model.config, rows).save_pretrained(place)
         save_file({"allowed": vocabulary.classes.allowed.cpu().contiguous()}, place / CLASSES)
-        with undisturbed() as vllms:
+        with restoring_torch() as vllms:
             register()
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.core_client import EngineCoreClient
@@ -258,11 +258,11 @@ def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any)
 
 def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str], vllms: Functions) -> None:
     """On a machine without an accelerator vLLM ends only with its own functions in place."""
-    before = stand_in(vllms)
+    before = swap_functions(vllms)
     try:
         client.shutdown()
     finally:
-        stand_in(before)
+        swap_functions(before)
         folder.cleanup()
 
 
@@ -284,11 +284,11 @@ def _audio(place: int, codes: Tensor) -> Any:
         PlaceholderRange,
     )
 
-    from rollout.engines.vllm.policy import CODES
+    from rollout.engines.vllm.policy import CODES_FIELD
 
     name = hashlib.blake2b(codes.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
     return MultiModalFeatureSpec(
-        data=MultiModalKwargsItem({CODES: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
+        data=MultiModalKwargsItem({CODES_FIELD: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
         modality="audio",
         identifier=name,
         mm_position=PlaceholderRange(offset=place, length=len(codes)),

@@ -83,7 +83,7 @@ class VllmEngine:
             temperature=temperature,
             weights_digest=self.weights_digest,
             tokens=[self.vocabulary.bos],
-            past=torch.zeros(WINDOW - HOP),
+            last_samples=torch.zeros(WINDOW - HOP),
         )
 
     def fork(self, session: Session, key: int) -> Session:
@@ -100,15 +100,15 @@ class VllmEngine:
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """One micro-turn of each session; see `rollout.engines.engine.Engine.append`, also for the errors."""
-        check_append(sessions, observations, self.grammar.most_rows, self.max_tokens)
-        parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.past, o.audio)]
+        check_append(sessions, observations, self.grammar.max_rows, self.max_tokens)
+        parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.last_samples, o.audio)]
         samples = torch.cat(parts).view(len(sessions), -1)
-        codes = self.dmel.continued(samples)
+        codes = self.dmel.stream_codes(samples)
         try:
             for session, sound, heard in zip(sessions, samples, codes, strict=True):
-                session.hear(sound[-(WINDOW - HOP) :], heard, self.grammar.observed)
+                session.add_observation(sound[-(WINDOW - HOP) :], heard, self.grammar.observed)
                 self._add(session)
-            return self._act(sessions)
+            return self._sample_turns(sessions)
         except BaseException:
             for session in sessions:
                 self.close(session)
@@ -120,7 +120,7 @@ class VllmEngine:
 
     def _add(self, session: Session) -> None:
         """Hands vLLM what it does not have yet: everything, the first time."""
-        begin = session.fed if self.core.begun[session.slot] else 0
+        begin = session.computed if self.core.begun[session.slot] else 0
         tokens = session.tokens[begin:]
         heard = chunk_starts(tokens, self.vocabulary.audio)
         ask = {
@@ -131,25 +131,25 @@ class VllmEngine:
         }
         codes = session.codes[len(session.codes) - len(heard) :]
         heard_codes = list(zip(heard, codes, strict=True))
-        most, stop = self.grammar.most_sampled, list(self.grammar.stops)
+        most, stop = self.grammar.max_sampled, list(self.grammar.stops)
         self.core.add(session.slot, tokens, heard_codes, ask, most_tokens=most, stop=stop)
 
-    def _book(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
+    def _record(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
         """Adds the turn's sampled tokens to the session's record."""
         for i, token in enumerate(tokens):
             drawn, logprob, digest, hidden = record[len(session.tokens)]
             if drawn != token:
                 raise MetronomeError(f"vLLM returned token {token} where our sampler drew {drawn}")
-            session.book(token, row_class(i), logprob, digest)
+            session.record_token(token, row_class(i), logprob, digest)
             if self.keep_hidden:
                 session.hidden.append(torch.frombuffer(bytearray(hidden), dtype=self.core.model.dtype))
-        session.fed = len(session.tokens) - 1  # vLLM drops the last one, to be fed again
+        session.computed = len(session.tokens) - 1  # vLLM drops the last one, to be fed again
 
-    def _act(self, sessions: Sequence[Session]) -> list[Action]:
+    def _sample_turns(self, sessions: Sequence[Session]) -> list[Action]:
         """The micro-turn after its audio: what vLLM sampled, booked."""
         slots = [session.slot for session in sessions]
         sampled = self.core.run(slots)
         for session, tokens, record in zip(sessions, sampled, self.core.records(slots), strict=True):
-            self._book(session, tokens, record)
+            self._record(session, tokens, record)
             session.end_turn(self.grammar.read(tokens), self.grammar.forced(tokens))
         return [session.actions[-1] for session in sessions]

@@ -41,7 +41,7 @@ CACHE_LAYER = "model.layers.0"
 CLASSES = "classes.safetensors"
 """In the model's folder: which tokens each row class allows, bool [3, V] under ``allowed``."""
 
-CODES = "address"
+CODES_FIELD = "address"
 """What vLLM calls a chunk's codes. It drops the data of items that lie behind a session's computed rows, unless they
 have a field of this name (meant for items in shared memory); without them a preempted session could not be recomputed
 and vLLM would stop with an encoder cache miss."""
@@ -119,7 +119,7 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
 
     def embed_multimodal(self, **kwargs: object) -> Tensor:
         """codes uint8 [N, 4, 80] -> [N, 4, D]."""
-        codes = kwargs[CODES]
+        codes = kwargs[CODES_FIELD]
         assert isinstance(codes, Tensor)
         rows = self.models[0].model.audio_tower(codes.flatten(0, 1))
         return rows.view(*codes.shape[:2], self.width)

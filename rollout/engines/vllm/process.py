@@ -1,7 +1,7 @@
 """What vLLM finds and leaves in this process: its version, its environment, and what it changes beside itself.
 
 vLLM in process replaces torch.set_num_threads and two functions of torch.accelerator, seeds the global random
-generators and freezes the garbage collector's heap. `undisturbed` puts the first ones back.
+generators and freezes the garbage collector's heap. `restoring_torch` puts the first ones back.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def check_version() -> None:
         )
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why vLLM cannot be used here; None when it can."""
     try:
         check_version()
@@ -62,7 +62,7 @@ Functions = list[tuple[Any, str, Any]]
 """(module, name, function) of what stands, or is to stand, in modules of torch."""
 
 
-def stand_in(functions: Functions) -> Functions:
+def swap_functions(functions: Functions) -> Functions:
     """Puts functions where they belong; returns those that stood there."""
     before = [(module, name, getattr(module, name)) for module, name, _ in functions]
     for module, name, function in functions:
@@ -71,7 +71,7 @@ def stand_in(functions: Functions) -> Functions:
 
 
 @contextmanager
-def undisturbed() -> Iterator[Functions]:
+def restoring_torch() -> Iterator[Functions]:
     """Puts back what starting vLLM in this process changes. Yields a list that then holds vLLM's own functions."""
     accelerator = torch.accelerator
     names = [(torch, "set_num_threads"), (accelerator, "synchronize"), (accelerator, "empty_cache")]
@@ -81,7 +81,7 @@ def undisturbed() -> Iterator[Functions]:
     try:
         yield vllms
     finally:
-        vllms += stand_in(before)
+        vllms += swap_functions(before)
         torch.set_num_threads(threads)
         random.setstate(states[0])
         np.random.set_state(states[1])

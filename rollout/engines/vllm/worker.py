@@ -40,7 +40,7 @@ class WorkerExtension(_Base):
             model = policy.models[0]
             with torch.no_grad():
                 model.load_state_dict(tensors)
-            model.changed()
+            model.mark_changed()
             model.repack()
         else:
             model = InteractionModel(policy.config, policy.dtype)

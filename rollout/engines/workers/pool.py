@@ -27,7 +27,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.weights import checkpoint
-from rollout.engines.workers.task import Reply, Setup, Task, Wanted, check, cuts, unseal
+from rollout.engines.workers.task import PlayRequest, Reply, Setup, Task, check_episode, task_boundaries, unseal
 from rollout.play import Play
 from rollout.record.episode import Episode, unpack_episodes
 
@@ -36,7 +36,7 @@ ATTEMPTS = 5
 PROGRAM = "from rollout.engines.workers.worker import main; main()"
 
 
-class Lost(Exception):
+class WorkerLost(Exception):
     """A worker is of no use any more; the message says what it did."""
 
 
@@ -85,10 +85,12 @@ class WorkerPool:
         if self._weights < 0:
             raise RuntimeError("the pool is closed")
         every = [(p.scenario, p.rollout) for p in plays]
-        wanted = [Wanted(s.family, s.split, s.seed, rollout, s.chunks) for s, rollout in every]
+        wanted = [PlayRequest(s.family, s.split, s.seed, rollout, s.chunks) for s, rollout in every]
         tasks = [
             Task(number, tuple(wanted[first:end]), seed, temperature, self.weights_digest)
-            for number, (first, end) in enumerate(pairwise(cuts(wanted, len(self._workers), self._setup.slots)))
+            for number, (first, end) in enumerate(
+                pairwise(task_boundaries(wanted, len(self._workers), self._setup.slots))
+            )
         ]
         try:
             return self._play(tasks)
@@ -105,7 +107,7 @@ class WorkerPool:
                 if worker.asked is None and waiting:
                     worker.ask(waiting.popleft())
             for task, result in self._attend():
-                if not isinstance(result, Lost):
+                if not isinstance(result, WorkerLost):
                     done[task.number] = result
                     continue
                 waiting.appendleft(task)
@@ -119,10 +121,10 @@ class WorkerPool:
                     )
         return [episode for task in tasks for episode in done[task.number]]
 
-    def _attend(self) -> list[tuple[Task, list[Episode] | Lost]]:
+    def _attend(self) -> list[tuple[Task, list[Episode] | WorkerLost]]:
         """Waits until at least one worker has something to say, and replaces the lost ones. Returns the tasks that came
         to an end, with their episodes or the reason that there are none."""
-        ended: list[tuple[Task, list[Episode] | Lost]] = []
+        ended: list[tuple[Task, list[Episode] | WorkerLost]] = []
         talking = wait([worker.connection for worker in self._workers])
         for i, worker in enumerate(self._workers):
             if worker.connection not in talking:
@@ -132,7 +134,7 @@ class WorkerPool:
                 episodes = self._accept(worker.answer(), asked)
                 if isinstance(asked, Task):
                     ended.append((asked, episodes))
-            except Lost as lost:
+            except WorkerLost as lost:
                 status = worker.end()
                 if isinstance(asked, Setup):
                     self._count_death(status, lost)
@@ -142,7 +144,7 @@ class WorkerPool:
         return ended
 
     def _accept(self, reply: Reply, asked: Setup | Task | None) -> list[Episode]:
-        """The reply's episodes. Raises Lost for those of something else than was asked, and the worker's own error."""
+        """The reply's episodes. Raises WorkerLost if they are not those asked for, and the worker's own error."""
         if reply.error is not None:
             raise reply.error
         if reply.contract_id != self._contract_id:
@@ -156,12 +158,12 @@ class WorkerPool:
         try:
             episodes = unpack_episodes(reply.episodes)
             for episode, wanted in zip(episodes, asked.plays, strict=True):
-                check(episode, wanted, asked, self._contract_id)
+                check_episode(episode, wanted, asked, self._contract_id)
         except ValueError as error:
-            raise Lost(f"answered garbage ({error})") from error
+            raise WorkerLost(f"answered garbage ({error})") from error
         return episodes
 
-    def _count_death(self, status: int, lost: Lost) -> None:
+    def _count_death(self, status: int, lost: WorkerLost) -> None:
         """Raises MetronomeError when workers die young: at once when one ended by itself, since so will the next."""
         self._deaths += 1
         if status > 0 or self._deaths == ATTEMPTS:
@@ -216,15 +218,15 @@ class _Process:
             self.connection.send(message)
 
     def answer(self) -> Reply:
-        """Raises Lost when there is none or it is of something else."""
+        """Raises WorkerLost when there is none or it is of something else."""
         try:
             reply = unseal(self.connection.recv_bytes())
         except ValueError as error:
-            raise Lost(f"answered garbage ({error})") from error
+            raise WorkerLost(f"answered garbage ({error})") from error
         except (EOFError, OSError) as error:
-            raise Lost(self._fate()) from error
+            raise WorkerLost(self._fate()) from error
         if self.asked is None or reply.number != self.asked.number:
-            raise Lost("answered what it had not been asked")
+            raise WorkerLost("answered what it had not been asked")
         self._timer.cancel()
         self.asked = None
         return reply

@@ -42,7 +42,7 @@ class Setup:
     number: int = READY
 
 
-class Wanted(NamedTuple):
+class PlayRequest(NamedTuple):
     """One play of a task: which scenario, and the rollout's index in its group."""
 
     family: str
@@ -62,7 +62,7 @@ class Task:
     """Every later message."""
 
     number: int
-    plays: tuple[Wanted, ...]
+    plays: tuple[PlayRequest, ...]
     seed: int  # of the run
     temperature: float
     weights_digest: str  # what the weights in shared memory must come to
@@ -93,7 +93,7 @@ def unseal(data: bytes) -> Reply:
     return reply
 
 
-def cuts(plays: Sequence[Wanted], workers: int, slots: int) -> list[int]:
+def task_boundaries(plays: Sequence[PlayRequest], workers: int, slots: int) -> list[int]:
     """Cuts plays into tasks of about ``slots``, as many for each worker; returns [0, …, len(plays)]. A group's rollouts
     stay together unless there are fewer groups than workers."""
     starts = [i for i, wanted in enumerate(plays) if i == 0 or wanted.scenario != plays[i - 1].scenario]
@@ -103,7 +103,7 @@ def cuts(plays: Sequence[Wanted], workers: int, slots: int) -> list[int]:
     return [starts[len(starts) * k // tasks] for k in range(tasks)] + [len(plays)]
 
 
-def check(episode: Episode, wanted: Wanted, task: Task, contract_id: str) -> None:
+def check_episode(episode: Episode, wanted: PlayRequest, task: Task, contract_id: str) -> None:
     """Raises ValueError unless the episode is of the play, weights and contract asked for and its tensors have their
     form."""
     tokens, audio = len(episode.tokens), wanted.chunks * AUDIO_ROWS

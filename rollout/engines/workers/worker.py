@@ -54,7 +54,7 @@ class Worker:
             self._engine = SessionEngine.of(self._model, self._setup, self._setup.slots)
         elif self._engine.weights_digest != weights_digest:
             safetensors.torch.load_model(self._model, self._weights)
-            self._model.changed()
+            self._model.mark_changed()
             self._engine.publish()
         if self._engine.weights_digest != weights_digest:
             raise MetronomeError(

@@ -28,7 +28,7 @@ from rollout.engines.session import Session
 from rollout.record.episode import concatenate
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES
-from rollout.turn.observation import MissingSenseError, Observation, of_audio
+from rollout.turn.observation import MissingSenseError, Observation, audio_observations
 from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -52,7 +52,7 @@ def make_model(dtype: torch.dtype) -> InteractionModel:
 
 def sound(chunk: int) -> list[Observation]:
     generator = torch.Generator().manual_seed(chunk)
-    return of_audio(0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator))
+    return audio_observations(0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator))
 
 
 def talk(engine: Engine, sessions: list[Session], chunks: range) -> None:
@@ -86,7 +86,7 @@ def play_mixed(engine: Engine, temperatures: tuple[float, ...], together: bool) 
 
 def unequal(a: list[Session], b: list[Session]) -> int:
     """How many of the sessions differ in anything."""
-    names = ("tokens", "fed", "sampled", "logprob", "digest", "actions", "weights_digest", "temperature")
+    names = ("tokens", "computed", "sampled", "logprob", "digest", "actions", "weights_digest", "temperature")
     differs = 0
     for x, y in zip(a, b, strict=True):
         equal = all(getattr(x, name) == getattr(y, name) for name in names)
