@@ -107,7 +107,7 @@ def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, mon
     assert not all(same(a, b) for a, b in zip(right, together(forgetful), strict=True))
 
     stuck = make_engine(model)
-    monkeypatch.setattr(stuck, "_unshare", lambda sessions, kinds: None)
+    monkeypatch.setattr(stuck, "_unshare", lambda sessions, inputs: None)
     assert not all(same(a, b) for a, b in zip(right, together(stuck), strict=True))
 
 
