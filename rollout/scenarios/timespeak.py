@@ -22,8 +22,8 @@ from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, CHUNKS_PER_SECOND, LISTEN, Action, speak
 from rollout.turn.observation import Observation
 from rollout.world.base import Mistakes, Scenario, Span, User
-from rollout.world.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
-from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split
+from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
+from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split, pick
 
 FAMILY = "timespeak"
 STOP_WORD = "goodbye"
@@ -172,19 +172,18 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
     """The scenario of a seed. Raises `SpeechError` when the bank lacks a word that the family needs."""
     rng = generator(FAMILY, split, seed)
     sound = config.sound
-    held_out = split == "held_out"
     seconds = int(rng.choice(config.seconds))
     number = NUMBER_WORDS[seconds]
     at = seconds_to_samples(rng.uniform(*sound.start_s))
     request: list[tuple[int, Clip]] = []
     if rng.random() < config.filler:
-        filler = _one(rng, bank.fillers(split, words=(1, 3), seconds=config.filler_s))
+        filler = pick(rng, bank.fillers(split, words=(1, 3), seconds=config.filler_s))
         request.append((at, filler))
         at += len(filler.samples) + seconds_to_samples(rng.uniform(*config.gap_s))
-    number_clip = _one(rng, bank.saying(number))
+    number_clip = pick(rng, bank.saying(number))
     request.append((at, number_clip))
     at += len(number_clip.samples) + seconds_to_samples(rng.uniform(*config.unit_gap_s))
-    unit = _one(rng, bank.saying("second" if seconds == 1 else "seconds"))
+    unit = pick(rng, bank.saying("second" if seconds == 1 else "seconds"))
     request.append((at, unit))
     end = (at + len(unit.samples) - 1) // CHUNK_SAMPLES
     if end >= config.chunks:
@@ -192,9 +191,8 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
             f"timespeak.chunks = {config.chunks} is too short: the request of seed {seed} ends in chunk {end}"
         )
 
-    gain = amplitude(rng.uniform(*(sound.held_out_gain_db if held_out else sound.gain_db)))
-    snr = amplitude(rng.uniform(*(sound.held_out_snr_db if held_out else sound.snr_db)))
-    stop = _one(rng, bank.saying(STOP_WORD))
+    gain, noise_rms = sound.draw(rng, split)
+    stop = pick(rng, bank.saying(STOP_WORD))
     interval = seconds * CHUNKS_PER_SECOND
     stop_delay = int(
         rng.integers(config.stop_delay_chunks[0] * CHUNK_SAMPLES, config.stop_delay_chunks[1] * CHUNK_SAMPLES)
@@ -210,7 +208,7 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
         split=split,
         seed=seed,
         chunks=config.chunks,
-        noise=background(rng, split, 0.1 * gain / snr, config.chunks),
+        noise=background(rng, split, noise_rms, config.chunks),
         request=tuple(request),
         gain=gain,
         number=number,
@@ -220,10 +218,6 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
         stop_after=stop_after if wants_stop and latest >= config.stop_after[0] else None,
         stop_delay=stop_delay,
     )
-
-
-def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
-    return clips[int(rng.integers(len(clips)))]
 
 
 class TimespeakExpert:

@@ -22,8 +22,8 @@ from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
 from rollout.turn.observation import Observation
 from rollout.world.base import Mistakes, Scenario, Span, User
-from rollout.world.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
-from rollout.world.speech import Clip, SpeechBank, Split
+from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
+from rollout.world.speech import Clip, SpeechBank, Split, pick
 
 FAMILY = "turn_taking"
 YIELD_PHRASE = "thank you"
@@ -216,7 +216,6 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
     """The scenario of a seed. Raises `SpeechError` when the bank lacks sentences or the closing phrase."""
     rng = generator(FAMILY, split, seed)
     sound = config.sound
-    held_out = split == "held_out"
     sentences = bank.fillers(split, words=config.sentence_words, seconds=config.sentence_s)
     closings = bank.saying(YIELD_PHRASE)
     start = seconds_to_samples(rng.uniform(*sound.start_s))
@@ -225,7 +224,7 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
         count = int(rng.integers(config.sentences[0], config.sentences[1] + 1)) if index == 0 else 1
         clips: list[tuple[int, Clip]] = []
         at = 0
-        for clip in (*(_one(rng, sentences) for _ in range(count)), _one(rng, closings)):
+        for clip in (*(pick(rng, sentences) for _ in range(count)), pick(rng, closings)):
             clips.append((at, clip))
             at += len(clip.samples) + seconds_to_samples(rng.uniform(*config.pause_s))
         interrupts = rng.random() < config.interrupts and index < config.turns - 1
@@ -239,8 +238,7 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
                 gap=int(rng.integers(config.gap[0], config.gap[1] + 1)),
             )
         )
-    gain = amplitude(rng.uniform(*(sound.held_out_gain_db if held_out else sound.gain_db)))
-    snr = amplitude(rng.uniform(*(sound.held_out_snr_db if held_out else sound.snr_db)))
+    gain, noise_rms = sound.draw(rng, split)
     first_chunk = start // CHUNK_SAMPLES
     if plan[0].at(first_chunk, interrupts=False).end + LATEST_ONSET + len(REPLY) + MARGIN > config.chunks:
         raise ValueError(
@@ -252,17 +250,13 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
         split=split,
         seed=seed,
         chunks=config.chunks,
-        noise=background(rng, split, 0.1 * gain / snr, config.chunks),
+        noise=background(rng, split, noise_rms, config.chunks),
         gain=gain,
         first_chunk=first_chunk,
         plan=tuple(plan),
         patience=config.patience,
         tolerance=config.tolerance,
     )
-
-
-def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
-    return clips[int(rng.integers(len(clips)))]
 
 
 class TurnTakingExpert:

@@ -74,6 +74,13 @@ class SoundConfig:
     held_out_snr_db: tuple[float, float] = (18.0, 40.0)
     start_s: tuple[float, float] = (0.1, 0.8)  # silence before the user's first word
 
+    def draw(self, rng: np.random.Generator, split: Split) -> tuple[float, float]:
+        """(factor on speech, RMS of the noise) of one scenario."""
+        held_out = split == "held_out"
+        gain = amplitude(rng.uniform(*(self.held_out_gain_db if held_out else self.gain_db)))
+        snr = amplitude(rng.uniform(*(self.held_out_snr_db if held_out else self.snr_db)))
+        return gain, 0.1 * gain / snr
+
 
 def seconds_to_samples(seconds: float) -> int:
     """Whole samples at 16 kHz."""

@@ -129,6 +129,11 @@ class SpeechBank:
         return clips
 
 
+def pick(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
+    """A random one of ``clips``."""
+    return clips[int(rng.integers(len(clips)))]
+
+
 def split_of(clip: Clip) -> Split:
     """The split of a recording: about one in three is held out, by a digest of its words. So two readings of one
     sentence are in the same split, and any folder is divided without a list."""

@@ -27,11 +27,6 @@ CONFIG = ScenarioConfig()
 WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.load()
-
-
 def items(bank: SpeechBank, count: int) -> list[Scenario]:
     return CONFIG.of_each(count, "train", bank, first_seed=77_000)
 

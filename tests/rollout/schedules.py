@@ -17,14 +17,13 @@ import torch
 from kernels import ops
 from kernels.layout import SPLIT_TOKENS
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from rollout.engines.engine import Engine
 from rollout.engines.session import Session
 from rollout.seeds import session_key
-from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import AUDIO_ROWS, max_rows
-from rollout.turn.observation import Observation
 from tests.support.episodes import unequal_fields
+from tests.support.models import fresh_model
+from tests.support.sessions import record, sound
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
 SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * max_rows(WORDS), "words_per_chunk": WORDS}
@@ -58,8 +57,7 @@ class Schedule:
 
 def make_model(dtype: torch.dtype) -> InteractionModel:
     """Fresh weights, but convolutions that look back: those of fresh ones hardly do, and hide a wrong window."""
-    model = InteractionModel(preset("tiny"), dtype)
-    model.init_weights(0)
+    model = fresh_model(dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -68,10 +66,6 @@ def make_model(dtype: torch.dtype) -> InteractionModel:
     model.requires_grad_(False)
     model.pack()
     return model
-
-
-def sound(number: int) -> Observation:
-    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(number)))
 
 
 @contextmanager
@@ -221,7 +215,7 @@ def unequal(schedule: Schedule, sessions: list[Session]) -> list[int]:
     for n, (one, other) in enumerate(zip(schedule.sessions, sessions, strict=True)):
         if n in failed(schedule) or one.chunks == other.chunks == 0:
             continue
-        a, b = (s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in (one, other))
+        a, b = map(record, (one, other))
         if unequal_fields(a, b):
             differs.append(n)
     return differs

@@ -104,5 +104,5 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_is_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.process, "missing", lambda: "vLLM is not installed")
+    monkeypatch.setattr(bench.process, "unavailable_reason", lambda: "vLLM is not installed")
     assert bench.engines(argparse.Namespace(rounds=1)) == "left out: vLLM is not installed"

@@ -19,11 +19,6 @@ CONFIG = ScenarioConfig()
 SEEDS = 200
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.load()
-
-
 def demonstrated(item: Scenario, seed: int, mistake_scale: float = 1.0, config: ScenarioConfig = CONFIG) -> Score:
     _, actions, facts = enact(item, config.expert(item, np.random.default_rng(seed), mistake_scale))
     return score(item.family, facts.to_json(), actions, config)

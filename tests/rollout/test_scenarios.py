@@ -32,11 +32,6 @@ def turn_taking(**settings: Any) -> ScenarioConfig:
 QUIET = SoundConfig(snr_db=(80.0, 80.0))  # noise too faint to blur where speech is
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.load()
-
-
 def play(user: User, actions: list[Action]) -> np.ndarray:
     heard = [None, *actions[:-1]]
     return stack_audio([user.next_chunk(action) for action in heard]).numpy()

@@ -15,7 +15,7 @@ import pytest
 
 from kernels.cpu import library
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 NO_FMA = "glibc.cpu.hwcaps=-FMA,-FMA4,-AVX2,-AVX512F,-AVX2_Usable,-FMA_Usable,-AVX512F_Usable"
 SETTINGS: dict[str, dict[str, str]] = {

@@ -19,7 +19,6 @@ from kernels import ops
 from kernels.errors import MetronomeError
 from model.backbone.state import ContextFull
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from rl.step.batch import collate, score_choices
 from rl.step.identity import compare
 from rollout.engines.embedded import SessionEngine
@@ -31,6 +30,8 @@ from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.observation import MissingSenseError, Observation, audio_observations
 from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
+from tests.support.models import fresh_model
+from tests.support.sessions import record
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -41,13 +42,6 @@ SESSIONS, CHUNKS = 16, 20
 SIZES = {"slots": 20, "max_tokens": 320, "words_per_chunk": 3, "keep_hidden": True}
 SMALL_STEP = 24
 """Rows in one step: sixteen chunks of audio take several, and a page of a fork's past too."""
-
-
-def make_model(dtype: torch.dtype) -> InteractionModel:
-    model = InteractionModel(preset("tiny"), dtype)
-    model.init_weights(0)
-    model.pack()
-    return model
 
 
 def sound(chunk: int) -> list[Observation]:
@@ -97,7 +91,7 @@ def unequal(a: list[Session], b: list[Session]) -> int:
 
 def against_learner(model: InteractionModel, sessions: list[Session], vocabulary: Vocabulary) -> tuple[int, int, int]:
     """Tokens, unequal log-probs and unequal rows in one teacher-forced forward over all sessions."""
-    episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in sessions]
+    episodes = [record(session) for session in sessions]
     batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
@@ -109,7 +103,7 @@ class Embedded:
     """One model, and what the embedded engine makes of it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.model = make_model(dtype)
+        self.model = fresh_model(dtype=dtype)
         self.vocabulary = Vocabulary.build(self.model.vocab)
         self.sessions = play(SessionEngine(self.model, self.vocabulary, **SIZES))
 
@@ -226,7 +220,7 @@ def test_published_weights_are_sampled_from(fp32: Embedded, engine: VllmEngine) 
 
 def test_naive_linear_is_caught(fp32: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
     """A product in one layer on vLLM's side whose bits depend on how many rows run beside: it shows."""
-    naive_model = make_model(torch.float32)
+    naive_model = fresh_model(dtype=torch.float32)
     target = naive_model.layers[1].self_attn.packed.out
     honest = ops.linear
     variant = uneven(honest)
