@@ -4,7 +4,8 @@
 
 A file holds the rollouts of one step, group after group; ``--list`` lists them. Rewards are computed by the rules of
 the episode's family, with the settings of the run whose folder contains the file; episodes of unknown families are
-shown without rewards."""
+shown without rewards.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Time saved by making a group's rollouts as forks of one session, for a step of the quickstart.
 
 It depends on the policy: rollouts are computed once until their tokens differ, so a trained policy, of low entropy,
-saves most. Both ways give the same episodes, bit for bit (tests/rollout/test_sharing.py)."""
+saves most. Both ways give the same episodes, bit for bit (tests/rollout/test_sharing.py).
+"""
 
 from __future__ import annotations
 

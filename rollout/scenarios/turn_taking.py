@@ -5,7 +5,8 @@ during speech and pauses, begin its reply (`REPLY`) shortly after the turn's end
 
 The user reacts. In some scenarios it barges in, some chunks after it *heard* the reply begin. Otherwise it waits for
 the end of the reply, but begins its next turn when no reply comes (`patience`) or the reply does not end (`tolerance`).
-A turn begins only if it and a whole reply fit into the rest of the episode."""
+A turn begins only if it and a whole reply fit into the rest of the episode.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ A folder of speech holds audio files (FLAC or WAV, 16 kHz, mono) and ``manifest.
 (`DEFAULT_FOLDER`) is a small set of real prompts under CC-BY-SA-3.0; its LICENSE.txt names the speaker.
 
 Files are not resampled; another rate is an error. All recordings are read when the bank is loaded, so that a damaged
-file stops a run at its start. This module knows nothing of scenarios."""
+file stops a run at its start. This module knows nothing of scenarios.
+"""
 
 from __future__ import annotations
 

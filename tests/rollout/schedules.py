@@ -89,18 +89,18 @@ def failing(op: str, at: int) -> Iterator[None]:
 
 def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) -> None:
     """One step on one engine; ``sessions`` are that engine's."""
-    here = [sessions[n] for n in step.sessions]
+    group = [sessions[n] for n in step.sessions]
     if step.kind in ("open", "fork"):
         key = session_key(schedule.seed, "x", len(sessions))
-        sessions.append(engine.open(key, schedule.temperature) if step.kind == "open" else engine.fork(here[0], key))
+        sessions.append(engine.open(key, schedule.temperature) if step.kind == "open" else engine.fork(group[0], key))
     elif step.kind == "close":
-        engine.close(here[0])
+        engine.close(group[0])
     elif step.kind == "append":
-        engine.append(here, [sound(n) for n in step.sounds])
+        engine.append(group, [sound(n) for n in step.sounds])
     else:
         try:
             with failing(step.op, step.at):
-                engine.append(here, [sound(n) for n in step.sounds])
+                engine.append(group, [sound(n) for n in step.sounds])
         except FloatingPointError:
             return
         raise AssertionError(f"{step} did not fail")
@@ -149,20 +149,20 @@ class Planner:
         return self.engine.free >= forks and self.pages(forks) <= FEW_PAGES
 
     def next(self) -> None:
-        rng, here = self.rng, self.open()
-        done = [n for n in here if self.schedule.sessions[n].chunks >= MOST_CHUNKS]
+        rng, open_now = self.rng, self.open()
+        done = [n for n in open_now if self.schedule.sessions[n].chunks >= MOST_CHUNKS]
         if done or self.pages() > FEW_PAGES:
-            self.step("close", rng.choice(done or here))
-        elif not here or (rng.random() < 0.1 and self.room(1)):
+            self.step("close", rng.choice(done or open_now))
+        elif not open_now or (rng.random() < 0.1 and self.room(1)):
             self.step("open")
-        elif near := [n for n in here if self.at_the_end(n)]:
+        elif near := [n for n in open_now if self.at_the_end(n)]:
             self.branch(rng.choice(near))
         elif rng.random() < 0.05:
-            self.step("close", rng.choice(here))
+            self.step("close", rng.choice(open_now))
         elif rng.random() < 0.1 and self.room(1):
-            self.fork(rng.choice(here))
+            self.fork(rng.choice(open_now))
         else:
-            self.append(rng.sample(here, rng.randint(1, len(here))))
+            self.append(rng.sample(open_now, rng.randint(1, len(open_now))))
 
     def at_the_end(self, n: int) -> bool:
         """Whether its next chunk's audio takes it over the end of a page."""

@@ -82,9 +82,9 @@ def test_axis_weights_name_axes_of_the_families() -> None:
 
 
 def test_a_scorer_that_breaks_its_family_s_word_is_named() -> None:
-    here = ScenarioConfig(("tests.rollout.test_registry:TWIN",))
+    config = ScenarioConfig(("tests.rollout.test_registry:TWIN",))
     with pytest.raises(MetronomeError, match=r"scorer of family 'timespeak' gave rewards of .* the axes timing in"):
-        score("timespeak", FACTS.to_json(), [LISTEN] * 60, here)
+        score("timespeak", FACTS.to_json(), [LISTEN] * 60, config)
 
 
 @pytest.mark.parametrize("wrong", [{"name": "a/b"}, {"name": "families"}, {"axes": ()}, {"axes": ("a", "a")}])

@@ -57,21 +57,21 @@ def _sha(*arrays: np.ndarray) -> str:
 
 
 @pytest.fixture(scope="module")
-def here() -> dict[str, str]:
+def in_process() -> dict[str, str]:
     return digests()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_same_bits(way: str, here: dict[str, str]) -> None:
+def test_same_bits(way: str, in_process: dict[str, str]) -> None:
     done = run(["-W", "ignore", "-m", "tests.rollout.test_same_bits"], WAYS[way])
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == here
+    assert json.loads(done.stdout) == in_process
 
 
-def test_control_other_scenarios_have_other_bits(here: dict[str, str]) -> None:
+def test_control_other_scenarios_have_other_bits(in_process: dict[str, str]) -> None:
     other = digests(first_seed=1)
-    changed = {stage for stage in here if other[stage] != here[stage]}
+    changed = {stage for stage in in_process if other[stage] != in_process[stage]}
     assert changed == {"user's audio", "actions", "codes", "mel values"}
 
 

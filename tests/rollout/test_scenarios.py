@@ -60,9 +60,9 @@ def test_same_id_same_bits(bank: SpeechBank, family: str, split: str) -> None:
 @pytest.mark.parametrize("family", CONFIG.families)
 def test_other_seed_or_split_other_bits(bank: SpeechBank, family: str) -> None:
     silent = [LISTEN] * 60
-    here = play(CONFIG.scenario(family, "train", 7, bank).user(), silent)
+    audio = play(CONFIG.scenario(family, "train", 7, bank).user(), silent)
     for split, seed in (("train", 8), ("held_out", 7)):
-        assert not np.array_equal(here, play(CONFIG.scenario(family, split, seed, bank).user(), silent))
+        assert not np.array_equal(audio, play(CONFIG.scenario(family, split, seed, bank).user(), silent))
 
 
 def test_rollouts_that_share_a_scenario_do_not_disturb_each_other(bank: SpeechBank) -> None:

@@ -101,13 +101,13 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
 
     def mismatch() -> tuple[int, int, int]:
         logprob, _, digest = score_choices(model, collate(episodes, model.audio_token_id), classes, 1.0)
-        found = compare(
+        result = compare(
             concatenate(episodes, "logprob"),
             logprob.detach(),
             concatenate(episodes, "digest"),
             digest,
         )
-        return found.num_tokens, found.num_unequal, found.rows_unequal
+        return result.num_tokens, result.num_unequal, result.rows_unequal
 
     tokens, unequal, rows = mismatch()
     assert tokens > 4 * CHUNKS

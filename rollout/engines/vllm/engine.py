@@ -2,7 +2,8 @@
 
 A session is one resumable vLLM request. A micro-turn is one more input of it: the last sampled token (vLLM drops it at
 the end of each input), a forced end token if any, and the chunk's audio; then vLLM samples until the turn ends. A fork
-is a new request whose first input is the whole history; vLLM's prefix cache has the full pages of it."""
+is a new request whose first input is the whole history; vLLM's prefix cache has the full pages of it.
+"""
 
 from __future__ import annotations
 

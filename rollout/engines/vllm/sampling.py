@@ -3,7 +3,8 @@
 It samples each row's token with `TokenClasses.sample_rows`, by the counter-based key of (session, chunk, position), and
 returns logits that are -inf except at this token. vLLM is asked for greedy tokens and so takes it; vLLM's random
 numbers and its order of requests have no effect. Log-prob, row digest and hidden state are kept in `Policy.records`
-until the engine takes them."""
+until the engine takes them.
+"""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ def against_learner(model: InteractionModel, sessions: list[Session], vocabulary
     batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
-    found = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
-    return found.num_tokens, found.num_unequal, found.rows_unequal
+    result = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
+    return result.num_tokens, result.num_unequal, result.rows_unequal
 
 
 class Embedded:
