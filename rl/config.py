@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.placement import PlacementConfig
 from reward.source import SourceConfig
 from rl.tracking.settings import TrackingConfig
 from rollout.scenarios.registry import ScenarioConfig
@@ -88,6 +89,7 @@ class TrainConfig:
     runs: str = "runs"  # folder that holds run folders
     seed: int = 0
     speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -35,6 +35,11 @@ def check_workers(config: TrainConfig) -> None:
             f"rollout.workers is {rollout.workers}: vLLM serves a learner process from one process; give 1, or 0 for "
             "the learner's own"
         )
+    if rollout.workers and config.placement.device == "cuda":
+        raise MetronomeError(
+            f"rollout.workers is {rollout.workers}: on a GPU episodes are sampled in the learner's process; give "
+            "--rollout.workers 0, or start more learner processes, one for each GPU"
+        )
     if rollout.worker_threads is not None and rollout.worker_threads < 1:
         raise MetronomeError(f"rollout.worker_threads is {rollout.worker_threads}: give each worker at least 1")
     if not 0 < rollout.worker_timeout_s < threading.TIMEOUT_MAX:

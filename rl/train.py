@@ -13,6 +13,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rl.train")
 
+from model.placement import Placement
 from model.program.recipe import read_recipe
 from rl.config import TrainConfig
 from rl.learner import ranks
@@ -21,6 +22,7 @@ from rl.run import Run
 
 def main(arguments: list[str] | None = None) -> None:
     config, resume, recipe = parse(arguments)
+    Placement.enter(config.placement, config.model.dtype)
     ranks.join()
     try:
         Run(config, recipe, resume).execute()

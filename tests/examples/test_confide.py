@@ -95,7 +95,7 @@ def test_trained_evaluated_and_audited_by_commands(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_readme_s_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code and the families of the text are taken from it."""
-    text = (ROOT / "tests/examples/README.md").read_text()
+    text = (ROOT / "README.md").read_text().split("## Adding a scenario or a reward\n")[1].split("\n## ")[0]
     (tmp_path / "brevity.py").write_text(text.split("```python\n")[1].split("```")[0])
     families, weights = re.findall(r"--(?:scenarios\.families|rl\.axis_weights) '(.*?)'", text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

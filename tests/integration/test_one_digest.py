@@ -51,6 +51,18 @@ def test_short_recipe_ends_with_one_digest(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_algorithm_on_one_page_ends_with_that_digest(tmp_path: Path) -> None:
+    golden = json.loads(SHORT.read_text())
+    recipe = tmp_path / "short.json"
+    recipe.write_text(json.dumps(golden["recipe"]))
+    command = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml", "-m", "rl.minimal"]
+    done = run([*command, "--config", str(recipe)], {})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert f"weights_digest {golden['weights_digest']}" in done.stdout.splitlines()
+    assert len((ROOT / "rl/minimal.py").read_text().splitlines()) <= 120
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 def test_control_a_setting_reaches_its_library(name: str) -> None:
     """The library gives other bits under the setting, so that equal digests above say something."""

@@ -8,24 +8,7 @@ import pytest
 import torch
 
 from rl.step.identity import Mismatch, NotComparableError, check_comparable, compare, unequal_bits
-from rollout.record.episode import TEXT, Episode, Stream
-from rollout.turn.action import Action, Mode
-
-
-def episode() -> Episode:
-    return Episode(
-        scenario="timespeak/train/0",
-        rollout=0,
-        seed=0,
-        temperature=1.0,
-        contract_id="c0",
-        weights_digest="w0",
-        facts={},
-        actions=(Action(Mode.LISTEN, ()),),
-        tokens=torch.tensor([1, 2, 2, 2, 2, 3]),
-        codes=torch.zeros(4, 80, dtype=torch.uint8),
-        streams={TEXT: Stream(*(torch.tensor([n]) for n in (5, 0, 0, -0.5, 7)))},
-    )
+from tests.support.episodes import some_episode
 
 
 def test_compare_counts_one_ulp() -> None:
@@ -64,15 +47,15 @@ def test_total_adds_counts_and_keeps_the_largest_gap() -> None:
 
 
 def test_other_contract_or_weights_are_not_comparable() -> None:
-    check_comparable([episode()], "c0", "w0")
+    check_comparable([some_episode()], "c0", "w0")
     with pytest.raises(NotComparableError, match="contract c0"):
-        check_comparable([episode()], "c1", "w0")
+        check_comparable([some_episode()], "c1", "w0")
     with pytest.raises(NotComparableError, match="weights w0"):
-        check_comparable([dataclasses.replace(episode(), contract_id="c1")], "c1", "w1")
+        check_comparable([dataclasses.replace(some_episode(), contract_id="c1")], "c1", "w1")
 
 
 def test_a_stream_that_the_learner_does_not_score_is_not_comparable() -> None:
-    one = episode()
+    one = some_episode()
     check_comparable([one], "c0", "w0")
     with pytest.raises(NotComparableError, match="sampled in voice beside text"):
         check_comparable([dataclasses.replace(one, streams={**one.streams, "voice": one.text})], "c0", "w0")

@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from rollout.record.episode import TEXT, Episode, tensors
+from rollout.record.episode import TEXT, Episode, Stream, tensors
+from rollout.turn.action import LISTEN
 
 
 def unequal_fields(one: Episode, other: Episode) -> set[str]:
@@ -21,3 +22,20 @@ def unequal_fields(one: Episode, other: Episode) -> set[str]:
 def with_text(episode: Episode, **changes: Tensor) -> Episode:
     """The episode with other fields of its text stream."""
     return replace(episode, streams={**episode.streams, TEXT: replace(episode.text, **changes)})
+
+
+def some_episode() -> Episode:
+    """One chunk, in which the model listens: one sampled token."""
+    return Episode(
+        scenario="timespeak/train/0",
+        rollout=0,
+        seed=0,
+        temperature=1.0,
+        contract_id="c0",
+        weights_digest="w0",
+        facts={},
+        actions=(LISTEN,),
+        tokens=torch.tensor([1, 2, 2, 2, 2, 3]),
+        codes=torch.zeros(4, 80, dtype=torch.uint8),
+        streams={TEXT: Stream(*(torch.tensor([n]) for n in (5, 0, 0, -0.5, 7)))},
+    )

@@ -1,0 +1,243 @@
+"""``python -m kernels.gpu_report FILE``: the README's rows of a report that `.ci/gpu` wrote, as a markdown table.
+
+`.ci/gpu` makes the report by ``--collect FOLDER``: it joins what its parts wrote there, judges it, prints one table
+and ends with status 1 when a bit differs or a part failed. A part that was left out for lack of time, or that left
+nothing to judge, is named; nothing is taken for granted.
+
+This module reads files only; it knows nothing of ops or models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import xml.etree.ElementTree as xml
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "metronome.gpu/1"
+
+PORTABLE = (
+    "recordings",
+    "noises, train",
+    "noises, held_out",
+    "user's audio",
+    "demonstrated actions",
+    "dMel codes",
+    "fresh weights",
+)
+"""Stages of `rl.fingerprint` that no device and no backend decides."""
+
+UNFINISHED = ("left out", "out of time")
+"""States of a part for which there was no time; no failures."""
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table. ``ok`` None: a figure that nothing is required of, or something that is missing."""
+
+    part: str
+    ok: bool | None
+    text: str
+
+
+# ---- joining what the parts wrote ----
+
+
+def collect(folder: Path, golden: Path | None) -> Report:
+    """What lies in ``folder``: parts.jsonl, one JSON file a part, tests.xml. ``golden``: a CPU's fingerprint."""
+    parts = [json.loads(line) for line in _text(folder / "parts.jsonl").splitlines()]
+    report: Report = {"schema": SCHEMA, "parts": parts, "card": _text(folder / "card.csv").strip()}
+    for name in ("machine", "variants", "quickstart", "audit", "again", "resumed", "crossing", "fingerprint", "longer"):
+        report[name] = _json(folder / f"{name}.json")
+    report["rows"], report["controls"] = {}, {}
+    for path in sorted(folder.glob("rows_*.json")):
+        found = _json(path) or {}
+        report["rows"] |= found.get("rows", {})
+        report["controls"] |= found.get("controls", {})
+    for name in ("latency", "graph", "bench"):
+        report[name] = (_json(folder / f"{name}.json") or {}).get(name, [])
+    report["tests"] = _tests(folder / "tests.xml")
+    report["golden"] = None if golden is None else _json(golden)
+    report["findings"] = [asdict(f) for f in findings(report)]
+    return report
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _json(path: Path) -> Any:
+    """None for a file that is not there or that its part could not finish."""
+    try:
+        return json.loads(_text(path) or "null")
+    except json.JSONDecodeError:
+        return None
+
+
+def _tests(path: Path) -> dict[str, Any] | None:
+    """Counts and names of failures from pytest's XML."""
+    if not _text(path):
+        return None
+    suites = list(xml.parse(path).getroot().iter("testsuite"))
+    counts = {n: sum(int(s.get(n, 0)) for s in suites) for n in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for suite in suites
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return counts | {"failed": failed}
+
+
+# ---- judging it ----
+
+
+def findings(report: Report) -> Iterator[Finding]:
+    """Every line of the table, the most valuable first."""
+    for part in report["parts"]:
+        if part["status"] in UNFINISHED:
+            yield Finding(f"part {part['name']}", None, f"{part['status']} after {part['seconds']} s")
+        elif part["status"] != 0:
+            text = f"status {part['status']} after {part['seconds']} s; see its log"
+            yield Finding(f"part {part['name']}", False, text)
+    yield from _rows(report)
+    yield from _digests(report)
+    if report["fingerprint"] and report["golden"]:
+        ours, cpu = report["fingerprint"]["stages"], report["golden"]["stages"]
+        differing = [name for name in PORTABLE if ours.get(name) != cpu.get(name)]
+        text = (
+            f"differs from the CPU's in {', '.join(differing)}" if differing else f"the CPU's in {len(PORTABLE)} stages"
+        )
+        yield Finding("portable stages", not differing, text)
+    if (tests := report["tests"]) is not None:
+        bad = tests["failures"] + tests["errors"]
+        passed = tests["tests"] - bad - tests["skipped"]
+        text = f"{passed} passed, {bad} failed, {tests['skipped']} skipped {' '.join(tests['failed'][:3])}"
+        yield Finding("tests of the ops", not bad and passed > 0, text.strip())
+    for one in report["latency"]:
+        bits = f"{one['unequal']} of {one['tokens']:,} tokens unequal"
+        text = f"{one['tick_ms']:.1f} ms, learner {one['learn_ms']:.0f} ms, {bits}"
+        yield Finding(f"micro-turn, {_case(one)}", one["unequal"] == 0, text)
+    for one in report["graph"]:
+        text = f"{one['graph_ms']:.2f} ms as a graph, {one['engine_ms']:.1f} ms as it is, bits "
+        yield Finding(f"decode step, {_case(one)}", None, text + ("equal" if one["same_bits"] else "differ"))
+    for family, ratios in _ratios(report["bench"]).items():
+        text = f"median {statistics.median(ratios):.2f}, worst {max(ratios):.2f} times torch's device time"
+        yield Finding(f"op {family}", None, text)
+
+
+def _rows(report: Report) -> Iterator[Finding]:
+    rows, controls = report["rows"], report["controls"]
+    if rows:
+        bad = [name for name, found in rows.items() if found]
+        yield Finding(
+            "row contract", not bad, f"{len(rows) - len(bad)} of {len(rows)} hold {'; '.join(bad[:3])}".strip()
+        )
+    if controls:
+        missed = [name for name, found in controls.items() if not found]
+        text = f"{len(controls) - len(missed)} of {len(controls)} caught {'; '.join(missed[:3])}".strip()
+        yield Finding("its controls", not missed, text)
+    if rows and not controls:
+        yield Finding("its controls", False, "none was run, so that the row contract's check proves nothing")
+    if variants := report["variants"]:
+        if variants["shipped"]:
+            bad = [name for name, found in variants["shipped"].items() if found]
+            text = f"differs from itself: {bad}" if bad else "equal for every row count"
+            yield Finding("shipped product", not bad, text)
+        for name, tiles in variants["variants"].items():
+            equal = sum(tile.get("same_bits", False) for tile in tiles.values())
+            yield Finding(f"other tiles, {name}", None, f"{equal} of {len(tiles)} give the shipped bits")
+
+
+def _digests(report: Report) -> Iterator[Finding]:
+    run = report["quickstart"]
+    if not run:
+        return
+    unequal, tokens, digest = run["mismatch/num_unequal"], run["mismatch/num_tokens"], run["weights_digest"]
+    yield Finding("quickstart", unequal == 0 and tokens > 0, f"{unequal} of {tokens:,} tokens unequal, digest {digest}")
+    if report["audit"]:
+        yield Finding("audit", report["audit"]["verdict"] == "identical", report["audit"]["headline"])
+    same = {"again": "the same recipe again", "resumed": "resumed from its middle", "crossing": "read back on the CPU"}
+    for name, title in same.items():
+        if other := report[name]:
+            text = "the same digest" if other["weights_digest"] == digest else f"digest {other['weights_digest']}"
+            yield Finding(title, other["weights_digest"] == digest, text)
+    if longer := report["longer"]:
+        unequal, tokens = longer["mismatch/num_unequal"], longer["mismatch/num_tokens"]
+        yield Finding("longer quickstart", unequal == 0, f"{unequal} of {tokens:,} tokens unequal")
+
+
+def _case(one: dict[str, Any]) -> str:
+    return f"{one['preset']} {one['dtype']}, {one['sessions']} session{'s' * (one['sessions'] > 1)}"
+
+
+def _ratios(bench: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Ours over torch, device times, by op, direction and number format."""
+    found: dict[str, list[float]] = {}
+    for one in bench:
+        words = [one["op"], *(word for word in ("backward", "bf16", "fp32") if word in one["what"])]
+        found.setdefault(" ".join(words), []).append(one["ratio"])
+    return found
+
+
+def failed(report: Report) -> list[str]:
+    """Parts that failed, and whatever differed. A report in which nothing was compared has failed too."""
+    bad = [f["part"] for f in report["findings"] if f["ok"] is False]
+    return bad if any(f["ok"] for f in report["findings"]) else [*bad, "nothing was compared"]
+
+
+def table(report: Report) -> str:
+    mark = {True: "ok  ", False: "FAIL", None: "    "}
+    width = max(len(f["part"]) for f in report["findings"]) if report["findings"] else 0
+    return "\n".join(f"{mark[f['ok']]} {f['part']:{width}s}  {f['text']}" for f in report["findings"])
+
+
+# ---- the README's rows ----
+
+
+def readme(report: Report) -> str:
+    """A markdown table: the machine, what was equal, and how fast."""
+    machine = report["machine"] or {}
+    versions = machine.get("packages", {})
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if versions.get(name))
+    rows = [("", report["card"] or machine.get("gpu") or "unknown card"), ("Versions", named)]
+    rows.append(("Contract", f"`{machine.get('contract_id', 'unknown')}`"))
+    for finding in report["findings"]:
+        if not finding["part"].startswith("other tiles"):
+            failed_mark = "**FAILED** " if finding["ok"] is False else ""
+            rows.append((finding["part"][0].upper() + finding["part"][1:], failed_mark + finding["text"]))
+    head, *rest = [f"| {name} | {text.replace('|', '/')} |" for name, text in rows]
+    return "\n".join([head, "| --- | --- |", *rest])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.gpu_report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", type=Path, metavar="FILE", help="the report")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="make FILE of what the parts wrote to FOLDER")
+    parser.add_argument("--golden", type=Path, metavar="JSON", help="with --collect: a CPU's fingerprint")
+    given = parser.parse_args(arguments)
+    if given.collect is None:
+        try:
+            report = json.loads(given.file.read_text())
+            print(readme(report))
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            parser.exit(2, f"error: {given.file}: cannot be read as a report of .ci/gpu ({error!r})\n")
+        return
+    report = collect(given.collect, given.golden)
+    given.file.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+    if bad := failed(report):
+        print(f"FAILED: {', '.join(bad)}")
+        sys.exit(1)
+    print("all that was compared is equal")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Where a model's weights, caches and activations lie, what computes with them, and in which number format.
+
+Decided once, from the recipe, before DeepSpeed is imported or processes are joined. Everything else asks the model, or
+`kernels.dispatch.device`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """The part of a recipe. The backend follows from the device: ``triton`` on a GPU; on the CPU ``cpu``, or what
+    ``METRONOME_BACKEND`` names."""
+
+    device: Literal["cpu", "cuda"] = "cpu"  # one GPU a process
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Example: ``Placement("cpu", torch.device("cpu"), torch.float32)``."""
+
+    backend: str
+    device: torch.device
+    dtype: torch.dtype  # of weights and activations
+
+    @staticmethod
+    def enter(config: PlacementConfig, dtype: str) -> Placement:
+        """Makes this process, and those that it starts, work there. ``dtype``: "float32" or "bfloat16".
+
+        Raises MetronomeError when there is no GPU, or ``METRONOME_BACKEND`` says otherwise."""
+        if config.device == "cuda":
+            named = os.environ.get("METRONOME_BACKEND", "triton")
+            if named != "triton":
+                raise MetronomeError(
+                    f"placement.device is cuda, but METRONOME_BACKEND={named} works on the CPU: unset it, or give "
+                    "--placement.device cpu"
+                )
+            if not torch.cuda.is_available():
+                build = "a build for the CPU" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+                raise MetronomeError(
+                    f"placement.device is cuda, but torch {torch.__version__} ({build}) finds no GPU. `nvidia-smi` "
+                    "lists the machine's; give --placement.device cpu to run without one"
+                )
+            os.environ |= {"METRONOME_BACKEND": "triton", "DS_ACCELERATOR": "cuda"}
+            dispatch.use_backend("triton")
+        elif dispatch.device().type == "cuda":
+            raise MetronomeError(
+                f"placement.device is cpu, but METRONOME_BACKEND={os.environ.get('METRONOME_BACKEND')} works on a GPU: "
+                "give --placement.device cuda, or unset it"
+            )
+        return Placement(dispatch.backend().NAME, dispatch.device(), getattr(torch, dtype))

@@ -1,0 +1,216 @@
+"""``python -m rollout.bench.graph [--json FILE]``: a decode step as one CUDA graph, an experiment.
+
+Today's ops check their arguments by waiting for the device (ranges of experts, pages, the status of a row), which a
+graph cannot hold. Here those checks are taken out, the attention's tile tables come from the device, and one decode
+step of R sessions is captured once and replayed: what a step would cost if the host did nothing. Its bits are compared
+with the engine's own way. Nothing relies on it: the exit status is 0 if all was measured.
+
+For the Triton backend; ``--dry`` runs the same ops without a capture, in the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch, ops
+from kernels.layout import SPLIT_TOKENS, Segments
+from kernels.tools.device_time import wait
+from kernels.triton import attention, attention_forward, conv, experts, sampling
+from kernels.triton.attention_parts import sizes, tiles_of
+from kernels.triton.launch import aligned, plain, run
+from kernels.triton.tiles import VOCAB_TILE, expert_form
+from model.backbone.state import SessionState
+from model.backbone.transformer import InteractionModel
+from model.inputs import Inputs
+from rollout.bench.latency import random_model
+
+CASES = (
+    ("tiny", "float32", 1, 100), ("tiny", "float32", 48, 100),
+    ("base", "bfloat16", 1, 300), ("base", "bfloat16", 48, 300),
+)  # fmt: skip
+DRY_CASES = (("tiny", "float32", 2, 9),)
+"""(preset, dtype, sessions, tokens that each session holds)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step; milliseconds, medians."""
+
+    preset: str
+    dtype: str
+    sessions: int
+    history: int
+    engine_ms: float  # as the engine does it
+    unchecked_ms: float  # without checks and waits, launched by the host
+    graph_ms: float  # replayed, with a wait after each
+    back_to_back_ms: float  # replayed many times, one wait at the end
+    same_bits: bool  # of the graph's tokens, log-probs and digests and the engine's
+
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+@contextmanager
+def unchecked(tables: dict[int, Tensor]) -> Iterator[None]:
+    """Ops that believe their arguments, for one row a session. ``tables``: `tiles_of` by size, on the device."""
+
+    def expert_forward(x: Tensor, packed: Any, expert: Tensor, fan_out: int) -> Tensor:
+        weight = experts.weight_of(packed, "expert_linear")
+        out, x = x.new_empty(expert.shape[0], packed.rows), aligned(x)
+        strides = (1, weight.stride(1))
+        form = expert_form(expert.shape[0])
+        experts.expert_product(x, weight, plain(expert), fan_out, out, weight.shape[2], strides, form)
+        return out
+
+    def score(
+        op: str, logits: Tensor, token: Tensor, temperature: float, allowed: Any, kind: Any, stats: Any
+    ) -> Tensor:
+        chosen = torch.empty_like(stats.peak)
+        run(
+            sampling.score_kernel, (len(chosen),), logits.device, VOCAB_TILE, logits, allowed.view(torch.uint8), kind,
+            token, stats.peak, stats.log_sum, stats.status, chosen, float(temperature), VOCAB=logits.shape[1],
+        )  # fmt: skip
+        return chosen
+
+    replaced: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (attention, "_check_pages", lambda *_: None),
+        (conv, "_check_segments", lambda *_: None),
+        (conv, "placed", lambda segments, _: segments),
+        (conv, "_segment_of_row", lambda segments: segments.offset[:-1]),  # row r is segment r
+        (attention_forward, "tiles_of", lambda segments, slot, size: tables[size]),
+        (experts, "_forward", expert_forward),
+        (sampling, "_score", score),
+    )
+    with ExitStack() as stack:
+        for module, name, value in replaced:
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+def median_ms(call: Callable[[], object], repeat: int) -> float:
+    device, taken = dispatch.device(), []
+    for _ in range(repeat):
+        wait(device)
+        begin = time.perf_counter()
+        call()
+        wait(device)
+        taken.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(taken)
+
+
+@torch.inference_mode()
+def measure(model: InteractionModel, name: str, dtype: str, sessions: int, history: int, dry: bool) -> Step:
+    device, repeat = dispatch.device(), 1 if dry else 30
+    state = SessionState(model.config, sessions, history + 8, model.dtype, max_rows=sessions * history)
+    slots = [state.open() for _ in range(sessions)]
+    draw, none = torch.Generator().manual_seed(1), torch.empty(0, 80, dtype=torch.uint8)
+    past = torch.randint(8, 200, (sessions * history,), generator=draw)
+    model(Inputs.of(past, none, state.extend(slots, [history] * sessions), model.audio_token_id), state)
+    segments = state.extend(slots, [1] * sessions)
+    tokens = torch.randint(8, 200, (sessions,), generator=draw)
+    keys, kinds = torch.arange(sessions) * 7919, torch.zeros(sessions, dtype=torch.int64)
+    allowed = torch.ones(3, model.vocab, dtype=torch.bool, device=device)
+    memory = [
+        x
+        for layer, pasts in zip(state.layers, state.pasts, strict=True)
+        for x in (layer.kv.key, layer.kv.value, *pasts)
+    ]
+    before = [x.clone() for x in memory]
+
+    def restore() -> None:
+        for x, y in zip(memory, before, strict=True):
+            x.copy_(y)
+
+    def as_it_is() -> Result:
+        hidden = model(Inputs.of(tokens, none, segments, model.audio_token_id), state)
+        return ops.sample(model.logits(hidden), 1.0, keys.to(device), allowed, kinds.to(device))
+
+    parts = (segments.slot, segments.start, segments.offset, segments.position)
+    there = Segments(*(part.clone().to(device) for part in parts))
+    inputs = [x.to(device) for x in (tokens, keys, kinds)]
+
+    def believed() -> Result:
+        x = model.model.language_model.embed_tokens(inputs[0])
+        return ops.sample(model.logits(model.run(x, there, state.layers)), 1.0, inputs[1], allowed, inputs[2])
+
+    heads = {(layer.self_attn.heads, layer.self_attn.kv_heads, layer.self_attn.head_dim) for layer in model.layers}
+    of_heads = [sizes(model.dtype, *shape) for shape in heads]
+    needed = {SPLIT_TOKENS, *(size["ROWS"] // size["GROUP_PAD"] for size in of_heads)}
+    tables = {size: tiles_of(segments, segments.slot, size).to(device) for size in needed}
+    expected = [x.clone() for x in as_it_is()]
+    engine_ms = median_ms(as_it_is, repeat)
+    restore()
+    with unchecked(tables):
+        got = believed()
+        unchecked_ms = graph_ms = back_to_back_ms = median_ms(believed, repeat)
+        if not dry:
+            got, graph_ms, back_to_back_ms = _captured(believed, restore)
+    same = all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    return Step(name, dtype, sessions, history, engine_ms, unchecked_ms, graph_ms, back_to_back_ms, same)
+
+
+def _captured(call: Callable[[], Result], restore: Callable[[], None]) -> tuple[Result, float, float]:
+    """(what a replay gave, ms of a replay, ms of a replay among many)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    restore()
+    graph.replay()
+    first, second, third = (x.clone() for x in result)
+    graph_ms = median_ms(graph.replay, 100)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(100):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return (first, second, third), graph_ms, begin.elapsed_time(end) / 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rollout.bench.graph", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE, after each case")
+    parser.add_argument("--dry", action="store_true", help="two sessions of the tiny preset, without a capture")
+    given = parser.parse_args()
+    if dispatch.contract()["backend"] != "triton":
+        parser.error("graphs are of the Triton backend's kernels; start with METRONOME_BACKEND=triton")
+    results: list[Step] = []
+    models: dict[tuple[str, str], InteractionModel] = {}
+    cases = DRY_CASES if given.dry else CASES
+    for name, dtype, sessions, history in cases:
+        if (name, dtype) not in models:
+            models = {(name, dtype): random_model(name, getattr(torch, dtype))}
+        try:
+            results.append(measure(models[name, dtype], name, dtype, sessions, history, given.dry))
+        except Exception:  # the other cases are still measured
+            traceback.print_exc()
+            continue
+        print(results[-1], flush=True)
+        if given.json is not None:
+            report = {"contract_id": dispatch.contract_id(), "graph": [asdict(r) for r in results]}
+            given.json.write_text(json.dumps(report, indent=1) + "\n")
+    if len(results) < len(cases):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""``python -m rollout.bench.latency [--json FILE]``: milliseconds of a micro-turn on the backend's device.
+
+For each case a crowd of sessions hears noise together: one tick is a small prefill of all and then the decode steps of
+those that speak. Real time is 200 ms. Then whole sequences go through the model under autograd, as the learner does it:
+log-probs and row digests must be the sampler's (exit status 1 if they are not). Weights are random, of the preset's
+shapes: their values hardly change a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.tools.device_time import wait
+from model.backbone.transformer import InteractionModel
+from model.config import preset
+from model.inputs import Inputs
+from rollout.bench.crowd import Crowd
+from rollout.engines.embedded import SessionEngine
+from rollout.record.episode import Episode
+from rollout.turn.grammar import context_rows
+from rollout.turn.vocabulary import Vocabulary
+
+MOST_LEARNT = 16
+"""Sequences of the learner's pass."""
+
+
+@dataclass(frozen=True)
+class Case:
+    preset: str
+    dtype: str
+    sessions: int
+
+
+CASES = (
+    Case("tiny", "float32", 1),
+    Case("tiny", "float32", 48),
+    Case("base", "bfloat16", 1),
+    Case("base", "bfloat16", 48),
+)
+DRY_CASES = (Case("tiny", "float32", 2),)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one case; times in milliseconds."""
+
+    preset: str
+    dtype: str
+    sessions: int
+    tick_ms: float  # median
+    slowest_ms: float  # the slowest after the first few
+    first_ms: float  # the first tick, with what is compiled or allocated then
+    learn_ms: float  # forward and backward of MOST_LEARNT whole sequences at most
+    rows: int  # all sessions' rows at the end
+    tokens: int  # sampled by those that the learner scored again
+    unequal: int  # of these, with another log-prob or row digest at the learner
+
+
+def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
+    """A model of preset ``name`` on the backend's device, packed, with normal weights from torch's generator there: the
+    project's own draws, equal on every machine, would take most of a minute for the larger presets."""
+    device = dispatch.device()
+    model = InteractionModel(preset(name), dtype).to(device)
+    draw = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for title, weight in model.named_parameters():
+            if weight.ndim < 2 or title.endswith("norm.weight"):
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=draw)
+        for buffer in model.buffers():
+            buffer.zero_()
+    model.changed()
+    model.pack()
+    return model
+
+
+def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
+    """``ticks`` micro-turns, of which the first third does not count. ``model``: of the case's preset and type."""
+    device = dispatch.device()
+    vocabulary = Vocabulary.build(model.vocab)
+    engine = SessionEngine(model, vocabulary, slots=case.sessions, max_tokens=context_rows(ticks + 1, 1))
+    crowd, taken = Crowd(engine), []
+    crowd.join(case.sessions)
+    for _ in range(ticks):
+        wait(device)
+        taken.append(1000 * crowd.tick())
+    counted = taken[ticks // 3 :]
+    episodes = [s.episode(scenario="bench", rollout=i, seed=0, facts={}) for i, s in enumerate(crowd.sessions)]
+    rows = sum(len(e.tokens) for e in episodes)
+    crowd.leave()
+    some, learn_ms = episodes[:MOST_LEARNT], 0.0
+    for _ in range(2):  # the first compiles
+        wait(device)
+        begin = time.perf_counter()
+        logprob, digest = learn(model, vocabulary, some)
+        wait(device)
+        learn_ms = 1000 * (time.perf_counter() - begin)
+    sampled = torch.cat([e.text.logprob for e in some])
+    unequal = sampled.view(torch.int32) != logprob.view(torch.int32)
+    unequal |= torch.cat([e.text.digest for e in some]) != digest
+    return Latency(
+        case.preset, case.dtype, case.sessions, statistics.median(counted), max(counted), taken[0], learn_ms, rows,
+        len(sampled), int(unequal.sum()),
+    )  # fmt: skip
+
+
+def learn(model: InteractionModel, vocabulary: Vocabulary, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
+    """Log-probs fp32 [N] and row digests int64 [N] of what the episodes sampled, by whole sequences, and a backward."""
+    inputs = Inputs.cat(episodes, model.audio_token_id)
+    starts, text = inputs.starts, [e.text for e in episodes]
+    row = torch.cat([s.sampled_at - 1 + start for s, start in zip(text, starts, strict=True)])
+    target = torch.cat([e.tokens[e.text.sampled_at] for e in episodes])
+    row_class = torch.cat([s.row_class for s in text])
+    logits = model.logits(model(inputs)[row.to(model.device)])
+    logprob, _, digest = vocabulary.classes.score(logits, target, row_class, 1.0)
+    torch.autograd.grad(logprob.sum(), [p for p in model.parameters() if p.requires_grad], materialize_grads=True)
+    return logprob.detach().cpu(), digest.cpu()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rollout.bench.latency", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE, after each case")
+    parser.add_argument("--ticks", type=int, default=15, help="micro-turns of each case (default: 15)")
+    parser.add_argument("--dry", action="store_true", help="two sessions of the tiny preset")
+    given = parser.parse_args()
+    if given.ticks < 3:
+        parser.error(f"--ticks is {given.ticks}; it must be at least 3")
+    results: list[Latency] = []
+    models: dict[tuple[str, str], InteractionModel] = {}
+    for case in DRY_CASES if given.dry else CASES:
+        key = case.preset, case.dtype
+        if key not in models:
+            models = {key: random_model(case.preset, getattr(torch, case.dtype))}
+        results.append(result := measure(case, models[key], given.ticks))
+        print(
+            f"{case.preset} {case.dtype}, {case.sessions} sessions: {result.tick_ms:.1f} ms a micro-turn (slowest "
+            f"{result.slowest_ms:.1f}, first {result.first_ms:.0f}), learner {result.learn_ms:.0f} ms, "
+            f"{result.unequal} of {result.tokens} tokens unequal",
+            flush=True,
+        )
+        if given.json is not None:
+            report = {"contract_id": dispatch.contract_id(), "latency": [asdict(r) for r in results]}
+            given.json.write_text(json.dumps(report, indent=1) + "\n")
+    if any(r.unequal for r in results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
