@@ -125,8 +125,8 @@ def measure(model: InteractionModel, name: str, dtype: str, sessions: int, histo
     allowed = torch.ones(3, model.vocab, dtype=torch.bool, device=device)
     memory = [
         x
-        for layer, pasts in zip(state.layers, state.pasts, strict=True)
-        for x in (layer.kv.key, layer.kv.value, *pasts)
+        for layer, conv_windows in zip(state.layers, state.conv_windows, strict=True)
+        for x in (layer.kv.key, layer.kv.value, *conv_windows)
     ]
     before = [x.clone() for x in memory]
 

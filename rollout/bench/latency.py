@@ -79,7 +79,7 @@ def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
                 weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=draw)
         for buffer in model.buffers():
             buffer.zero_()
-    model.changed()
+    model.mark_changed()
     model.pack()
     return model
 
@@ -122,7 +122,7 @@ def learn(model: InteractionModel, vocabulary: Vocabulary, episodes: list[Episod
     target = torch.cat([e.tokens[e.text.sampled_at] for e in episodes])
     row_class = torch.cat([s.row_class for s in text])
     logits = model.logits(model(inputs)[row.to(model.device)])
-    logprob, _, digest = vocabulary.classes.score(logits, target, row_class, 1.0)
+    logprob, _, digest = vocabulary.classes.logprob(logits, target, row_class, 1.0)
     torch.autograd.grad(logprob.sum(), [p for p in model.parameters() if p.requires_grad], materialize_grads=True)
     return logprob.detach().cpu(), digest.cpu()
 
