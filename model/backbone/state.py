@@ -158,11 +158,8 @@ class SessionState:
         self._decode: tuple[list[int], Tensor, Tensor] = ([], torch.empty(0), torch.empty(0))
 
     @property
-    def free_slots(self) -> int:
-        return len(self._free)
-
-    @property
     def open_slots(self) -> int:
+        """Number of slots in use."""
         return self.slots - len(self._free)
 
     def open(self) -> int:
@@ -201,9 +198,6 @@ class SessionState:
         if not 0 <= slot < self.slots or self._length[slot] < 0:
             raise ValueError(f"SessionState: slot {slot} is not open (slots 0..{self.slots - 1})")
         return self._length[slot]
-
-    def rows_left(self, slot: int) -> int:
-        return self.max_tokens - self.length(slot)
 
     def extend(self, slots: list[int], lengths: list[int]) -> Segments:
         """Reserves ``lengths[i]`` further rows for ``slots[i]``, for each i; pass the result to the model's forward.

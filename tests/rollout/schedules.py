@@ -1,8 +1,8 @@
 """Random schedules of sessions that are opened, forked, appended to in parts, failed and closed, for every engine.
 
-A schedule is drawn from its seed while one engine plays it, because it aims: sessions are forked when the next chunk
-takes them over the end of a page, and first hear beside their origin, mostly the same sound. Other engines `play` the
-finished list of steps.
+A schedule is drawn from its seed while one engine plays it, because its choices depend on the engine's state: sessions
+are forked when their next chunk fills a page, and fork and origin then get their first chunk together, mostly with the
+same audio. Other engines `play` the finished list of steps.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from tests.support.sessions import record, sound
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
 SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * max_rows(WORDS), "words_per_chunk": WORDS}
-FEW_PAGES = 20
-"""Enough for the sessions that a schedule has open at a time; every page is used many times over."""
-BANK = 3
-"""Sounds that are heard again and again, so that sessions share pages by what they heard, not by descent alone."""
+FEW_PAGES = 20  # enough for the sessions that a schedule has open at a time, so that pages are reused often
+SOUNDS = 3  # number of sounds that are repeated, so that sessions that are not forks have common prefixes too
 
 
 @dataclass(frozen=True)
 class Step:
-    """``sessions`` are numbered as they come. ``fork`` names the origin, ``append`` and ``fail`` a sound for each;
-    a ``fail`` is an append whose call number ``at`` of the op ``op`` raises."""
+    """One call of an engine. ``sessions``: indices in order of creation (of a fork: its origin); ``sounds``: one for
+    each, in append and fail. A fail is an append in which call number ``at`` of the op ``op`` raises."""
 
     kind: str  # open, fork, append, fail, close
     sessions: tuple[int, ...] = ()
@@ -47,7 +45,7 @@ class Step:
 
 @dataclass
 class Schedule:
-    """What happens, and the sessions that came of it."""
+    """The steps, and the sessions of the engine that they were drawn with."""
 
     seed: int
     temperature: float
@@ -56,7 +54,8 @@ class Schedule:
 
 
 def make_model(dtype: torch.dtype) -> InteractionModel:
-    """Fresh weights, but convolutions that look back: those of fresh ones hardly do, and hide a wrong window."""
+    """Initial weights, but larger ones in the convolutions: with the initial ones a wrong window would have no
+    effect."""
     model = fresh_model(dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -88,7 +87,7 @@ def failing(op: str, at: int) -> Iterator[None]:
 
 
 def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) -> None:
-    """One step on one engine; ``sessions`` are that engine's."""
+    """Runs one step on an engine, whose sessions so far are ``sessions``."""
     group = [sessions[n] for n in step.sessions]
     if step.kind in ("open", "fork"):
         key = session_key(schedule.seed, "x", len(sessions))
@@ -107,7 +106,8 @@ def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) 
 
 
 def play(engine: Engine, schedule: Schedule, failures: bool = True) -> list[Session]:
-    """The sessions that come of it on ``engine``. Without ``failures`` those of a failing append are closed instead."""
+    """Runs a schedule on ``engine``; returns its sessions. Without ``failures``, sessions of a fail are closed
+    instead."""
     sessions: list[Session] = []
     for step in schedule.steps:
         if step.kind == "fail" and not failures:
@@ -123,7 +123,7 @@ class Planner:
 
     def __init__(self, engine: Engine, seed: int, temperature: float) -> None:
         self.engine, self.rng, self.schedule = engine, random.Random(seed), Schedule(seed, temperature)
-        self.fresh = BANK + 1000 * seed
+        self.fresh = SOUNDS + 1000 * seed
 
     def plan(self, steps: int) -> Schedule:
         for _ in range(steps):
@@ -141,7 +141,7 @@ class Planner:
         return [n for n, session in enumerate(self.schedule.sessions) if not session.closed]
 
     def pages(self, spare: int = 0) -> int:
-        """That the open sessions and ``spare`` forks of the longest one may have after their next chunk."""
+        """The most pages of the open sessions and of ``spare`` forks of the longest one, after their next chunk."""
         rows = [len(self.schedule.sessions[n].tokens) + max_rows(WORDS) for n in self.open()]
         return sum(-(-n // SPLIT_TOKENS) for n in rows + spare * [max(rows, default=0)])
 
@@ -181,7 +181,7 @@ class Planner:
             self.step("close", rng.choice([n for n in self.open() if n != origin]))
         for _ in range(forks):
             group.append(self.fork(rng.choice(group)))
-        same = rng.randrange(BANK)
+        same = rng.randrange(SOUNDS)
         if rng.random() < 0.4:
             lost, op = group.pop(), rng.choice(["attention", "attention", "sample", "embedding_sum"])
             number = same
@@ -198,9 +198,9 @@ class Planner:
     def append(self, group: list[int], same: int | None = None) -> None:
         rng = self.rng
         if same is None:
-            same = rng.randrange(BANK)
+            same = rng.randrange(SOUNDS)
         alike = rng.random() < 0.7
-        sounds = tuple(same if alike else rng.randrange(BANK) for _ in group)
+        sounds = tuple(same if alike else rng.randrange(SOUNDS) for _ in group)
         self.step("append", *group, sounds=sounds)
 
 
