@@ -1,7 +1,7 @@
-"""Model shapes: transformers' `InklingConfig` under three preset names, and what this implementation asks of one.
+"""Model shapes: presets of transformers' `InklingConfig`, and a check that this implementation supports one.
 
-There is no configuration class of our own, so any Inkling checkpoint's ``config.json`` is a valid one here. The vision
-tower is not built; its config is kept small and rides along.
+There is no configuration class of our own: any Inkling checkpoint's ``config.json`` can be read. The vision tower is
+not built; presets give its config a small size that nothing reads.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def preset(name: str) -> InklingConfig:
     """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.3M parameters, for CPUs.
     base: 125M. inkling_small: 276B, 12B active (meta device only).
 
-    Of inkling_small the two counts are published, and vocabulary, head width, experts and top-k are those of Inkling's
-    default config; its width, depth, heads and expert width are our solution of the counts."""
+    Of inkling_small only the two counts are published. Vocabulary, head width, experts and top-k are those of Inkling's
+    default config; width, depth, heads and expert width are our guess, chosen to give these counts. Raises ValueError
+    for another name."""
     match name:
         case "nano":
             text = {
@@ -110,22 +111,23 @@ def is_sliding(text: InklingTextConfig, layer: int) -> bool:
 
 
 def window(text: InklingTextConfig, layer: int) -> int | None:
-    """Keys a row of this layer sees, itself included; None for all."""
+    """Number of positions that a row of this layer attends to, its own included; None for all before it."""
     return text.sliding_window_size if is_sliding(text, layer) else None
 
 
 def heads(text: InklingTextConfig, layer: int) -> tuple[int, int, int]:
-    """(query heads, key heads, head width) of a layer: the two kinds of layer have their own."""
+    """(query heads, key heads, head width) of a layer; global and sliding layers differ in them."""
     if is_sliding(text, layer):
         return text.swa_num_attention_heads, text.swa_num_key_value_heads, text.swa_head_dim
     return text.num_attention_heads, text.num_key_value_heads, text.head_dim
 
 
 def log_scale_table(text: InklingTextConfig) -> torch.Tensor | None:
-    """tau fp32 [max positions] = 1 + alpha * ln(max((i + 1) / floor, 1)) of the global layers, None when off.
+    """The factor on attention scores of global layers by position i, fp32 [max positions]; None when the config turns
+    it off: tau_i = 1 + log_scaling_alpha * ln(max((i + 1) / log_scaling_n_floor, 1)), as in transformers' Inkling.
 
-    A table of our own logarithm: a library's depends on the processor, and taken per call it could depend on a row's
-    place in its vector register."""
+    A table made by our own logarithm: a library's result may depend on the processor and on a value's place in a vector
+    register."""
     if text.log_scaling_n_floor is None:
         return None
     position = np.arange(1, text.max_position_embeddings + 1, dtype=np.float64)

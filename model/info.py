@@ -13,8 +13,8 @@ from model.backbone.transformer import InteractionModel
 
 
 def parameter_counts(config: InklingConfig) -> tuple[int, int]:
-    """(total, active): active leaves out the routed experts that a token does not visit, and counts of each embedding
-    table only the rows one token reads. Counted on the meta device, without the vision tower."""
+    """(total, active) numbers of parameters, without the vision tower. Active: those that one token uses, so only its
+    routed experts and, of each embedding table, the rows that it reads."""
     with torch.device("meta"):
         model = InteractionModel(config)
     text = config.text_config

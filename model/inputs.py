@@ -1,8 +1,8 @@
-"""What the model reads: rows of many sequences, packed one after another, with what each sense brings to them.
+"""The model's input: rows of many sequences, packed one after another (no batch axis, no padding).
 
-Every row has a token; a row that holds the audio token also has the dMel codes of one frame. Who wants some rows of
-some sequences takes them from here (`Inputs.cut`, `Inputs.part`), so that tokens and codes stay together. By the row
-contract of `kernels.ops` what is packed beside a sequence, and in which order, cannot change its bits.
+Every row has a token; a row that holds the audio token also has the dMel codes of one frame. `Inputs.cut` and
+`Inputs.part` select rows and keep tokens and codes together. By the row contract of `kernels.ops` a sequence's results
+do not depend, by a bit, on what is packed beside it or in which order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernels.layout import Segments
 
 
 class Conversation(Protocol):
-    """One whole sequence: what of an episode or a transcript is enough to run it through a model."""
+    """One whole sequence, as the model needs it; episodes and transcripts are such."""
 
     @property
     def tokens(self) -> Tensor:
@@ -43,7 +43,8 @@ class Inputs:
 
     @staticmethod
     def of(tokens: Tensor, codes: Tensor, segments: Segments, audio: int) -> Inputs:
-        """``audio`` is the audio token's id. Raises ValueError when the counts do not fit together."""
+        """tokens int64 [T], codes uint8 [A, channels]; ``audio`` is the audio token's id. Raises ValueError unless
+        segments has T rows and tokens A audio tokens."""
         if tokens.shape[0] != segments.rows:
             raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
         rows = (tokens == audio).nonzero()[:, 0]
@@ -72,26 +73,27 @@ class Inputs:
 
     def part(self, spans: Sequence[tuple[int, int, int]], segments: Segments) -> Inputs:
         """Rows ``first`` … ``end - 1`` of sequence s for every span (s, first, end), in the order of the spans;
-        ``segments`` says what these rows continue, as `model.backbone.state.SessionState.extend` does."""
+        ``segments`` says which sequence each span continues (`model.backbone.state.SessionState.extend`). Raises
+        ValueError unless it has as many rows as the spans."""
         starts = self.starts
         cuts = [(starts[s] + first, starts[s] + end) for s, first, end in spans]
-        heard = torch.searchsorted(self.audio_rows, torch.tensor(cuts, device=self.audio_rows.device)).tolist()
+        frames = torch.searchsorted(self.audio_rows, torch.tensor(cuts, device=self.audio_rows.device)).tolist()
         moved, row = [], 0
-        for (first, end), (a, b) in zip(cuts, heard, strict=True):
+        for (first, end), (a, b) in zip(cuts, frames, strict=True):
             moved.append(self.audio_rows[a:b] + (row - first))
             row += end - first
         if row != segments.rows:
             raise ValueError(f"the spans have {row} rows, segments {segments.rows}")
         return Inputs(
             torch.cat([self.tokens[first:end] for first, end in cuts]),
-            torch.cat([self.codes[a:b] for a, b in heard]),
+            torch.cat([self.codes[a:b] for a, b in frames]),
             torch.cat(moved),
             segments,
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Inputs:
-        """The same rows on ``device``; itself when they lie there. Segments stay: the ops read their numbers on the CPU
-        and copy them themselves."""
+        """The same rows on ``device``; returns itself when they are there already. Segments stay on the CPU: the ops
+        read them there and copy what they need."""
         if self.tokens.device == device:
             return self
         tokens, codes, rows = (

@@ -1,7 +1,8 @@
 """The one log-probability function, used by sampler and learner alike.
 
-logp(token) = log softmax(logits / temperature), over the tokens that the row's class allows. Temperature is part of the
-policy; there is no top-k and no top-p, whose cut would make the sampled policy another one than the learned one.
+logp(token) = log softmax(logits / temperature)[token], where the softmax is over the tokens that the row's class
+allows. Temperature is part of the policy. There is no top-k or top-p: truncation would make the sampled policy differ
+from the one that is trained.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from kernels import ops
 
 MODE, FIRST_TEXT, NEXT_TEXT = 0, 1, 2
-"""Classes of a sampled token: the mode at a chunk's end, the first word after ``<|speak|>``, a further word or end."""
+"""Row classes, which say from which tokens a row is sampled. MODE: the decision after a chunk's audio; FIRST_TEXT: the
+first word after a mode other than listen; NEXT_TEXT: a further word or ``<|end|>``."""
 
 
 @dataclass(frozen=True)
 class TokenClasses:
-    """Which tokens each class allows.
+    """Which tokens each row class allows; log-probs and samples under this restriction.
 
     >>> from model.tokenizer import load_tokenizer
     >>> [int(n) for n in TokenClasses.build(load_tokenizer(), 256).allowed.sum(1)]
@@ -33,7 +35,9 @@ class TokenClasses:
 
     @staticmethod
     def build(tokenizer: PreTrainedTokenizerBase, vocab: int, delegate: bool = False) -> TokenClasses:
-        """``vocab`` is the model's V, at least the tokenizer's; ids beyond the tokenizer's are never allowed."""
+        """``vocab`` is the model's V; ids beyond the tokenizer's are never allowed. ``delegate``: whether the mode
+        ``<|delegate|>`` may be sampled. Raises ValueError when V is smaller than the tokenizer or that lacks a special
+        token."""
         words = len(tokenizer)
         if vocab < words:
             raise ValueError(f"TokenClasses: the tokenizer has {words} tokens, the model's vocabulary only {vocab}")
@@ -49,11 +53,12 @@ class TokenClasses:
         allowed[NEXT_TEXT, end] = True
         return TokenClasses(allowed)
 
-    def score(
+    def logprob(
         self, logits: Tensor, token: Tensor, row_class: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits fp32 [T, V], token and row_class int64 [T] -> (logprob fp32 [T], entropy fp32 [T] in nats, digest of
-        the whole log-prob row int64 [T]). Differentiable. Temperature 0 (greedy) is scored at 1, as `sample` does."""
+        the whole log-prob row int64 [T]). Differentiable. At temperature 0 (greedy) log-probs are those at 1, as in
+        `sample`."""
         token, row_class = (x.to(logits.device, non_blocking=True) for x in (token, row_class))
         return ops.logprob(logits, token, temperature or 1.0, self.on(logits.device), row_class)
 
@@ -61,7 +66,7 @@ class TokenClasses:
         self, logits: Tensor, key: Tensor, row_class: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits fp32 [T, V], key int64 [T] (bits of the row's uint64 random key) -> (token int64 [T], logprob fp32
-        [T], digest int64 [T]), the last two equal to what `score` gives for that token."""
+        [T], digest int64 [T]), the last two equal to what `logprob` gives for that token."""
         key, row_class = (x.to(logits.device, non_blocking=True) for x in (key, row_class))
         return ops.sample(logits, temperature, key, self.on(logits.device), row_class)
 
@@ -83,7 +88,7 @@ class TokenClasses:
         return token, logprob, digest
 
     def on(self, device: torch.device) -> Tensor:
-        """``allowed`` there; copied once."""
+        """``allowed`` on ``device``; copied at the first call."""
         if device.type == "cpu":
             return self.allowed
         if device not in self.copies:

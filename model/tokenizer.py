@@ -1,6 +1,7 @@
-"""The small word tokenizer of the CPU presets: 256 lower-case words from ``words.txt``, one id a line, specials first.
+"""The small word tokenizer of the CPU presets: 256 lower-case words from ``words.txt``, one a line, in the order of
+ids.
 
-A `PreTrainedTokenizerFast`, so the large presets take any other fast tokenizer in its place, if it knows the specials.
+It is a `PreTrainedTokenizerFast`; the large presets take any other fast tokenizer that has the special tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, AUDIO, LISTEN, SPEAK, DELEGATE, END, UNK = range(8)
 SPECIALS = ("<|pad|>", "<|bos|>", "<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>", "<|end|>", "<|unk|>")
-"""In the order of their ids."""
+"""Texts of the special tokens, by id."""
 
 WORDS_FILE = Path(__file__).with_name("words.txt")
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
-    """Text is lower-cased, anything but letters and apostrophes separates words, unknown words become ``<|unk|>``."""
+    """The tokenizer of ``words.txt``. Text is lower-cased, anything but letters and apostrophes separates words,
+    unknown words become ``<|unk|>``. Raises ValueError if the file is damaged."""
     words = WORDS_FILE.read_text(encoding="utf-8").split()
     if tuple(words[: len(SPECIALS)]) != SPECIALS or len(set(words)) != len(words):
         raise ValueError(f"{WORDS_FILE}: must start with {' '.join(SPECIALS)} and name each word once")

@@ -146,7 +146,8 @@ class Maker:
         said: set[str] = set()
         for index in range(VOCABULARY_PLAYS * len(self.config.scenarios.families)):
             item = self._scenario("train", index)
-            _, actions, _ = enact(item, self.config.scenarios.expert(item, generator("expert", item.id), errs=0))
+            expert = self.config.scenarios.expert(item, generator("expert", item.id), mistake_scale=0)
+            _, actions, _ = enact(item, expert)
             said |= {word for action in actions for word in action.words}
         allowed = self.vocabulary.classes.allowed.any(0)
         others = {w for w, i in self.vocabulary.ids.items() if allowed[i] and not w.startswith("<|")}

@@ -114,5 +114,5 @@ class Optimizer:
             group["lr"] = learning_rate(self.optim, self.taken, self.steps)
         self.adamw.step()
         self.taken += 1
-        self.model.changed()  # packed copies of the weights are refused from here on, until
+        self.model.mark_changed()  # packed copies of the weights are refused from here on, until
         self.model.repack()

@@ -1,7 +1,7 @@
 """How far the policy has gone from the one that RL began with, and what that costs it.
 
 The reference is a frozen copy of the warm-started policy, read from the run's own checkpoint of step 0: a resumed run
-has the same one. Its log-probs come teacher-forced from the same kernels and the same `TokenClasses.score` as the
+has the same one. Its log-probs come teacher-forced from the same kernels and the same `TokenClasses.logprob` as the
 learner's, so that before the first update every log-ratio is exactly 0.
 
 Reference KL is not mismatch KL (`rl.step.identity`): that one compares sampler and learner at equal weights and is

@@ -19,7 +19,7 @@ from rl.learner.deepspeed import Learner
 from rl.step.gradient import gradient_of
 from rollout.record.transcript import Transcript, from_audio
 from rollout.scenarios.demonstrate import enact
-from rollout.seeds import demonstration_seed, mistakes
+from rollout.seeds import demonstration_seed, mistakes_generator
 from rollout.turn.action import Action
 from rollout.turn.grammar import Grammar
 from rollout.turn.vocabulary import Vocabulary
@@ -29,7 +29,7 @@ from rollout.world.speech import SpeechBank
 def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[NDArray[np.float32], list[Action]]:
     """The user's audio [chunks, samples] and the actions of demonstration ``index``, counted over all steps."""
     item = config.scenarios.in_turn(index, "train", demonstration_seed(config.seed, index), bank)
-    rng = mistakes(config.seed, index)
+    rng = mistakes_generator(config.seed, index)
     waveform, actions, _ = enact(item, config.scenarios.expert(item, rng))
     return waveform, actions
 

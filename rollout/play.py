@@ -1,4 +1,5 @@
-"""Plays scenarios against an engine, as many at once as it has slots, and returns the episodes in order."""
+"""The rollout loop: simulated users of scenarios talk to sessions of an engine; each conversation becomes an
+episode."""
 
 from __future__ import annotations
 
@@ -15,54 +16,56 @@ from rollout.world.base import Scenario, User
 
 @dataclass(frozen=True)
 class Play:
-    """One rollout to make: scenario and index within its group."""
+    """A rollout that is to be made."""
 
     scenario: Scenario
-    rollout: int
+    rollout: int  # index within the scenario's group
 
 
 @dataclass
-class _Live:
-    place: int  # index into the plays, so that results keep their order
+class _Running:
+    """A rollout that is being made."""
+
+    index: int  # of its play
     user: User
     session: Session
-    heard: Action | None = None
+    last_action: Action | None = None  # what the user hears next
 
 
 def play(engine: Engine, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
-    """Rolls every play out to its scenario's last chunk, at ``temperature``. A session that ends makes room for the
-    next play at once.
+    """One episode for each play, in order, each to its scenario's last chunk. ``seed``: the run's, which keys the
+    sampling. As many sessions run at once as the engine has free; one that ends is replaced by the next play at once.
 
-    Rollouts of one scenario that begin together are forks of one session, which an engine may compute once for as long
-    as they hear and say the same. By the row contract the result does not depend on that, nor on how many run
-    together."""
+    Rollouts of one scenario that start at the same time are forks of one session, which an engine may compute once as
+    long as their inputs and tokens agree. By the row contract of `kernels.ops` neither that nor the number of sessions
+    changes a bit. Raises what the engine raises."""
     waiting = list(enumerate(plays))[::-1]
-    live: list[_Live] = []
+    running: list[_Running] = []
     done: dict[int, Episode] = {}
-    while waiting or live:
-        begun: dict[str, Session] = {}
+    while waiting or running:
+        started: dict[str, Session] = {}
         while waiting and engine.free:
-            place, item = waiting.pop()
+            index, item = waiting.pop()
             name = item.scenario.id
             key = session_key(seed, name, item.rollout)
-            session = engine.fork(begun[name], key) if name in begun else engine.open(key, temperature)
-            begun.setdefault(name, session)
-            live.append(_Live(place, item.scenario.user(), session))
-        observations = [one.user.next_chunk(one.heard) for one in live]
-        for one, action in zip(live, engine.append([one.session for one in live], observations), strict=True):
-            one.heard = action
-        going = []
-        for one in live:
-            item = plays[one.place]
+            session = engine.fork(started[name], key) if name in started else engine.open(key, temperature)
+            started.setdefault(name, session)
+            running.append(_Running(index, item.scenario.user(), session))
+        observations = [one.user.next_chunk(one.last_action) for one in running]
+        for one, action in zip(running, engine.append([one.session for one in running], observations), strict=True):
+            one.last_action = action
+        unfinished = []
+        for one in running:
+            item = plays[one.index]
             if one.session.chunks < item.scenario.chunks:
-                going.append(one)
+                unfinished.append(one)
                 continue
             engine.close(one.session)
-            done[one.place] = one.session.episode(
+            done[one.index] = one.session.episode(
                 scenario=item.scenario.id,
                 rollout=item.rollout,
                 seed=seed,
                 facts=one.user.facts().to_json(),
             )
-        live = going
-    return [done[place] for place in range(len(plays))]
+        running = unfinished
+    return [done[index] for index in range(len(plays))]

@@ -1,13 +1,13 @@
-"""Everything that is drawn, is drawn from here: keys of sampled tokens, and generators and seeds of scenarios.
+"""All randomness of rollouts: keys of sampled tokens, random generators by name, and the numbering of scenarios.
 
 Tokens are sampled with counter-based keys: there is no generator state. A token's key is a pure function of (run seed,
 scenario id, rollout index, chunk, position, stream), so an episode comes out the same whatever else is sampled beside
 it, in whatever order or process, and a killed rollout is simply rolled out again. The noise per vocabulary entry is
 made from the key inside `kernels.ops.sample`.
 
-Whatever else is random has a `generator` of its own, named by what it is for, as fresh weights have
-(`model.weights.draws`). Scenarios are numbered: those of RL from 0, of demonstrations from `DEMONSTRATIONS`, of the
-reward models' data from `PREFERENCES`, so that they never meet.
+Whatever else is random has a `generator` of its own, named by its purpose; so have initial weights
+(`model.weights.draws`). Scenario seeds are disjoint: RL counts from 0, demonstrations (warm start) from
+`FIRST_DEMONSTRATION_SEED`, data for reward models from `FIRST_PREFERENCE_SEED`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import numpy as np
 
 from model.weights.draws import philox
 
-DEMONSTRATIONS, PREFERENCES = 1_000_000_000, 2_000_000_000
-SEEDS_A_RUN = 10_000_000
-"""Scenarios that one run seed has in each of the two."""
+FIRST_DEMONSTRATION_SEED, FIRST_PREFERENCE_SEED = 1_000_000_000, 2_000_000_000
+SEEDS_PER_RUN = 10_000_000
+"""Size of the block of scenario seeds that each run seed has among demonstrations, and among preference data."""
 
-MASK = (1 << 64) - 1
+_MASK64 = (1 << 64) - 1
 
 TEXT_STREAM = 0
-"""Stream of mode and text tokens. Other streams (a voice head's noise, say) get their own number."""
+"""Number of the stream of mode and text tokens in `token_key`. A voice stream would have another."""
 
 
 def splitmix64(x: int) -> int:
     """One output of the SplitMix64 generator (Steele, Lea & Flood 2014) for the state ``x``; a bijection on 64 bits."""
-    x = (x + 0x9E3779B97F4A7C15) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)
 
 
@@ -53,16 +53,16 @@ def generator(*key: str | int) -> np.random.Generator:
     return np.random.Generator(philox("/".join(map(str, key))))
 
 
-def mistakes(seed: int, index: int) -> np.random.Generator:
-    """What demonstration ``index`` of the run seed ``seed`` gets wrong."""
+def mistakes_generator(seed: int, index: int) -> np.random.Generator:
+    """The generator that decides which mistakes demonstration ``index`` of run seed ``seed`` contains."""
     return np.random.Generator(np.random.Philox(key=[seed, index]))
 
 
 def demonstration_seed(seed: int, index: int) -> int:
-    """The scenario of demonstration ``index`` in a run of seed ``seed``."""
-    return DEMONSTRATIONS + seed * SEEDS_A_RUN + index
+    """Scenario seed of demonstration ``index`` in a run of seed ``seed``."""
+    return FIRST_DEMONSTRATION_SEED + seed * SEEDS_PER_RUN + index
 
 
 def preference_seed(seed: int, index: int) -> int:
-    """The scenario ``index`` of the reward models' data, made with seed ``seed``."""
-    return PREFERENCES + seed * SEEDS_A_RUN + index
+    """Scenario seed number ``index`` of the reward models' data, made with run seed ``seed``."""
+    return FIRST_PREFERENCE_SEED + seed * SEEDS_PER_RUN + index

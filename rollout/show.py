@@ -1,9 +1,10 @@
-"""Prints an episode in the terminal, a line a chunk: what was heard, what the model did, what it was rewarded for.
+"""Prints an episode in the terminal, one line per chunk: loudness of the input, the model's action, rewards.
 
     python -m rollout.show runs/quickstart/episodes/step_000040.rank_0.safetensors [--rollout N] [--list] [--json]
 
-A file holds a step's rollouts, one group after another; ``--list`` says which. Rewards are the rules', with the
-constants of the run whose folder the file lies in; an episode of a family that they do not know is shown without.
+A file holds the rollouts of one step, group after group; ``--list`` lists them. Rewards are computed by the rules of
+the episode's family, with the settings of the run whose folder contains the file; episodes of unknown families are
+shown without rewards.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ from rollout.record.episode import Episode, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.turn.action import Mode
 
-JUDGE = "reward.told:told"
-"""Found by name, as whatever stands above this package: (episode, folder of its run) to a `Verdict` in JSON or None."""
+VERDICT_FUNCTION = "reward.told:told"
+"""module:function that judges an episode: (episode, folder of its run) -> `View.verdict`. It is imported by name when
+needed, because package reward is built on this one."""
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of an episode."""
+    """An episode with what is displayed beside it."""
 
     episode: Episode
     moments: Sequence[Moment]
@@ -49,7 +51,7 @@ class View:
 
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> None:
-    """Raises MetronomeError for a file or number that will not do."""
+    """The command. Raises MetronomeError for a file that cannot be read or a rollout that it does not have."""
     given = parser().parse_args(arguments)
     console = console or Console(highlight=False)
     episodes = load_episodes(given.file)
@@ -70,6 +72,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m rollout.show", description="Prints an episode's timeline.")
     parser.add_argument("file", type=Path, help="RUN/episodes/step_NNNNNN.rank_N.safetensors")
     parser.add_argument("--rollout", type=int, default=0, metavar="N", help="which of the file's rollouts, from 0")
@@ -79,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def look(episode: Episode, file: Path) -> View:
-    """Raises MetronomeError when the file's fields do not fit together."""
-    module, name = JUDGE.split(":")
+    """The view of an episode of ``file``. Raises MetronomeError when the episode's fields contradict each other."""
+    module, name = VERDICT_FUNCTION.split(":")
     judge: Callable[[Episode, Path], dict[str, Any] | None] = getattr(importlib.import_module(module), name)
     try:
         return View(episode, moments(episode), judge(episode, file.resolve().parent.parent))
@@ -89,6 +92,7 @@ def look(episode: Episode, file: Path) -> View:
 
 
 def as_json(view: View) -> dict[str, Any]:
+    """What ``--json`` prints."""
     e = view.episode
     head = {
         name: getattr(e, name) for name in ("scenario", "rollout", "seed", "temperature", "weights_digest", "facts")
@@ -98,6 +102,7 @@ def as_json(view: View) -> dict[str, Any]:
 
 
 def show(view: View, console: Console) -> None:
+    """Prints the timeline and the verdict."""
     e = view.episode
     console.print(Text(f"{e.name} · weights {e.weights_digest[:12]} · seed {e.seed} · temperature {e.temperature:g}"))
     events: dict[int, list[dict[str, Any]]] = {}
@@ -133,6 +138,7 @@ def show(view: View, console: Console) -> None:
 
 
 def listing(episodes: Sequence[Episode], file: Path, console: Console) -> None:
+    """Prints one line for each episode of the file."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("rollout", "episode", "score", "said"):
         table.add_column(name, justify="left" if name in ("episode", "said") else "right")
@@ -144,14 +150,14 @@ def listing(episodes: Sequence[Episode], file: Path, console: Console) -> None:
 
 
 def described(event: dict[str, Any]) -> str:
-    """``reminder hit +0.60 timing +1.00 content, due 28``."""
+    """One event as text: ``reminder hit +0.60 timing +1.00 content, due 28``."""
     rewards = "".join(f" {value:+.2f} {axis}" for axis, value in event["rewards"].items() if value)
     due = "" if event["due"] in (None, event["chunk"]) else f", due {event['due']}"
     return f"{event['kind']} {event['outcome']}{rewards}{due}"
 
 
 def printable(text: str) -> str:
-    """Words come from a file: what would move a terminal's cursor is not sent there."""
+    """Replaces control characters: words come from a file, and could otherwise control the terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -9,8 +9,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 from hypothesis import settings
+
+from rollout.world.speech import SpeechBank
 
 # derandomize: a failure seen once is seen again; no deadline: the first call of an op may load libraries.
 settings.register_profile("metronome", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("metronome")
+
+
+@pytest.fixture(scope="session")
+def bank() -> SpeechBank:
+    """The shipped recordings."""
+    return SpeechBank.open()

@@ -1,7 +1,8 @@
 """Inkling's attention: fused q/k/v/r projection, short convolutions on k and v, per-head norms, relative bias.
 
-Knows one layer and packed rows; where keys lie is the session state's affair. k and v share one convolution call over
-their adjoining columns (depthwise: no column knows another), so a layer has three windows in memory for Inkling's four.
+One layer on packed rows; keys and values are stored by `model.backbone.state`. Inkling has two short convolutions here,
+on k and on v. They are depthwise, so this module runs them as one call over the concatenated columns, and a layer keeps
+three convolution windows (k and v, attention output, MLP output) instead of four.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class ShortConv(nn.Module):
 
 
 def short_conv(x: Tensor, taps: Tensor, segments: Segments, past: Windows | None) -> Tensor:
-    """`kernels.ops.short_conv`, wherever the windows are kept."""
+    """Causal depthwise convolution of x [T, C] with taps [C, 4] -> [T, C]. ``past``: the inputs before the first rows,
+    as a tensor, or a callable that stores them itself (vLLM's pages); None for zeros."""
     if past is None or isinstance(past, Tensor):
         return ops.short_conv(x, taps, segments, past)
     return past(x, taps, segments)
@@ -40,7 +42,8 @@ def short_conv(x: Tensor, taps: Tensor, segments: Segments, past: Windows | None
 
 @dataclass(slots=True)
 class _Packed:
-    """What the forward reads, looked up once: module attributes cost a microsecond each, which counts at one token."""
+    """What the forward reads. Kept in one object because an attribute lookup on an nn.Module costs a microsecond, which
+    matters when one token is decoded."""
 
     qkvr: PackedLinear
     out: PackedLinear
@@ -51,7 +54,7 @@ class _Packed:
 
 
 class RelativeBias(nn.Module):
-    """``proj`` [d_rel, extent]: profiles of bias over distance, mixed by each row's relative states."""
+    """``proj`` [d_rel, extent]: the bias at distance t of a query with relative states r [d_rel] is r @ proj[:, t]."""
 
     def __init__(self, d_rel: int, extent: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,6 +62,8 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention of one layer, global or sliding."""
+
     packed: _Packed  # set by `pack`
 
     def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
@@ -87,7 +92,7 @@ class Attention(nn.Module):
         return torch.cat((self.k_sconv.taps(), self.v_sconv.taps()))
 
     def derived(self) -> dict[str, Tensor]:
-        """What the forward reads of the parameters beside the packs, as they are now."""
+        """Tensors computed from the parameters that the forward reads beside the packs (`model.weights.packs`)."""
         return {"kv_taps": self._kv_taps().detach()}
 
     def pack(self) -> None:
@@ -106,7 +111,8 @@ class Attention(nn.Module):
         self.packed.kv_taps = self.derived()["kv_taps"]
 
     def forward(self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None) -> Tensor:
-        """x [T, D] normed -> [T, D]. tau fp32 [T] scales the scores of global layers (None in sliding ones)."""
+        """x [T, D], normed -> [T, D]. tau fp32 [T] multiplies the attention scores of global layers (see
+        `model.config.log_scale_table`); None in sliding layers."""
         w, rows, head = self.packed, x.shape[0], self.head_dim
         q, kv, rel = ops.linear(x, w.qkvr).split(self.columns, 1)
         taps = self._kv_taps() if torch.is_grad_enabled() else w.kv_taps

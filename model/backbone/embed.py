@@ -1,6 +1,6 @@
-"""From tokens and dMel codes to rows: normed text embedding, summed dMel embedding; and the plain weight holders.
+"""Embeddings: tokens (RMS-normed) and dMel codes (one vector per channel and bin, summed, RMS-normed).
 
-The holders exist so that parameter names equal transformers': a `Weight` is a bare ``.weight``.
+`Weight` and `AudioTable` only hold a parameter, so that parameter names are those of transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import InklingConfig
 
 from kernels import ops
 
-AUDIO_NORM_EPS = 1e-6  # transformers' audio tower fixes it, whatever its config says
+AUDIO_NORM_EPS = 1e-6  # a constant in transformers' audio tower too; no config field sets it
 
 
 class Weight(nn.Module):
@@ -46,7 +46,7 @@ class AudioTable(nn.Module):
 
 
 class AudioTower(nn.Module):
-    """dMel codes to rows: one table indexed ``code + channel * bins``, summed over channels, then RMS norm."""
+    """Embeds dMel codes: one table indexed ``code + channel * bins``, summed over channels, then RMS norm."""
 
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()

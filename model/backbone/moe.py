@@ -1,8 +1,8 @@
-"""Inkling's feed-forward blocks: the mixture of routed and shared experts, and the dense one of early layers.
+"""Inkling's feed-forward blocks: the mixture of routed and shared experts, and the dense MLP of early layers.
 
-Shared experts ride in the same expert op as the routed ones: the router lists them last for every row. Their share of
-the routing weight is applied to their output (transformers applies it before the down projection; equal in exact
-arithmetic, and so both kinds of expert are one code path with one order of summation).
+Shared experts are computed by the same expert op as the routed ones: the router appends them to every row's list of
+experts. Their routing weight multiplies their output (transformers multiplies before the down projection, which is
+equal in exact arithmetic), so both kinds of expert share one code path and one order of summation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from model.backbone.embed import Weight
 
 
 class Router(Weight):
-    """``weight`` [E + shared, D]; the selection bias is a buffer, as in Inkling, and no gradient reaches it."""
+    """``weight`` [E + shared, D]. The bias that only affects which experts are selected is a buffer, as in Inkling: it
+    gets no gradient."""
 
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         text = config.text_config
@@ -30,6 +31,8 @@ class Router(Weight):
 
 
 class Experts(nn.Module):
+    """Parameters of the routed experts; gate and up projections are one matrix."""
+
     def __init__(self, experts: int, width: int, inner: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width, dtype=dtype))
@@ -37,6 +40,8 @@ class Experts(nn.Module):
 
 
 class SharedExperts(nn.Module):
+    """Parameters of the experts that every row visits."""
+
     def __init__(self, experts: int, width: int, inner: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_proj = nn.Parameter(torch.empty(experts, inner, width, dtype=dtype))
@@ -54,6 +59,8 @@ class _Packed:
 
 
 class MixtureOfExperts(nn.Module):
+    """Top-k routed experts plus the shared ones, weighted by the router."""
+
     packed: _Packed  # set by `pack`
 
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
@@ -68,7 +75,7 @@ class MixtureOfExperts(nn.Module):
         return self.gate.global_scale.float() * self.route_scale
 
     def derived(self) -> dict[str, Tensor]:
-        """What the forward reads of the parameters beside the packs, as they are now."""
+        """Tensors computed from the parameters that the forward reads beside the packs (`model.weights.packs`)."""
         return {"bias": self.gate.e_score_correction_bias, "scale": self._scale().detach()}
 
     def pack(self) -> None:
@@ -105,6 +112,8 @@ class _PackedDense:
 
 
 class DenseMLP(nn.Module):
+    """SwiGLU MLP with a learned scale on its output."""
+
     packed: _PackedDense  # set by `pack`
 
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:

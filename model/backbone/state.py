@@ -1,11 +1,11 @@
-"""What sessions remember between calls: paged keys and values, convolution windows, positions.
+"""The state of sessions between forward calls: paged KV cache, convolution windows, positions.
 
-Everything is allocated when the state is made; appending allocates nothing. Knows slots and rows, nothing of tokens or
-audio. Layers of one kind (global, sliding) share a page table, since they hold the same positions. A page is one
-attention split, so a shared page reads the same bits as a copied one, and a fork's future equals its origin's.
+All memory is allocated by the constructor; appending allocates nothing. A session occupies a *slot*; its tokens are
+*rows*. Layers of one kind (global, sliding) share a page table, since they hold the same positions. A page holds the
+rows of one attention split, so attention over a shared page gives the same bits as over a copy of it, and a fork
+continues with the bits of its origin.
 
-At the context limit the state raises `ContextFull`: it never drops early rows silently, since that would change what
-the policy had seen.
+At the context limit the state raises `ContextFull`: dropping early rows would change the policy's input silently.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from model.program.memory import check_room
 
 
 class ContextFull(RuntimeError):
-    """A session was asked to hold more rows than ``max_tokens``."""
+    """A session would need more rows than ``max_tokens``."""
 
 
 Windows = Tensor | Callable[[Tensor, Tensor, Segments], Tensor]
-"""Convolution windows of one op, the last three inputs of each slot, oldest first: a tensor [slots, 3, C], or whoever
-keeps them elsewhere, called as ``(x, taps, segments)`` to convolve and to remember."""
+"""The last three inputs of one short convolution for each slot, oldest first: a tensor [slots, 3, C]; or a callable
+``(x, taps, segments) -> out`` that convolves and keeps the inputs in memory of its own (vLLM's pages)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """One layer of every slot."""
+    """The state of one layer, for all slots."""
 
     kv: PagedKV
     kv_conv: Windows  # C = 2 * H_kv * D: k and v, side by side
@@ -44,7 +44,7 @@ class LayerState:
 
 
 class _Pages:
-    """Page ids of one kind of layer: which slot holds which, and how many slots share each."""
+    """Page table of one kind of layer: which pages each slot holds, and how many slots share each page."""
 
     def __init__(self, pages: int, slots: int, max_pages: int, window: int | None, device: torch.device) -> None:
         self.host = torch.full((slots, max_pages), -1, dtype=torch.int32)
@@ -56,13 +56,13 @@ class _Pages:
         self.held: list[dict[int, int]] = [{} for _ in range(slots)]  # slot -> {page index: page id}, ascending
         self.window = window
 
-    def first_seen(self, start: int) -> int:
-        """Index of the first page that a row at position ``start`` or later can see."""
+    def first_visible_page(self, start: int) -> int:
+        """Index of the first page that a row at position ``start`` or later attends to."""
         return 0 if self.window is None else max(0, start - self.window + 1) // SPLIT_TOKENS
 
     def reserve(self, slot: int, start: int, end: int) -> None:
-        """Pages for the rows start … end - 1; gives back those that no row from ``start`` on can see."""
-        held, keep = self.held[slot], self.first_seen(start)
+        """Allocates pages for the rows start … end - 1; frees those that no row from ``start`` on attends to."""
+        held, keep = self.held[slot], self.first_visible_page(start)
         for index in [i for i in held if i < keep]:
             self._release(slot, index)
         for index in range(start // SPLIT_TOKENS, (end - 1) // SPLIT_TOKENS + 1):
@@ -90,8 +90,8 @@ class _Pages:
         self._set(slot, index, page)
         return page
 
-    def show(self) -> None:
-        """Lets kernels see the table as it is."""
+    def copy_to_device(self) -> None:
+        """Updates the copy of the table that kernels read, where that is another one."""
         if self.changed and self.table is not self.host:
             self.table.copy_(self.host, non_blocking=True)
         self.changed = False
@@ -111,7 +111,7 @@ class _Pages:
 
 
 class SessionState:
-    """Slots for sessions of one model. ``extend`` hands out rows; the model's forward fills them."""
+    """Slots for sessions of one model. ``extend`` reserves rows; the model's forward fills them."""
 
     def __init__(
         self,
@@ -122,10 +122,9 @@ class SessionState:
         max_rows: int = 1024,
         device: torch.device | None = None,
     ) -> None:
-        """``max_tokens``: rows a session can hold. ``max_rows``: rows in one call, over all sessions.
-
-        The latter bounds the pages that sliding layers need beyond their window while a call runs. Longer prefills go
-        in several calls, to the same bits. Raises MetronomeError when there is no memory for all this."""
+        """``max_tokens``: rows that one session can hold. ``max_rows``: rows of one forward call, over all sessions; it
+        bounds the pages that sliding layers need beyond their window during a call. A longer prefill takes several
+        calls and gives the same bits. Raises ValueError for sizes below 1, MetronomeError for too little memory."""
         if slots < 1 or max_tokens < 1 or max_rows < 1:
             raise ValueError(f"SessionState: slots {slots}, max_tokens {max_tokens}, max_rows {max_rows} must be >= 1")
         text = config.text_config
@@ -146,27 +145,25 @@ class SessionState:
         )
         self._pages = {w: _Pages(counts[w], slots, max_pages, w, device) for w in dict.fromkeys(windows)}
         self.layers: list[LayerState] = []
-        self.pasts: list[list[Tensor]] = []  # every layer's convolution windows
+        self.conv_windows: list[list[Tensor]] = []  # every layer's convolution windows
         for window, layer in zip(windows, sizes, strict=True):
-            # Written to, not only asked for: the system hands out memory when it is first touched, not before.
+            # zero_() because Linux commits memory at the first write: too little must show now, not in the middle of a
+            # run.
             key, value, *past = (torch.empty(size, dtype=dtype, device=device).zero_() for size in layer)
             self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
-            self.pasts.append(past)
+            self.conv_windows.append(past)
         self._windows = windows
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
         self._decode: tuple[list[int], Tensor, Tensor] = ([], torch.empty(0), torch.empty(0))
 
     @property
-    def free_slots(self) -> int:
-        return len(self._free)
-
-    @property
     def open_slots(self) -> int:
+        """Number of slots in use."""
         return self.slots - len(self._free)
 
     def open(self) -> int:
-        """A slot at length 0."""
+        """A free slot, now of length 0. Raises RuntimeError when none is free."""
         if not self._free:
             raise RuntimeError(f"SessionState: all {self.slots} slots are open; close one or make the state with more")
         slot = self._free.pop()
@@ -174,6 +171,7 @@ class SessionState:
         return slot
 
     def close(self, slot: int) -> None:
+        """Frees the slot and its pages. Raises ValueError if it is not open."""
         self.length(slot)
         for pages in self._pages.values():
             pages.close(slot)
@@ -181,32 +179,31 @@ class SessionState:
         self._free.append(slot)
 
     def fork(self, slot: int) -> int:
-        """A new slot with the same past: full pages are shared, the last one and the convolution windows copied."""
+        """A new slot with the same rows: full pages are shared, the last one and the convolution windows are copied.
+        Raises as `open` and `length` do."""
         length = self.length(slot)
         twin = self.open()
         copies = {window: pages.fork(slot, twin, length) for window, pages in self._pages.items()}
-        for window, layer, pasts in zip(self._windows, self.layers, self.pasts, strict=True):
+        for window, layer, conv_windows in zip(self._windows, self.layers, self.conv_windows, strict=True):
             if (copy := copies[window]) is not None:
                 layer.kv.key[copy[1]] = layer.kv.key[copy[0]]
                 layer.kv.value[copy[1]] = layer.kv.value[copy[0]]
-            for past in pasts:
+            for past in conv_windows:
                 past[twin] = past[slot]
         self._length[twin] = length
         return twin
 
     def length(self, slot: int) -> int:
-        """Rows that the slot holds."""
+        """Rows that the slot holds. Raises ValueError if it is not open."""
         if not 0 <= slot < self.slots or self._length[slot] < 0:
             raise ValueError(f"SessionState: slot {slot} is not open (slots 0..{self.slots - 1})")
         return self._length[slot]
 
-    def rows_left(self, slot: int) -> int:
-        return self.max_tokens - self.length(slot)
-
     def extend(self, slots: list[int], lengths: list[int]) -> Segments:
-        """Reserves ``lengths[s]`` further rows for ``slots[s]`` and advances them; the result goes to the forward.
+        """Reserves ``lengths[i]`` further rows for ``slots[i]``, for each i; pass the result to the model's forward.
 
-        Raises before it changes anything: ContextFull past the limit, ValueError for a closed slot or too many rows."""
+        Raises, before anything changes, ContextFull beyond ``max_tokens`` and ValueError for a closed or repeated slot,
+        a length below 1 or more rows than ``max_rows``."""
         starts = [self.length(slot) for slot in slots]
         if len(set(slots)) != len(slots) or len(slots) != len(lengths):
             raise ValueError(f"SessionState.extend: slots {slots} come twice or do not pair with lengths {lengths}")
@@ -227,13 +224,13 @@ class SessionState:
                     pages.reserve(slot, start, end)
             self._length[slot] = end
         for pages in self._pages.values():
-            pages.show()
+            pages.copy_to_device()
         if rows == len(slots):
             return self._one_row_each(slots, starts)
         return Segments.build(slots, starts, lengths)
 
     def _one_row_each(self, slots: list[int], starts: list[int]) -> Segments:
-        """`Segments.build` for decoding, where only the positions change from call to call."""
+        """`Segments.build` for decoding: only the positions change from call to call, the rest is cached."""
         if self._decode[0] != slots:
             offset = torch.arange(len(slots) + 1, dtype=torch.int32)
             self._decode = (list(slots), torch.tensor(slots, dtype=torch.int32), offset)
@@ -242,19 +239,19 @@ class SessionState:
 
 
 def _layer_sizes(text: InklingTextConfig, layer: int, pages: int, slots: int) -> list[tuple[int, ...]]:
-    """Of keys, values and the three convolutions' windows."""
+    """Shapes of a layer's keys, values and three convolution windows."""
     _, kv_heads, head = shapes.heads(text, layer)
     past = [(slots, CONV_TAPS - 1, columns) for columns in (2 * kv_heads * head, text.hidden_size, text.hidden_size)]
     return [(pages, kv_heads, head, SPLIT_TOKENS), (pages, kv_heads, SPLIT_TOKENS, head), *past]
 
 
 def pages_per_slot(window: int | None, max_pages: int) -> int:
-    """Pages that one session needs in a layer between calls: all, or those that a window can touch."""
+    """Pages that one session holds in a layer between calls: all, or those that a sliding window overlaps."""
     return max_pages if window is None else min(max_pages, -(-(window - 1) // SPLIT_TOKENS) + 2)
 
 
 def session_bytes(config: InklingConfig, max_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one session that can hold ``max_tokens`` rows."""
+    """Memory of one session with room for ``max_tokens`` rows, in bytes."""
     text = config.text_config
     elements = 0
     for i in range(text.num_hidden_layers):

@@ -3,11 +3,11 @@
 Rows of many sequences come one after another, `Segments` says which row continues which sequence; there is no batch
 axis and no padding. With a `SessionState` rows continue what it holds; without one every segment is a whole sequence
 and autograd works. Parameter names are those of transformers' `InklingForConditionalGeneration`, so state dicts
-interchange. Left out: the vision tower and multi-token prediction; a checkpoint's weights for the first are carried
-along in `passthrough`.
+interchange. Left out: multi-token prediction and the vision tower, whose weights are kept in `passthrough` and saved
+again unchanged.
 
-The forward reads packed copies of the weights: call `pack` once after loading, and after each update `changed` and
-`repack`. A forward with copies older than the weights raises (`model.weights.packs`).
+The forward reads packed copies of the weights: call `pack` once after loading; after each update call `mark_changed`,
+then `repack`. A forward between the two raises StaleWeightsError (`model.weights.packs`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from model.weights import packs
 from model.weights.draws import near_normal
 
 Capture = list[tuple[str, Tensor]]
+"""(sub-block's name, its output [T, D]) in the order of computation."""
 
 
 @dataclass(slots=True)
 class _Packed:
-    """What a layer's forward reads, looked up once: module attributes cost about a microsecond each, and decoding one
-    token is a matter of some hundred."""
+    """What a layer's forward reads. Kept in one object because an attribute lookup on an nn.Module costs about a
+    microsecond, and decoding one token takes some hundred."""
 
     attention: Callable[..., Tensor]
     mlp: Callable[[Tensor], Tensor]
@@ -49,6 +50,8 @@ class _Packed:
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each with a norm before it and a short convolution after it, on the residual stream."""
+
     packed: _Packed  # set by `pack`
 
     def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
@@ -74,7 +77,7 @@ class Layer(nn.Module):
         self._look_up()
 
     def derived(self) -> dict[str, Tensor]:
-        """What the forward reads of the parameters beside the packs, as they are now."""
+        """Tensors computed from the parameters that the forward reads beside the packs (`model.weights.packs`)."""
         return {"attn_taps": self.attn_sconv.taps().detach(), "mlp_taps": self.mlp_sconv.taps().detach()}
 
     def _look_up(self) -> None:
@@ -89,6 +92,7 @@ class Layer(nn.Module):
     def run(
         self, x: Tensor, segments: Segments, state: LayerState | None, tau: Tensor | None, capture: Capture | None
     ) -> Tensor:
+        """x [T, D] -> [T, D]; see `Attention.forward` for ``tau``, `InteractionModel.forward` for ``capture``."""
         w = self.packed
         attn_taps, mlp_taps = w.attn_taps, w.mlp_taps
         if torch.is_grad_enabled():
@@ -108,6 +112,8 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
+    """Holds embedding, layers and final norm under transformers' names."""
+
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
@@ -117,7 +123,7 @@ class LanguageModel(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The two towers under transformers' names."""
+    """Holds language model and audio tower under transformers' names."""
 
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -144,9 +150,9 @@ class InteractionModel(nn.Module):
         self.eps = text.rms_norm_eps
         self.multiplier = text.logits_mup_width_multiplier
         self.audio_token_id = config.audio_token_id
-        self.packed: PackedLinear | None = None  # of the head
-        self.generation = Generation()  # of the weights
-        self._versions: tuple[int, ...] = ()  # torch's own count of each parameter's changes, when they were packed
+        self.packed: PackedLinear | None = None  # the output head's
+        self.generation = Generation()  # counts the updates of the weights
+        self._versions: tuple[int, ...] = ()  # `_present()` at the last pack
         self.tau: Tensor | None = None  # fp32 [positions], when log scaling is on
 
     @property
@@ -155,9 +161,9 @@ class InteractionModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Sets every weight from ``seed`` and its name alone: matrices of variance 1/fan_in, embeddings 1, norms and
-        scales 1, convolution taps and the relative bias of standard deviation 0.02 (both start near "no effect"). The
-        distribution is `model.weights.draws.near_normal`."""
+        """Initialises each weight from ``seed`` and its name alone. Norms and scales are 1; the rest is drawn by
+        `model.weights.draws.near_normal` with standard deviation 1/sqrt(fan_in) for matrices, 1 for embeddings, 0.02
+        for convolution taps and the relative bias (near "no effect")."""
         for name, weight in sorted(self.named_parameters()):
             if name.endswith(("norm.weight", "layernorm.weight", "global_scale")):
                 weight.fill_(1.0)
@@ -175,22 +181,23 @@ class InteractionModel(nn.Module):
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
-        self.changed()
+        self.mark_changed()
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Builds the packed weights for the active backend; needed once before the first forward."""
+        """Builds the packed weights for the active backend. Call it once, before the first forward."""
         for layer in self.layers:
             layer.pack()
         self.packed = ops.pack_linear(self.lm_head.weight)
         tau = shapes.log_scale_table(self.config.text_config)
         self.tau = None if tau is None else tau.to(self.device)
-        packs.adopt(self, self.generation)
+        packs.mark_current(self, self.generation)
         self._versions = self._present()
 
     @torch.no_grad()
     def repack(self) -> None:
-        """Refreshes the packed weights from the parameters' current values, in place; needed after each update."""
+        """Refreshes the packed weights in place from the parameters; needed after each update. Raises RuntimeError
+        before `pack`."""
         if self.packed is None:
             raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
         for layer in self.layers:
@@ -198,11 +205,12 @@ class InteractionModel(nn.Module):
         ops.repack(self.packed)
         self._versions = self._present()
 
-    def changed(self) -> None:
-        """Whoever changes the weights says so: until `repack` every forward raises StaleWeightsError."""
+    def mark_changed(self) -> None:
+        """To be called after any change of the weights: until `repack` every forward raises StaleWeightsError."""
         self.generation.now += 1
 
     def _present(self) -> tuple[int, ...]:
+        """torch's count of in-place changes of each parameter."""
         return tuple(p._version for p in self.parameters())
 
     def forward(
@@ -211,11 +219,12 @@ class InteractionModel(nn.Module):
         state: SessionState | None = None,
         capture: Capture | None = None,
     ) -> Tensor:
-        """T rows, on the CPU -> hidden [T, D] on the model's device, after the final norm and the division by the muP
-        multiplier.
+        """T input rows -> hidden states [T, D] on the model's device, after the final norm and the division by the muP
+        multiplier (`logits_mup_width_multiplier`).
 
-        The inputs' segments are what ``state.extend`` returned, or, without state, whole sequences. ``capture``
-        collects (name, [T, D]) after each sub-block, to find the first layer where two runs differ."""
+        ``inputs.segments`` is what ``state.extend`` returned, or, without state, says that every segment is a whole
+        sequence. ``capture`` collects the output of each sub-block, to find the first layer where two runs differ.
+        Raises RuntimeError before `pack`, StaleWeightsError between an update and `repack`."""
         x = self._embed(inputs)
         if capture is not None:
             capture.append(("embed", x))
@@ -228,10 +237,10 @@ class InteractionModel(nn.Module):
         layers: Sequence[LayerState] | None = None,
         capture: Capture | None = None,
     ) -> Tensor:
-        """`forward` from the embedded rows x [T, D] on; ``layers`` is the state of each layer."""
+        """As `forward`, but from embedded rows x [T, D]; ``layers``: each layer's state, None for whole sequences."""
         if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
-        if torch.is_grad_enabled() and self._versions != self._present():  # changed, and nobody said so
+        if torch.is_grad_enabled() and self._versions != self._present():  # changed without mark_changed
             raise stale_weights("InteractionModel")
         tau = None if self.tau is None else self.tau[segments.position.to(self.tau.device, non_blocking=True)]
         for i, layer in enumerate(self.layers):
@@ -251,7 +260,7 @@ class InteractionModel(nn.Module):
         return self.model.language_model.embed_tokens(tokens).index_copy(0, rows, audio)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, D] -> fp32 [R, V]; V is the vocabulary without its padding."""
+        """hidden [R, D] -> fp32 [R, V]; V is the vocabulary without its padding. Raises RuntimeError before `pack`."""
         if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
         logits = ops.linear(hidden, self.packed, torch.promote_types(hidden.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all; every package above writes through here."""
+"""Atomic writes: a file or folder appears complete or not at all. All packages write through this module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path`` by way of a temporary file beside it: a reader sees the old or the new file."""
+    """Writes ``data`` to ``path`` atomically, through a temporary file beside it: readers see the old file or the new
+    one. Makes missing parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -28,9 +29,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not.
-
-    An existing folder of that name is replaced only then."""
+    """Yields a temporary folder that is renamed to ``path``, replacing an older folder, when the block ends without an
+    exception; it is deleted otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -1,6 +1,6 @@
-"""How much memory is left before the machine, or the container around the process, would kill it.
+"""How much memory this process can still allocate before the machine or its container would kill it.
 
-Linux only, as the kernels are. Of containers, those of control groups version 2.
+Linux only, as the kernels are; limits of containers are read from control groups version 2.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 
 from kernels.errors import MetronomeError
 
-RESERVE = 0.1
-"""Share of what is left that nobody may plan with: activations, libraries and other processes want some too."""
+RESERVED_FRACTION = 0.1
+"""Fraction of the free memory that `check_room` leaves to activations, libraries and other processes."""
 
 _GROUPS = Path("/sys/fs/cgroup")
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUPS) -> int:
-    """The least of what the machine has left and what the limit of each control group leaves. Memory that caches files
-    counts as left: it is given up on demand."""
+    """Bytes that this process can still take: the least of the machine's free memory and what the limit of each of its
+    control groups leaves. File caches count as free, since the kernel drops them on demand."""
     machine = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
     left = [1024 * int(machine.split()[1])]
     own = Path("/proc/self/cgroup").read_text().split("0::", 1)[-1].strip().lstrip("/")
@@ -33,9 +33,10 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUP
 
 
 def check_room(needed: int, purpose: str, remedy: str, device: torch.device | None = None) -> None:
-    """Raises MetronomeError when ``needed`` bytes cannot be taken; the alternative is to be killed while using them."""
-    there = device is not None and device.type == "cuda"
-    usable = int((1 - RESERVE) * (torch.cuda.mem_get_info(device)[0] if there else available_bytes()))
+    """Raises MetronomeError, before anything is allocated, when ``needed`` bytes are more than ``device`` (the CPU if
+    None) can give; the message says that ``purpose`` needs them and what to do (``remedy``)."""
+    on_gpu = device is not None and device.type == "cuda"
+    usable = int((1 - RESERVED_FRACTION) * (torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()))
     if needed > usable:
         raise MetronomeError(
             f"{purpose} would take {needed / 2**30:.2f} GiB of memory, of which {usable / 2**30:.2f} GiB can be had: "

@@ -1,6 +1,7 @@
 """Recipes: typed frozen dataclasses, read from YAML and dotted overrides. Unknown keys are errors.
 
-A part of a recipe may be open (`OpenConfig`): which fields it has then depends on what the recipe says in it.
+The fields of one part of a recipe may depend on its content (`OpenConfig`): those of scenarios depend on their
+families.
 """
 
 from __future__ import annotations
@@ -23,30 +24,33 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Recipe(Generic[Config]):
+    """A recipe as read: the config, and what is saved with the run."""
+
     config: Config
-    resume: bool
+    resume: bool  # whether --resume was given
     text: str  # the resolved recipe as YAML
 
 
 class OpenConfig(ABC):
-    """A part of a recipe that brings its own fields. The instance that a recipe has by default is asked for them."""
+    """A part of a recipe whose fields depend on its content. The recipe's default value of the part decides them."""
 
     @abstractmethod
-    def reader(self, said: Mapping[str, Any]) -> type[Any]:
-        """The dataclass that this part is read as; ``said``: what the recipe says of this part, unchecked, with dotted
-        overrides under their names. Its defaults are this instance's."""
+    def schema(self, content: Mapping[str, Any]) -> type[Any]:
+        """The dataclass that the part is parsed as, its defaults taken from this instance. ``content``: what the recipe
+        has in this part, not yet checked; dotted overrides are entries under their dotted names."""
 
     @classmethod
     @abstractmethod
-    def from_reader(cls, read: Any) -> Self:
-        """From an instance of what `reader` returned."""
+    def from_schema(cls, read: Any) -> Self:
+        """The part's config, made of an instance of the dataclass that `schema` returned."""
 
 
 def read_recipe(
     command: str, description: str, kind: type[Config], arguments: list[str] | None = None, resumes: bool = False
 ) -> Recipe[Config]:
-    """``command`` ("rl.train") names itself in messages; ``resumes`` adds ``--resume``; ``arguments`` are the command
-    line's unless given. Raises MetronomeError for an unknown key or a wrong type; ``--help`` prints every field."""
+    """Parses the recipe of class ``kind`` from ``arguments`` (default: the command line). ``command`` ("rl.train") is
+    its module's name for messages; ``resumes`` adds the option ``--resume``. ``--help`` prints every field. Raises
+    MetronomeError for an unknown key or a wrong type."""
     parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
     help_text = f"recipe: a YAML file, or one that comes with the program ({', '.join(shipped.names())})"
     parser.add_argument("--config", action="config", help=help_text)
@@ -55,7 +59,7 @@ def read_recipe(
         parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
     given = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     parts = _open_parts(kind)
-    parser.add_class_arguments(_closed(kind, {name: p.reader(_said(given, name)) for name, p in parts.items()}))
+    parser.add_class_arguments(_closed(kind, {name: p.schema(_content(given, name)) for name, p in parts.items()}))
     try:
         parsed = parser.parse_args(with_shipped(given))
     except jsonargparse.ArgumentError as error:
@@ -64,38 +68,38 @@ def read_recipe(
     parsed.pop("config")
     text = parser.dump(parsed, skip_unset=False)
     read = vars(parser.instantiate(parsed))
-    return Recipe(kind(**read | {name: p.from_reader(read[name]) for name, p in parts.items()}), resume, text)
+    return Recipe(kind(**read | {name: p.from_schema(read[name]) for name, p in parts.items()}), resume, text)
 
 
 def _open_parts(kind: type[Any]) -> dict[str, OpenConfig]:
-    """The defaults of a recipe's open parts, by field."""
+    """The default values of those fields of a recipe that are `OpenConfig`."""
     assert is_dataclass(kind)
     made = {f.name: f.default_factory() for f in fields(kind) if f.default_factory is not MISSING}
     return {name: value for name, value in made.items() if isinstance(value, OpenConfig)}
 
 
-def _closed(kind: type[Any], readers: dict[str, type[Any]]) -> type[Any]:
-    """The recipe's dataclass with its open parts replaced by what reads them."""
-    if not readers:
+def _closed(kind: type[Any], schemas: dict[str, type[Any]]) -> type[Any]:
+    """The recipe's dataclass, with the type of each open part replaced by its schema."""
+    if not schemas:
         return kind
-    types = get_type_hints(kind) | readers
-    defaults = {f.name: (f.default, readers.get(f.name, f.default_factory)) for f in fields(kind)}
+    types = get_type_hints(kind) | schemas
+    defaults = {f.name: (f.default, schemas.get(f.name, f.default_factory)) for f in fields(kind)}
     members = [(name, types[name], field(default=d, default_factory=f)) for name, (d, f) in defaults.items()]
     return make_dataclass(kind.__name__, members, frozen=True)
 
 
-def _said(arguments: Sequence[str], part: str) -> dict[str, Any]:
-    """What recipe files and overrides say of a part. Checks nothing: whatever is wrong, the parser says it better."""
-    said: dict[str, Any] = {}
+def _content(arguments: Sequence[str], part: str) -> dict[str, Any]:
+    """What recipe files and overrides have in a part. Skips what it cannot read: the parser reports it with context."""
+    content: dict[str, Any] = {}
     for name, value in _options(arguments):
         try:
             if name == "config":
-                said |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))[part]
+                content |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))[part]
             elif name.startswith(f"{part}."):
-                said[name.removeprefix(f"{part}.")] = yaml.safe_load(value)
+                content[name.removeprefix(f"{part}.")] = yaml.safe_load(value)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
             continue
-    return said
+    return content
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -107,7 +111,7 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def with_underscores(argument: str) -> str:
-    """``--speech-dir=a-b`` -> ``--speech_dir=a-b``: fields have underscores, people type dashes."""
+    """``--speech-dir=a-b`` -> ``--speech_dir=a-b``: both spellings of an option are accepted."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")

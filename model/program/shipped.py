@@ -8,26 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PLACES = (PACKAGE / "configs", PACKAGE.parent / "configs")
+FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")  # of a wheel, of a checkout
 
 
 def shipped(name: str) -> Path | None:
     """The file of the shipped recipe ``name`` ("quickstart", "accelerate/cpu"); None when there is none."""
-    paths = (place / f"{name}.yaml" for place in PLACES)
+    paths = (folder / f"{name}.yaml" for folder in FOLDERS)
     return next((path for path in paths if path.is_file()), None) if _plain(name) else None
 
 
 def names() -> list[str]:
-    """Of all shipped recipes."""
-    place = next((place for place in PLACES if place.is_dir()), PLACES[0])
-    return sorted(path.stem for path in place.glob("*.yaml"))
+    """The names of all shipped recipes."""
+    folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def resolve(given: str) -> str:
-    """``given`` if it is a file or holds a recipe's text; otherwise the path of the shipped recipe of that name, if
-    there is one."""
-    found = shipped(given)  # first: a recipe's text may be too long to ask the disk for a file of that name
-    return given if found is None or Path(given).is_file() else str(found)
+    """The path of the shipped recipe named ``given``; ``given`` itself if it is a file or names no shipped recipe (it
+    may also be a recipe's text)."""
+    path = shipped(given)  # first, because is_file raises for a name as long as a recipe's text
+    return given if path is None or Path(given).is_file() else str(path)
 
 
 def _plain(name: str) -> bool:

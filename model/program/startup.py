@@ -1,9 +1,9 @@
-"""How every command starts and how it ends when something outside it is wrong.
+"""Start and end of every command: `run_command`.
 
-`run_command` checks what must hold before anything heavy is imported (Python, our `kernels`, the native library),
-prepares the process, runs the command and turns a `MetronomeError` into one line and exit status 2. It imports nothing
-of the project itself until the checks have passed: with a foreign `kernels` package first on the path no import of ours
-can be trusted. Other exceptions are defects of the program and keep their traceback.
+It checks Python, our `kernels` package and the native library, prepares the process, runs the command, and turns a
+`MetronomeError` (something that a user can mend) into one line and exit status 2. Other exceptions are bugs and keep
+their traceback. Nothing of the project is imported before the checks have passed, because another package called
+`kernels` may come first on the path.
 """
 
 from __future__ import annotations
@@ -23,37 +23,39 @@ ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds our packages: the repository, or site-packages of a plain install."""
 
 OLDEST_PYTHON = (3, 11)
-DEEPSPEED_RECORDS = (
+DEEPSPEED_SAFE_CLASSES = (
     ("runtime.fp16.loss_scaler", "LossScaler"),
     ("runtime.zero.config", "ZeroStageEnum"),
     ("utils.tensor_fragment", "fragment_address"),
 )
-"""Two records of numbers and an enumeration."""
+"""(module below deepspeed, class) of all objects in DeepSpeed's optimizer files that are not tensors or plain values:
+two records of numbers and an enumeration. `torch.load` is allowed to make these and nothing else."""
 
 EXIT_USER_ERROR = 2
-RANK_DELAY_S = 2.0
+RANK_DELAY_S = 2.0  # ranks other than 0 wait so long before they print an error; see `fail`
 
 
 class StartupError(Exception):
-    """The environment cannot run the program. The message says what, where, and what to do."""
+    """The environment cannot run the program; the message says why and what to do."""
 
 
 def check_python(version: tuple[int, int, int]) -> None:
+    """Raises StartupError for a Python older than `OLDEST_PYTHON`."""
     if version[:2] < OLDEST_PYTHON:
-        found, need = (".".join(map(str, v[:2])) for v in (version, OLDEST_PYTHON))
-        raise StartupError(f"Python {found} at {sys.executable} is too old; Metronome needs {need} or newer")
+        actual, need = (".".join(map(str, v[:2])) for v in (version, OLDEST_PYTHON))
+        raise StartupError(f"Python {actual} at {sys.executable} is too old; Metronome needs {need} or newer")
 
 
 def check_kernels(root: Path = ROOT) -> None:
-    """Raises StartupError unless ``import kernels`` gives the package beside this one; Hugging Face has a namesake."""
+    """Raises StartupError unless ``import kernels`` gives our package; Hugging Face publishes one of the same name."""
     spec = importlib.util.find_spec("kernels")
-    found = None if spec is None or spec.origin is None else Path(spec.origin).resolve().parent
-    if found == root / "kernels" and (found / "ops.py").is_file():
+    package = None if spec is None or spec.origin is None else Path(spec.origin).resolve().parent
+    if package == root / "kernels" and (package / "ops.py").is_file():
         return
-    if found is None:
+    if package is None:
         raise StartupError(f"no package `kernels` is importable, though it should lie in {root}: `pip install -e .`")
     raise StartupError(
-        f"the package `kernels` at {found} shadows Metronome's own in {root / 'kernels'}; start from {root} with "
+        f"the package `kernels` at {package} shadows Metronome's own in {root / 'kernels'}; start from {root} with "
         "`python -m` or `accelerate launch -m`, or remove the other one (`pip uninstall kernels`)"
     )
 
@@ -68,7 +70,7 @@ def check_native() -> None:
 
 
 def prepare_process() -> None:
-    """Settings that must stand before deepspeed and wandb are imported, and before anything is loaded."""
+    """Sets environment variables and warning filters that must be set before deepspeed or wandb are imported."""
     os.environ.setdefault("DS_ACCELERATOR", accelerator())  # otherwise DeepSpeed takes a GPU wherever it sees one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Whatever a library reads by torch.load may be tensors and plain values only, even where the library says otherwise
@@ -79,28 +81,29 @@ def prepare_process() -> None:
 
 
 def accelerator() -> str:
-    """DeepSpeed's name for where the chosen backend works, before anything of it is imported."""
+    """DeepSpeed's name of the device that METRONOME_BACKEND computes on. Imports nothing."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
     return "cuda" if os.environ.get("METRONOME_BACKEND") == "triton" and not interpreted else "cpu"
 
 
 def import_deepspeed() -> ModuleType:
-    """deepspeed with its native ops off.
+    """Imports deepspeed with its native ops disabled.
 
-    Otherwise its first act is to compile a shared-memory all-reduce with g++ (most of a minute, and a compiler at run
-    time) that would then also replace gloo's order of summation by its own."""
+    Otherwise it compiles a shared-memory all-reduce with g++ first (most of a minute, and a compiler is needed at run
+    time), which also adds in another order than gloo."""
     prepare_process()
     ops = importlib.import_module("deepspeed.ops")
     ops.__dict__["__compatible_ops__"] = {}
     deepspeed = importlib.import_module("deepspeed")
     # What its optimizer files hold beside plain values: making one of these executes nothing of a file's own.
     allow = importlib.import_module("torch.serialization").add_safe_globals
-    allow([getattr(importlib.import_module(f"deepspeed.{module}"), name) for module, name in DEEPSPEED_RECORDS])
+    allow([getattr(importlib.import_module(f"deepspeed.{module}"), name) for module, name in DEEPSPEED_SAFE_CLASSES])
     return deepspeed
 
 
 def run_command(module: str) -> NoReturn:
-    """Runs ``main()`` of the named module after the checks; never returns. Exit status 2: a user can mend it."""
+    """Runs ``main()`` of the named module after the checks, and exits: 0, 2 for an error that a user can mend, 130 when
+    interrupted."""
     try:
         check_python(sys.version_info[:3])
         check_kernels()
@@ -131,12 +134,11 @@ def _lost_a_process(error: RuntimeError) -> bool:
 
 
 def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
-    """Prints ``error: message`` once for all processes of a run and exits.
+    """Prints ``error: message``, as a rule once for all processes of a run, and exits.
 
-    What is wrong is mostly seen by every rank. The launcher stops the others as soon as one exits, so the others wait
-    a moment before they speak: the user reads one line, and still reads it when only a later rank has failed. The
-    launcher ends with a report of its own, whose last lines show what it finds in TORCHELASTIC_ERROR_FILE: the same
-    message."""
+    Most errors occur on every rank, and the launcher stops all ranks as soon as one exits. So ranks other than 0 wait
+    for `RANK_DELAY_S` before they print: the user reads one line, and also reads it when only a later rank fails. The
+    launcher's own report ends with what it finds in TORCHELASTIC_ERROR_FILE, so the message is written there too."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(RANK_DELAY_S)

@@ -26,35 +26,35 @@ from kernels.layout import DMelTables
 from model.config import MEL_BINS, MEL_CHANNELS
 
 SAMPLE_RATE_HZ = 16000
-HOP = 800
-"""Samples in a frame's stride: 50 ms."""
-WINDOW = 1600
-LOG10_MIN, LOG10_MAX = -7, 2
+HOP = 800  # samples from one frame to the next: 50 ms
+WINDOW = 1600  # samples in a frame's analysis window
+LOG10_MIN, LOG10_MAX = -7, 2  # centres of the first and the last bin
 
 
 @dataclass(frozen=True)
 class DMel(DMelTables):
-    """The front end; make it with `DMel.build`."""
+    """The audio front end; `DMel.build` makes it."""
 
     @staticmethod
     @functools.cache
     def build() -> DMel:
-        """The one front end of this process."""
+        """The front end, made once per process."""
         roots = torch.from_numpy(exact.roots_of_unity(WINDOW, WINDOW))
         hann = 0.5 - 0.5 * roots[:, 0]
         return DMel(hann, roots, *mel_filters(), bin_edges())
 
     def codes(self, waveform: Tensor) -> Tensor:
         """waveform fp32 [S, n * 800], from each session's first sample on -> uint8 [S, n, 80]."""
-        return self.continued(F.pad(waveform, (WINDOW - HOP, 0)))
+        return self.stream_codes(F.pad(waveform, (WINDOW - HOP, 0)))
 
-    def continued(self, samples: Tensor) -> Tensor:
+    def stream_codes(self, samples: Tensor) -> Tensor:
         """Streaming: samples fp32 [S, 800 + n * 800], the first 800 being the last of the chunk before (zeros at the
-        start) -> uint8 [S, n, 80]; a micro-turn has n = 4. Who owns a session keeps its last 800 samples."""
-        return self.measured(samples)[0]
+        start) -> uint8 [S, n, 80]; a micro-turn has n = 4. The caller keeps each session's last 800 samples. Raises
+        ValueError for another dtype or length."""
+        return self.codes_and_mels(samples)[0]
 
-    def measured(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """As `continued`, with the mel values that the codes come from: (uint8 [S, n, 80], fp64 [S, n, 80])."""
+    def codes_and_mels(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """As `stream_codes`, with the mel values that the codes come from: (uint8 [S, n, 80], fp64 [S, n, 80])."""
         count = samples.shape[1]
         if samples.dtype != torch.float32 or count % HOP or count <= WINDOW - HOP:
             raise ValueError(
@@ -65,7 +65,8 @@ class DMel(DMelTables):
 
 
 def bin_edges() -> Tensor:
-    """The edge between the bins b - 1 and b: 10 to the power halfway between their centres, fp64 [15]."""
+    """Mel values at which the code changes, fp64 [15]; number b - 1 lies between the bins b - 1 and b, at 10 to the
+    power halfway between their centres."""
     intervals = MEL_BINS - 1
     halfway = [2 * intervals * LOG10_MIN + (LOG10_MAX - LOG10_MIN) * (2 * b - 1) for b in range(1, MEL_BINS)]
     return torch.tensor([exact.power_of_ten(x, 2 * intervals) for x in halfway], dtype=torch.float64)

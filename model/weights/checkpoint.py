@@ -1,9 +1,9 @@
 """Checkpoints: a folder of ``config.json`` and ``model.safetensors``, under transformers' parameter names.
 
 `load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
-original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written whole or not at all.
-Weights of towers that this model does not build (vision) are kept and saved again; multi-token prediction is dropped.
-A folder that lies in a run's checkpoint is checked against the manifest there before it is read
+original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written atomically.
+Weights of the vision tower, which this model does not build, are kept and saved again; multi-token prediction is
+dropped. A folder inside a run's checkpoint is checked against the checkpoint's manifest before it is read
 (`model.weights.manifest`).
 """
 
@@ -67,7 +67,7 @@ RENAMES = [
 
 
 def save(model: InteractionModel, folder: Path | str) -> None:
-    """Writes the model to ``folder``, replacing an older checkpoint there only when the new one is complete."""
+    """Writes the model to ``folder`` atomically; an older checkpoint of that name is replaced."""
     with whole_folder(Path(folder)) as temporary:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
         config["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -76,12 +76,13 @@ def save(model: InteractionModel, folder: Path | str) -> None:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """What the model computes with, by name, as safetensors stores it."""
+    """Parameters and buffers by name, on the CPU and contiguous, as safetensors needs them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionModel:
-    """The model in ``folder``, packed; in ``dtype``, or the stored one."""
+    """The model in ``folder``, packed, in ``dtype`` (default: the stored one). Raises CheckpointError when the folder
+    is missing, damaged or of another architecture."""
     folder = Path(folder)
     stored = _stored_config(folder)
     config = InklingConfig(**stored)
@@ -94,7 +95,8 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionMod
 
 
 def load_into(model: InteractionModel, folder: Path | str) -> None:
-    """Fills ``model`` with the weights in ``folder`` and packs them; raises naming the fields whose config differs."""
+    """Fills ``model`` with the weights in ``folder`` and packs them. Raises CheckpointError as `load` does, and when
+    the configs differ, naming the fields."""
     folder = Path(folder)
     if fields := config_differences(model.config, InklingConfig(**_stored_config(folder))):
         raise CheckpointError(
@@ -105,7 +107,7 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
-    """Of a folder whose files are those that were saved, as far as a manifest says so: every load begins here."""
+    """The config in ``folder``, read after the folder's files were checked against a manifest, if it has one."""
     manifest.check_loaded(folder)
     try:
         stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -139,7 +141,7 @@ def _flat(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, obje
 
 
 def _fill(model: InteractionModel, folder: Path) -> None:
-    """Copies every stored tensor into the model; all of the model's must come, each in its shape."""
+    """Copies every stored tensor into the model. Raises CheckpointError for names or shapes that do not match."""
     target, missing, wrong = model.state_dict(), set(model.state_dict()), []
     for name, tensor in _stored_tensors(folder):
         if name.startswith("model.vision_tower."):
@@ -160,7 +162,7 @@ def _fill(model: InteractionModel, folder: Path) -> None:
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under transformers' name, one at a time."""
+    """(transformers' name, tensor) of everything stored, one tensor in memory at a time."""
     files = [WEIGHTS]
     if (folder / INDEX).exists():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -201,9 +203,9 @@ def _gate_and_up(name: str, old: str, new: str, parts: tuple[Tensor, Tensor]) ->
 
 
 def weights_digest(model: nn.Module) -> str:
-    """32 hexadecimal digits over names, dtypes, shapes and bytes of all the model's weights, in name order.
+    """The first 32 hexadecimal digits of a SHA-256 over names, dtypes, shapes and bytes of all weights, in name order.
 
-    SHA-256, because processors have instructions for it: it is taken after every learner step."""
+    SHA-256 because processors have instructions for it: this is computed after every learner step."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -7,13 +7,12 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-AT_ONCE = 1 << 20
-"""Draws made at a time; bounds the memory that a large tensor's takes."""
+DRAWS_PER_BATCH = 1 << 20
+"""`near_normal` makes so many draws at a time, which bounds its memory for a large tensor."""
 
 
 def philox(key: str) -> np.random.Philox:
-    """Random bits (Salmon et al. 2011) that depend on a digest of ``key`` only: the same in every process, in any order
-    of creation."""
+    """The counter-based generator Philox (Salmon et al. 2011), keyed by a digest of ``key`` and nothing else."""
     return np.random.Philox(key=np.frombuffer(blake2b(key.encode(), digest_size=16).digest(), dtype="<u8"))
 
 
@@ -28,8 +27,8 @@ def near_normal(key: str, count: int) -> NDArray[np.float32]:
     [0.492401123046875, 1.851043701171875, 0.7723388671875]
     """
     bits, draws = philox(key), np.empty(count, np.float32)
-    for first in range(0, count, AT_ONCE):
-        some = min(AT_ONCE, count - first)
-        words = bits.random_raw(3 * some).astype("<u8").view("<u2").reshape(some, 12)
-        draws[first : first + some] = (words.sum(axis=1, dtype=np.int32) - 6 * 0xFFFF) / 0x10000
+    for first in range(0, count, DRAWS_PER_BATCH):
+        size = min(DRAWS_PER_BATCH, count - first)
+        words = bits.random_raw(3 * size).astype("<u8").view("<u2").reshape(size, 12)
+        draws[first : first + size] = (words.sum(axis=1, dtype=np.int32) - 6 * 0xFFFF) / 0x10000
     return draws

@@ -1,13 +1,13 @@
-"""A checkpoint's manifest: the digest of every file in its folder, so that what is loaded is what was saved.
+"""A checkpoint's manifest: digests of all files in its folder, to detect that they are not what was saved.
 
     manifest.json = {"format": "metronome.manifest/1", "name": "step_000004", "recipe": SHA-256 of the run's recipe,
                      "files": {"model/config.json": {"size": bytes, "sha256": 64 hexadecimal digits}, …},
                      "digest": SHA-256 of all the other fields}
 
-It is written last, before the folder gets its name, and checked before anything of the folder is read. ``name`` and
-``recipe`` tell a checkpoint from a whole one of another step or another run that was put in its place. A manifest
-finds damage and mix-ups, not forgery: whoever can write into the folder can write a manifest too. That is why
-checkpoints hold data only, and nothing that reading them would execute.
+It is the last file written into a checkpoint and is checked before any other is read. ``name`` and ``recipe`` detect an
+undamaged checkpoint of another step or run in this one's place. A manifest finds damage and mix-ups, not forgery:
+who can write into the folder can also write a manifest. So checkpoints hold only data, and no code that loading them
+would execute.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from model.program.files import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "metronome.manifest/1"
-PLACE = ("name", "runs", "tracking")
-"""What a recipe says of where a run is kept; it enters no result."""
+LOCATION_FIELDS = ("name", "runs", "tracking")
+"""Fields of a recipe that say where a run is stored and reported. They affect no result, so no digest covers them."""
 _SERIES = re.compile(r"(step_|checkpoint-)(\d+)")
-"""Names of checkpoints that a run saves one after another."""
+"""Matches the names of a run's successive checkpoints: step_000004, checkpoint-4."""
 
 
 class CheckpointError(MetronomeError):
@@ -41,8 +41,8 @@ class _Fault(Exception):
 
 
 def write(folder: Path, name: str, recipe: str = "") -> None:
-    """Lists every file that lies in ``folder`` now; ``name``: what the folder is or will be called; ``recipe``: the
-    text of the recipe of the run that saves it."""
+    """Writes the manifest of the files that are in ``folder`` now. ``name``: the folder's final name; ``recipe``: the
+    text of the run's recipe."""
     files = {
         at: {"size": (folder / at).stat().st_size, "sha256": _file_digest(folder / at)} for at in sorted(_files(folder))
     }
@@ -53,9 +53,9 @@ def write(folder: Path, name: str, recipe: str = "") -> None:
 
 def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
     """Raises CheckpointError unless ``folder`` holds exactly the files that were saved, under the name that it was
-    saved as; the message names the first wrong file and the newest checkpoint before this one that is whole.
+    saved as. The message names the first wrong file and the newest undamaged checkpoint before this one.
 
-    ``part``: only the files in this folder inside it. ``recipe``: the run's; None where another run's will do."""
+    ``part``: check only this subfolder. ``recipe``: text of the recipe that it must be of; None for any."""
     try:
         _check(folder, part, recipe)
     except _Fault as fault:
@@ -63,11 +63,10 @@ def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
 
 
 def check_loaded(folder: Path) -> None:
-    """`check` for ``folder`` alone, which may be a checkpoint or a part of one. Does nothing for a folder that no run
-    of ours saved, as what transformers saves: neither it nor the one around it has a manifest, or is called as a run's
-    checkpoints are."""
-    whole = folder.resolve()
-    for root, part in ((folder, ""), (whole.parent, whole.name)):
+    """`check` for a folder that is a checkpoint or a direct subfolder of one. Does nothing when neither it nor its
+    parent has a manifest or the name of a run's checkpoint: then another program saved it (transformers, say)."""
+    resolved = folder.resolve()
+    for root, part in ((folder, ""), (resolved.parent, resolved.name)):
         if _has_ours(root) or _SERIES.fullmatch(root.resolve().name):
             check(root, part=part)
             return
@@ -99,7 +98,7 @@ def _check(folder: Path, part: str, recipe: str | None) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The manifest's content, every field of its type."""
+    """The manifest's content, with the type of every field checked."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -128,7 +127,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _has_ours(folder: Path) -> bool:
-    """Whether ``folder`` has a manifest of ours; other programs have files of that name, which are JSON too."""
+    """Whether ``folder`` has a manifest of this format; other programs also write files called manifest.json."""
     if not (folder / MANIFEST).is_file():
         return False
     try:
@@ -163,8 +162,8 @@ def _earlier(folder: Path) -> Iterator[Path]:
 
 def _files(folder: Path) -> set[str]:
     """Everything in ``folder`` but folders and the manifest itself, as paths relative to it with forward slashes."""
-    found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-    return {p.relative_to(folder).as_posix() for p in found} - {MANIFEST}
+    paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {p.relative_to(folder).as_posix() for p in paths} - {MANIFEST}
 
 
 def _file_digest(path: Path) -> str:
@@ -175,13 +174,13 @@ def _file_digest(path: Path) -> str:
 
 
 def _recipe_digest(recipe: str) -> str:
-    """Of what a recipe says, but for where the run's folder lies: a run that was copied or moved goes on."""
+    """Digest of a recipe without `LOCATION_FIELDS`, so that a run that was moved can resume."""
     try:
         fields = yaml.safe_load(recipe)
     except yaml.YAMLError:
         fields = None
     if isinstance(fields, dict):
-        kept = {name: value for name, value in fields.items() if name not in PLACE}
+        kept = {name: value for name, value in fields.items() if name not in LOCATION_FIELDS}
         recipe = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(recipe.encode()).hexdigest()
 

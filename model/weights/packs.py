@@ -1,13 +1,13 @@
-"""The copies that a forward multiplies with: found in a module, compared with its parameters, digested.
+"""Guards against stale packed weights.
 
 A forward does not read parameters but packed copies of them (`kernels.ops.pack_linear`) and small tensors derived from
-them. Sampler and learner read the same copies, so copies that were not refreshed after an update would make both wrong
-alike, and no comparison of the two would show it. Hence three guards: a pack knows which generation of the weights it
-was made from and an op refuses an older one (`kernels.layout.Generation`); `check` makes every copy anew and compares;
-`digest` names what is multiplied, so that an audit can make the same from the checkpoint's file.
+them. Sampler and learner share these copies, so a copy that was not refreshed after an update would falsify both
+equally, and comparing the two would not show it. Three guards: a pack records the generation of the weights that it was
+made from, and ops refuse an outdated one (`kernels.layout.Generation`); `check` computes every copy afresh and
+compares; `digest` covers the copies themselves, so that an audit can recompute it from the checkpoint.
 
-Modules are searched, not listed: whatever a module keeps under ``packed`` is found, and what it derives it says in
-``derived()``.
+Copies are found by a search of all submodules, not in a list: packs in a submodule's attribute ``packed``, derived
+tensors by its method ``derived()``.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from kernels.layout import Generation, PackedExperts, PackedLinear
 
 
 class StaleCopyError(MetronomeError):
-    """A copy of the weights is not what its parameters say: sampler and learner would be equal and both wrong."""
+    """A packed copy differs from its parameters: sampler and learner would agree, and both be wrong."""
 
 
 def packs(module: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedExperts]]:
-    """Every pack below ``module`` with its name, ``layers.0.self_attn.packed.qkvr``."""
+    """(name, pack) of every pack of ``module`` and its submodules, as in ``layers.0.self_attn.packed.qkvr``."""
     for name, value in _held(module):
         if isinstance(value, PackedLinear | PackedExperts):
             yield name, value
 
 
-def adopt(module: nn.Module, generation: Generation) -> None:
-    """Makes all packs below ``module`` copies of the present ``generation``."""
+def mark_current(module: nn.Module, generation: Generation) -> None:
+    """Records that all packs of ``module`` were made from the present ``generation`` of the weights."""
     for _, pack in packs(module):
         pack.weights, pack.made = generation, generation.now
 
 
 def digest(module: nn.Module) -> str:
-    """32 hexadecimal digits over every copy below ``module``, in name order: names, dtypes, shapes and bytes. It
-    depends on the backend's layout, so it compares runs of one contract."""
+    """The first 32 hexadecimal digits of a SHA-256 over names, dtypes, shapes and bytes of all copies, in name order.
+    Packed layouts differ by backend, so digests can be compared only under one contract id."""
     hashed = hashlib.sha256()
     for name, copy in sorted(_copies(module)):
         hashed.update(f"{name} {copy.dtype} {list(copy.shape)}\n".encode())
@@ -54,9 +54,9 @@ def digest(module: nn.Module) -> str:
 
 @torch.no_grad()
 def check(module: nn.Module) -> None:
-    """Raises StaleCopyError unless every copy is, bit for bit, what its parameters' present values give."""
+    """Raises StaleCopyError unless every copy equals, bit for bit, one made afresh from the parameters."""
     for name, pack in packs(module):
-        # Filled from nothing, with the same buffers: those of the transpose are there once a gradient has used them.
+        # A fresh pack of the same buffers; the one of the transpose exists only after the first backward.
         empty = {buffer: torch.zeros_like(x) for buffer, x in pack.data.items()}
         fresh = replace(pack, data=empty, weights=Generation(), made=0)
         ops.repack(fresh)
@@ -76,7 +76,7 @@ def _compare(name: str, copy: Tensor, wanted: Tensor) -> None:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """As uint8: a NaN is like itself, and -0 is not +0."""
+    """x as uint8 [bytes], so that comparison is by bits: a NaN equals itself and -0 differs from +0."""
     return x.detach().contiguous().view(-1).view(torch.uint8)
 
 

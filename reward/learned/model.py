@@ -63,7 +63,7 @@ class RewardModel(nn.Module):
     def pack(self) -> None:
         self.backbone.pack()
         self.packed = ops.pack_linear(self.heads.weight)
-        packs.adopt(self, self.backbone.generation)  # one count of changes for all
+        packs.mark_current(self, self.backbone.generation)  # one count of changes for all
 
     def repack(self) -> None:
         """Takes over the parameters' current values; needed after each update, as in `InteractionModel`."""

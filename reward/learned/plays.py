@@ -86,7 +86,7 @@ class Writer:
         rng = generator("faults", scenario.id)
 
         def faultless() -> Callable[[User], Script]:
-            return self._scenarios.expert(scenario, generator("expert", scenario.id), errs=0)
+            return self._scenarios.expert(scenario, generator("expert", scenario.id), mistake_scale=0)
 
         audio, actions, facts = enact(scenario, faultless())
         known = Expert.of(audio, actions, words)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernels.errors import MetronomeError
-from model.weights.manifest import PLACE
+from model.weights.manifest import LOCATION_FIELDS
 from rl.audit.document import (
     ComparisonReport,
     ContractsOfBoth,
@@ -102,7 +102,7 @@ def comparison(a: Records, b: Records) -> ComparisonReport:
         recipe=[
             RecipeField(name, _value(recipe_a, name), _value(recipe_b, name))
             for name in sorted(recipe_a.keys() | recipe_b.keys())
-            if name.split(".")[0] not in PLACE and _value(recipe_a, name) != _value(recipe_b, name)
+            if name.split(".")[0] not in LOCATION_FIELDS and _value(recipe_a, name) != _value(recipe_b, name)
         ],
         contract=ContractsOfBoth(a.contract_id, b.contract_id),
         reasons=reasons,

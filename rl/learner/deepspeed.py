@@ -143,7 +143,7 @@ class Learner:
         for weight, master in zip(self._weights, self._masters, strict=True):
             if weight is not master:
                 weight.copy_(master)
-        self.model.changed()
+        self.model.mark_changed()
         self.model.repack()
 
     def save(self, folder: Path) -> None:

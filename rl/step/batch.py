@@ -47,4 +47,4 @@ def score_choices(
     """The learner's own (logprob, entropy, digest) of every chosen token, each [N], under autograd."""
     hidden = model(batch.inputs)
     row = batch.row.to(hidden.device, non_blocking=True)
-    return classes.score(model.logits(hidden[row]), batch.target, batch.row_class, temperature)
+    return classes.logprob(model.logits(hidden[row]), batch.target, batch.row_class, temperature)

@@ -144,7 +144,7 @@ def _inexact(
         norm = learner.step(g)
         if sampling is not learner.model:
             sampling.load_state_dict(learner.model.state_dict())
-            sampling.changed()
+            sampling.mark_changed()
         roller.publish()
         yield {"step": step, **loop.rewards(judged), **found.metrics(), **extra, "policy/grad_norm": norm}
 

@@ -32,7 +32,7 @@ from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import LISTEN
 from rollout.turn.grammar import context_rows
-from rollout.turn.observation import Observation, audio_of
+from rollout.turn.observation import Observation, stack_audio
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
 
@@ -53,7 +53,7 @@ def recording(item: Scenario) -> Tensor:
     for _ in range(item.chunks):
         chunks.append(user.next_chunk(heard))
         heard = LISTEN
-    return audio_of(chunks)
+    return stack_audio(chunks)
 
 
 @dataclass(frozen=True)

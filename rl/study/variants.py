@@ -25,7 +25,7 @@ from rl.step.batch import collate, score_choices
 from rl.step.identity import Mismatch, compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
-from rollout.engines.vllm.process import missing
+from rollout.engines.vllm.process import unavailable_reason
 from rollout.record.episode import Episode
 from rollout.turn.vocabulary import Vocabulary
 
@@ -86,7 +86,7 @@ def engines(variant: Variant) -> dict[str, Start]:
     """Every engine there is for a variant, by name; each gets a row of its own. vLLM, where installed, runs our kernels
     only."""
     found: dict[str, Start] = {"session": _session}
-    if variant.name == "ours" and missing() is None:
+    if variant.name == "ours" and unavailable_reason() is None:
         found["vllm"] = _vllm
     return found
 
@@ -163,7 +163,7 @@ def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
         at = [(e.text.sampled_at - 1).to(model.device) for e in episodes]
         rows = torch.cat([torch.cat(h)[a] for h, a in zip(hidden, at, strict=True)])
         batch = collate(episodes, model.audio_token_id)
-        logprob, _, digest = variant.vocabulary.classes.score(
+        logprob, _, digest = variant.vocabulary.classes.logprob(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
         )
     return Scored(logprob.cpu(), digest.cpu())

@@ -2,13 +2,13 @@
 
 - ``text``: decoding beside transformers' (`rollout.bench.text`);
 - ``turns``, ``serving``, ``real_time``: streaming sessions (`rollout.bench.serving`);
-- ``overhead``: what a micro-turn costs besides computing, and whether memory grows (`rollout.bench.overhead`);
+- ``overhead``: overhead of a micro-turn beside computing, and growth of memory (`rollout.bench.overhead`);
 - ``sharing``: a group's rollouts as forks of one session (`rollout.bench.sharing`), by the policy of ``--checkpoint``;
-- ``workers``: rollout processes beside the learner (`rollout.bench.workers`), by the same policy;
+- ``workers``: rollouts in worker processes (`rollout.bench.workers`), with the same policy;
 - ``engines``: the embedded engine beside vLLM's (`rollout.bench.engines`).
 
-A machine differs from minute to minute, so engines that are compared alternate in one process. Not measured here:
-quality, and speech synthesis.
+Engines that are compared alternate in one process, since a machine's speed varies from minute to minute. Quality is not
+measured.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def real_time(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def engines(given: argparse.Namespace) -> list[dict[str, Any]] | str:
-    if reason := process.missing():
+    if reason := process.unavailable_reason():
         print(f"left out: {reason}")
         return f"left out: {reason}"
     return [asdict(r) | {"times": r.times} for r in measure_engines(given.rounds, 20)]
@@ -81,11 +81,10 @@ def workers(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def policy(given: argparse.Namespace) -> InteractionModel:
+    """The model of ``--checkpoint``, or random weights of the tiny preset."""
     if given.checkpoint is None:
         return crowd.tiny_model()
-    model = checkpoint.load(given.checkpoint, torch.float32)
-    model.pack()
-    return model
+    return checkpoint.load(given.checkpoint, torch.float32)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {

@@ -1,33 +1,34 @@
-"""A crowd of streaming sessions on any engine, timed: what the serving benches share.
+"""Load for the serving benches: many streaming sessions on one engine, timed.
 
-All sessions get their next 200 ms at the same moment, the worst case for latency: one tick is a small prefill of every
-session and then the decode steps of those that speak. Sound is noise, weights are random ones of the tiny preset, which
-speak in about two of three chunks (a trained policy: in one of ten), so that decoding is not flattered.
+All sessions get their next 200 ms at the same time, the worst case for latency: one tick is a small prefill of every
+session, then the decode steps of those that speak. The input is noise. The weights are random ones of the tiny preset,
+which speak in about two of three chunks (a trained policy in one of ten), so decoding has more than its usual part.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from model.backbone.transformer import InteractionModel
 from model.config import preset
+from rollout.bench.timing import seconds
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
 from rollout.engines.session import Session
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import context_rows
-from rollout.turn.observation import of_audio
+from rollout.turn.observation import audio_observations
 from rollout.turn.vocabulary import Vocabulary
 
 
 @dataclass
 class Crowd:
-    """Sessions that hear noise together."""
+    """Sessions whose input is noise, and which take their micro-turns together."""
 
     engine: Engine
     sessions: list[Session] = field(default_factory=list)
@@ -39,31 +40,30 @@ class Crowd:
             self.sessions.append(self.engine.open(session_key(0, "bench", len(self.sessions))))
 
     def leave(self) -> None:
+        """Closes all sessions."""
         while self.sessions:
             self.engine.close(self.sessions.pop())
 
     def tick(self) -> float:
-        """One micro-turn of all; seconds from the chunks' arrival to the last action."""
-        observations = of_audio(0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise))
-        begin = time.perf_counter()
-        self.engine.append(self.sessions, observations)
-        return time.perf_counter() - begin
+        """Runs one micro-turn of all sessions; returns the seconds until all actions are there."""
+        observations = audio_observations(0.05 * torch.randn(len(self.sessions), CHUNK_SAMPLES, generator=self.noise))
+        return seconds(partial(self.engine.append, self.sessions, observations))
 
     def sampled(self) -> int:
-        """Tokens sampled so far by the sessions here."""
+        """Number of tokens that its sessions have sampled so far."""
         return sum(len(session.logprob) for session in self.sessions)
 
 
 @dataclass(frozen=True)
 class Served:
-    """How a crowd was served."""
+    """Latency and throughput."""
 
     sessions: int
-    p50_ms: float  # latency of a tick, which is that of each of its chunks
+    p50_ms: float  # latency of a tick, and so of each chunk
     p99_ms: float
     chunks_per_s: float
-    tokens_per_s: float  # sampled ones
-    tokens_per_chunk: float  # 1 where all listen
+    tokens_per_s: float  # sampled tokens
+    tokens_per_chunk: float  # sampled tokens; 1 if all listen
 
     def __str__(self) -> str:
         return (
@@ -74,7 +74,7 @@ class Served:
 
 
 def served(crowd: Crowd, ticks: int) -> Served:
-    """Serves the crowd for ``ticks`` micro-turns."""
+    """Runs and times ``ticks`` micro-turns of all sessions."""
     before = crowd.sampled()
     taken = [crowd.tick() for _ in range(ticks)]
     total_s, chunks, tokens = sum(taken), ticks * len(crowd.sessions), crowd.sampled() - before
@@ -83,6 +83,7 @@ def served(crowd: Crowd, ticks: int) -> Served:
 
 
 def tiny_model() -> InteractionModel:
+    """The tiny preset with random weights, packed."""
     model = InteractionModel(preset("tiny"))
     model.init_weights(0)
     model.pack()
@@ -90,7 +91,7 @@ def tiny_model() -> InteractionModel:
 
 
 def embedded(model: InteractionModel, slots: int, ticks: int, words_per_chunk: int = 1) -> SessionEngine:
-    """This project's engine with room for ``ticks`` micro-turns of each session."""
+    """The embedded engine with context for ``ticks`` micro-turns of each session."""
     return SessionEngine(
         model,
         Vocabulary.build(model.vocab),

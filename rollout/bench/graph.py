@@ -1,9 +1,9 @@
 """``python -m rollout.bench.graph [--json FILE]``: a decode step as one CUDA graph, an experiment.
 
-Today's ops check their arguments by waiting for the device (ranges of experts, pages, the status of a row), which a
-graph cannot hold. Here those checks are taken out, the attention's tile tables come from the device, and one decode
-step of R sessions is captured once and replayed: what a step would cost if the host did nothing. Its bits are compared
-with the engine's own way. Nothing relies on it: the exit status is 0 if all was measured.
+The ops check arguments by waiting for the device (ranges of experts, pages, the status of a row), which cannot be
+captured. This bench removes those checks, keeps the attention's tile tables on the device, captures one decode step of
+R sessions and replays it: the cost of a step without work on the host. The bits are compared with those of the engine's
+way. Nothing else uses this; the exit status is 0 if everything was measured.
 
 For the Triton backend; ``--dry`` runs the same ops without a capture, in the interpreter.
 """
@@ -42,7 +42,7 @@ CASES = (
     ("base", "bfloat16", 1, 300), ("base", "bfloat16", 48, 300),
 )  # fmt: skip
 DRY_CASES = (("tiny", "float32", 2, 9),)
-"""(preset, dtype, sessions, tokens that each session holds)."""
+"""As `CASES`: (preset, dtype, sessions, tokens in each session)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 @contextmanager
 def unchecked(tables: dict[int, Tensor]) -> Iterator[None]:
-    """Ops that believe their arguments, for one row a session. ``tables``: `tiles_of` by size, on the device."""
+    """Replaces ops by versions without checks, for one row per session. ``tables``: `tiles_of` by size, on the
+    device."""
 
     def expert_forward(x: Tensor, packed: Any, expert: Tensor, fan_out: int) -> Tensor:
         weight = experts.weight_of(packed, "expert_linear")
@@ -101,6 +102,7 @@ def unchecked(tables: dict[int, Tensor]) -> Iterator[None]:
 
 
 def median_ms(call: Callable[[], object], repeat: int) -> float:
+    """Median time of a call until the device is done."""
     device, taken = dispatch.device(), []
     for _ in range(repeat):
         wait(device)
@@ -125,8 +127,8 @@ def measure(model: InteractionModel, name: str, dtype: str, sessions: int, histo
     allowed = torch.ones(3, model.vocab, dtype=torch.bool, device=device)
     memory = [
         x
-        for layer, pasts in zip(state.layers, state.pasts, strict=True)
-        for x in (layer.kv.key, layer.kv.value, *pasts)
+        for layer, conv_windows in zip(state.layers, state.conv_windows, strict=True)
+        for x in (layer.kv.key, layer.kv.value, *conv_windows)
     ]
     before = [x.clone() for x in memory]
 
@@ -139,12 +141,12 @@ def measure(model: InteractionModel, name: str, dtype: str, sessions: int, histo
         return ops.sample(model.logits(hidden), 1.0, keys.to(device), allowed, kinds.to(device))
 
     parts = (segments.slot, segments.start, segments.offset, segments.position)
-    there = Segments(*(part.clone().to(device) for part in parts))
+    on_device = Segments(*(part.clone().to(device) for part in parts))
     inputs = [x.to(device) for x in (tokens, keys, kinds)]
 
-    def believed() -> Result:
+    def without_checks() -> Result:
         x = model.model.language_model.embed_tokens(inputs[0])
-        return ops.sample(model.logits(model.run(x, there, state.layers)), 1.0, inputs[1], allowed, inputs[2])
+        return ops.sample(model.logits(model.run(x, on_device, state.layers)), 1.0, inputs[1], allowed, inputs[2])
 
     heads = {(layer.self_attn.heads, layer.self_attn.kv_heads, layer.self_attn.head_dim) for layer in model.layers}
     of_heads = [sizes(model.dtype, *shape) for shape in heads]
@@ -154,16 +156,16 @@ def measure(model: InteractionModel, name: str, dtype: str, sessions: int, histo
     engine_ms = median_ms(as_it_is, repeat)
     restore()
     with unchecked(tables):
-        got = believed()
-        unchecked_ms = graph_ms = back_to_back_ms = median_ms(believed, repeat)
+        got = without_checks()
+        unchecked_ms = graph_ms = back_to_back_ms = median_ms(without_checks, repeat)
         if not dry:
-            got, graph_ms, back_to_back_ms = _captured(believed, restore)
+            got, graph_ms, back_to_back_ms = _captured(without_checks, restore)
     same = all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     return Step(name, dtype, sessions, history, engine_ms, unchecked_ms, graph_ms, back_to_back_ms, same)
 
 
 def _captured(call: Callable[[], Result], restore: Callable[[], None]) -> tuple[Result, float, float]:
-    """(what a replay gave, ms of a replay, ms of a replay among many)."""
+    """(result of a replay, ms of one replay with a wait, ms of a replay among many without waits)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

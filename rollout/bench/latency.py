@@ -1,9 +1,8 @@
 """``python -m rollout.bench.latency [--json FILE]``: milliseconds of a micro-turn on the backend's device.
 
-For each case a crowd of sessions hears noise together: one tick is a small prefill of all and then the decode steps of
-those that speak. Real time is 200 ms. Then whole sequences go through the model under autograd, as the learner does it:
-log-probs and row digests must be the sampler's (exit status 1 if they are not). Weights are random, of the preset's
-shapes: their values hardly change a time.
+For each case many sessions run on noise: one tick is a small prefill of all sessions, then the decode steps of those
+that speak. A tick within 200 ms is real time. After that whole sequences go through the model under autograd, as in the
+learner; log-probs and row digests must equal the sampler's (exit status 1 otherwise). Weights are random.
 """
 
 from __future__ import annotations
@@ -29,12 +28,13 @@ from rollout.record.episode import Episode
 from rollout.turn.grammar import context_rows
 from rollout.turn.vocabulary import Vocabulary
 
-MOST_LEARNT = 16
-"""Sequences of the learner's pass."""
+MAX_LEARNED = 16  # the most sequences in the learner's pass
 
 
 @dataclass(frozen=True)
 class Case:
+    """What is measured."""
+
     preset: str
     dtype: str
     sessions: int
@@ -51,7 +51,7 @@ DRY_CASES = (Case("tiny", "float32", 2),)
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one case; times in milliseconds."""
+    """The result of one case; times in milliseconds."""
 
     preset: str
     dtype: str
@@ -59,15 +59,15 @@ class Latency:
     tick_ms: float  # median
     slowest_ms: float  # the slowest after the first few
     first_ms: float  # the first tick, with what is compiled or allocated then
-    learn_ms: float  # forward and backward of MOST_LEARNT whole sequences at most
-    rows: int  # all sessions' rows at the end
-    tokens: int  # sampled by those that the learner scored again
-    unequal: int  # of these, with another log-prob or row digest at the learner
+    learn_ms: float  # forward and backward of up to MAX_LEARNED whole sequences
+    rows: int  # of all sessions, at the end
+    tokens: int  # sampled tokens of the learner's sequences
+    unequal: int  # those of them with another log-prob or row digest in the learner
 
 
 def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
-    """A model of preset ``name`` on the backend's device, packed, with normal weights from torch's generator there: the
-    project's own draws, equal on every machine, would take most of a minute for the larger presets."""
+    """A preset on the backend's device, packed, with random weights drawn by torch on that device: `init_weights`,
+    which gives the same weights on every machine, would take most of a minute for the larger presets."""
     device = dispatch.device()
     model = InteractionModel(preset(name), dtype).to(device)
     draw = torch.Generator(device).manual_seed(0)
@@ -79,13 +79,13 @@ def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
                 weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=draw)
         for buffer in model.buffers():
             buffer.zero_()
-    model.changed()
+    model.mark_changed()
     model.pack()
     return model
 
 
 def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
-    """``ticks`` micro-turns, of which the first third does not count. ``model``: of the case's preset and type."""
+    """Measures ``ticks`` micro-turns; the first third is warm-up. ``model`` must have the case's preset and dtype."""
     device = dispatch.device()
     vocabulary = Vocabulary.build(model.vocab)
     engine = SessionEngine(model, vocabulary, slots=case.sessions, max_tokens=context_rows(ticks + 1, 1))
@@ -98,16 +98,16 @@ def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
     episodes = [s.episode(scenario="bench", rollout=i, seed=0, facts={}) for i, s in enumerate(crowd.sessions)]
     rows = sum(len(e.tokens) for e in episodes)
     crowd.leave()
-    some, learn_ms = episodes[:MOST_LEARNT], 0.0
+    learned, learn_ms = episodes[:MAX_LEARNED], 0.0
     for _ in range(2):  # the first compiles
         wait(device)
         begin = time.perf_counter()
-        logprob, digest = learn(model, vocabulary, some)
+        logprob, digest = learn(model, vocabulary, learned)
         wait(device)
         learn_ms = 1000 * (time.perf_counter() - begin)
-    sampled = torch.cat([e.text.logprob for e in some])
+    sampled = torch.cat([e.text.logprob for e in learned])
     unequal = sampled.view(torch.int32) != logprob.view(torch.int32)
-    unequal |= torch.cat([e.text.digest for e in some]) != digest
+    unequal |= torch.cat([e.text.digest for e in learned]) != digest
     return Latency(
         case.preset, case.dtype, case.sessions, statistics.median(counted), max(counted), taken[0], learn_ms, rows,
         len(sampled), int(unequal.sum()),
@@ -115,14 +115,15 @@ def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
 
 
 def learn(model: InteractionModel, vocabulary: Vocabulary, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
-    """Log-probs fp32 [N] and row digests int64 [N] of what the episodes sampled, by whole sequences, and a backward."""
+    """Log-probs fp32 [N] and row digests int64 [N] of the episodes' sampled tokens, computed from whole sequences, with
+    a backward pass."""
     inputs = Inputs.cat(episodes, model.audio_token_id)
     starts, text = inputs.starts, [e.text for e in episodes]
     row = torch.cat([s.sampled_at - 1 + start for s, start in zip(text, starts, strict=True)])
     target = torch.cat([e.tokens[e.text.sampled_at] for e in episodes])
     row_class = torch.cat([s.row_class for s in text])
     logits = model.logits(model(inputs)[row.to(model.device)])
-    logprob, _, digest = vocabulary.classes.score(logits, target, row_class, 1.0)
+    logprob, _, digest = vocabulary.classes.logprob(logits, target, row_class, 1.0)
     torch.autograd.grad(logprob.sum(), [p for p in model.parameters() if p.requires_grad], materialize_grads=True)
     return logprob.detach().cpu(), digest.cpu()
 

@@ -1,12 +1,11 @@
-"""What one micro-turn of one session costs besides computing, and whether memory stays where it is.
+"""The overhead of a micro-turn beside computing, and whether memory grows.
 
 **Overhead** is the time of `SessionEngine.append` outside four calls: the model's forward and logits, the dMel front
 end, and sampling. It is bookkeeping: sessions, segments, keys, records. The forward's own Python counts as forward.
 
-**Growth**: a session's record grows by design (codes, tokens, actions, log-probs). Beside it nothing may: the bench
-empties the record after every chunk and counts what the process holds before and after many chunks, in the C heap
-(glibc's count of bytes in use, where every tensor lies) and in Python's blocks. Temporaries come and go within a chunk;
-that they are all returned is what the counts show. Left in: 8 bytes a token, for the list of tokens stays.
+**Growth**: a session's record grows (codes, tokens, actions, log-probs), and nothing else should. The bench empties the
+record after every chunk and measures before and after many chunks what the process holds: bytes in use of the C heap
+(where tensors are) and Python's memory blocks. The list of tokens is not emptied: 8 bytes a token.
 """
 
 from __future__ import annotations
@@ -15,17 +14,15 @@ import ctypes
 import gc
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rollout.bench.crowd import Crowd, embedded, tiny_model
+from rollout.bench.timing import Stopwatch
 from rollout.engines.embedded import SessionEngine
 
 WARM_TICKS = 20
-SETTLED_TICKS = 100
-"""After so many micro-turns caches and free lists of Python and malloc have their size."""
+SETTLED_TICKS = 100  # micro-turns until caches and free lists of Python and malloc have reached their size
 
 
 @dataclass(frozen=True)
@@ -38,36 +35,20 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Growth:
-    """Over ``chunks`` micro-turns of one session whose record is emptied."""
+    """Growth of memory over ``chunks`` micro-turns of one session."""
 
     chunks: int
     heap_bytes: int
     python_blocks: int
-    state_moved: bool  # whether any page or window lies elsewhere than before
+    state_moved: bool  # whether the state's tensors were reallocated
 
     @property
     def heap_bytes_per_chunk(self) -> float:
         return self.heap_bytes / self.chunks
 
 
-class Stopwatch:
-    """Seconds inside the calls that it wraps."""
-
-    def __init__(self) -> None:
-        self.total_s = 0.0
-
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            begin = time.perf_counter()
-            result = call(*arguments)
-            self.total_s += time.perf_counter() - begin
-            return result
-
-        return timed
-
-
 class _Timed:
-    """An object whose own call and named methods are timed; the rest is the object's."""
+    """A proxy that times calls of an object and of its methods ``names``."""
 
     def __init__(self, inner: Any, watch: Stopwatch, *names: str) -> None:
         self._inner = inner
@@ -84,31 +65,33 @@ class _Timed:
 
 
 def watched(engine: SessionEngine) -> Stopwatch:
-    """A watch that runs inside ``engine``'s model, front end and sampling from here on."""
+    """From now on the result measures the time inside ``engine``'s model, dMel front end and sampling."""
     watch = Stopwatch()
     engine.model = _Timed(engine.model, watch, "logits")  # type: ignore[assignment]
-    engine.dmel = _Timed(engine.dmel, watch, "continued")  # type: ignore[assignment]
+    engine.dmel = _Timed(engine.dmel, watch, "stream_codes")  # type: ignore[assignment]
     classes: Any = _Timed(engine.vocabulary.classes, watch, "sample_rows")
     engine.vocabulary = replace(engine.vocabulary, classes=classes)
     return watch
 
 
 def measure_overhead(ticks: int) -> Overhead:
+    """Over ``ticks`` micro-turns."""
     engine = embedded(tiny_model(), 1, WARM_TICKS + ticks)
     watch = watched(engine)
     crowd = Crowd(engine)
     crowd.join(1)
     taken = []
     for _ in range(WARM_TICKS + ticks):
-        watch.total_s = 0.0
+        watch.seconds = 0.0
         chunk_s = crowd.tick()
-        taken.append((chunk_s, chunk_s - watch.total_s))
+        taken.append((chunk_s, chunk_s - watch.seconds))
     result = Overhead(*(1000 * statistics.median(column) for column in zip(*taken[WARM_TICKS:], strict=True)))
     print(f"one session: {result.chunk_ms:.2f} ms a chunk, {result.overhead_ms:.3f} ms of it are not computing")
     return result
 
 
 def measure_growth(chunks: int) -> Growth:
+    """Over ``chunks`` micro-turns of a new engine."""
     result = growth(embedded(tiny_model(), 1, SETTLED_TICKS + chunks), chunks)
     print(
         f"{chunks} chunks on, records emptied: heap {result.heap_bytes:+d} bytes, {result.python_blocks:+d} Python "
@@ -138,8 +121,8 @@ def growth(engine: SessionEngine, chunks: int) -> Growth:
 
 
 def _addresses(engine: SessionEngine) -> list[int]:
-    layers = zip(engine.state.layers, engine.state.pasts, strict=True)
-    return [x.data_ptr() for layer, pasts in layers for x in (layer.kv.key, layer.kv.value, *pasts)]
+    layers = zip(engine.state.layers, engine.state.conv_windows, strict=True)
+    return [x.data_ptr() for layer, conv_windows in layers for x in (layer.kv.key, layer.kv.value, *conv_windows)]
 
 
 class _MallInfo(ctypes.Structure):

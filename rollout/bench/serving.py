@@ -1,9 +1,9 @@
-"""Serving shapes: small prefills and 1 to 5 decode steps in turn, for one session and for many.
+"""Serving of streaming sessions: small prefills that alternate with 1 to 5 decode steps.
 
-- `measure_shapes`: latency and throughput at 1, 8, 32 and 128 sessions, with up to one word a chunk (the quickstart's)
-  and up to four (1 to 5 sampled tokens).
-- `measure_real_time`: sessions join until a chunk in a hundred takes longer than the 200 ms that it lasts.
-- `measure_turns`: one session of 10, 30 and 60 s, beside the same model when it is sent the whole prefix again.
+- `measure_shapes`: latency and throughput of 1, 8, 32 and 128 sessions with up to one word a chunk (as in the
+  quickstart) and up to four.
+- `measure_real_time`: how many sessions can run until the p99 latency of a chunk exceeds its 200 ms.
+- `measure_turns`: latency of a micro-turn 10, 30 and 60 s into a session, compared with computing the whole prefix.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ SESSIONS = (1, 8, 32, 128)
 WORDS = (1, 4)
 SESSION_S = (10, 30, 60)
 WARM_TICKS = 10
-JOIN = 64
-"""Sessions that join at a time in `measure_real_time`."""
+JOIN = 64  # sessions opened at a time in `measure_real_time`
 MOST_SESSIONS = 640
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Serving of the alternation of prefill and decode, with up to ``words_per_chunk`` words."""
+    """Result with up to ``words_per_chunk`` words in a micro-turn."""
 
     words_per_chunk: int
     served: Served
@@ -44,10 +43,11 @@ class TurnSpeed:
 
     session_s: int
     session_ms: float
-    resend_ms: float  # the whole prefix through the same model again
+    resend_ms: float  # of computing the whole prefix from nothing
 
 
 def measure_shapes(ticks: int) -> list[Shape]:
+    """``ticks`` micro-turns for each number of sessions and of words."""
     model = tiny_model()
     shapes = []
     for words in WORDS:
@@ -62,8 +62,8 @@ def measure_shapes(ticks: int) -> list[Shape]:
 
 
 def measure_real_time(ticks: int) -> list[Served]:
-    """`JOIN` more sessions every ``ticks`` micro-turns, until a tick's p99 is above `CHUNK_MS`. Those that came first
-    are minutes old by then. The last result but one is what holds real time."""
+    """Opens `JOIN` more sessions every ``ticks`` micro-turns, until the p99 latency exceeds `CHUNK_MS` or there are
+    `MOST_SESSIONS`; one result for each number of sessions. The oldest sessions are minutes long at the end."""
     crowd = Crowd(embedded(tiny_model(), MOST_SESSIONS, ticks * MOST_SESSIONS // JOIN))
     results: list[Served] = []
     while len(crowd.sessions) < MOST_SESSIONS and not (results and results[-1].p99_ms > CHUNK_MS):
@@ -74,12 +74,12 @@ def measure_real_time(ticks: int) -> list[Served]:
 
 
 def holds_real_time(results: list[Served]) -> int:
-    """The most sessions whose p99 stayed within a chunk's length."""
+    """The largest number of sessions whose p99 latency was within a chunk's length."""
     return max((r.sessions for r in results if r.p99_ms <= CHUNK_MS), default=0)
 
 
 def measure_turns(rounds: int) -> list[TurnSpeed]:
-    """One session that has been there for a while; both ways alternate."""
+    """Medians over ``rounds`` at each length of one session; the two ways alternate."""
     model = tiny_model()
     crowd = Crowd(embedded(model, 1, SESSION_S[-1] * CHUNKS_PER_SECOND + rounds * len(SESSION_S)))
     crowd.join(1)

@@ -1,7 +1,7 @@
-"""Time that a group's rollouts save by being forks of one session, in the quickstart's shape: 8 scenarios, 6 rollouts.
+"""Time saved by making a group's rollouts as forks of one session, for a step of the quickstart.
 
-How much depends on the policy: rollouts are computed once for as long as they say the same, so a policy that is sure of
-what it does (a trained one) saves most. Both ways play the same episodes, bit for bit (tests/rollout/test_sharing.py).
+It depends on the policy: rollouts are computed once until their tokens differ, so a trained policy, of low entropy,
+saves most. Both ways give the same episodes, bit for bit (tests/rollout/test_sharing.py).
 """
 
 from __future__ import annotations
@@ -11,30 +11,25 @@ from dataclasses import dataclass
 from functools import partial
 
 from model.backbone.transformer import InteractionModel
-from rollout.bench.text import seconds
+from rollout.bench.timing import GROUPS, MAX_TOKENS, ROLLOUTS, seconds, step_plays
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
-from rollout.play import Play, play
-from rollout.scenarios.registry import ScenarioConfig
+from rollout.play import play
 from rollout.turn.vocabulary import Vocabulary
-from rollout.world.speech import SpeechBank
-
-GROUPS, ROLLOUTS = 8, 6
-MAX_TOKENS = 512
 
 
-class Separate(SessionEngine):
-    """Computes every session by itself: a fork of a session that has heard nothing is one more such session."""
+class UnsharedEngine(SessionEngine):
+    """An engine without sharing: a fork, which must be of an empty session, is a separate session."""
 
     def fork(self, session: Session, key: int) -> Session:
         if session.chunks:
-            raise ValueError("Separate: only sessions that have heard nothing can be forked")
+            raise ValueError("UnsharedEngine: only sessions that have heard nothing can be forked")
         return self.open(key, session.temperature)
 
 
 @dataclass(frozen=True)
 class SharingSpeed:
-    """Seconds to play all rollouts of a step, and rows that the model computed for it."""
+    """Seconds for all rollouts of a step, and the rows that the model computed."""
 
     shared_s: float
     separate_s: float
@@ -47,11 +42,11 @@ class SharingSpeed:
 
 
 def measure_sharing(model: InteractionModel, rounds: int) -> SharingSpeed:
-    """Plays alternate, so that a busy moment of the machine hits both."""
-    bank, vocabulary = SpeechBank.open(), Vocabulary.build(model.vocab)
-    items = [ScenarioConfig().in_turn(i, "train", i, bank) for i in range(GROUPS)]
-    plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
-    engines = [kind(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS) for kind in (SessionEngine, Separate)]
+    """The engines take turns, so that other load on the machine affects both."""
+    plays, vocabulary = step_plays(), Vocabulary.build(model.vocab)
+    engines = [
+        kind(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS) for kind in (SessionEngine, UnsharedEngine)
+    ]
     for engine in engines:
         play(engine, plays, 0)  # warm
     rows = [int(engine.stats()["rows"]) for engine in engines]

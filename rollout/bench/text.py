@@ -8,8 +8,6 @@ Sampling is over all tokens at temperature 1; the median over rounds counts. Not
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +20,7 @@ from kernels.layout import Segments
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
+from rollout.bench.timing import seconds
 from rollout.seeds import token_key
 
 PROMPT_TOKENS = 64
@@ -76,7 +75,7 @@ def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalL
 
 
 def written(tokens: Tensor, segments: Segments) -> Inputs:
-    """Rows of text alone."""
+    """Inputs without audio: tokens int64 [T]."""
     return Inputs.of(tokens, NO_CODES, segments, NO_TOKEN)
 
 
@@ -114,12 +113,6 @@ def generate_transformers(model: InklingForCausalLM, prompt: Tensor) -> Tensor:
         pad_token_id=0,
     )
     return out[:, prompt.shape[1] :]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def measure_text(rounds: int) -> list[TextSpeed]:

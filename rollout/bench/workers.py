@@ -1,4 +1,4 @@
-"""What rollout workers gain and cost on this machine.
+"""Speed and cost of rollout workers on this machine.
 
 - A step's rollouts (8 groups of 6, as in the quickstart) by an engine in this process with all cores' threads, and by
   1 and 2 workers that share the cores; every set of episodes is compared with the first, bit for bit.
@@ -21,36 +21,36 @@ import torch
 
 from model.backbone.transformer import InteractionModel
 from model.weights import checkpoint
-from rollout.bench.text import seconds
+from rollout.bench.timing import GROUPS, MAX_TOKENS, ROLLOUTS, seconds, step_plays
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.roller import InProcess, Roller
 from rollout.engines.workers.pool import WorkerPool
 from rollout.engines.workers.task import Setup
 from rollout.play import Play
-from rollout.record.episode import Episode, tensors
+from rollout.record.episode import pack_episodes
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.vocabulary import Vocabulary
-from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
+from rollout.world.speech import DEFAULT_FOLDER
 
-GROUPS, ROLLOUTS, MAX_TOKENS = 8, 6, 512
 IDLE_S = 5.0
-SIZES = (1, 2)
-"""Workers of the pools."""
+SIZES = (1, 2)  # numbers of workers of the pools
 
 
 def measure_workers(model: InteractionModel, rounds: int) -> dict[str, object]:
     """``model``: the policy, packed."""
     vocabulary = Vocabulary.build(model.vocab)
     cores = len(os.sched_getaffinity(0))
-    bank = SpeechBank.open()
-    items = [ScenarioConfig().in_turn(g, "train", g, bank) for g in range(GROUPS)]
-    plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
+    plays = step_plays()
     engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS)
     with ExitStack() as stack:
         pools = {size: stack.enter_context(closing(pool_of(model, size, cores))) for size in SIZES}
         rollers: dict[int, Roller] = {0: InProcess(engine), **pools}
         first = [roller.play(plays, 0) for roller in rollers.values()]  # also warms up
-        unequal = sum(not equal(a, b) for episodes in first[1:] for a, b in zip(first[0], episodes, strict=True))
+        unequal = sum(
+            pack_episodes([a]) != pack_episodes([b])
+            for episodes in first[1:]
+            for a, b in zip(first[0], episodes, strict=True)
+        )
         taken = [[seconds(partial(r.play, plays, 0)) for r in rollers.values()] for _ in range(rounds)]
         rollout_s = dict(zip(rollers, map(statistics.median, zip(*taken, strict=True)), strict=True))
         for size, value in rollout_s.items():
@@ -75,6 +75,7 @@ def measure_workers(model: InteractionModel, rounds: int) -> dict[str, object]:
 
 
 def pool_of(model: InteractionModel, workers: int, cores: int) -> WorkerPool:
+    """A pool of ``workers`` processes that share ``cores``."""
     setup = Setup(
         config=model.config,
         dtype=model.dtype,
@@ -88,7 +89,7 @@ def pool_of(model: InteractionModel, workers: int, cores: int) -> WorkerPool:
 
 
 def publishing(model: InteractionModel, pool: WorkerPool, play: Play, rounds: int) -> tuple[float, float]:
-    """Milliseconds that `publish` takes, and by how much one play is slower when its worker has to load first."""
+    """(milliseconds of `publish`, additional milliseconds of a play whose worker must load the new weights)."""
     publish, loaded, again = [], [], []
     weight = model.lm_head.weight.detach()
     for _ in range(2 * rounds):
@@ -100,12 +101,7 @@ def publishing(model: InteractionModel, pool: WorkerPool, play: Play, rounds: in
     return 1000 * statistics.median(publish), 1000 * slower
 
 
-def equal(one: Episode, other: Episode) -> bool:
-    others = tensors(other)
-    return all(torch.equal(tensor, others[name]) for name, tensor in tensors(one).items())
-
-
 def cpu_s(pid: int) -> float:
-    """Processor time that a process has used, all threads, user and system."""
+    """Processor seconds that a process has used, all threads, user and system."""
     numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,16 +1,16 @@
-"""The embedded engine: persistent sequences that hear 200 ms at a time and answer each micro-turn, in this process.
+"""The embedded engine: streaming sessions in this process, 200 ms of audio in and one action out per micro-turn.
 
-A `SessionEngine` owns the weights' packed copies, the KV pages and the convolution windows of all its sessions; a
-`Session` is one growing sequence. ``append`` takes one observation for any subset of the open sessions, at whatever
-positions they are (continuous batching), prefills the new rows in one forward pass and decodes until every session has
-ended its micro-turn. By the row contract of `kernels.ops` the batch that a session is part of cannot change its bits.
+A `SessionEngine` owns the KV pages and convolution windows of all its sessions; a `Session` is one growing sequence.
+``append`` takes one observation for each of any subset of the open sessions, whatever their positions (continuous
+batching), prefills the new rows in one forward pass and decodes until every session has ended its micro-turn. By the
+row contract of `kernels.ops` a session's bits do not depend on what else is in the batch.
 
-A fork shares its origin's memory and computation for as long as the two say and hear the same: the row of log-probs is
-computed once and every session draws its own token from it by its own key. Where tokens or sound differ they part, and
-only then is memory copied.
+A fork shares a slot, that is memory and computation, with its origin as long as their inputs and tokens are the same:
+the row of log-probs is computed once, and each session samples from it with its own key. When sampled tokens or audio
+differ, the state is copied (copy on write).
 
-Knows nothing of scenarios or rewards. Not here: self audio and video rows (their place in a micro-turn is before the
-mode token; they come with the voice and the video tower).
+Knows nothing of scenarios or rewards. Not implemented: rows of the model's own voice and of video, which will come
+before the mode token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rollout.turn.vocabulary import Vocabulary
 
 
 class SessionRecipe(Protocol):
-    """What of a recipe says how long a session is and what it may say."""
+    """The fields of a recipe that `SessionEngine.of` reads; see `SessionEngine`."""
 
     @property
     def max_tokens(self) -> int: ...
@@ -48,11 +48,11 @@ class SessionRecipe(Protocol):
 
 
 class SessionEngine:
-    """Embedded engine: sessions of one model in this process.
+    """Sessions of one model in this process; implements `rollout.engines.engine.Engine`.
 
-    slots: sessions open at once; max_tokens: context of each (memory for all is allocated here, once);
-    words_per_chunk: most text tokens a micro-turn may say (after the last one the turn ends by itself);
-    keep_hidden: whether a session's record holds the hidden state that each token was sampled from (for heads on it).
+    slots: how many sessions can be open; max_tokens: context of each, in rows (memory for all is allocated at once);
+    words_per_chunk: the most words that a micro-turn may say;
+    keep_hidden: whether sessions record the hidden state that each token was sampled from (for value heads and such).
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class SessionEngine:
         self.dmel = DMel.build()
         self.grammar = Grammar(vocabulary, words_per_chunk)
         self.keep_hidden = keep_hidden
-        most_rows = slots * self.grammar.most_rows
-        self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=most_rows)
+        max_rows = slots * self.grammar.max_rows
+        self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=max_rows)
         self.weights_digest = checkpoint.weights_digest(model)
-        self._sharing = [0] * slots  # open sessions in each slot
-        self._open = 0
-        self._rows = 0  # that went through the model
+        self._sharing = [0] * slots  # number of open sessions in each slot
+        self._open = 0  # number of open sessions
+        self._rows = 0  # rows computed so far
         self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
 
     @staticmethod
     def of(model: InteractionModel, recipe: SessionRecipe, slots: int) -> SessionEngine:
-        """An engine for ``slots`` sessions as the recipe has them, in the model's own vocabulary."""
+        """An engine with the recipe's sizes and the shipped vocabulary, with room for ``slots`` sessions."""
         return SessionEngine(
             model,
             Vocabulary.build(model.vocab),
@@ -91,40 +91,39 @@ class SessionEngine:
 
     @property
     def free(self) -> int:
-        return self.state.slots - self._open  # a fork needs no slot yet, but may from the next token on
+        # Open sessions, not slots: a fork shares a slot at first, but may need one of its own from the next token on.
+        return self.state.slots - self._open
 
     def publish(self) -> None:
-        """Takes over the model's new weights. Every session must be closed: its keys belong to the old ones."""
+        """See `Engine.publish`. Sessions must be closed because their KV cache was computed with the old weights."""
         if self._open:
             raise MetronomeError(f"weights were changed under {self._open} open sessions; close them before publishing")
         self.model.repack()
         self.weights_digest = checkpoint.weights_digest(self.model)
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
-        """A new session that has heard nothing. Raises ValueError for a temperature that is no number from 0 on,
-        MetronomeError when every slot is taken."""
+        """See `Engine.open`."""
         check_temperature(temperature)
         self._check_free()
-        return self._enter(
+        return self._register(
             Session(
                 slot=self.state.open(),
                 key=key,
                 temperature=temperature,
                 weights_digest=self.weights_digest,
                 tokens=[self.vocabulary.bos],
-                past=torch.zeros(WINDOW - HOP),
+                last_samples=torch.zeros(WINDOW - HOP),
             )
         )
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and temperature and another key; from here on it equals a separate session's
-        bits. Costs nothing until the two differ. Raises MetronomeError when every slot is taken."""
+        """See `Engine.fork`. Costs nothing until origin and fork differ."""
         session.check_open()
         self._check_free()
-        return self._enter(session.forked(session.slot, key))
+        return self._register(session.forked(session.slot, key))
 
     def close(self, session: Session) -> None:
-        """Gives the slot back. Closing twice is an error; the session's record stays readable."""
+        """See `Engine.close`."""
         session.check_open()
         session.closed = True
         self._open -= 1
@@ -134,20 +133,20 @@ class SessionEngine:
 
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
-        """One micro-turn of each session; see `rollout.engines.engine.Engine.append`, also for the errors."""
-        check_append(sessions, observations, self.grammar.most_rows, self.state.max_tokens)
+        """See `Engine.append`."""
+        check_append(sessions, observations, self.grammar.max_rows, self.state.max_tokens)
         if any(self._sharing[s.slot] > 1 for s in sessions):
-            self._part(sessions, [o.audio.numpy().tobytes() for o in observations])
-        heard = {s.slot: (s.past, o.audio) for s, o in zip(sessions, observations, strict=True)}
-        samples = torch.cat([part for sound in heard.values() for part in sound]).view(len(heard), -1)
-        codes = self.dmel.continued(samples)  # on the host: a code never depends on a device
+            self._unshare(sessions, [o.audio.numpy().tobytes() for o in observations])
+        audio = {s.slot: (s.last_samples, o.audio) for s, o in zip(sessions, observations, strict=True)}
+        samples = torch.cat([part for pair in audio.values() for part in pair]).view(len(audio), -1)
+        codes = self.dmel.stream_codes(samples)  # on the host: a code never depends on a device
         try:
-            rest, rows = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
-            place = {slot: i for i, slot in enumerate(heard)}
+            last_samples, chunk_codes = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
+            index = {slot: i for i, slot in enumerate(audio)}
             for session in sessions:
-                row = place[session.slot]
-                session.hear(rest[row], rows[row], self.grammar.observed)
-            return self._act(sessions, codes.flatten(0, 1))
+                i = index[session.slot]
+                session.add_observation(last_samples[i], chunk_codes[i], self.grammar.observed)
+            return self._sample_turns(sessions, codes.flatten(0, 1))
         except BaseException:
             for session in sessions:
                 self.close(session)
@@ -167,72 +166,74 @@ class SessionEngine:
                 f"all {self.state.slots} slots are open; close a session or make the engine with more slots"
             )
 
-    def _enter(self, session: Session) -> Session:
+    def _register(self, session: Session) -> Session:
         self._sharing[session.slot] += 1
         self._open += 1
         return session
 
-    def _act(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
-        """The micro-turn after its audio ``codes`` [4 x slots, 80]: all that is sampled."""
+    def _sample_turns(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
+        """Samples the rest of each session's micro-turn. ``codes`` uint8 [4 * slots in use, 80]: its audio."""
         sampled: list[list[int]] = [[] for _ in sessions]
-        going = list(range(len(sessions)))
-        while going:
-            kind = row_class(len(sampled[going[0]]))  # equal for all that go on
-            tokens = self._next([sessions[i] for i in going], codes, kind)
+        unfinished = list(range(len(sessions)))
+        while unfinished:
+            kind = row_class(len(sampled[unfinished[0]]))  # all unfinished turns have sampled equally many
+            tokens = self._sample_next([sessions[i] for i in unfinished], codes, kind)
             codes = self._no_codes
-            for i, token in zip(going, tokens, strict=True):
+            for i, token in zip(unfinished, tokens, strict=True):
                 sampled[i].append(token)
-            going = [i for i in going if not self.grammar.is_over(sampled[i])]
-        for session, its in zip(sessions, sampled, strict=True):
-            session.end_turn(self.grammar.read(its), self.grammar.forced(its))
+            unfinished = [i for i in unfinished if not self.grammar.is_over(sampled[i])]
+        for session, turn in zip(sessions, sampled, strict=True):
+            session.end_turn(self.grammar.read(turn), self.grammar.forced(turn))
         return [session.actions[-1] for session in sessions]
 
-    def _next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
-        """Runs the unfed tokens, once for each slot; samples and books the next token of every session."""
-        computed = {s.slot: s for s in sessions}  # one session of those that share a slot
-        unfed = [s.tokens[s.fed :] for s in computed.values()]
-        lengths = [len(tokens) for tokens in unfed]
-        segments = self.state.extend(list(computed), lengths)
+    def _sample_next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
+        """Computes the rows that are missing in the cache, once for each slot; samples and records every session's next
+        token. ``codes`` uint8 [A, 80]: those of the audio rows among them, by slot."""
+        by_slot = {s.slot: s for s in sessions}  # one session of those that share a slot
+        new_tokens = [s.tokens[s.computed :] for s in by_slot.values()]
+        lengths = [len(tokens) for tokens in new_tokens]
+        segments = self.state.extend(list(by_slot), lengths)
         self._rows += segments.rows
-        tokens = torch.tensor([t for part in unfed for t in part])
+        tokens = torch.tensor([t for part in new_tokens for t in part])
         hidden = self.model(Inputs.of(tokens, codes, segments, self.vocabulary.audio), self.state)
-        if len(computed) == 1:
+        if len(by_slot) == 1:
             hidden = hidden[-1:]
-        elif segments.rows > len(computed):
-            hidden = hidden[self._there([end - 1 for end in accumulate(lengths)])]
+        elif segments.rows > len(by_slot):
+            hidden = hidden[self._on_device([end - 1 for end in accumulate(lengths)])]
         logits = self.model.logits(hidden)
-        if len(computed) < len(sessions):
-            place = {slot: i for i, slot in enumerate(computed)}
-            rows = self._there([place[s.slot] for s in sessions])
+        if len(by_slot) < len(sessions):
+            index = {slot: i for i, slot in enumerate(by_slot)}
+            rows = self._on_device([index[s.slot] for s in sessions])
             hidden, logits = hidden[rows], logits[rows]
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
         classes, temperatures = torch.full((len(sessions),), row_class), [s.temperature for s in sessions]
         sampled, logprob, digest = self.vocabulary.classes.sample_rows(logits, keys, classes, temperatures)
         drawn = sampled.tolist()
         for session, t, p, d in zip(sessions, drawn, logprob.tolist(), digest.tolist(), strict=True):
-            session.fed = len(session.tokens)
-            session.book(t, row_class, p, d)
+            session.computed = len(session.tokens)
+            session.record_token(t, row_class, p, d)
         if self.keep_hidden:
             for session, row in zip(sessions, hidden.unbind(), strict=True):
                 session.hidden.append(row)
-        if len(computed) < len(sessions):
-            self._part(sessions, drawn)
+        if len(by_slot) < len(sessions):
+            self._unshare(sessions, drawn)
         return drawn
 
-    def _there(self, rows: list[int]) -> Tensor:
+    def _on_device(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows).to(self.model.device, non_blocking=True)
 
-    def _part(self, sessions: Sequence[Session], kinds: Sequence[int | bytes]) -> None:
-        """Sessions that share a slot go on apart where ``kinds`` differ: the first kind keeps the slot, if all of the
-        slot's sessions are here, and each other kind gets a copy."""
-        here = Counter(s.slot for s in sessions)
-        whole = {slot for slot, count in here.items() if count == self._sharing[slot]}
+    def _unshare(self, sessions: Sequence[Session], inputs: Sequence[int | bytes]) -> None:
+        """Separates sessions that share a slot and have different ``inputs`` (next token, or audio as bytes): sessions
+        of the first input keep the slot, if all of the slot's sessions are in this call; those of each other input get
+        a copy of it."""
+        in_call = Counter(s.slot for s in sessions)
+        reusable = {slot for slot, count in in_call.items() if count == self._sharing[slot]}
         slots: dict[tuple[int, int | bytes], int] = {}
-        for session, kind in zip(sessions, kinds, strict=True):
+        for session, value in zip(sessions, inputs, strict=True):
             origin = session.slot
-            if (origin, kind) not in slots:
-                slots[origin, kind] = origin if origin in whole else self.state.fork(origin)
-                whole.discard(origin)
-            session.slot = slots[origin, kind]
+            if (origin, value) not in slots:
+                slots[origin, value] = origin if origin in reusable else self.state.fork(origin)
+                reusable.discard(origin)
+            session.slot = slots[origin, value]
             self._sharing[origin] -= 1
             self._sharing[session.slot] += 1

@@ -1,8 +1,8 @@
-"""What the rest of the program knows of an engine: something that holds streaming sessions of one model.
+"""The interface of engines. An engine holds streaming sessions of one model and samples their micro-turns.
 
-`rollout.engines.embedded.SessionEngine` is the one embedded in this process. An engine is built around a
-model; `publish` takes over that model's weights as they are now. Every engine is bit for bit the learner: same
-kernels, same sampling keys, same contract.
+`rollout.engines.embedded.SessionEngine` runs in this process, `rollout.engines.vllm.engine.VllmEngine` on vLLM. All
+engines give the same tokens and the same log-probs, bit for bit, and these are the learner's: the kernels, the sampling
+keys and the contract id are shared.
 """
 
 from __future__ import annotations
@@ -20,36 +20,35 @@ class Engine(Protocol):
 
     @property
     def weights_digest(self) -> str:
-        """Digest of the weights that sessions opened now are sampled from."""
+        """Digest (`model.weights.checkpoint.weights_digest`) of the weights that new sessions are sampled from."""
 
     @property
     def free(self) -> int:
         """How many more sessions can be opened now."""
 
     def publish(self) -> None:
-        """Takes over the model's present weights. Raises MetronomeError while sessions are open."""
+        """Starts to use the model's present weights. Raises MetronomeError while sessions are open."""
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
-        """A session that has heard nothing; ``key`` is its 64-bit sampling key (`rollout.seeds.session_key`),
-        ``temperature`` that of its policy, 0 for greedy. Raises ValueError for a temperature that is no number from 0
-        on, MetronomeError when no session is free."""
+        """A new, empty session. ``key``: its 64-bit sampling key (`rollout.seeds.session_key`); ``temperature``: of its
+        policy, 0 for greedy. Raises ValueError unless the temperature is finite and >= 0, MetronomeError when no
+        session is free."""
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and temperature and another key; its bits are those of a separate one. Sessions
-        with one past may be computed once, for as long as they hear and say the same. Raises MetronomeError when none
-        is free."""
+        """A new session with the same history and temperature, and its own key. It gives the bits of a session that was
+        opened separately and had this history. An engine may compute an origin and its forks once, as long as inputs
+        and sampled tokens agree. Raises ValueError for a closed session, MetronomeError when none is free."""
 
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
-        """One micro-turn of each session, which gets the observation at its place; returns what each did. The records
-        of the sessions then hold the sampled tokens, their log-probs and row digests.
+        """Runs one micro-turn of each session: ``observations[i]`` is the input of ``sessions[i]``; returns their
+        actions. The sampled tokens, log-probs and row digests are added to the sessions' records.
 
-        Raises ValueError for another number of observations, sound that is no number, a closed session or one that
-        comes twice, MissingSenseError for what the model cannot take, ContextFull when a session would outgrow its
-        context; then no session has moved. After any other error the sessions of the call are closed, so that none goes
-        on from half a micro-turn."""
+        Raises, before any session changes, ValueError when the two differ in number, audio is not finite, or a session
+        is closed or repeated; MissingSenseError for an input that the model cannot take; ContextFull when a context is
+        too small. After any other error the sessions of the call are closed, since they end inside a micro-turn."""
 
     def close(self, session: Session) -> None:
-        """Gives the session's memory back; its record stays readable. Closing twice is an error."""
+        """Frees the session's memory; its record stays readable. Raises ValueError when it is closed already."""
 
     def stats(self) -> dict[str, float | int]:
-        """What the engine has done so far, for people to read; the names are the engine's own."""
+        """Counters for people to read. Their names differ between engines."""

@@ -1,4 +1,4 @@
-"""What the loop needs of whatever rolls plays out: this process, or worker processes beside it
+"""The training loop's interface for making rollouts, in this process or in worker processes
 (`rollout.engines.workers.pool`)."""
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from rollout.record.episode import Episode
 
 
 class Roller(Protocol):
-    """Rolls plays out under the weights last taken over. Who does it never shows in the bits."""
+    """Makes episodes with the weights of the last `publish`. All implementations give the same bits."""
 
     def publish(self) -> None:
-        """Takes over the model's present weights."""
+        """Copies the model's present weights to wherever episodes are sampled."""
 
     def play(self, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
-        """An episode of each play, in their order."""
+        """One episode for each play, in order. ``seed``: the run's; it keys the sampling (`rollout.seeds`)."""
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """Rolls out here, on one engine."""
+    """Makes episodes in this process, on one engine."""
 
     engine: Engine
 

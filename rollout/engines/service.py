@@ -1,17 +1,16 @@
-"""Sessions as a service: many clients on one engine, in step with one clock.
+"""Sessions of many live clients on one engine, driven by one clock.
 
-No threads and no network here: whoever has those calls `Service.offer` when a chunk comes in and `Service.tick` every
-200 ms. The rules that keep one client's trouble from the others:
+There are no threads and no network in this module: its caller has those, and calls `Service.offer` when a chunk arrives
+and `Service.tick` every 200 ms. Rules that isolate clients from each other:
 
-- **The clock does not wait.** At a tick every session hears the chunk that is due, or silence where it is not there. A
-  chunk that comes after its tick is refused; so are one that comes twice and one that comes before its turn.
-- **There is a limit, and it is an error, not a crash.** The engine took the memory of all its sessions when it was made
-  (`model.backbone.state`); when they are all open, one more client is told so and may come again.
-- **Nothing is held for nobody.** A session that got no chunk for ``idle_chunks`` ticks, or lasted ``max_chunks``, is
-  closed at that tick, and says so to the client that uses it again.
-- **An error inside the engine ends the sessions that it touched** (see `rollout.engines.engine.Engine.append`): here
-  all, since they move together. What can be refused before, such as sound that is no number, concerns its own client
-  only.
+- **The clock does not wait.** At a tick every session is given the chunk that is due, or silence if it has not arrived.
+  Chunks that are late, duplicates or out of order are refused.
+- **A full engine is an error, not a crash.** The engine allocates the memory of all its sessions at its start
+  (`model.backbone.state`); when all are open, a further client is refused and may try again later.
+- **Idle sessions are closed**, at the tick at which no chunk has come for ``idle_chunks`` ticks or ``max_chunks`` is
+  reached. A client that uses a closed session is told why it was closed.
+- **An error inside the engine ends all sessions**, since they are computed together (`Engine.append` in
+  `rollout.engines.engine`). What can be checked before, such as audio that is not finite, affects its own client only.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from rollout.turn.observation import Observation, check_senses
 
 
 class Refused(MetronomeError):
-    """A client's request that was turned down; nothing has changed by it."""
+    """A client's request was refused; nothing has changed."""
 
 
 class Busy(Refused):
@@ -40,15 +39,15 @@ class Ended(Refused):
 
 
 class Late(Refused):
-    """The chunk's tick is past, and silence was heard in its place."""
+    """The chunk's tick is past; the model was given silence in its place."""
 
 
 class Duplicate(Refused):
-    """The chunk was heard, or waits to be."""
+    """The chunk arrived before."""
 
 
 class OutOfOrder(Refused):
-    """The chunk comes before its turn."""
+    """The chunk is not the one that is due."""
 
 
 @dataclass(eq=False)
@@ -56,15 +55,15 @@ class Client:
     """One open session as its client sees it. ``session.chunks`` is the number of the chunk that is due, from 0."""
 
     session: Session
-    waiting: Observation | None = None  # the due chunk, if it is there
-    quiet: int = 0  # ticks in a row that heard silence in a chunk's place
-    missed: set[int] = field(default_factory=set)  # numbers of the chunks that did not come in time
+    waiting: Observation | None = None  # the due chunk, if it has arrived
+    quiet: int = 0  # successive ticks without a chunk
+    missed: set[int] = field(default_factory=set)  # numbers of the chunks that were replaced by silence
     ended: str = ""  # why the session was closed
 
 
 class Service:
-    """See the module's text. The engine must have room for ``max_chunks`` micro-turns a session and be used by this
-    service alone."""
+    """Sessions of many clients; see the module's docstring. The engine must have room for ``max_chunks`` micro-turns a
+    session, and only this service may use it. Raises ValueError for limits below 1."""
 
     def __init__(self, engine: Engine, *, max_chunks: int, idle_chunks: int = 50) -> None:
         if max_chunks < 1 or idle_chunks < 1:
@@ -76,17 +75,17 @@ class Service:
         self._silence = Observation(torch.zeros(CHUNK_SAMPLES))
 
     def open(self, key: int, temperature: float = 1.0) -> Client:
-        """As `rollout.engines.engine.Engine.open`; chunk 0 is heard at the next tick. Raises Busy when there is no
-        room."""
+        """As `rollout.engines.engine.Engine.open`; chunk 0 is due at the next tick. Raises Busy when no session is
+        free."""
         if not self.engine.free:
             raise Busy(f"all {len(self.clients)} sessions are open; come again when one has ended")
         self.clients.append(Client(self.engine.open(key, temperature)))
         return self.clients[-1]
 
     def offer(self, client: Client, number: int, chunk: Observation) -> None:
-        """The client's chunk ``number``, to be heard at the next tick.
+        """Takes the client's chunk ``number`` (from 0) for the next tick.
 
-        Raises ValueError for sound that is no number, MissingSenseError for what the model cannot take, otherwise
+        Raises ValueError for audio that is not finite, MissingSenseError for an input that the model cannot take, and
         Ended, Late, Duplicate or OutOfOrder."""
         if client.ended:
             raise Ended(f"the session is closed: {client.ended}")
@@ -104,8 +103,8 @@ class Service:
         client.waiting = replace(chunk, audio=chunk.audio.clone())
 
     def tick(self) -> dict[Client, Action]:
-        """One micro-turn of every session, and what each did; then the sweep. An error of the engine ends all sessions
-        and is raised again; the service can be used on."""
+        """Runs one micro-turn of every session and returns the actions; then closes sessions that are idle or too long.
+        If the engine raises, all sessions are closed and the error is raised; the service remains usable."""
         clients = list(self.clients)
         if not clients:
             return {}
@@ -130,7 +129,7 @@ class Service:
         return dict(zip(clients, actions, strict=True))
 
     def close(self, client: Client) -> None:
-        """At the client's wish. Raises Ended when the session was closed before."""
+        """Closes the client's session. Raises Ended when it is closed already."""
         if client.ended:
             raise Ended(f"the session is closed: {client.ended}")
         self._end(client, "its client closed it")

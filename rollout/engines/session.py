@@ -1,5 +1,5 @@
-"""A streaming session's record: what it heard, said and sampled, whichever engine (`rollout.engines.engine`) holds
-it."""
+"""A streaming session's record: tokens, dMel codes, actions, log-probs. Every engine (`rollout.engines.engine`) fills
+the same one."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rollout.turn.observation import Observation, check_senses
 
 @dataclass
 class Session:
-    """One open sequence. ``tokens[:fed]`` have been through the model; the rest go in with the next chunk."""
+    """One open sequence. The model has computed ``tokens[:computed]``; the rest are prefilled with the next chunk."""
 
     slot: int  # in the engine's state; sessions that have the same past may share it
     key: int  # 64-bit sampling key (rollout.seeds.session_key)
     temperature: float
     weights_digest: str
     tokens: list[int]
-    past: Tensor  # fp32 [800], the samples before the next chunk, to which its first frame reaches back
-    fed: int = 0
-    chunks: int = 0
+    last_samples: Tensor  # fp32 [800], end of the audio so far: the next chunk's first dMel window begins with it
+    computed: int = 0  # rows in the KV cache
+    chunks: int = 0  # micro-turns that have ended
     codes: list[Tensor] = field(default_factory=list)  # uint8 [CHUNK_FRAMES, 80] a chunk
     actions: list[Action] = field(default_factory=list)  # one a chunk
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
@@ -39,36 +39,37 @@ class Session:
     closed: bool = False
 
     def forked(self, slot: int, key: int) -> Session:
-        """A copy of the record so far, to go on by itself."""
+        """A copy of the record so far with its own slot and sampling key."""
         lists: dict[str, Any] = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
         return replace(self, slot=slot, key=key, **lists)
 
     def check_open(self) -> None:
+        """Raises ValueError for a closed session."""
         if self.closed:
             raise ValueError("the session is closed; open or fork another")
 
-    def book(self, token: int, row_class: int, logprob: float, digest: int) -> None:
-        """Adds one sampled token to the record."""
+    def record_token(self, token: int, row_class: int, logprob: float, digest: int) -> None:
+        """Adds one sampled token: its class (`model.logprob`), log-prob in nats and digest of the log-prob row."""
         self.sampled.append((len(self.tokens), row_class, self.chunks))
         self.logprob.append(logprob)
         self.digest.append(digest)
         self.tokens.append(token)
 
-    def hear(self, past: Tensor, codes: Tensor, rows: list[int]) -> None:
-        """Adds one chunk's observed ``rows``: ``past`` [800] are its last samples, ``codes`` uint8 [CHUNK_FRAMES,
-        80]."""
-        self.past = past
+    def add_observation(self, last_samples: Tensor, codes: Tensor, rows: list[int]) -> None:
+        """Adds one chunk's observed tokens ``rows`` and dMel ``codes`` uint8 [CHUNK_FRAMES, 80]; ``last_samples`` fp32
+        [800] is the end of its audio."""
+        self.last_samples = last_samples
         self.codes.append(codes)
         self.tokens += rows
 
     def end_turn(self, action: Action, forced: list[int]) -> None:
-        """Ends the micro-turn with the rows that are not sampled."""
+        """Ends the micro-turn. ``forced``: its tokens that are written without being sampled (`Grammar.forced`)."""
         self.tokens += forced
         self.actions.append(action)
         self.chunks += 1
 
     def episode(self, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
-        """The record so far, as the learner and the rewards read it. ValueError after a micro-turn that failed."""
+        """The record so far as an `Episode`. Raises ValueError if an error interrupted a micro-turn."""
         if len(self.codes) > self.chunks:
             raise ValueError(f"the session was closed by an error inside chunk {self.chunks}; it is no whole episode")
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
@@ -95,17 +96,17 @@ class Session:
 
 
 def check_temperature(temperature: float) -> None:
-    """What every engine refuses before it opens a session."""
+    """Raises ValueError unless the temperature is finite and >= 0."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"open: temperature is {temperature}; it must be a number >= 0 (0 is greedy)")
 
 
 def check_append(
-    sessions: Sequence[Session], observations: Sequence[Observation], most_rows: int, max_tokens: int
+    sessions: Sequence[Session], observations: Sequence[Observation], max_rows: int, max_tokens: int
 ) -> None:
-    """What every engine refuses before a session has moved: observations that do not pair with the sessions or that the
-    model has no sense for, a session that is closed or comes twice, and one whose context of ``max_tokens`` rows has no
-    room for a micro-turn of ``most_rows``."""
+    """Checks the arguments of `Engine.append`, before any session is changed. A micro-turn has up to ``max_rows`` rows,
+    a context ``max_tokens``. Raises ValueError when observations and sessions differ in number or a session is closed
+    or repeated, MissingSenseError for an input that the model cannot take, ContextFull for a full context."""
     if len(observations) != len(sessions):
         raise ValueError(f"append: {len(observations)} observations for {len(sessions)} sessions")
     for observation in observations:
@@ -114,8 +115,8 @@ def check_append(
         raise ValueError("append: a session comes twice in one call")
     for session in sessions:
         session.check_open()
-        if max_tokens - session.fed < most_rows:
+        if max_tokens - session.computed < max_rows:
             raise ContextFull(
-                f"session in slot {session.slot} holds {session.fed} of at most {max_tokens} tokens; another "
-                f"micro-turn may need {most_rows}. Close it, or make the engine with more max_tokens"
+                f"session in slot {session.slot} holds {session.computed} of at most {max_tokens} tokens; another "
+                f"micro-turn may need {max_rows}. Close it, or make the engine with more max_tokens"
             )

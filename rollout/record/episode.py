@@ -1,9 +1,9 @@
-"""The record of one episode: what was heard, what was sampled, and the proof of which policy sampled it.
+"""The record of one episode: the model's input, the sampled tokens, and the evidence of which policy sampled them.
 
-An episode holds everything the learner needs to recompute each sampled token's distribution (tokens, dMel codes, where
-the sampled tokens are and which tokens were allowed there) and everything a comparison needs (log-prob and row digest
-of each sampled token, contract id, weights digest). What is sampled comes in streams. An episode knows nothing of
-rewards; scores are made from `facts` and `actions`.
+An episode has everything that the learner needs to recompute the distribution of each sampled token (tokens, dMel
+codes, positions and row classes of the sampled tokens) and everything to compare the result with (log-prob and row
+digest of each sampled token, contract id, weights digest). Sampled tokens are grouped in streams. There are no rewards
+in an episode; scorers compute them from `facts` and `actions`.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from model.program.files import write_whole
 from rollout.turn.action import Action, Mode
 
 TEXT = "text"
-"""The stream of mode and text tokens. A voice will be another one."""
+"""Name of the stream of mode and text tokens. A voice will be another stream."""
 
 FORMAT = "2"
-"""Of a file of episodes. In 1 the sampled tokens belonged to no stream."""
+"""Version of the episode file format. (Version 1 had no streams.)"""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The N tokens of one stream that are the model's to choose."""
+    """Where the N tokens of one stream that the model samples are, and from which tokens they are sampled."""
 
-    sampled_at: Tensor  # int64 [N], position of each; its distribution is the row before
-    row_class: Tensor  # int64 [N], which tokens were allowed (model.logprob)
-    chunk: Tensor  # int64 [N], chunk in which each was chosen
+    sampled_at: Tensor  # int64 [N], position of each token; its distribution comes from the row before
+    row_class: Tensor  # int64 [N], MODE, FIRST_TEXT or NEXT_TEXT (model.logprob)
+    chunk: Tensor  # int64 [N], chunk in which each was sampled
 
 
 @dataclass(frozen=True)
 class Stream(Choices):
-    """What was sampled in one stream, and the proof of it. The samples are the episode's tokens at ``sampled_at``."""
+    """The samples of one stream, with evidence. The tokens themselves are ``episode.tokens[sampled_at]``."""
 
     logprob: Tensor  # fp32 [N], log-probability under the sampler, nats
-    digest: Tensor  # int64 [N], digest of the whole log-prob row
+    digest: Tensor  # int64 [N], digest of the whole row of log-probs, over the vocabulary
 
 
 @dataclass(frozen=True)
 class Episode:
     """One rollout of one scenario. T tokens in all, A of them audio.
 
-    Worked example: a session that hears one chunk, says nothing and ends has tokens
+    Worked example: a session of one chunk, in which the model says nothing, has tokens
     ``[bos, audio, audio, audio, audio, listen]`` and one stream, text, with sampled_at ``[5]``, row_class ``[MODE]``,
     chunk ``[0]``.
     """
@@ -62,7 +62,7 @@ class Episode:
     temperature: float
     contract_id: str
     weights_digest: str
-    facts: dict[str, Any]  # what the simulated user did, as its family's facts say it (JSON)
+    facts: dict[str, Any]  # what the simulated user did: `rollout.world.base.Facts` as JSON
     actions: tuple[Action, ...]  # [chunks]
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80], dMel bins of the rows that hold the audio token, in order
@@ -70,21 +70,22 @@ class Episode:
 
     @property
     def text(self) -> Stream:
+        """The stream of mode and text tokens."""
         return self.streams[TEXT]
 
     @property
     def family(self) -> str:
+        """Name of the scenario's family."""
         return self.scenario.split("/", 1)[0]
 
     @property
     def name(self) -> str:
-        """How messages name an episode: scenario id and rollout index."""
+        """Scenario id and rollout index, for messages."""
         return f"{self.scenario}#{self.rollout}"
 
 
 def tensors(episode: Episode) -> dict[str, Tensor]:
-    """Everything of an episode that is a tensor, by name: ``tokens``, ``codes``, and ``text.logprob`` … of each
-    stream."""
+    """All tensors of an episode by name: ``tokens``, ``codes``, and for each stream ``text.logprob`` and so on."""
     streams = {
         f"{name}.{field.name}": getattr(stream, field.name)
         for name, stream in episode.streams.items()
@@ -114,15 +115,15 @@ def pack_episodes(episodes: Sequence[Episode]) -> bytes:
 
 
 def unpack_episodes(data: bytes) -> list[Episode]:
-    """Raises ValueError when ``data`` is cut short, of another format or not what `pack_episodes` made."""
+    """The inverse of `pack_episodes`. Raises ValueError for data that is truncated, damaged or of another format."""
     try:
         content: dict[str, Any] = safetensors.torch.load(data)
         size = int.from_bytes(data[:8], "little")  # of the JSON header that follows, with the metadata in it
         metadata = json.loads(data[8 : 8 + size])["__metadata__"]
         header = json.loads(metadata["episodes"])
-        if (found := metadata.get("format", "1")) != FORMAT:
+        if (version := metadata.get("format", "1")) != FORMAT:
             raise ValueError(
-                f"it is of format {found}, this program reads {FORMAT}; only the version that wrote it can read it"
+                f"it is of format {version}, this program reads {FORMAT}; only the version that wrote it can read it"
             )
         return [_unpack(item, {name: content[f"{i}.{name}"] for name in _names(item)}) for i, item in enumerate(header)]
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
@@ -130,7 +131,7 @@ def unpack_episodes(data: bytes) -> list[Episode]:
 
 
 def _names(item: Mapping[str, Any]) -> list[str]:
-    """The tensors of the episode that ``item`` of the header is about, as `tensors` has them."""
+    """Names of the tensors (as in `tensors`) of the episode that ``item`` of the header describes."""
     return ["tokens", "codes", *(f"{stream}.{field.name}" for stream in item["streams"] for field in fields(Stream))]
 
 
@@ -150,12 +151,12 @@ def _unpack(item: Mapping[str, Any], content: Mapping[str, Tensor]) -> Episode:
 
 
 def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
-    """Writes episodes as one file, whole or not at all; `load_episodes` reads it back."""
+    """Writes episodes to one file, atomically; `load_episodes` reads it."""
     write_whole(path, pack_episodes(episodes))
 
 
 def load_episodes(path: Path) -> list[Episode]:
-    """Raises MetronomeError when the file is missing, cut short or not a file of episodes."""
+    """Reads a file of `save_episodes`. Raises MetronomeError when it is missing, damaged or of another format."""
     try:
         return unpack_episodes(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -165,5 +166,5 @@ def load_episodes(path: Path) -> list[Episode]:
 
 
 def concatenate(episodes: Sequence[Episode], name: str, stream: str = TEXT) -> Tensor:
-    """One field of a stream of all episodes, one after another: the learner's packed order."""
+    """The field ``name`` of a stream (``logprob``, say), concatenated over episodes, which is the learner's order."""
     return torch.cat([getattr(e.streams[stream], name) for e in episodes])

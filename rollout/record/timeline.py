@@ -1,4 +1,4 @@
-"""An episode chunk by chunk, for people: how loud it was, what the model did, and how likely that was to it."""
+"""An episode chunk by chunk, for display: loudness of the input, the model's action and its log-prob."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from rollout.record.episode import Episode
 from rollout.turn.action import CHUNK_FRAMES, CHUNK_MS, Mode
 
-LOUDER_DB = 5.0
-"""A chunk so much above the quieter quarter of the episode counts as speech: noise is steady in our scenarios."""
+SPEECH_MARGIN_DB = 5.0
+"""A chunk this much louder than the lower quartile of the episode's chunks is displayed as speech. A heuristic: the
+background noise of our scenarios is steady."""
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,22 @@ class Moment:
 
     chunk: int
     start_ms: int
-    level_db: float  # of what was heard: mel power, as far as dMel's 16 steps of 6 dB tell
-    speech: bool  # guessed from the level alone
+    level_db: float  # of the input audio, from dMel codes, which are steps of 6 dB
+    speech: bool  # estimated from the level alone
     mode: Mode
     words: tuple[str, ...]
-    logprob: float  # of all that was sampled in the chunk, nats
+    logprob: float  # sum over the chunk's sampled tokens, nats
 
 
 def moments(episode: Episode) -> list[Moment]:
-    """One for each chunk. Raises ValueError when the file's fields do not fit together."""
+    """One `Moment` for each chunk. Raises ValueError when the episode's fields contradict each other."""
     chunks = len(episode.actions)
     if len(episode.codes) != chunks * CHUNK_FRAMES or len(episode.text.chunk) != len(episode.text.logprob):
         raise ValueError(f"{episode.name}: {chunks} chunks do not fit {len(episode.codes)} frames of audio")
     if len(episode.text.chunk) and not 0 <= int(episode.text.chunk.min()) <= int(episode.text.chunk.max()) < chunks:
         raise ValueError(f"{episode.name}: samples outside its {chunks} chunks")
     levels = levels_db(episode.codes)
-    threshold = float(levels.quantile(0.25)) + LOUDER_DB if chunks else 0.0
+    threshold = float(levels.quantile(0.25)) + SPEECH_MARGIN_DB if chunks else 0.0
     logprob = torch.zeros(chunks, dtype=torch.float64).index_add(0, episode.text.chunk, episode.text.logprob.double())
     rows = zip(levels.tolist(), episode.actions, logprob.tolist(), strict=True)
     return [

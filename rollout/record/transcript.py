@@ -1,7 +1,7 @@
-"""How a known conversation is written as the token sequence a session would have made of it.
+"""A scripted conversation as the token sequence that a session with these actions would have.
 
-Scripted demonstrations become training sequences through here. The rows are the session's own (a test holds the two
-equal), by one grammar (`rollout.turn.grammar`).
+Demonstrations for supervised training are made this way. Sessions and transcripts use one grammar
+(`rollout.turn.grammar`), and a test compares them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ from rollout.turn.grammar import Grammar, row_class
 
 @dataclass(frozen=True)
 class Transcript:
-    """Tokens of a conversation and which of them the model is to choose. T tokens, A audio rows."""
+    """A conversation of T tokens, A of them audio, and which tokens are targets of the model."""
 
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
-    text: Choices
+    text: Choices  # the targets
 
 
 def from_audio(audio: NDArray[np.float32], actions: Sequence[Action], grammar: Grammar) -> Transcript:
-    """audio float32 [chunks, CHUNK_SAMPLES] or the same samples in a row, one action a chunk. Raises ValueError as
-    `write_transcript` does."""
+    """As `write_transcript`, from audio float32 [chunks, CHUNK_SAMPLES] or [chunks * CHUNK_SAMPLES] at 16 kHz."""
     codes = DMel.build().codes(torch.from_numpy(audio.reshape(1, -1)))[0]
     return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar)
 
 
 def write_transcript(codes: Tensor, actions: Sequence[Action], grammar: Grammar) -> Transcript:
-    """codes uint8 [chunks, CHUNK_FRAMES, 80], one action a chunk. Raises ValueError when the counts differ or a chunk
-    says what the grammar has no place for."""
+    """From dMel codes uint8 [chunks, CHUNK_FRAMES, 80] and one action for each chunk. Raises ValueError when the
+    numbers of chunks differ or an action has too many or unknown words."""
     if len(codes) != len(actions):
         raise ValueError(f"transcript: {len(codes)} chunks of audio but {len(actions)} actions")
     tokens = [grammar.vocabulary.bos]

@@ -1,4 +1,4 @@
-"""Plays a scenario by a script: a family's expert, one of the hacks, or either with other actions put into it."""
+"""Plays a scenario by a script in place of the model: a family's expert or a hack, if wanted with edited actions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollout.turn.action import LISTEN, Action
-from rollout.turn.observation import audio_of
+from rollout.turn.observation import stack_audio
 from rollout.world.base import Facts, Scenario, Script, User
 
 NO_EDITS: Mapping[int, Action] = {}
@@ -17,21 +17,21 @@ NO_EDITS: Mapping[int, Action] = {}
 def enact(
     scenario: Scenario, cast: Callable[[User], Script], edits: Mapping[int, Action] = NO_EDITS
 ) -> tuple[NDArray[np.float32], list[Action], Facts]:
-    """Plays one episode by the script that ``cast`` has for its user: the user's audio float32 [chunks,
-    CHUNK_SAMPLES], the actions [chunks], the user's facts.
+    """Plays one episode by the script that ``cast`` makes for the scenario's user. Returns (the user's audio float32
+    [chunks, CHUNK_SAMPLES], actions [chunks], the user's facts).
 
-    ``edits`` puts other actions into the chunks that it names (from its first to its last one: silence where it names
-    none), and the user reacts to those; after them the script, which has not noticed, is heard again from its next
-    silence on."""
+    ``edits`` maps chunks to actions that replace the script's. From the first to the last of these chunks the action is
+    that of ``edits``, or LISTEN where it has none. The script is not told; after the edits LISTEN continues until the
+    script itself listens, so that no utterance of it starts in the middle. The user reacts to what results."""
     user = scenario.user()
     script = _edited(cast(user), edits)
     observed, actions = [], []
-    heard: Action | None = None
+    last_action: Action | None = None
     for k in range(scenario.chunks):
-        observed.append(user.next_chunk(heard))
-        heard = script(k)
-        actions.append(heard)
-    return audio_of(observed).numpy(), actions, user.facts()
+        observed.append(user.next_chunk(last_action))
+        last_action = script(k)
+        actions.append(last_action)
+    return stack_audio(observed).numpy(), actions, user.facts()
 
 
 def _edited(script: Script, edits: Mapping[int, Action]) -> Script:

@@ -1,9 +1,9 @@
-"""A family: everything that one kind of scenario brings, in one object.
+"""A family: one kind of scenario, with all its functions in one object.
 
-Whoever makes, plays, scores or shows scenarios asks their family; nothing outside a family's own modules knows its
-scenarios, facts or settings. The shipped families stand in `reward.rules.timespeak` and `reward.rules.turn_taking`,
-above the modules of their users (`rollout.scenarios.timespeak`, …), because a scorer needs more than a user does.
-`tests/examples/` has one that lives outside these packages.
+Code that makes, plays, scores or displays scenarios calls their family; only a family's own modules know its scenarios,
+facts and settings. The shipped families are defined in `reward.rules.timespeak` and `reward.rules.turn_taking`, since
+their scorers belong to package reward, and use the users of `rollout.scenarios.timespeak` and
+`rollout.scenarios.turn_taking`. `tests/examples/` has a family outside these packages.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rollout.turn.action import Action
 from rollout.world.base import Facts, Mistakes, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
-NAMES_TAKEN = ("families", "mean")
-"""A recipe or a table of results means something else by them."""
+RESERVED_NAMES = ("families", "mean")
+"""Names that a family cannot have, because recipes and tables of results use them otherwise."""
 
 
 class Settings(Protocol):
@@ -29,7 +29,7 @@ class Settings(Protocol):
 
     @property
     def mistakes(self) -> Mistakes:
-        """How the expert errs in demonstrations."""
+        """The expert's deliberate mistakes in demonstrations."""
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -39,24 +39,26 @@ FactsT = TypeVar("FactsT", bound=Facts)
 
 @dataclass(frozen=True)
 class Family(Generic[SettingsT, ScenarioT, FactsT]):
-    """One kind of scenario. Its functions keep no state: equal arguments give equal results, on every machine."""
+    """One kind of scenario. All its functions are pure: equal arguments give equal results on every machine. Raises
+    MetronomeError for a name or axes that cannot be used."""
 
     name: str  # in scenario ids, metrics and the recipe: letters, digits and underscores
-    axes: tuple[str, ...]  # of its rewards, in the order in which they are added up
+    axes: tuple[str, ...]  # names of its rewards' components, in the order in which they are summed
     settings: type[SettingsT]
     make: Callable[[Split, int, SpeechBank, SettingsT], ScenarioT]  # the scenario of a split and seed
-    facts: Callable[[Mapping[str, Any]], FactsT]  # reads back what `Facts.to_json` wrote
-    expert: Callable[[ScenarioT, User, np.random.Generator, SettingsT], Script]  # errs by the settings' mistakes
-    score: Callable[[FactsT, Sequence[Action], SettingsT], Score]  # of the actions [chunks]
-    words: Callable[[FactsT], tuple[str, ...]]  # what an honest player says, in the order in which it is due
+    facts: Callable[[Mapping[str, Any]], FactsT]  # the inverse of `Facts.to_json`
+    expert: Callable[[ScenarioT, User, np.random.Generator, SettingsT], Script]  # makes the mistakes of the settings
+    score: Callable[[FactsT, Sequence[Action], SettingsT], Score]  # scores the actions [chunks]
+    words: Callable[[FactsT], tuple[str, ...]]  # what a faultless model says, in order
     hacks: Mapping[str, Callable[[ScenarioT, User], Script]] = field(default_factory=dict)
-    """Policies worth trying that would like to be paid without doing the work, beside those of `reward.hacks`."""
+    """Reward hacks to test the scorer with, by name, beside the general ones of `reward.hacks`: scripts that try to be
+    rewarded without solving the task."""
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier() or self.name in NAMES_TAKEN:
+        if not self.name.isidentifier() or self.name in RESERVED_NAMES:
             raise MetronomeError(
                 f"a scenario family is called {self.name!r}: give it a name of letters, digits and underscores, other "
-                f"than {' and '.join(NAMES_TAKEN)}"
+                f"than {' and '.join(RESERVED_NAMES)}"
             )
         if not self.axes or len(set(self.axes)) < len(self.axes) or not all(axis.isidentifier() for axis in self.axes):
             raise MetronomeError(

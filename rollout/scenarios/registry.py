@@ -1,4 +1,4 @@
-"""Where families are found, by short name or ``package.module:NAME``, and the part of a recipe that names them."""
+"""Finds families by short name or ``package.module:NAME``; the part of a recipe about scenarios."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rollout.world.base import Facts, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
 SHIPPED = {"timespeak": "reward.rules.timespeak:TIMESPEAK", "turn_taking": "reward.rules.turn_taking:TURN_TAKING"}
-"""Families that a recipe may name in short. Named, not imported: rewards stand above rollouts."""
+"""Short names of the shipped families. They are imported when used, because package reward imports this one."""
 
 
 @cache
-def find(name: str) -> AnyFamily:
-    """The family of a short name or of ``package.module:NAME``. Raises MetronomeError when there is none."""
+def find_family(name: str) -> AnyFamily:
+    """The family called by a short name or ``package.module:NAME``. Raises MetronomeError when there is none."""
     module, colon, attribute = SHIPPED.get(name, name).partition(":")
     forms = (
         f"Choose one of {', '.join(SHIPPED)}, or name your own as package.module:NAME, where NAME is a "
@@ -43,20 +43,21 @@ def find(name: str) -> AnyFamily:
 
 @dataclass(frozen=True)
 class ScenarioConfig(OpenConfig):
-    """The families of a run, and their settings. In a recipe the settings stand under the families' names:
+    """The families of a run and their settings. In a recipe each family's settings are under its name:
 
     scenarios: {families: [timespeak, my.module:FAMILY], timespeak: {chunks: 40}}
     """
 
-    families: tuple[str, ...] = tuple(SHIPPED)  # short names or package.module:NAME; they take turns in this order
-    settings: Mapping[str, Any] = field(default_factory=dict)  # by the family's own name; its defaults where left out
+    families: tuple[str, ...] = tuple(SHIPPED)  # short names or package.module:NAME; scenarios alternate in this order
+    settings: Mapping[str, Any] = field(default_factory=dict)  # by `Family.name`; a family left out has its defaults
 
     @property
     def members(self) -> dict[str, AnyFamily]:
-        """By their own names, in order. Raises MetronomeError for one that is not there, and for two of one name."""
+        """The families by name, in order. Raises MetronomeError when one cannot be found, two have one name or there
+        are none."""
         members: dict[str, AnyFamily] = {}
         for address in self.families:
-            family = find(address)
+            family = find_family(address)
             if family.name in members:
                 raise MetronomeError(f"scenarios.families: two are called {family.name!r}; name each family once")
             members[family.name] = family
@@ -66,65 +67,64 @@ class ScenarioConfig(OpenConfig):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Every axis of reward that some family has, in the families' order."""
+        """The union of all families' axes of reward, in the families' order."""
         return tuple(dict.fromkeys(axis for family in self.members.values() for axis in family.axes))
 
     def family(self, name: str) -> AnyFamily:
-        """Raises ValueError for a name that no family has."""
+        """The family of that name. Raises ValueError when the recipe has none."""
         members = self.members
         if name not in members:
             raise ValueError(f"no scenario family is called {name!r}: the recipe has {', '.join(members)}")
         return members[name]
 
     def settings_of(self, name: str) -> Any:
-        """Of the type that the family's `Family.settings` says."""
+        """A family's settings, of the type `Family.settings`."""
         return self.settings[name] if name in self.settings else self.family(name).settings()
 
     def scenario(self, family: str, split: Split, seed: int, bank: SpeechBank) -> Scenario:
-        """The scenario "family/split/seed": a pure function of its arguments."""
+        """The scenario with id "family/split/seed": a pure function of the arguments and this config."""
         made: Scenario = self.family(family).make(split, seed, bank, self.settings_of(family))
         return made
 
     def in_turn(self, index: int, split: Split, seed: int, bank: SpeechBank) -> Scenario:
-        """The scenario of a seed, of the family whose turn it is at ``index``."""
+        """The scenario of a seed, its family number ``index`` modulo the number of families."""
         names = list(self.members)
         return self.scenario(names[index % len(names)], split, seed, bank)
 
     def of_each(self, count: int, split: Split, bank: SpeechBank, first_seed: int = 0) -> list[Scenario]:
-        """``count`` scenarios of each family, [count * families], families in turn at each seed."""
+        """``count`` scenarios of each family, [count * families]: for each seed from ``first_seed`` on, one per
+        family."""
         seeds = range(first_seed, first_seed + count)
         return [self.scenario(family, split, seed, bank) for seed in seeds for family in self.members]
 
     def facts(self, fields: Mapping[str, Any]) -> Facts:
-        """Reads back what `Facts.to_json` wrote."""
+        """The inverse of `Facts.to_json`, for facts of any of the families."""
         read: Facts = self.family(fields["family"]).facts(fields)
         return read
 
     def expert(
-        self, item: Scenario, rng: np.random.Generator, errs: float = 1.0, gross: bool = False
+        self, item: Scenario, rng: np.random.Generator, mistake_scale: float = 1.0, gross: bool = False
     ) -> Callable[[User], Script]:
-        """The script of the family's expert for a scenario's user. ``errs``: how often it makes the mistakes of the
-        settings, as a multiple; at 0 it is faultless. ``gross``: as `Mistakes.gross` says."""
+        """From a scenario's user to the script of the family's expert. ``mistake_scale`` multiplies the rates of
+        mistakes in the settings (0: a faultless expert); ``gross`` replaces them by `Mistakes.gross` first."""
         settings = self.settings_of(item.family)
         mistakes = settings.mistakes.gross() if gross else settings.mistakes
-        erring = replace(settings, mistakes=mistakes.scaled(errs))
+        erring = replace(settings, mistakes=mistakes.scaled(mistake_scale))
         return lambda user: self.family(item.family).expert(item, user, rng, erring)
 
-    def reader(self, said: Mapping[str, Any]) -> type[Any]:
-        named = said.get("families")
+    def schema(self, content: Mapping[str, Any]) -> type[Any]:
+        named = content.get("families")
         families = tuple(named) if isinstance(named, list) and all(isinstance(n, str) for n in named) else self.families
+        config = replace(self, families=families)
         settings = [
-            (name, family.settings, field(default_factory=partial(self._default, name, family)))
-            for name, family in ScenarioConfig(families).members.items()
+            (name, family.settings, field(default_factory=partial(config.settings_of, name)))
+            for name, family in config.members.items()
         ]
         return make_dataclass(
             "Scenarios", [("families", tuple[str, ...], field(default=families)), *settings], frozen=True
         )
 
-    def _default(self, name: str, family: AnyFamily) -> Any:
-        return self.settings[name] if name in self.settings else family.settings()
-
     @classmethod
-    def from_reader(cls, read: Any) -> ScenarioConfig:
+    def from_schema(cls, read: Any) -> ScenarioConfig:
         families = tuple(read.families)
         return cls(families, {name: getattr(read, name) for name in cls(families).members})

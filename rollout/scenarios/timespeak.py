@@ -1,11 +1,11 @@
-"""timespeak: the user asks to be reminded every so many seconds, and may say stop.
+"""timespeak: the user asks to be reminded every N seconds, and may later say stop.
 
-The user says, in real recordings, ``[filler] <number> second(s)``; the model is to say the number back and then the
-reminder word every so many seconds, counted from there. In part of the scenarios the user, having heard some reminders,
-says "goodbye" (`STOP_WORD`; the recordings have no literal "stop"): from then on the model is to be silent.
+The user says, in real recordings, ``[filler] <number> second(s)``. The model should repeat the number and then say the
+reminder word every N seconds after that. In some scenarios the user says "goodbye" after some reminders (`STOP_WORD`;
+the recordings have no "stop"), after which the model should be silent.
 
-The user reacts: the stop comes after the n-th reminder *heard*, so a model that never reminds is never told to stop.
-The expert knows the user's facts so far in each chunk, the future of what was already decided included.
+The user reacts: the stop comes after the n-th reminder that it *heard*, so a model that never reminds is never told to
+stop. The scripted expert may look at the user's facts, which include the end of an utterance that has begun.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, CHUNKS_PER_SECOND, LISTEN, Action, speak
 from rollout.turn.observation import Observation
 from rollout.world.base import Mistakes, Scenario, Span, User
-from rollout.world.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
-from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split
+from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
+from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split, pick
 
 FAMILY = "timespeak"
 STOP_WORD = "goodbye"
@@ -32,17 +32,18 @@ REMINDER = "breathe"
 
 @dataclass(frozen=True)
 class TimespeakMistakes(Mistakes):
-    """How often a demonstration is wrong: so that the warm-started policy acts at all but RL has something to learn."""
+    """Mistakes of demonstrations. The warm-started policy learns the task with them, and leaves RL something to
+    learn."""
 
-    wrong_number: float = 0.12  # probability that another number is said back, and its interval kept
+    wrong_number: float = 0.12  # probability of repeating a wrong number, and then using its interval
     jitter: float = 0.08  # standard deviation of an interval, as a fraction of it
-    omission: float = 0.10  # probability of each reminder to be left out
-    ignored_stop: float = 0.60  # probability
-    gross_jitter: float = 0.3
+    omission: float = 0.10  # probability, for each reminder, of leaving it out
+    ignored_stop: float = 0.60  # probability of continuing after the stop
+    gross_jitter: float = 0.3  # replaces ``jitter`` in plays for reward models
 
     def gross(self) -> TimespeakMistakes:
-        """With the gross jitter, most intervals are off by more than any window allows. A reward model that had seen
-        single reminders misplaced, and no others, paid in full for one a third of its interval late."""
+        """With `gross_jitter` most intervals are outside every scoring window. A reward model that was trained only
+        with single misplaced reminders gave full reward to one that was late by a third of its interval."""
         return replace(self, jitter=self.gross_jitter)
 
 
@@ -51,12 +52,12 @@ class TimespeakConfig:
     """Defaults are the quickstart's. Ranges are uniform and inclusive."""
 
     chunks: int = 60  # 12 s
-    seconds: tuple[int, ...] = (1, 2, 3, 4)  # intervals to ask for, as number words up to ten
+    seconds: tuple[int, ...] = (1, 2, 3, 4)  # possible intervals, 1 to 10
     filler: float = 0.5  # fraction of scenarios with a filler before the request
     filler_s: tuple[float, float] = (0.4, 1.1)
     gap_s: tuple[float, float] = (0.2, 0.5)  # between filler and number
     unit_gap_s: tuple[float, float] = (0.02, 0.1)  # between number and "seconds"
-    stop: float = 0.6  # fraction of scenarios in which the user means to say stop, if the episode is long enough
+    stop: float = 0.6  # fraction of scenarios in which the user intends to say stop, if the episode is long enough
     stop_after: tuple[int, int] = (1, 4)  # reminders heard before the stop
     stop_delay_chunks: tuple[int, int] = (1, 3)  # from hearing the last of these to the stop's first sample
     sound: SoundConfig = field(default_factory=SoundConfig)
@@ -69,11 +70,11 @@ class TimespeakConfig:
 
 @dataclass(frozen=True)
 class TimespeakFacts:
-    """Example: "four seconds" spoken in chunks 2 to 8, stopped at chunk 45:
+    """What happened on the user's side. Example: "four seconds" spoken in chunks 2 to 8, stopped at chunk 45:
     ``TimespeakFacts(60, "four", 20, 2, 5, 8, 41, 45)``."""
 
     chunks: int
-    number: str  # the word to say back
+    number: str  # the word to repeat
     interval: int  # chunks between reminders
     request_start: int  # chunk with the first sample of the user's first word, filler included
     number_end: int  # chunk with the number's last sample
@@ -106,7 +107,7 @@ class TimespeakFacts:
 
 @dataclass(frozen=True, eq=False)
 class TimespeakScenario(Scenario):
-    """One request; everything the user will say is decided, only the moment of the stop depends on the model."""
+    """One request. All that the user will say is fixed; only the time of the stop depends on the model."""
 
     noise: NDArray[np.float32]  # [chunks * CHUNK_SAMPLES]
     request: tuple[tuple[int, Clip], ...]  # (first sample, clip): filler if any, number, unit
@@ -123,14 +124,14 @@ class TimespeakScenario(Scenario):
 
 
 class TimespeakUser(User):
-    """Asks, counts the reminders it hears, says stop when it has heard enough."""
+    """Makes the request, counts the reminders that it hears, and says stop after enough of them."""
 
     def __init__(self, scenario: TimespeakScenario) -> None:
         super().__init__(scenario.chunks)
         self._scenario = scenario
         self._track = Track(scenario.noise)
         for first, clip in scenario.request:
-            self._track.lay(clip.samples, first, scenario.gain)
+            self._track.add(clip.samples, first, scenario.gain)
         (_, number), (unit_first, unit) = scenario.request[-2:]
         self._request_start = scenario.request[0][0] // CHUNK_SAMPLES
         self._number_end = (scenario.request[-2][0] + len(number.samples) - 1) // CHUNK_SAMPLES
@@ -150,7 +151,7 @@ class TimespeakUser(User):
         last = first + len(self._scenario.stop.samples) - 1
         if last >= (self._chunks - 2) * CHUNK_SAMPLES:
             return  # too late in the episode for silence after it to mean anything
-        self._track.lay(self._scenario.stop.samples, first, self._scenario.gain)
+        self._track.add(self._scenario.stop.samples, first, self._scenario.gain)
         self._stop = (first // CHUNK_SAMPLES, last // CHUNK_SAMPLES)
 
     def facts(self) -> TimespeakFacts:
@@ -171,19 +172,18 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
     """The scenario of a seed. Raises `SpeechError` when the bank lacks a word that the family needs."""
     rng = generator(FAMILY, split, seed)
     sound = config.sound
-    held_out = split == "held_out"
     seconds = int(rng.choice(config.seconds))
     number = NUMBER_WORDS[seconds]
     at = seconds_to_samples(rng.uniform(*sound.start_s))
     request: list[tuple[int, Clip]] = []
     if rng.random() < config.filler:
-        filler = _one(rng, bank.fillers(split, words=(1, 3), seconds=config.filler_s))
+        filler = pick(rng, bank.fillers(split, words=(1, 3), seconds=config.filler_s))
         request.append((at, filler))
         at += len(filler.samples) + seconds_to_samples(rng.uniform(*config.gap_s))
-    number_clip = _one(rng, bank.saying(number))
+    number_clip = pick(rng, bank.saying(number))
     request.append((at, number_clip))
     at += len(number_clip.samples) + seconds_to_samples(rng.uniform(*config.unit_gap_s))
-    unit = _one(rng, bank.saying("second" if seconds == 1 else "seconds"))
+    unit = pick(rng, bank.saying("second" if seconds == 1 else "seconds"))
     request.append((at, unit))
     end = (at + len(unit.samples) - 1) // CHUNK_SAMPLES
     if end >= config.chunks:
@@ -191,9 +191,8 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
             f"timespeak.chunks = {config.chunks} is too short: the request of seed {seed} ends in chunk {end}"
         )
 
-    gain = amplitude(rng.uniform(*(sound.held_out_gain_db if held_out else sound.gain_db)))
-    snr = amplitude(rng.uniform(*(sound.held_out_snr_db if held_out else sound.snr_db)))
-    stop = _one(rng, bank.saying(STOP_WORD))
+    gain, noise_rms = sound.draw(rng, split)
+    stop = pick(rng, bank.saying(STOP_WORD))
     interval = seconds * CHUNKS_PER_SECOND
     stop_delay = int(
         rng.integers(config.stop_delay_chunks[0] * CHUNK_SAMPLES, config.stop_delay_chunks[1] * CHUNK_SAMPLES)
@@ -209,7 +208,7 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
         split=split,
         seed=seed,
         chunks=config.chunks,
-        noise=background(rng, split, 0.1 * gain / snr, config.chunks),
+        noise=background(rng, split, noise_rms, config.chunks),
         request=tuple(request),
         gain=gain,
         number=number,
@@ -221,12 +220,8 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
     )
 
 
-def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
-    return clips[int(rng.integers(len(clips)))]
-
-
 class TimespeakExpert:
-    """Says the number back one chunk after the request, then reminds until the stop has been heard."""
+    """Repeats the number one chunk after the request, then reminds until the user has said stop."""
 
     def __init__(
         self, scenario: TimespeakScenario, user: User, rng: np.random.Generator, config: TimespeakConfig
@@ -267,6 +262,6 @@ class TimespeakExpert:
 
 
 def _nearly_normal(rng: np.random.Generator) -> float:
-    """Mean 0, deviation 1: the sum of twelve uniforms less 6. Made of integers, it has the same bits on every machine;
-    numpy's own normal numbers take logarithms from libm."""
+    """A draw of mean 0 and standard deviation 1: the sum of twelve uniform numbers, minus 6 (Irwin-Hall). Computed from
+    integers, it has the same bits on every machine; numpy's normal numbers need libm's logarithm."""
     return sum(rng.integers(1 << 32, size=12).tolist()) / (1 << 32) - 6.0

@@ -1,12 +1,11 @@
 """turn_taking: the user talks with pauses, yields the floor with a closing phrase, and may interrupt the reply.
 
-A turn is one or more sentences with pauses between them, then "thank you" (`YIELD_PHRASE`). The model is to keep
-silent through speech and pauses, begin its reply (`REPLY`) shortly after the turn's end, and stop soon when the
-user barges in.
+A turn is one or more sentences with pauses between them, then "thank you" (`YIELD_PHRASE`). The model should be silent
+during speech and pauses, begin its reply (`REPLY`) shortly after the turn's end, and stop soon when the user barges in.
 
-The user reacts: it barges in some chunks after it *heard* the reply begin (in part of the scenarios); else it waits
-until the reply is over; if nothing comes it loses patience; if the reply will not end it cuts in. The next turn
-starts there. A turn begins only if it, and a whole reply to it, fit into what is left of the episode.
+The user reacts. In some scenarios it barges in, some chunks after it *heard* the reply begin. Otherwise it waits for
+the end of the reply, but begins its next turn when no reply comes (`patience`) or the reply does not end (`tolerance`).
+A turn begins only if it and a whole reply fit into the rest of the episode.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
 from rollout.turn.observation import Observation
 from rollout.world.base import Mistakes, Scenario, Span, User
-from rollout.world.sound import SoundConfig, Track, amplitude, background, seconds_to_samples
-from rollout.world.speech import Clip, SpeechBank, Split
+from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
+from rollout.world.speech import Clip, SpeechBank, Split, pick
 
 FAMILY = "turn_taking"
 YIELD_PHRASE = "thank you"
@@ -36,11 +35,11 @@ MARGIN = 2  # chunks left free after the latest possible reply
 
 @dataclass(frozen=True)
 class TurnTakingMistakes(Mistakes):
-    """Probabilities of a demonstration's faults."""
+    """Probabilities of mistakes in demonstrations."""
 
-    pause_reply: float = 0.35  # of each pause, that a reply begins in it
-    wrong_delay: float = 0.45  # of each turn, that the reply comes too early or too late
-    ignored_interruption: float = 0.50  # that the reply goes on to its end
+    pause_reply: float = 0.35  # for each pause: a reply begins in it
+    wrong_delay: float = 0.45  # for each turn: the reply begins too early or too late
+    ignored_interruption: float = 0.50  # for each interruption: the reply continues to its end
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class TurnTakingFacts:
-    """Example: ``TurnTakingFacts(60, (Turn(2, ((10, 13),), 24, False), Turn(29, (), 40, True)))``: the user
-    interrupted the reply to its first turn at chunk 29."""
+    """What happened on the user's side. Example: ``TurnTakingFacts(60, (Turn(2, ((10, 13),), 24, False), Turn(29, (),
+    40, True)))``: the user interrupted the reply to its first turn at chunk 29."""
 
     chunks: int
     turns: tuple[Turn, ...]
@@ -117,11 +116,11 @@ class TurnTakingFacts:
 
 @dataclass(frozen=True, eq=False)
 class PlannedTurn:
-    """What the user will say in a turn and how it means to treat the reply."""
+    """What the user will say in a turn, and its intended reaction to the reply."""
 
     clips: tuple[tuple[int, Clip], ...]  # (samples from the turn's first, clip); the last one yields the floor
     offset: int  # samples from the start of the turn's first chunk to its first sample
-    interrupt_after: int | None  # chunks from the onset of the reply to *this* turn; None: hear it out
+    interrupt_after: int | None  # chunks from the onset of the reply to *this* turn; None: not at all
     gap: int  # chunks of silence after the reply before the next turn
 
     @property
@@ -144,7 +143,7 @@ class PlannedTurn:
 
 @dataclass(frozen=True, eq=False)
 class TurnTakingScenario(Scenario):
-    """A conversation of a few turns; their words are decided, their moments depend on the model."""
+    """A conversation of a few turns. Their words are fixed, their times depend on the model."""
 
     noise: NDArray[np.float32]  # [chunks * CHUNK_SAMPLES]
     gain: float
@@ -158,7 +157,7 @@ class TurnTakingScenario(Scenario):
 
 
 class TurnTakingUser(User):
-    """Says its turns one after another, each at the moment that the model's behaviour gives."""
+    """Says its turns one after another, at times that depend on the model's actions."""
 
     def __init__(self, scenario: TurnTakingScenario) -> None:
         super().__init__(scenario.chunks)
@@ -176,7 +175,8 @@ class TurnTakingUser(User):
         return Observation(torch.from_numpy(self._track.chunk(k)))
 
     def _consider(self, k: int, speaking: bool) -> None:
-        """After the latest turn's end: does the next start in chunk k? ``speaking``: did the model speak in k - 1?"""
+        """Decides, after the latest turn's end, whether the next turn starts in chunk k. ``speaking``: whether the
+        model spoke in chunk k - 1."""
         if speaking:
             if self._reply_onset is None or self._silent_since is not None:
                 self._reply_onset = k - 1
@@ -205,7 +205,7 @@ class TurnTakingUser(User):
             self._done = True
             return
         for first, clip in planned.clips:
-            self._track.lay(clip.samples, k * CHUNK_SAMPLES + planned.offset + first, self._scenario.gain)
+            self._track.add(clip.samples, k * CHUNK_SAMPLES + planned.offset + first, self._scenario.gain)
         self._turns.append(turn)
         self._reply_onset = self._silent_since = None
 
@@ -217,7 +217,6 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
     """The scenario of a seed. Raises `SpeechError` when the bank lacks sentences or the closing phrase."""
     rng = generator(FAMILY, split, seed)
     sound = config.sound
-    held_out = split == "held_out"
     sentences = bank.fillers(split, words=config.sentence_words, seconds=config.sentence_s)
     closings = bank.saying(YIELD_PHRASE)
     start = seconds_to_samples(rng.uniform(*sound.start_s))
@@ -226,7 +225,7 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
         count = int(rng.integers(config.sentences[0], config.sentences[1] + 1)) if index == 0 else 1
         clips: list[tuple[int, Clip]] = []
         at = 0
-        for clip in (*(_one(rng, sentences) for _ in range(count)), _one(rng, closings)):
+        for clip in (*(pick(rng, sentences) for _ in range(count)), pick(rng, closings)):
             clips.append((at, clip))
             at += len(clip.samples) + seconds_to_samples(rng.uniform(*config.pause_s))
         interrupts = rng.random() < config.interrupts and index < config.turns - 1
@@ -240,8 +239,7 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
                 gap=int(rng.integers(config.gap[0], config.gap[1] + 1)),
             )
         )
-    gain = amplitude(rng.uniform(*(sound.held_out_gain_db if held_out else sound.gain_db)))
-    snr = amplitude(rng.uniform(*(sound.held_out_snr_db if held_out else sound.snr_db)))
+    gain, noise_rms = sound.draw(rng, split)
     first_chunk = start // CHUNK_SAMPLES
     if plan[0].at(first_chunk, interrupts=False).end + LATEST_ONSET + len(REPLY) + MARGIN > config.chunks:
         raise ValueError(
@@ -253,7 +251,7 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
         split=split,
         seed=seed,
         chunks=config.chunks,
-        noise=background(rng, split, 0.1 * gain / snr, config.chunks),
+        noise=background(rng, split, noise_rms, config.chunks),
         gain=gain,
         first_chunk=first_chunk,
         plan=tuple(plan),
@@ -262,16 +260,12 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
     )
 
 
-def _one(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
-    return clips[int(rng.integers(len(clips)))]
-
-
 class TurnTakingExpert:
     """Replies two chunks after each turn's end (the middle of the window), word by word, and stops when interrupted."""
 
-    DELAY = 2
-    WRONG_DELAYS = (-1, 0, 5, 6)
-    PAUSE_WORDS = 3  # how far a reply in a pause gets before the user's next sentence stops it
+    DELAY = 2  # chunks from a turn's end to the reply
+    WRONG_DELAYS = (-1, 0, 5, 6)  # the same, for mistakes
+    PAUSE_WORDS = 3  # length of a mistaken reply in a pause
 
     def __init__(
         self, scenario: TurnTakingScenario, user: User, rng: np.random.Generator, config: TurnTakingConfig

@@ -1,8 +1,7 @@
-"""What a scorer says of an episode: a list of events that a person can read, and what follows from them.
+"""A scorer's result for an episode: a list of events that a person can read, and two numbers derived from it.
 
-Two things are kept apart. The *verdict* of an episode is the share of what was due that was done right,
-``value = correct / (due + spurious)``: what is reported. The *rewards* are per chunk and graded, one number for each
-axis of the family (when the model acted, what it said): what RL learns from.
+`Score.value` is reported: the fraction of due actions that were right, correct / (due + spurious). `Score.rewards` is
+what RL learns from: per chunk, graded, one number for each axis of the family (timing, content).
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 TIMING, CONTENT = "timing", "content"
-"""The shipped families' axes of reward: for when the model spoke or kept silent, and for what it said. A family may
-have others."""
+"""The shipped families' axes of reward: whether the model spoke and was silent at the right times, and whether its
+words were right. Other families may have other axes."""
 
 
 class Outcome(StrEnum):
-    """How an event enters the verdict: hit, wrong and missed were due; spurious was not; shaping does not count."""
+    """How an event counts in `Score.value`: hit, wrong and missed were due; spurious was not due; shaping is not
+    counted and only gives rewards."""
 
     HIT = "hit"
     WRONG = "wrong"  # done when due, but with the wrong words
@@ -33,7 +33,7 @@ class Outcome(StrEnum):
 class Event:
     """One thing that was due, or done, or both. Example: ``Event(27, "reminder", Outcome.HIT, 28, {TIMING: 0.6})``."""
 
-    chunk: int  # where it was done, or became a miss; its rewards go there
+    chunk: int  # in which it was done, or became a miss; the rewards are given in it
     kind: str  # "echo", "reminder", "stop", "onset", "reply", "speech"
     outcome: Outcome
     due: int | None = None  # the best chunk, None where nothing was due
@@ -42,25 +42,25 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The verdict and the rewards of one episode."""
+    """The result for one episode."""
 
     rewards: Mapping[str, NDArray[np.float32]]  # by axis, in the family's order, [chunks] each
     correct: int
     due: int
     spurious: int
     value: float  # correct / (due + spurious), in [0, 1]; 1 if nothing was due and nothing said
-    tight: float  # the same with tight windows
+    tight: float  # value with narrower time windows
     events: tuple[Event, ...]
 
 
 def ratio(events: Sequence[Event]) -> float:
-    """correct / (due + spurious)."""
+    """correct / (due + spurious); 1 if both are 0."""
     correct, due, spurious = counts(events)
     return correct / (due + spurious) if due + spurious else 1.0
 
 
 def counts(events: Sequence[Event]) -> tuple[int, int, int]:
-    """How many events were done right, were due, and were spurious."""
+    """(correct, due, spurious) numbers of events."""
     outcomes = [event.outcome for event in events]
     correct = outcomes.count(Outcome.HIT)
     due = correct + outcomes.count(Outcome.WRONG) + outcomes.count(Outcome.MISSED)
@@ -68,8 +68,8 @@ def counts(events: Sequence[Event]) -> tuple[int, int, int]:
 
 
 def assemble(events: Sequence[Event], tight: Sequence[Event], chunks: int, axes: Sequence[str]) -> Score:
-    """Adds up the events of the ordinary windows; those of the tight windows only give `Score.tight`. Raises KeyError
-    for an event that is rewarded on none of the ``axes``."""
+    """The score of ``events``; ``tight``: the events under narrower time windows, which only give `Score.tight`. Raises
+    KeyError for an event with a reward on another axis than ``axes``."""
     rewards = {axis: np.zeros(chunks, np.float32) for axis in axes}
     for event in events:
         for axis, reward in event.rewards.items():

@@ -1,7 +1,7 @@
-"""The micro-turn's clock and what a model does in one micro-turn.
+"""Timing of micro-turns, and the model's action in one. A *chunk* is the 200 ms of time that a micro-turn covers.
 
 Chunk k covers the user's audio [200 k, 200 (k + 1)) ms. The action of chunk k is taken after all of chunk k's audio was
-heard; the user hears it before producing chunk k + 1.
+received; the user hears it before producing chunk k + 1.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from model.senses.audio import HOP, SAMPLE_RATE_HZ
 
 CHUNK_MS = 200
 CHUNKS_PER_SECOND = 1000 // CHUNK_MS
-CHUNK_SAMPLES = SAMPLE_RATE_HZ * CHUNK_MS // 1000
-CHUNK_FRAMES = CHUNK_SAMPLES // HOP  # dMel frames, and so audio tokens, of a chunk
+CHUNK_SAMPLES = SAMPLE_RATE_HZ * CHUNK_MS // 1000  # 3200
+CHUNK_FRAMES = CHUNK_SAMPLES // HOP  # dMel frames, and so audio tokens, of a chunk: 4
 
 
 class Mode(StrEnum):
@@ -27,7 +27,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Action:
-    """What the model did in one chunk.
+    """What the model did in one chunk. Raises ValueError for words in mode listen, or none in another mode.
 
     Example: ``Action(Mode.SPEAK, ("breathe",))``; silence is `LISTEN`.
     """
@@ -41,7 +41,7 @@ class Action:
 
     @property
     def speaks(self) -> bool:
-        """Whether the user hears anything of it."""
+        """Whether the user hears words."""
         return self.mode is Mode.SPEAK
 
 

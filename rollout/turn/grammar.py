@@ -2,13 +2,14 @@
 
     [bos] observed: audio x 4 | sampled: mode [word ... end]      one micro-turn after another, bos before the first
 
-- **Observed** rows are given: one a dMel frame. Self audio, video patches and text events will follow the audio, in
-  this order, when a model has them.
-- **Sampled** rows are the model's: the mode; unless that is *listen*, words and the end of the turn. The mode is drawn
-  from the modes, the first word from the words, every further token from the words and the end. A voice comes after.
-- The end after the last word that fits is **forced**: written, but not sampled, since nothing else could follow.
+- **Observed** rows are input: one per dMel frame. (The model's own audio, video patches and text events will follow, in
+  this order, when a model has them.)
+- **Sampled** rows are the model's output: the mode; unless that is *listen*, words and the end token. The mode is
+  sampled from the modes, the first word from the words, every further token from the words and the end token. (Voice
+  will follow.)
+- **Forced**: after ``words_per_chunk`` words the end token is written without being sampled, since only it can follow.
 
-Everything that writes, cuts or counts rows reads it here.
+All code that writes, selects or counts rows uses this module.
 """
 
 from __future__ import annotations
@@ -28,30 +29,30 @@ AUDIO_ROWS = CHUNK_FRAMES
 
 
 def row_class(sampled: int) -> int:
-    """Class (`model.logprob`) of the token that is sampled after ``sampled`` others of its micro-turn: MODE, then
-    FIRST_TEXT, then NEXT_TEXT for good."""
+    """Row class (`model.logprob`) of a micro-turn's sampled token number ``sampled``, from 0: MODE, FIRST_TEXT,
+    NEXT_TEXT, NEXT_TEXT, …"""
     return min(MODE + sampled, NEXT_TEXT)
 
 
 def turn_rows(words: int, words_per_chunk: int) -> tuple[int, int]:
-    """(rows, sampled ones among them) of a micro-turn that says so many words, 0 to ``words_per_chunk``."""
+    """(all rows, sampled rows) of a micro-turn with ``words`` words, 0 to ``words_per_chunk``."""
     if words == 0:
         return AUDIO_ROWS + 1, 1
     return AUDIO_ROWS + 1 + words + 1, 1 + words + (words < words_per_chunk)
 
 
-def most_rows(words_per_chunk: int) -> int:
-    """Rows of one micro-turn at most, the forced end included."""
+def max_rows(words_per_chunk: int) -> int:
+    """The most rows that one micro-turn can have, a forced end token included."""
     return turn_rows(words_per_chunk, words_per_chunk)[0]
 
 
 def context_rows(chunks: int, words_per_chunk: int) -> int:
-    """Rows of a session of that many micro-turns at most: the context that an engine needs for it."""
-    return 1 + chunks * most_rows(words_per_chunk)
+    """The most rows that a session of ``chunks`` micro-turns can have: the context length that an engine needs."""
+    return 1 + chunks * max_rows(words_per_chunk)
 
 
 def chunk_starts(tokens: Sequence[int], audio: int) -> list[int]:
-    """Where the audio of each chunk begins in a stretch of whole micro-turns; ``audio`` is the audio token's id.
+    """Index of each chunk's first audio row in a sequence of whole micro-turns; ``audio`` is the audio token's id.
 
     >>> chunk_starts([1, 2, 2, 2, 2, 3, 2, 2, 2, 2, 4, 90, 6], audio=2)
     [1, 6]
@@ -60,20 +61,20 @@ def chunk_starts(tokens: Sequence[int], audio: int) -> list[int]:
 
 
 def chunk_ends(tokens: Tensor, audio: int) -> Tensor:
-    """The last row of every chunk of one conversation; tokens int64 [T], ``audio`` the audio token's id -> int64
-    [chunks].
+    """Index of each chunk's last row in one conversation: tokens int64 [T] -> int64 [chunks]. ``audio`` is the audio
+    token's id.
 
     >>> chunk_ends(torch.tensor([1, 2, 2, 2, 2, 3, 2, 2, 2, 2, 4, 90, 6]), audio=2).tolist()
     [5, 12]
     """
-    heard = tokens == audio
-    ends = (~heard[:-1] & heard[1:]).nonzero()[1:, 0]  # the first is bos
+    is_audio = tokens == audio
+    ends = (~is_audio[:-1] & is_audio[1:]).nonzero()[1:, 0]  # without bos, the first
     return torch.cat((ends, torch.tensor([len(tokens) - 1])))
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A micro-turn of up to ``words_per_chunk`` words in a vocabulary's tokens."""
+    """The grammar for one vocabulary and a maximum of words per micro-turn (ValueError below 1)."""
 
     vocabulary: Vocabulary
     words_per_chunk: int
@@ -83,13 +84,14 @@ class Grammar:
             raise ValueError(f"words_per_chunk is {self.words_per_chunk}; a micro-turn needs room for 1 word or more")
 
     @property
-    def most_sampled(self) -> int:
-        """Tokens that one micro-turn samples at most."""
+    def max_sampled(self) -> int:
+        """The most tokens that one micro-turn can sample."""
         return turn_rows(self.words_per_chunk, self.words_per_chunk)[1]
 
     @property
-    def most_rows(self) -> int:
-        return most_rows(self.words_per_chunk)
+    def max_rows(self) -> int:
+        """The most rows that one micro-turn can have."""
+        return max_rows(self.words_per_chunk)
 
     @property
     def observed(self) -> list[int]:
@@ -98,25 +100,25 @@ class Grammar:
 
     @property
     def stops(self) -> tuple[int, int]:
-        """Tokens after which a micro-turn is over, however short it is."""
+        """The tokens that end a micro-turn when sampled."""
         return self.vocabulary.listen, self.vocabulary.end
 
     def is_over(self, sampled: Sequence[int]) -> bool:
-        """Whether nothing more is sampled after these tokens of a micro-turn, one or more."""
-        return len(sampled) == self.most_sampled or sampled[-1] in self.stops
+        """Whether a micro-turn that has sampled these tokens (at least one) samples no more."""
+        return len(sampled) == self.max_sampled or sampled[-1] in self.stops
 
     def forced(self, sampled: Sequence[int]) -> list[int]:
-        """What is written after all the tokens that a micro-turn sampled, without being sampled."""
+        """The tokens written after all sampled ones without being sampled: the end token, or nothing."""
         return [] if sampled[-1] in self.stops else [self.vocabulary.end]
 
     def read(self, sampled: Sequence[int]) -> Action:
-        """What a model did whose micro-turn sampled these tokens."""
+        """The action that a micro-turn's sampled tokens stand for."""
         v = self.vocabulary
         return Action(v.modes[sampled[0]], tuple(v.words[token] for token in sampled[1:] if token != v.end))
 
     def write(self, action: Action) -> list[int]:
-        """The tokens that are sampled for an action; `read` gives it back. Raises ValueError for more words than fit
-        and for a word that the tokenizer does not have."""
+        """The sampled tokens that stand for an action, the inverse of `read`. Raises ValueError for too many words and
+        for a word that the tokenizer does not have."""
         v = self.vocabulary
         if action.mode is Mode.LISTEN:
             return [v.listen]

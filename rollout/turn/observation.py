@@ -1,7 +1,7 @@
-"""What reaches the model in one micro-turn, whatever the sense: users and live clients make it, engines take it.
+"""The model's input in one micro-turn. Simulated users and live clients produce it, engines consume it.
 
-The model of this version hears and has no other sense. An observation may hold frames and text events all the same, so
-that a user who makes them is not written twice; an engine refuses what its model cannot take (`check_senses`).
+The models of this version take audio only. Observations have fields for video frames and text events already, so that
+the interface need not change with them; engines refuse what their model cannot take (`check_senses`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from rollout.turn.action import CHUNK_SAMPLES
 
-MOST_FRAMES = 2
-"""Video frames in one micro-turn."""
+MAX_FRAMES = 2
+"""The most video frames in one micro-turn."""
 
 NO_FRAMES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 
@@ -25,12 +25,12 @@ NO_FRAMES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 class Observation:
     """One micro-turn of 200 ms. Raises ValueError for another shape or dtype.
 
-    Example: ``Observation(torch.zeros(3200))`` is silence, with nothing to see.
+    Example: ``Observation(torch.zeros(3200))`` is silence without video.
     """
 
     audio: Tensor  # fp32 [3200] at 16 kHz, full scale is 1
     frames: Tensor = NO_FRAMES  # uint8 [F, H, W, 3], F = 0 to 2 RGB pictures, oldest first
-    events: tuple[str, ...] = ()  # texts that came in: a background result, a tool's answer, a typed message
+    events: tuple[str, ...] = ()  # texts: a background model's result, a tool's answer, a typed message
 
     def __post_init__(self) -> None:
         audio, frames = self.audio, self.frames
@@ -39,20 +39,19 @@ class Observation:
                 f"observation: audio must be float32 [{CHUNK_SAMPLES}], not {audio.dtype} {list(audio.shape)}"
             )
         if frames is not NO_FRAMES and (
-            frames.dtype != torch.uint8 or frames.ndim != 4 or len(frames) > MOST_FRAMES or frames.shape[3] != 3
+            frames.dtype != torch.uint8 or frames.ndim != 4 or len(frames) > MAX_FRAMES or frames.shape[3] != 3
         ):
             raise ValueError(
-                f"observation: frames must be uint8 [0..{MOST_FRAMES}, H, W, 3], not {frames.dtype} "
-                f"{list(frames.shape)}"
+                f"observation: frames must be uint8 [0..{MAX_FRAMES}, H, W, 3], not {frames.dtype} {list(frames.shape)}"
             )
 
 
 class MissingSenseError(MetronomeError, NotImplementedError):
-    """Something was observed that the model has no rows for."""
+    """An observation has a kind of input that the model cannot take."""
 
 
 def check_senses(observation: Observation) -> None:
-    """Raises MissingSenseError for frames and events: no model of this version can take them."""
+    """Raises MissingSenseError for video frames and text events, which no model of this version can take."""
     if len(observation.frames):
         raise MissingSenseError(
             f"an observation has {len(observation.frames)} video frames, but the model has no vision tower: it hears "
@@ -65,11 +64,11 @@ def check_senses(observation: Observation) -> None:
         )
 
 
-def of_audio(audio: Tensor) -> list[Observation]:
-    """Audio fp32 [N, 3200], of N sessions or N chunks, as N observations of nothing else."""
+def audio_observations(audio: Tensor) -> list[Observation]:
+    """audio fp32 [N, 3200], of N sessions or N chunks -> N observations with audio only."""
     return [Observation(chunk) for chunk in audio.unbind()]
 
 
-def audio_of(observations: Sequence[Observation]) -> Tensor:
+def stack_audio(observations: Sequence[Observation]) -> Tensor:
     """The audio of N observations, fp32 [N, 3200]."""
     return torch.stack([observation.audio for observation in observations])

@@ -1,4 +1,4 @@
-"""The conversation's words as token ids: what a micro-turn is written with and read back from."""
+"""Token ids of the special tokens, modes and words of a conversation."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from rollout.turn.action import Mode
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of the special tokens, the words by id, and which tokens may be sampled where."""
+    """Ids of the special tokens, words by id and ids by word, and which tokens each row class allows."""
 
     classes: TokenClasses
     bos: int
     audio: int
     end: int
     modes: dict[int, Mode]  # by token id
-    words: tuple[str, ...]  # [V], by token id
+    words: tuple[str, ...]  # by token id, the tokenizer's
     ids: dict[str, int]  # by word
 
     @staticmethod
     def build(vocab: int, tokenizer: PreTrainedTokenizerBase | None = None, delegate: bool = False) -> Vocabulary:
-        """``vocab`` is the model's vocabulary size; without a tokenizer the shipped one is taken."""
+        """``vocab``: the model's vocabulary size V; ``tokenizer``: default the shipped one; ``delegate``: whether mode
+        delegate may be sampled. Raises ValueError as `TokenClasses.build` does."""
         tokenizer = tokenizer or load_tokenizer()
         ids: dict[str, int] = tokenizer.get_vocab()
         words = [""] * len(tokenizer)
@@ -43,13 +44,15 @@ class Vocabulary:
 
     @property
     def listen(self) -> int:
+        """Id of the token of mode listen."""
         return self.mode_id(Mode.LISTEN)
 
     def mode_id(self, mode: Mode) -> int:
+        """Id of a mode's token."""
         return self.ids[f"<|{mode.value}|>"]
 
     def word_id(self, word: str) -> int:
-        """Raises ValueError for a word that the tokenizer does not have: unknown words cannot be said."""
+        """Id of a word. Raises ValueError for a word that the tokenizer does not have."""
         if word not in self.ids:
             raise ValueError(f"the tokenizer has no word {word!r}; scenarios may only use words of its list")
         return self.ids[word]

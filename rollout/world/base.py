@@ -1,12 +1,9 @@
-"""What a scenario is, whatever its family: a reproducible situation with a simulated user who reacts to the model.
+"""Base classes of all families: scenario, simulated user, facts, mistakes.
 
-A scenario is immutable and may be shared by many rollouts; each rollout asks it for a fresh `User`. A user hears the
-model's action of chunk k - 1 before it makes the audio of chunk k. After the episode the user's `Facts` say what a
-scorer has to know; they are plain data and are stored with the episode. Neither users nor facts know anything of
-rewards.
-
-What a kind of scenarios brings beside this is in `rollout.scenarios.family`; kinds are found through
-`rollout.scenarios.registry`.
+A scenario is a reproducible situation. It is immutable and may be shared by many rollouts; each rollout gets a `User`
+of its own from it, who reacts to the model: it hears the model's action of chunk k - 1 before it makes the audio of
+chunk k. After the episode the user's `Facts` are what a scorer needs to know; they are plain data, stored with the
+episode. Nothing in this module knows rewards. `rollout.scenarios.family` defines what a family adds to these classes.
 """
 
 from __future__ import annotations
@@ -21,18 +18,19 @@ from rollout.turn.observation import Observation
 from rollout.world.speech import Split
 
 Script = Callable[[int], Action]
-"""The model's action of chunk k, after the user's audio of chunk k; called once for every chunk, in order."""
+"""A scripted policy: from k to the action of chunk k. It is called once for every chunk, in order, after the user has
+produced chunk k."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that the user did, as people are shown it. Example: ``Span(2, 5, "request", "four", "ffNf")``."""
+    """Something that the user did, for display. Example: ``Span(2, 5, "request", "four", "ffNf")``."""
 
     first: int  # chunk
     last: int  # chunk
     kind: str  # "request", "turn", … : one word
     text: str  # what was said or done
-    letters: str  # in a drawing of one letter a chunk, [last - first + 1]; later spans are drawn over earlier ones
+    letters: str  # [last - first + 1], one per chunk, for a timeline in text; later spans overwrite earlier ones
 
 
 class Facts(Protocol):
@@ -40,40 +38,42 @@ class Facts(Protocol):
 
     @property
     def chunks(self) -> int:
-        """Length of the episode."""
+        """Length of the episode in chunks."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-serialisable form; its key "family" names the family that reads it back."""
+        """The facts as JSON-serialisable data; "family" is the name of the family whose `Family.facts` reads them."""
 
     def title(self) -> str:
-        """The episode's situation in a line, for people."""
+        """One line about the episode, for display."""
 
     def spans(self) -> list[Span]:
-        """What the user did, for people."""
+        """What the user did, for display."""
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """How a family's scripted expert errs on purpose. Every field is a number that 0 turns off."""
+    """Rates of the deliberate mistakes of a family's scripted expert. All fields are numbers; 0 turns a mistake off."""
 
     def scaled(self, factor: float) -> Self:
-        """All numbers times ``factor``: at 0 the expert is faultless."""
+        """All rates multiplied by ``factor``; at 0 the expert is faultless."""
         return type(self)(**{field.name: factor * getattr(self, field.name) for field in fields(self)})
 
     def gross(self) -> Self:
-        """For plays that reward models learn from: none so small that a model could take it for right."""
+        """The mistakes used to train reward models: a family overrides this if some of its mistakes are so small that
+        a reward model could not learn that they are wrong."""
         return self
 
 
 class User(ABC):
-    """One simulated user in one episode. It owns its audio and decides, chunk by chunk, what to say next."""
+    """One simulated user in one episode of ``chunks`` chunks. It decides chunk by chunk what to say."""
 
     def __init__(self, chunks: int) -> None:
         self._chunks = chunks
         self._next = 0
 
     def next_chunk(self, heard: Action | None) -> Observation:
-        """What the user does in the next chunk, after hearing the model's last action (None before the first chunk)."""
+        """The observation of the next chunk. ``heard``: the model's action in the chunk before it, None before chunk 0.
+        Raises ValueError after the last chunk, and for None or an action where the other is due."""
         k = self._next
         if k >= self._chunks:
             raise ValueError(f"the episode has {self._chunks} chunks: chunk {k} does not exist")
@@ -84,16 +84,16 @@ class User(ABC):
 
     @abstractmethod
     def _produce(self, k: int, heard: Action | None) -> Observation:
-        """What the model observes in chunk k."""
+        """The observation of chunk k."""
 
     @abstractmethod
     def facts(self) -> Facts:
-        """What is known so far; complete after the last chunk."""
+        """The facts so far; complete after the last chunk."""
 
 
 @dataclass(frozen=True)
 class Scenario(ABC):
-    """One situation of a family. Two scenarios with one id (and one bank and config) sound the same, bit for bit."""
+    """One situation of a family, determined by its id, the recordings and the family's settings."""
 
     family: str
     split: Split

@@ -1,11 +1,11 @@
-"""What the simulated user's microphone hears: clips laid on a noise track, cut into chunks.
+"""The audio of simulated users: recordings mixed into background noise.
 
-Randomness comes from `rollout.seeds.generator` alone: Philox keyed by a digest of names, never a global generator.
-Noise is made once a process for each kind and split, long enough that scenarios cut different stretches out of it; so a
-scenario costs microseconds and the held-out noise is never heard in training.
+Each kind of noise is generated once per process, as a long loop of which scenarios use different parts, so that a
+scenario costs microseconds. Training and held-out scenarios have different kinds of noise. All randomness is from
+`rollout.seeds.generator`.
 
-Samples have the same bits on every machine: random integers and uniforms, our own Fourier transform and sums, square
-roots and correctly rounded constants (`kernels.exact`), and no function of libm or of a library's vector code.
+Samples have the same bits on every machine: they are computed with random integers, our own Fourier transform and sums,
+square roots and correctly rounded constants (`kernels.exact`), without functions of libm or a library's vector code.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from rollout.world.speech import Split
 
 @dataclass(frozen=True)
 class Noise:
-    """A kind of background noise: coloured noise, or mains hum on a little of it, steady or swelling."""
+    """A kind of background noise: coloured noise, with or without mains hum, of steady or varying loudness. Raises
+    ValueError unless the tilt is a multiple of 1/4."""
 
-    tilt: float = 0.0  # the spectrum's amplitude falls as frequency^-tilt, in quarters: 0 white, 0.5 pink, 1 brown
-    hum_hz: int | None = None  # fundamental of a hum
-    swells: tuple[int, int] | None = None  # how often the loudness swells and falls in `LOOP_SECONDS`, at two rates
+    tilt: float = 0.0  # amplitude of the spectrum ~ frequency^-tilt: 0 white, 0.5 pink, 1 brown
+    hum_hz: int | None = None  # fundamental frequency of the hum
+    swells: tuple[int, int] | None = None  # loudness varies with two sines, of so many periods in `LOOP_SECONDS`
 
     def __post_init__(self) -> None:
         if not (4 * self.tilt).is_integer():
@@ -56,10 +57,10 @@ NOISES: dict[Split, dict[str, Noise]] = {
     },
 }
 LOOP_SECONDS = 32
-"""How long a noise is; its end meets its beginning without a click."""
+"""Length of a noise. It is periodic, so it can be repeated without a click."""
 _SAMPLES = LOOP_SECONDS * SAMPLE_RATE_HZ
-_RADICES = (5, 5, 5, 4, 4, 4, 4, 4, 2)  # of half of them
-_LOWEST_HZ = 40  # below nothing is audible, and brown noise would put all of its power there
+_RADICES = (5, 5, 5, 4, 4, 4, 4, 4, 2)  # of the Fourier transform; their product is _SAMPLES / 2
+_LOWEST_HZ = 40  # noise has no lower frequencies: they are inaudible, and would have most of brown noise's power
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class SoundConfig:
     held_out_snr_db: tuple[float, float] = (18.0, 40.0)
     start_s: tuple[float, float] = (0.1, 0.8)  # silence before the user's first word
 
+    def draw(self, rng: np.random.Generator, split: Split) -> tuple[float, float]:
+        """(factor on speech, RMS of the noise) of one scenario."""
+        held_out = split == "held_out"
+        gain = amplitude(rng.uniform(*(self.held_out_gain_db if held_out else self.gain_db)))
+        snr = amplitude(rng.uniform(*(self.held_out_snr_db if held_out else self.snr_db)))
+        return gain, 0.1 * gain / snr
+
 
 def seconds_to_samples(seconds: float) -> int:
     """Whole samples at 16 kHz."""
@@ -85,7 +93,8 @@ def amplitude(decibels: float) -> float:
 
 
 def background(rng: np.random.Generator, split: Split, rms: float, chunks: int) -> NDArray[np.float32]:
-    """A stretch of one of the split's noises at level ``rms``: float32 [chunks * CHUNK_SAMPLES]."""
+    """A random part of a random noise of the split, float32 [chunks * CHUNK_SAMPLES]; the whole loop has RMS
+    ``rms``."""
     kinds = NOISES[split]
     loop = noise(list(kinds)[rng.integers(len(kinds))], split)
     samples = chunks * CHUNK_SAMPLES
@@ -97,7 +106,7 @@ def background(rng: np.random.Generator, split: Split, rms: float, chunks: int) 
 
 @cache
 def noise(name: str, split: Split) -> NDArray[np.float32]:
-    """One loop of noise at RMS 1."""
+    """The loop of one kind of noise, float32 [LOOP_SECONDS * SAMPLE_RATE_HZ] of RMS 1, read-only."""
     kind = NOISES[split][name]
     rng = generator("noise", split, name)
     loop = _coloured(rng, kind.tilt)
@@ -112,8 +121,8 @@ def noise(name: str, split: Split) -> NDArray[np.float32]:
 
 
 def _coloured(rng: np.random.Generator, tilt: float) -> NDArray[np.float64]:
-    """Noise made bin by bin: a uniform random number on each axis, divided by a power of the frequency. A sample is a
-    sum of a quarter of a million such bins, so it is normally distributed whatever their own distribution is."""
+    """Noise made in the frequency domain: real and imaginary part of each bin are uniform random numbers times
+    frequency^-tilt. Each sample is a sum over 250,000 bins and so normally distributed (central limit theorem)."""
     bins = np.arange(1, _SAMPLES // 2) / LOOP_SECONDS  # Hz
     fourth_root = np.sqrt(np.sqrt(bins))
     shape = np.where(bins < _LOWEST_HZ, 0.0, 1.0)
@@ -132,7 +141,7 @@ def _hum(rng: np.random.Generator, mains_hz: int) -> NDArray[np.float64]:
 
 
 def _sine(cycles: int, phase: int) -> NDArray[np.float64]:
-    """So many cycles in one loop; phase in samples of a sine of one cycle."""
+    """A sine of so many cycles in one loop, fp64 [_SAMPLES]; ``phase``: in samples of a sine of one cycle."""
     return -_roots()[(cycles * np.arange(_SAMPLES) + phase) % _SAMPLES, 1]
 
 
@@ -146,13 +155,13 @@ def _roots() -> NDArray[np.float64]:
 
 
 class Track:
-    """The audio of one episode: background noise on which clips are laid while the episode runs."""
+    """The audio of one episode: background noise, to which clips are added while the episode runs."""
 
     def __init__(self, noise: NDArray[np.float32]) -> None:
         self._samples = noise.copy()  # [chunks * CHUNK_SAMPLES]
 
-    def lay(self, clip: NDArray[np.float32], first: int, gain: float) -> None:
-        """Adds a clip from sample ``first`` on; what would lie beyond the track's end is cut."""
+    def add(self, clip: NDArray[np.float32], first: int, gain: float) -> None:
+        """Adds ``gain`` times a clip, from sample ``first`` on; what lies beyond the track's end is dropped."""
         end = min(first + len(clip), len(self._samples))
         self._samples[first:end] += clip[: end - first] * np.float32(gain)
 

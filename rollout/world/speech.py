@@ -1,12 +1,11 @@
-"""Recordings of human speech, found by what is said in them.
+"""Recordings of human speech, selected by their words.
 
 A folder of speech holds audio files (FLAC or WAV, 16 kHz, mono) and ``manifest.jsonl`` with one object a line:
 ``{"file": "four.flac", "text": "four", "seconds": 0.802}``. The folder that ships with the package
 (`DEFAULT_FOLDER`) is a small set of real prompts under CC-BY-SA-3.0; its LICENSE.txt names the speaker.
 
-A bank knows nothing of scenarios. It does no resampling: a file at another rate is an error, because a silent
-conversion would change what the model hears. Everything is read when the bank is loaded, so that a damaged file
-stops a run at its start and not in its middle.
+Files are not resampled; another rate is an error. All recordings are read when the bank is loaded, so that a damaged
+file stops a run at its start. This module knows nothing of scenarios.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ DEFAULT_FOLDER = Path(__file__).parents[1] / "data" / "speech"
 MANIFEST = "manifest.jsonl"
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-# Words that mean something in a scenario, and what sounds like them: a recording with one of them is no filler.
+# Words with a meaning in a scenario, and words that sound like them. A recording with one of them is not used as
+# filler.
 RESERVED_WORDS = frozenset(NUMBER_WORDS) | {
     *("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"),
     *("eleven", "twelve", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
@@ -53,7 +53,7 @@ class SpeechError(MetronomeError):
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One recording, its silent ends cut off and its level made equal."""
+    """One recording, with silence at its ends removed and normalised level."""
 
     file: str
     text: str
@@ -66,7 +66,7 @@ class Clip:
 
     @property
     def seconds(self) -> float:
-        """How long the trimmed recording lasts."""
+        """Duration, without the silence removed."""
         return len(self.samples) / SAMPLE_RATE_HZ
 
 
@@ -103,22 +103,19 @@ class SpeechBank:
         return cls(folder, clips)
 
     def saying(self, *texts: str) -> tuple[Clip, ...]:
-        """The recordings that say exactly one of ``texts``; raises `SpeechError` if there is none."""
-        found = tuple(clip for text in texts for clip in self._by_words.get(normalise(text), ()))
-        if not found:
+        """The recordings whose words are exactly one of ``texts``. Raises `SpeechError` if there is none."""
+        clips = tuple(clip for text in texts for clip in self._by_words.get(normalise(text), ()))
+        if not clips:
             raise SpeechError(
                 f"speech folder {self.folder} has no recording that says {' or '.join(map(repr, texts))}: "
                 f"add one to {MANIFEST}"
             )
-        return found
+        return clips
 
     def fillers(self, split: Split, words: tuple[int, int], seconds: tuple[float, float]) -> tuple[Clip, ...]:
-        """Recordings of one split, without reserved words or digits, of a length in words and seconds (inclusive).
-
-        A recording's split follows from a digest of its words, so two readings of one sentence are on the same side and
-        any folder is divided without a list: one in three is held out.
-        """
-        found = tuple(
+        """Recordings of one split without reserved words or digits, whose numbers of words and seconds are in the given
+        ranges (inclusive). Raises `SpeechError` if there is none."""
+        clips = tuple(
             clip
             for clip in self.clips
             if split_of(clip) == split
@@ -126,16 +123,22 @@ class SpeechBank:
             and seconds[0] <= clip.seconds <= seconds[1]
             and _is_filler(clip.words)
         )
-        if not found:
+        if not clips:
             raise SpeechError(
                 f"speech folder {self.folder} has no {split} recording of {words[0]} to {words[1]} words and "
                 f"{seconds[0]} to {seconds[1]} s without numbers or command words: add some to {MANIFEST}"
             )
-        return found
+        return clips
+
+
+def pick(rng: np.random.Generator, clips: tuple[Clip, ...]) -> Clip:
+    """A random one of ``clips``."""
+    return clips[int(rng.integers(len(clips)))]
 
 
 def split_of(clip: Clip) -> Split:
-    """The side of a filler recording, a function of its words only."""
+    """The split of a recording: about one in three is held out, by a digest of its words. So two readings of one
+    sentence are in the same split, and any folder is divided without a list."""
     digest = blake2b(" ".join(clip.words).encode(), digest_size=8).digest()
     return "held_out" if int.from_bytes(digest, "little") % 3 == 0 else "train"
 

@@ -89,7 +89,7 @@ class ConfideUser(User):
         super().__init__(scenario.chunks)
         self._track = Track(scenario.noise)
         for first, clip in scenario.said:
-            self._track.lay(clip.samples, first, scenario.gain)
+            self._track.add(clip.samples, first, scenario.gain)
         (start, _), (last, thanks) = scenario.said
         end = (last + len(thanks.samples) - 1) // CHUNK_SAMPLES
         self._facts = ConfideFacts(scenario.chunks, scenario.number, start // CHUNK_SAMPLES, end)

@@ -32,7 +32,7 @@ FACTS = ConfideFacts(chunks=12, number="seven", start=1, end=4)
 def test_expert_is_faultless_and_every_hack_earns_less(split: str) -> None:
     items = [CONFIG.scenario("confide", split, seed, SpeechBank.open()) for seed in range(40)]
     for item in items:
-        _, actions, facts = enact(item, CONFIG.expert(item, np.random.default_rng(0), errs=0))
+        _, actions, facts = enact(item, CONFIG.expert(item, np.random.default_rng(0), mistake_scale=0))
         assert CONFIG.facts(json.loads(json.dumps(facts.to_json()))) == facts
         got = score("confide", facts.to_json(), actions, CONFIG)
         assert (got.value, got.tight, got.spurious) == (1.0, 1.0, 0)

@@ -27,11 +27,6 @@ from tests.support.episodes import with_text
 CONFIG = TrainConfig(rl=RLConfig(groups=2, rollouts=2, micro_batch=2))
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.open()
-
-
 @pytest.fixture
 def engine() -> SessionEngine:
     model = build_model(CONFIG)

@@ -1,4 +1,4 @@
-"""Random small models, their transformers twins, and mixed text and audio rows, all from one seed."""
+"""Random small models beside transformers' with the same weights, and random rows of text and audio, all by seed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Rows:
     codes: Tensor  # uint8 [A, 80]
 
     def cut(self, first: int, end: int) -> Rows:
-        heard = int((self.tokens[:first] == AUDIO).sum())
-        return Rows(self.tokens[first:end], self.codes[heard : heard + int((self.tokens[first:end] == AUDIO).sum())])
+        a, b = (int((self.tokens[:row] == AUDIO).sum()) for row in (first, end))
+        return Rows(self.tokens[first:end], self.codes[a:b])
 
 
 def random_config(seed: int) -> InklingConfig:

@@ -58,12 +58,12 @@ def test_codes_are_those_of_transformers_but_at_edges() -> None:
         noisy = (0.3 * samples + 0.01 * noise.standard_normal(len(samples))).astype(np.float32)
         for version in (samples, noisy):
             wanted = inkling_codes(version)
-            codes, mel = dmel.measured(F.pad(padded(version), (WINDOW - HOP, 0)))
+            codes, mel = dmel.codes_and_mels(F.pad(padded(version), (WINDOW - HOP, 0)))
             other = codes[0] != wanted
             assert (distance_to_edges(mel[0][other]) < 1e-5).all()
             assert ((codes[0].int() - wanted).abs() <= 1).all()
             differ += int(other.sum())
-        codes, mel = dmel.measured(F.pad(padded(1.01 * samples), (WINDOW - HOP, 0)))
+        codes, mel = dmel.codes_and_mels(F.pad(padded(1.01 * samples), (WINDOW - HOP, 0)))
         other = codes[0] != inkling_codes(samples)
         louder += int((distance_to_edges(mel[0][other]) > 1e-5).sum())
     assert differ <= 5 and louder > 100
@@ -112,7 +112,7 @@ def test_chunking_and_company_change_nothing(backend: str) -> None:
         past, pieces = torch.zeros(5, WINDOW - HOP), []
         for at in range(0, count, step):
             samples = torch.cat((past, waveform[:, at : at + step]), 1)
-            pieces.append(dmel.continued(samples))
+            pieces.append(dmel.stream_codes(samples))
             past = samples[:, -(WINDOW - HOP) :]
         assert torch.equal(torch.cat(pieces, 1), together)
     assert together.dtype == torch.uint8 and together.shape == (5, 32, 80)
@@ -150,10 +150,10 @@ def test_bad_samples() -> None:
 def test_a_micro_turn_of_24_sessions_is_quick() -> None:
     """Half a millisecond on one free thread; the bound leaves room for busy machines."""
     dmel, samples = DMel.build(), torch.randn(24, WINDOW - HOP + CHUNK_SAMPLES) * 0.1
-    dmel.continued(samples)
+    dmel.stream_codes(samples)
     best = float("inf")
     for _ in range(30):
         begin = time.perf_counter()
-        dmel.continued(samples)
+        dmel.stream_codes(samples)
         best = min(best, time.perf_counter() - begin)
     assert best < 0.01

@@ -14,14 +14,12 @@ from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.weights.checkpoint import CheckpointError, load, load_into, save, weights_digest
 from tests.model.cases import random_rows, twins, whole
+from tests.support.models import fresh_model
 
 
 @pytest.fixture
 def tiny() -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(0)
-    model.pack()
-    return model
+    return fresh_model()
 
 
 @pytest.mark.parametrize("shard", ["50KB", "1GB"])
@@ -48,14 +46,12 @@ def test_ours_loads_in_transformers_vision_included(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = InteractionModel(preset("tiny"), dtype)
-    model.init_weights(3)
+    model = fresh_model("tiny", 3, dtype)
     save(model, tmp_path / "a")
     again = load(tmp_path / "a")
     assert again.dtype == dtype
     assert weights_digest(again) == weights_digest(model)
-    other = InteractionModel(preset("tiny"), dtype)
-    other.init_weights(4)
+    other = fresh_model("tiny", 4, dtype)
     load_into(other, tmp_path / "a")
     assert weights_digest(other) == weights_digest(model)
     assert not [p.name for p in tmp_path.iterdir() if p.name != "a"], "a temporary folder was left"

@@ -23,7 +23,7 @@ def test_what_fits_is_decided_by_the_bytes_left(monkeypatch: pytest.MonkeyPatch)
     taken = sum(
         x.nbytes for s in made.layers for x in (s.kv.key, s.kv.value, s.kv_conv, s.attn_conv, s.mlp_conv)
     )  # fmt: skip
-    enough = int(taken / (1 - memory.RESERVE)) + 2
+    enough = int(taken / (1 - memory.RESERVED_FRACTION)) + 2
     for left, fits in ((enough, True), (enough - 4, False)):
         monkeypatch.setattr(memory, "available_bytes", lambda left=left: left)
         if fits:

@@ -9,18 +9,11 @@ from kernels import ops
 from kernels.errors import StaleWeightsError
 from kernels.layout import Segments
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.inputs import Inputs
 from model.weights import packs
 from model.weights.packs import StaleCopyError
 from reward.learned.model import RewardModel
-
-
-def model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> InteractionModel:
-    made = InteractionModel(preset(name), dtype)
-    made.init_weights(seed)
-    made.pack()
-    return made
+from tests.support.models import fresh_model
 
 
 def forward(of: InteractionModel) -> torch.Tensor:
@@ -39,10 +32,10 @@ def disturb(of: torch.nn.Module) -> None:
 @pytest.mark.parametrize("part", ["self_attn", "mlp"])
 @pytest.mark.parametrize("name", ["nano", "tiny"])
 def test_no_module_can_be_forgotten(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = model(name)
+    one = fresh_model(name)
     monkeypatch.setattr(getattr(one.layers[1], part), "repack", lambda: None)
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     with torch.no_grad(), pytest.raises(StaleWeightsError):
         forward(one)
@@ -51,10 +44,10 @@ def test_no_module_can_be_forgotten(name: str, part: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["nano", "tiny"])
 def test_repack_equals_a_fresh_pack_of_every_module(name: str, dtype: torch.dtype) -> None:
-    one = model(name, dtype=dtype)
+    one = fresh_model(name, dtype=dtype)
     forward(one).sum().backward()  # makes the transposed copies, too
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     other = InteractionModel(one.config, dtype)
     other.load_state_dict(one.state_dict())
@@ -78,20 +71,20 @@ def test_every_pack_that_is_made_is_found(name: str, monkeypatch: pytest.MonkeyP
     for op in ("pack_linear", "pack_experts"):
         honest = getattr(ops, op)
         monkeypatch.setattr(ops, op, lambda *parts, honest=honest: made.append(honest(*parts)) or made[-1])
-    one = model(name)
+    one = fresh_model(name)
     assert len(made) > 5 and {id(p) for p in made} == {id(p) for _, p in packs.packs(one)}
     assert all(p.weights is one.generation for _, p in packs.packs(one))
 
 
 def test_a_pack_in_another_place_is_an_error() -> None:
-    one = model("nano")
+    one = fresh_model("nano")
     one.layers[0].mlp.packed = (one.layers[0].mlp.packed.down,)  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r"mlp\.packed is a tuple"):
         packs.check(one)
 
 
 def test_every_kind_of_copy_is_found() -> None:
-    made = model("tiny")
+    made = fresh_model("tiny")
     names = [name for name, _ in packs.packs(made)]
     names += [f"{name}.packed.{f}" for name, m in made.named_modules() for f in packs._derived(m)]
     kinds = {name.split("packed.")[-1] for name in names}
@@ -104,14 +97,14 @@ def test_every_kind_of_copy_is_found() -> None:
 def test_a_forgotten_module_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer's repack does nothing: the ops refuse its packs; and where the count was spoilt too, the comparison
     names the copy."""
-    one = model("tiny")
+    one = fresh_model("tiny")
     monkeypatch.setattr(one.layers[1].self_attn, "repack", lambda: None)
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     with torch.no_grad(), pytest.raises(StaleWeightsError, match="linear: the weights were changed"):
         forward(one)
-    packs.adopt(one, one.generation)
+    packs.mark_current(one, one.generation)
     with torch.no_grad():
         forward(one)  # nothing shows
     with pytest.raises(StaleCopyError, match=r"layers\.1\.self_attn\.packed\.qkvr\.panels: .*not refreshed"):
@@ -120,7 +113,7 @@ def test_a_forgotten_module_is_refused_and_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_stale_transpose_is_named() -> None:
     """Read by gradients only: log-probs would be right and every update wrong."""
-    one = model("nano")
+    one = fresh_model("nano")
     forward(one).sum().backward()
     pack = one.layers[0].self_attn.packed.out
     pack.data["transposed"].view(-1)[3] += 1.0
@@ -129,10 +122,10 @@ def test_a_stale_transpose_is_named() -> None:
 
 
 def test_a_forgotten_derived_tensor_is_named() -> None:
-    one = model("tiny")
+    one = fresh_model("tiny")
     stale = one.layers[2].mlp.packed.scale.clone()
     disturb(one)
-    one.changed()
+    one.mark_changed()
     one.repack()
     packs.check(one)
     one.layers[2].mlp.packed.scale = stale
@@ -141,7 +134,7 @@ def test_a_forgotten_derived_tensor_is_named() -> None:
 
 
 def test_a_change_that_nobody_told_is_refused_by_the_learner() -> None:
-    one = model("nano")
+    one = fresh_model("nano")
     with torch.no_grad():
         one.lm_head.weight[3, 4] += 1.0
     with pytest.raises(StaleWeightsError, match="InteractionModel: the weights were changed"):
@@ -151,9 +144,9 @@ def test_a_change_that_nobody_told_is_refused_by_the_learner() -> None:
 
 
 def test_digest_is_of_what_is_multiplied() -> None:
-    one = model("nano")
+    one = fresh_model("nano")
     before = packs.digest(one)
-    assert before == packs.digest(model("nano"))
+    assert before == packs.digest(fresh_model("nano"))
     next(packs.packs(one))[1].data["panels"].view(-1)[5] += 1.0
     assert packs.digest(one) != before
     with pytest.raises(StaleCopyError):
@@ -161,10 +154,10 @@ def test_digest_is_of_what_is_multiplied() -> None:
 
 
 def test_reward_models_copies_are_found_too() -> None:
-    reward = RewardModel.build(model("nano"), ("timing",))
+    reward = RewardModel.build(fresh_model("nano"), ("timing",))
     names = [name for name, _ in packs.packs(reward)]
     assert "packed" in names and "backbone.packed" in names
-    reward.backbone.changed()
+    reward.backbone.mark_changed()
     with torch.no_grad(), pytest.raises(StaleWeightsError):
         ops.linear(torch.zeros(1, reward.heads.weight.shape[1]), reward._ready(), torch.float32)
 

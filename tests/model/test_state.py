@@ -39,7 +39,7 @@ def test_every_slot_can_be_full_at_once_and_in_any_cut() -> None:
     slots = [state.open() for _ in range(4)]
     for i, slot in enumerate(slots):
         state.extend([slot], [1 + 21 * i])
-    while all(state.rows_left(slot) >= 64 for slot in slots):
+    while all(state.max_tokens - state.length(slot) >= 64 for slot in slots):
         state.extend(slots, [64] * 4)
     for slot in slots:
         state.close(slot)
@@ -47,7 +47,7 @@ def test_every_slot_can_be_full_at_once_and_in_any_cut() -> None:
     slot = state.open()
     for _ in range(8):
         state.extend([slot], [256])
-    assert state.rows_left(slot) == 0
+    assert state.max_tokens - state.length(slot) == 0
 
 
 def test_appending_allocates_no_memory() -> None:
@@ -106,7 +106,7 @@ def test_the_context_limit_names_slot_length_and_limit_and_changes_nothing() -> 
         state.extend([b, a], [5, 5])
     assert (state.length(a), state.length(b)) == (98, 10)
     state.extend([b, a], [5, 2])
-    assert state.rows_left(a) == 0
+    assert state.max_tokens - state.length(a) == 0
 
 
 def test_misuse_is_named() -> None:

@@ -59,7 +59,7 @@ def test_sampler_and_learner_share_one_log_probability(backend: str, temperature
     token, logp, digest = classes.sample(logits, torch.arange(64) * 7919, row_class, temperature)
     assert classes.allowed[row_class, token].all()
     for rows in (slice(0, 64), slice(5, 6)):
-        again, entropy, other = classes.score(logits[rows], token[rows], row_class[rows], temperature)
+        again, entropy, other = classes.logprob(logits[rows], token[rows], row_class[rows], temperature)
         assert torch.equal(again, logp[rows]) and torch.equal(other, digest[rows])
         assert (entropy >= 0).all()
     masked = logits.masked_fill(~classes.allowed[row_class], -torch.inf) / (temperature or 1)
@@ -69,7 +69,7 @@ def test_sampler_and_learner_share_one_log_probability(backend: str, temperature
     changed[3, 200] = torch.nextafter(changed[3, 200], torch.tensor(torch.inf)) + 1e-3
     row_class[3] = FIRST_TEXT
     before, after = (
-        classes.score(x, token.clamp(min=8), row_class.fill_(FIRST_TEXT), 1.0)[2] for x in (logits, changed)
+        classes.logprob(x, token.clamp(min=8), row_class.fill_(FIRST_TEXT), 1.0)[2] for x in (logits, changed)
     )
     assert (before != after).nonzero()[:, 0].tolist() == [3], "negative control: a digest must see another row"
 
@@ -77,4 +77,4 @@ def test_sampler_and_learner_share_one_log_probability(backend: str, temperature
 def test_a_forbidden_token_is_an_error(backend: str) -> None:
     classes = TokenClasses.build(TOKENIZER, 256)
     with pytest.raises(ValueError, match="token"):
-        classes.score(torch.zeros(1, 256), torch.tensor([words.PAD]), torch.tensor([MODE]), 1.0)
+        classes.logprob(torch.zeros(1, 256), torch.tensor([words.PAD]), torch.tensor([MODE]), 1.0)

@@ -27,17 +27,12 @@ CONFIG = ScenarioConfig()
 WORDS = ("breathe", "yes", "sure", "four", "two", "answer")
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.open()
-
-
 def items(bank: SpeechBank, count: int) -> list[Scenario]:
     return CONFIG.of_each(count, "train", bank, first_seed=77_000)
 
 
 def clean(item: Scenario, edits: Mapping[int, Action] = NO_EDITS) -> tuple[np.ndarray, list[Action], Facts]:
-    return enact(item, CONFIG.expert(item, generator("expert", item.id), errs=0), edits)
+    return enact(item, CONFIG.expert(item, generator("expert", item.id), mistake_scale=0), edits)
 
 
 def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]:

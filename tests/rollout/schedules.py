@@ -1,8 +1,8 @@
 """Random schedules of sessions that are opened, forked, appended to in parts, failed and closed, for every engine.
 
-A schedule is drawn from its seed while one engine plays it, because it aims: sessions are forked when the next chunk
-takes them over the end of a page, and first hear beside their origin, mostly the same sound. Other engines `play` the
-finished list of steps.
+A schedule is drawn from its seed while one engine plays it, because its choices depend on the engine's state: sessions
+are forked when their next chunk fills a page, and fork and origin then get their first chunk together, mostly with the
+same audio. Other engines `play` the finished list of steps.
 """
 
 from __future__ import annotations
@@ -17,27 +17,24 @@ import torch
 from kernels import ops
 from kernels.layout import SPLIT_TOKENS
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from rollout.engines.engine import Engine
 from rollout.engines.session import Session
 from rollout.seeds import session_key
-from rollout.turn.action import CHUNK_SAMPLES
-from rollout.turn.grammar import AUDIO_ROWS, most_rows
-from rollout.turn.observation import Observation
+from rollout.turn.grammar import AUDIO_ROWS, max_rows
 from tests.support.episodes import unequal_fields
+from tests.support.models import fresh_model
+from tests.support.sessions import record, sound
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
-SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * most_rows(WORDS), "words_per_chunk": WORDS}
-FEW_PAGES = 20
-"""Enough for the sessions that a schedule has open at a time; every page is used many times over."""
-BANK = 3
-"""Sounds that are heard again and again, so that sessions share pages by what they heard, not by descent alone."""
+SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * max_rows(WORDS), "words_per_chunk": WORDS}
+FEW_PAGES = 20  # enough for the sessions that a schedule has open at a time, so that pages are reused often
+SOUNDS = 3  # number of sounds that are repeated, so that sessions that are not forks have common prefixes too
 
 
 @dataclass(frozen=True)
 class Step:
-    """``sessions`` are numbered as they come. ``fork`` names the origin, ``append`` and ``fail`` a sound for each;
-    a ``fail`` is an append whose call number ``at`` of the op ``op`` raises."""
+    """One call of an engine. ``sessions``: indices in order of creation (of a fork: its origin); ``sounds``: one for
+    each, in append and fail. A fail is an append in which call number ``at`` of the op ``op`` raises."""
 
     kind: str  # open, fork, append, fail, close
     sessions: tuple[int, ...] = ()
@@ -48,7 +45,7 @@ class Step:
 
 @dataclass
 class Schedule:
-    """What happens, and the sessions that came of it."""
+    """The steps, and the sessions of the engine that they were drawn with."""
 
     seed: int
     temperature: float
@@ -57,9 +54,9 @@ class Schedule:
 
 
 def make_model(dtype: torch.dtype) -> InteractionModel:
-    """Fresh weights, but convolutions that look back: those of fresh ones hardly do, and hide a wrong window."""
-    model = InteractionModel(preset("tiny"), dtype)
-    model.init_weights(0)
+    """Initial weights, but larger ones in the convolutions: with the initial ones a wrong window would have no
+    effect."""
+    model = fresh_model(dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -68,10 +65,6 @@ def make_model(dtype: torch.dtype) -> InteractionModel:
     model.requires_grad_(False)
     model.pack()
     return model
-
-
-def sound(number: int) -> Observation:
-    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(number)))
 
 
 @contextmanager
@@ -94,26 +87,27 @@ def failing(op: str, at: int) -> Iterator[None]:
 
 
 def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) -> None:
-    """One step on one engine; ``sessions`` are that engine's."""
-    here = [sessions[n] for n in step.sessions]
+    """Runs one step on an engine, whose sessions so far are ``sessions``."""
+    group = [sessions[n] for n in step.sessions]
     if step.kind in ("open", "fork"):
         key = session_key(schedule.seed, "x", len(sessions))
-        sessions.append(engine.open(key, schedule.temperature) if step.kind == "open" else engine.fork(here[0], key))
+        sessions.append(engine.open(key, schedule.temperature) if step.kind == "open" else engine.fork(group[0], key))
     elif step.kind == "close":
-        engine.close(here[0])
+        engine.close(group[0])
     elif step.kind == "append":
-        engine.append(here, [sound(n) for n in step.sounds])
+        engine.append(group, [sound(n) for n in step.sounds])
     else:
         try:
             with failing(step.op, step.at):
-                engine.append(here, [sound(n) for n in step.sounds])
+                engine.append(group, [sound(n) for n in step.sounds])
         except FloatingPointError:
             return
         raise AssertionError(f"{step} did not fail")
 
 
 def play(engine: Engine, schedule: Schedule, failures: bool = True) -> list[Session]:
-    """The sessions that come of it on ``engine``. Without ``failures`` those of a failing append are closed instead."""
+    """Runs a schedule on ``engine``; returns its sessions. Without ``failures``, sessions of a fail are closed
+    instead."""
     sessions: list[Session] = []
     for step in schedule.steps:
         if step.kind == "fail" and not failures:
@@ -129,7 +123,7 @@ class Planner:
 
     def __init__(self, engine: Engine, seed: int, temperature: float) -> None:
         self.engine, self.rng, self.schedule = engine, random.Random(seed), Schedule(seed, temperature)
-        self.fresh = BANK + 1000 * seed
+        self.fresh = SOUNDS + 1000 * seed
 
     def plan(self, steps: int) -> Schedule:
         for _ in range(steps):
@@ -147,33 +141,33 @@ class Planner:
         return [n for n, session in enumerate(self.schedule.sessions) if not session.closed]
 
     def pages(self, spare: int = 0) -> int:
-        """That the open sessions and ``spare`` forks of the longest one may have after their next chunk."""
-        rows = [len(self.schedule.sessions[n].tokens) + most_rows(WORDS) for n in self.open()]
+        """The most pages of the open sessions and of ``spare`` forks of the longest one, after their next chunk."""
+        rows = [len(self.schedule.sessions[n].tokens) + max_rows(WORDS) for n in self.open()]
         return sum(-(-n // SPLIT_TOKENS) for n in rows + spare * [max(rows, default=0)])
 
     def room(self, forks: int) -> bool:
         return self.engine.free >= forks and self.pages(forks) <= FEW_PAGES
 
     def next(self) -> None:
-        rng, here = self.rng, self.open()
-        done = [n for n in here if self.schedule.sessions[n].chunks >= MOST_CHUNKS]
+        rng, open_now = self.rng, self.open()
+        done = [n for n in open_now if self.schedule.sessions[n].chunks >= MOST_CHUNKS]
         if done or self.pages() > FEW_PAGES:
-            self.step("close", rng.choice(done or here))
-        elif not here or (rng.random() < 0.1 and self.room(1)):
+            self.step("close", rng.choice(done or open_now))
+        elif not open_now or (rng.random() < 0.1 and self.room(1)):
             self.step("open")
-        elif near := [n for n in here if self.at_the_end(n)]:
+        elif near := [n for n in open_now if self.at_the_end(n)]:
             self.branch(rng.choice(near))
         elif rng.random() < 0.05:
-            self.step("close", rng.choice(here))
+            self.step("close", rng.choice(open_now))
         elif rng.random() < 0.1 and self.room(1):
-            self.fork(rng.choice(here))
+            self.fork(rng.choice(open_now))
         else:
-            self.append(rng.sample(here, rng.randint(1, len(here))))
+            self.append(rng.sample(open_now, rng.randint(1, len(open_now))))
 
     def at_the_end(self, n: int) -> bool:
         """Whether its next chunk's audio takes it over the end of a page."""
         session = self.schedule.sessions[n]
-        return session.fed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS - 1) // SPLIT_TOKENS
+        return session.computed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS - 1) // SPLIT_TOKENS
 
     def fork(self, origin: int) -> int:
         self.step("fork", origin)
@@ -187,7 +181,7 @@ class Planner:
             self.step("close", rng.choice([n for n in self.open() if n != origin]))
         for _ in range(forks):
             group.append(self.fork(rng.choice(group)))
-        same = rng.randrange(BANK)
+        same = rng.randrange(SOUNDS)
         if rng.random() < 0.4:
             lost, op = group.pop(), rng.choice(["attention", "attention", "sample", "embedding_sum"])
             number = same
@@ -204,9 +198,9 @@ class Planner:
     def append(self, group: list[int], same: int | None = None) -> None:
         rng = self.rng
         if same is None:
-            same = rng.randrange(BANK)
+            same = rng.randrange(SOUNDS)
         alike = rng.random() < 0.7
-        sounds = tuple(same if alike else rng.randrange(BANK) for _ in group)
+        sounds = tuple(same if alike else rng.randrange(SOUNDS) for _ in group)
         self.step("append", *group, sounds=sounds)
 
 
@@ -221,7 +215,7 @@ def unequal(schedule: Schedule, sessions: list[Session]) -> list[int]:
     for n, (one, other) in enumerate(zip(schedule.sessions, sessions, strict=True)):
         if n in failed(schedule) or one.chunks == other.chunks == 0:
             continue
-        a, b = (s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in (one, other))
+        a, b = map(record, (one, other))
         if unequal_fields(a, b):
             differs.append(n)
     return differs

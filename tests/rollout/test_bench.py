@@ -33,11 +33,11 @@ def test_both_models_are_one_function() -> None:
 def test_a_crowd_is_served_as_many_chunks_as_it_counts() -> None:
     crowd = Crowd(embedded(tiny_model(), 3, 20, words_per_chunk=2))
     crowd.join(3)
-    found = served(crowd, 6)
+    result = served(crowd, 6)
     assert [s.chunks for s in crowd.sessions] == [6, 6, 6]
-    assert found.sessions == 3 and 1 < found.tokens_per_chunk <= 3
-    assert found.tokens_per_s == pytest.approx(found.chunks_per_s * found.tokens_per_chunk)
-    assert 0 < found.p50_ms <= found.p99_ms
+    assert result.sessions == 3 and 1 < result.tokens_per_chunk <= 3
+    assert result.tokens_per_s == pytest.approx(result.chunks_per_s * result.tokens_per_chunk)
+    assert 0 < result.p50_ms <= result.p99_ms
     assert len({tuple(s.tokens) for s in crowd.sessions}) == 3
     crowd.leave()
     assert crowd.engine.free == 3
@@ -76,8 +76,8 @@ def test_growth_sees_a_leak_of_a_few_small_tensors_a_chunk() -> None:
 
 
 def test_overhead_is_a_part_of_the_chunk() -> None:
-    found = overhead.measure_overhead(20)
-    assert 0 < found.overhead_ms < found.chunk_ms
+    result = overhead.measure_overhead(20)
+    assert 0 < result.overhead_ms < result.chunk_ms
 
 
 @pytest.mark.slow
@@ -104,5 +104,5 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_is_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.process, "missing", lambda: "vLLM is not installed")
+    monkeypatch.setattr(bench.process, "unavailable_reason", lambda: "vLLM is not installed")
     assert bench.engines(argparse.Namespace(rounds=1)) == "left out: vLLM is not installed"

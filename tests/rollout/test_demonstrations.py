@@ -19,13 +19,8 @@ CONFIG = ScenarioConfig()
 SEEDS = 200
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.open()
-
-
-def demonstrated(item: Scenario, seed: int, errs: float = 1.0, config: ScenarioConfig = CONFIG) -> Score:
-    _, actions, facts = enact(item, config.expert(item, np.random.default_rng(seed), errs))
+def demonstrated(item: Scenario, seed: int, mistake_scale: float = 1.0, config: ScenarioConfig = CONFIG) -> Score:
+    _, actions, facts = enact(item, config.expert(item, np.random.default_rng(seed), mistake_scale))
     return score(item.family, facts.to_json(), actions, config)
 
 
@@ -49,7 +44,7 @@ def played(item: Scenario, policy: Callable[[int], Action]) -> Score:
 def test_perfect_expert_scores_one_on_every_seed(bank: SpeechBank, family: str, split: str) -> None:
     for seed in range(SEEDS):
         item = CONFIG.scenario(family, split, seed, bank)
-        got = demonstrated(item, seed, errs=0)
+        got = demonstrated(item, seed, mistake_scale=0)
         assert (got.value, got.tight, got.spurious) == (1.0, 1.0, 0), item.id
         assert got.due >= 2, item.id
         # Every hit is at the best moment, so no reward is lost either.

@@ -13,7 +13,7 @@ from reward.score import score
 from rl.run import check_shares
 from rl.train import parse
 from rollout.scenarios.family import Family
-from rollout.scenarios.registry import SHIPPED, ScenarioConfig, find
+from rollout.scenarios.registry import SHIPPED, ScenarioConfig, find_family
 from rollout.turn.action import LISTEN
 from tests.reward.test_timespeak import FACTS
 
@@ -23,8 +23,8 @@ TWIN = replace(TIMESPEAK, axes=("timing",))
 
 
 def test_shipped_families_have_their_names() -> None:
-    assert {name: find(name).name for name in SHIPPED} == {name: name for name in SHIPPED}
-    assert find("reward.rules.timespeak:TIMESPEAK") is find("timespeak") is TIMESPEAK
+    assert {name: find_family(name).name for name in SHIPPED} == {name: name for name in SHIPPED}
+    assert find_family("reward.rules.timespeak:TIMESPEAK") is find_family("timespeak") is TIMESPEAK
     assert ScenarioConfig().axes == ("timing", "content")
     assert ScenarioConfig(("tests.examples.confide:FAMILY", "timespeak")).axes == ("timing", "safety", "content")
 
@@ -41,7 +41,7 @@ def test_shipped_families_have_their_names() -> None:
 )
 def test_a_family_that_is_not_there(name: str, says: str) -> None:
     with pytest.raises(MetronomeError, match=says):
-        find(name)
+        find_family(name)
 
 
 def test_settings_are_typed_by_the_family_and_survive_a_run_s_own_recipe(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_axis_weights_name_axes_of_the_families() -> None:
 
 
 def test_a_scorer_that_breaks_its_family_s_word_is_named() -> None:
-    here = ScenarioConfig(("tests.rollout.test_registry:TWIN",))
+    config = ScenarioConfig(("tests.rollout.test_registry:TWIN",))
     with pytest.raises(MetronomeError, match=r"scorer of family 'timespeak' gave rewards of .* the axes timing in"):
-        score("timespeak", FACTS.to_json(), [LISTEN] * 60, here)
+        score("timespeak", FACTS.to_json(), [LISTEN] * 60, config)
 
 
 @pytest.mark.parametrize("wrong", [{"name": "a/b"}, {"name": "families"}, {"axes": ()}, {"axes": ("a", "a")}])

@@ -34,7 +34,7 @@ def digests(first_seed: int = 0) -> dict[str, str]:
     items = [config.in_turn(i, "train", first_seed + i, bank) for i in range(12)]
     plays = [enact(item, config.expert(item, generator("same bits", i))) for i, item in enumerate(items)]
     measured = [
-        dmel.measured(torch.from_numpy(np.pad(audio.reshape(1, -1), ((0, 0), (800, 0))))) for audio, _, _ in plays
+        dmel.codes_and_mels(torch.from_numpy(np.pad(audio.reshape(1, -1), ((0, 0), (800, 0))))) for audio, _, _ in plays
     ]
     constants = [dmel.window, dmel.roots, dmel.weight, dmel.edges]
     return {
@@ -57,21 +57,21 @@ def _sha(*arrays: np.ndarray) -> str:
 
 
 @pytest.fixture(scope="module")
-def here() -> dict[str, str]:
+def in_process() -> dict[str, str]:
     return digests()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_same_bits(way: str, here: dict[str, str]) -> None:
+def test_same_bits(way: str, in_process: dict[str, str]) -> None:
     done = run(["-W", "ignore", "-m", "tests.rollout.test_same_bits"], WAYS[way])
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == here
+    assert json.loads(done.stdout) == in_process
 
 
-def test_control_other_scenarios_have_other_bits(here: dict[str, str]) -> None:
+def test_control_other_scenarios_have_other_bits(in_process: dict[str, str]) -> None:
     other = digests(first_seed=1)
-    changed = {stage for stage in here if other[stage] != here[stage]}
+    changed = {stage for stage in in_process if other[stage] != in_process[stage]}
     assert changed == {"user's audio", "actions", "codes", "mel values"}
 
 

@@ -13,7 +13,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import REMINDER, TimespeakFacts
 from rollout.scenarios.turn_taking import Turn, TurnTakingFacts
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, Mode, speak
-from rollout.turn.observation import audio_of
+from rollout.turn.observation import stack_audio
 from rollout.world.base import Scenario, User
 from rollout.world.sound import LOOP_SECONDS, NOISES, Noise, SoundConfig, amplitude, noise
 from rollout.world.speech import SpeechBank
@@ -32,14 +32,9 @@ def turn_taking(**settings: Any) -> ScenarioConfig:
 QUIET = SoundConfig(snr_db=(80.0, 80.0))  # noise too faint to blur where speech is
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.open()
-
-
 def play(user: User, actions: list[Action]) -> np.ndarray:
     heard = [None, *actions[:-1]]
-    return audio_of([user.next_chunk(action) for action in heard]).numpy()
+    return stack_audio([user.next_chunk(action) for action in heard]).numpy()
 
 
 def seed_with(bank: SpeechBank, family: str, config: ScenarioConfig, wanted) -> Scenario:
@@ -65,9 +60,9 @@ def test_same_id_same_bits(bank: SpeechBank, family: str, split: str) -> None:
 @pytest.mark.parametrize("family", CONFIG.families)
 def test_other_seed_or_split_other_bits(bank: SpeechBank, family: str) -> None:
     silent = [LISTEN] * 60
-    here = play(CONFIG.scenario(family, "train", 7, bank).user(), silent)
+    audio = play(CONFIG.scenario(family, "train", 7, bank).user(), silent)
     for split, seed in (("train", 8), ("held_out", 7)):
-        assert not np.array_equal(here, play(CONFIG.scenario(family, split, seed, bank).user(), silent))
+        assert not np.array_equal(audio, play(CONFIG.scenario(family, split, seed, bank).user(), silent))
 
 
 def test_rollouts_that_share_a_scenario_do_not_disturb_each_other(bank: SpeechBank) -> None:

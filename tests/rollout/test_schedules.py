@@ -10,6 +10,7 @@ from rl.step.batch import collate, score_choices
 from rollout.engines.embedded import SessionEngine
 from rollout.turn.vocabulary import Vocabulary
 from tests.rollout.schedules import SIZES, Planner, Schedule, failed, make_model
+from tests.support.sessions import record
 
 STEPS = 100
 
@@ -22,7 +23,7 @@ def planned(seed: int, dtype: torch.dtype) -> tuple[Schedule, bool]:
     schedule = Planner(engine, seed, temperature).plan(STEPS)
     assert (engine.free, engine.state.open_slots) == (SIZES["slots"], 0)
     whole = [s for n, s in enumerate(schedule.sessions) if s.chunks and n not in failed(schedule)]
-    episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in whole]
+    episodes = [record(session) for session in whole]
     with torch.no_grad():
         logprob, _, digest = score_choices(
             model, collate(episodes, model.audio_token_id), vocabulary.classes, temperature
@@ -50,7 +51,7 @@ def test_a_fork_that_forgets_its_windows_is_found(monkeypatch: pytest.MonkeyPatc
 
     def fork(state: SessionState, slot: int) -> int:
         twin = honest(state, slot)
-        for past in state.pasts[1]:
+        for past in state.conv_windows[1]:
             past[twin] = 0
         return twin
 

@@ -1,12 +1,12 @@
 """Sampling keys are pure functions with no collisions in practice."""
 
 from rollout.seeds import (
-    DEMONSTRATIONS,
-    PREFERENCES,
-    SEEDS_A_RUN,
+    FIRST_DEMONSTRATION_SEED,
+    FIRST_PREFERENCE_SEED,
+    SEEDS_PER_RUN,
     demonstration_seed,
     generator,
-    mistakes,
+    mistakes_generator,
     preference_seed,
     session_key,
     splitmix64,
@@ -39,17 +39,21 @@ def test_keys_are_signed_64_bit_and_distinct() -> None:
 
 
 def test_scenarios_of_one_use_are_not_those_of_another() -> None:
-    runs, scenarios = range(0, 100, 9), (0, 1, SEEDS_A_RUN - 1)
+    runs, scenarios = range(0, 100, 9), (0, 1, SEEDS_PER_RUN - 1)
     demonstrations = {demonstration_seed(run, i) for run in runs for i in scenarios}
     preferences = {preference_seed(run, i) for run in runs for i in scenarios}
     assert len(demonstrations) == len(preferences) == len(runs) * len(scenarios)
-    assert min(demonstrations) == DEMONSTRATIONS and min(preferences) == PREFERENCES
-    assert not demonstrations & preferences and max(demonstrations) < PREFERENCES
-    assert demonstration_seed(0, SEEDS_A_RUN) in {demonstration_seed(1, 0)}  # the control: one scenario too many
+    assert min(demonstrations) == FIRST_DEMONSTRATION_SEED and min(preferences) == FIRST_PREFERENCE_SEED
+    assert not demonstrations & preferences and max(demonstrations) < FIRST_PREFERENCE_SEED
+    assert demonstration_seed(0, SEEDS_PER_RUN) in {demonstration_seed(1, 0)}  # the control: one scenario too many
 
 
 def test_generators_are_told_apart_by_their_names() -> None:
     first = generator("noise", "train", 1).integers(1 << 62)
     assert first == generator("noise", "train", 1).integers(1 << 62)
     assert first != generator("noise", "train", 2).integers(1 << 62)
-    assert mistakes(0, 1).integers(1 << 62) == mistakes(0, 1).integers(1 << 62) != mistakes(1, 0).integers(1 << 62)
+    assert (
+        mistakes_generator(0, 1).integers(1 << 62)
+        == mistakes_generator(0, 1).integers(1 << 62)
+        != mistakes_generator(1, 0).integers(1 << 62)
+    )

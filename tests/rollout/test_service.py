@@ -13,7 +13,6 @@ import torch
 
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from rollout.bench.overhead import heap_bytes
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
@@ -21,6 +20,8 @@ from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import context_rows
 from rollout.turn.observation import MissingSenseError, Observation
 from rollout.turn.vocabulary import Vocabulary
+from tests.support.models import fresh_model
+from tests.support.sessions import sound
 
 MAX_CHUNKS = 12
 RECORD = ("tokens", "sampled", "logprob", "digest", "actions")
@@ -28,10 +29,7 @@ RECORD = ("tokens", "sampled", "logprob", "digest", "actions")
 
 @pytest.fixture(scope="module")
 def model() -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(0)
-    model.pack()
-    return model
+    return fresh_model()
 
 
 @pytest.fixture
@@ -43,10 +41,6 @@ def make(model: InteractionModel) -> Callable[..., Service]:
         return Service(engine, max_chunks=MAX_CHUNKS, idle_chunks=idle_chunks)
 
     return build
-
-
-def sound(seed: int) -> Observation:
-    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(seed)))
 
 
 def record(client: Client) -> list[object]:

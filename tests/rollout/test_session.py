@@ -9,29 +9,29 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.state import ContextFull
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.inputs import Inputs
 from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
 from rl.step.batch import collate, score_choices
 from rl.step.identity import compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
-from rollout.record.episode import Episode, concatenate, tensors
+from rollout.record.episode import Episode, concatenate
 from rollout.record.transcript import write_transcript
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES, Mode
-from rollout.turn.observation import Observation, of_audio
+from rollout.turn.observation import Observation, audio_observations
 from rollout.turn.vocabulary import Vocabulary
+from tests.support import sessions
+from tests.support.episodes import unequal_fields
+from tests.support.models import fresh_model
+from tests.support.sessions import record
 
 CHUNKS = 12
 
 
 @pytest.fixture(scope="module")
 def model() -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(0)
-    model.pack()
-    return model
+    return fresh_model()
 
 
 def make_engine(
@@ -42,8 +42,7 @@ def make_engine(
 
 
 def sound(session: int, chunk: int) -> Observation:
-    generator = torch.Generator().manual_seed(1000 * session + chunk)
-    return Observation(0.1 * torch.randn(CHUNK_SAMPLES, generator=generator))
+    return sessions.sound(1000 * session + chunk)
 
 
 def talk(engine: SessionEngine, sessions: dict[int, Session], chunks: range) -> None:
@@ -51,12 +50,8 @@ def talk(engine: SessionEngine, sessions: dict[int, Session], chunks: range) -> 
         engine.append(list(sessions.values()), [sound(i, k) for i in sessions])
 
 
-def record(session: Session) -> Episode:
-    return session.episode(scenario="x/train/0", rollout=0, seed=0, facts={})
-
-
 def same(a: Episode, b: Episode) -> bool:
-    return all(torch.equal(tensor, tensors(b)[name]) for name, tensor in tensors(a).items())
+    return not unequal_fields(a, b)
 
 
 def test_a_session_alone_equals_itself_among_others(model: InteractionModel) -> None:
@@ -106,13 +101,13 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
 
     def mismatch() -> tuple[int, int, int]:
         logprob, _, digest = score_choices(model, collate(episodes, model.audio_token_id), classes, 1.0)
-        found = compare(
+        result = compare(
             concatenate(episodes, "logprob"),
             logprob.detach(),
             concatenate(episodes, "digest"),
             digest,
         )
-        return found.num_tokens, found.num_unequal, found.rows_unequal
+        return result.num_tokens, result.num_unequal, result.rows_unequal
 
     tokens, unequal, rows = mismatch()
     assert tokens > 4 * CHUNKS
@@ -218,7 +213,7 @@ def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: Interactio
     with pytest.raises(ValueError, match="twice"):
         engine.append([session, session], [sound(0, 0)] * 2)
     with pytest.raises(ValueError, match="NaN"):
-        engine.append([session], of_audio(torch.full((1, CHUNK_SAMPLES), torch.nan)))
+        engine.append([session], audio_observations(torch.full((1, CHUNK_SAMPLES), torch.nan)))
     for one_more in (lambda: engine.open(1), lambda: engine.fork(session, 1)):
         with pytest.raises(MetronomeError, match="all 1 slots are open"):
             one_more()

@@ -6,33 +6,29 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import Tensor
 
 from model.backbone.transformer import InteractionModel
-from model.config import preset
-from rollout.bench.sharing import Separate
+from rollout.bench.sharing import UnsharedEngine
 from rollout.engines.embedded import SessionEngine
-from rollout.engines.session import Session
 from rollout.play import Play, play
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import session_key
-from rollout.turn.action import CHUNK_SAMPLES
-from rollout.turn.observation import Observation, of_audio
+from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
+from tests.support import sessions
 from tests.support.episodes import unequal_fields
+from tests.support.models import fresh_model
+from tests.support.sessions import record
 
 GROUP = 4
 
 
 @pytest.fixture(scope="module")
 def model() -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(0)
-    model.pack()
-    return model
+    return fresh_model()
 
 
 def make_engine(model: InteractionModel, slots: int = GROUP) -> SessionEngine:
@@ -57,12 +53,7 @@ def held(engine: SessionEngine) -> tuple[float, ...]:
 
 
 def sound(*seeds: int) -> list[Observation]:
-    rows = [torch.randn(CHUNK_SAMPLES, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return of_audio(0.1 * torch.stack(rows))
-
-
-def record(session: Session) -> Episode:
-    return session.episode(scenario="x/train/0", rollout=0, seed=0, facts={})
+    return [sessions.sound(seed) for seed in seeds]
 
 
 @pytest.mark.parametrize("slots", [3 * GROUP, 3])
@@ -73,7 +64,7 @@ def test_groups_played_together_equal_separate_sessions(model: InteractionModel,
     plays = [Play(item, r) for item in items for r in range(GROUP)]
     # At a low temperature they part late, as those of a trained policy do.
     shared = SessionEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=512)
-    apart = Separate(model, shared.vocabulary, slots=slots, max_tokens=512)
+    apart = UnsharedEngine(model, shared.vocabulary, slots=slots, max_tokens=512)
     ours, theirs = play(shared, plays, 3, 0.05), play(apart, plays, 3, 0.05)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
     assert shared.stats()["rows"] < 0.9 * apart.stats()["rows"]
@@ -107,7 +98,7 @@ def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, mon
     assert not all(same(a, b) for a, b in zip(right, together(forgetful), strict=True))
 
     stuck = make_engine(model)
-    monkeypatch.setattr(stuck, "_part", lambda sessions, kinds: None)
+    monkeypatch.setattr(stuck, "_unshare", lambda sessions, inputs: None)
     assert not all(same(a, b) for a, b in zip(right, together(stuck), strict=True))
 
 

@@ -12,11 +12,6 @@ from model.senses.audio import SAMPLE_RATE_HZ
 from rollout.world.speech import DEFAULT_FOLDER, NUMBER_WORDS, RESERVED_WORDS, SpeechBank, SpeechError
 
 
-@pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank.open()
-
-
 def tone(seconds: float) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ)).astype("f4")
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from kernels.errors import MetronomeError
-from rollout.engines.workers.task import Reply, Task, Wanted, check, cuts, seal, unseal
+from rollout.engines.workers.task import PlayRequest, Reply, Task, check_episode, seal, task_boundaries, unseal
 from rollout.record.episode import TEXT, Episode, Stream, load_episodes, pack_episodes, save_episodes, unpack_episodes
 from rollout.turn.action import LISTEN
 from tests.support.episodes import unequal_fields, with_text
 
-WANTED = Wanted("timespeak", "train", 3, 1, chunks=2)
+WANTED = PlayRequest("timespeak", "train", 3, 1, chunks=2)
 TASK = Task(0, (WANTED,), seed=5, temperature=0.7, weights_digest="d")
 EPISODE = Episode(
     scenario="timespeak/train/3",
@@ -49,8 +49,8 @@ EPISODE = Episode(
     slots=st.integers(1, 12),
 )
 def test_cuts_cover_all_plays_once_and_keep_groups_together(groups: list[int], workers: int, slots: int) -> None:
-    plays = [Wanted("timespeak", "train", g, r, 60) for g, size in enumerate(groups) for r in range(size)]
-    places = cuts(plays, workers, slots)
+    plays = [PlayRequest("timespeak", "train", g, r, 60) for g, size in enumerate(groups) for r in range(size)]
+    places = task_boundaries(plays, workers, slots)
     assert places[-1] == len(plays) and (not plays or places[0] == 0)
     assert all(a < b for a, b in pairwise(places))
     assert len(places) - 1 >= min(workers, len(plays)), "every worker has something to do"
@@ -59,19 +59,19 @@ def test_cuts_cover_all_plays_once_and_keep_groups_together(groups: list[int], w
 
 
 def test_cuts_of_a_step_and_of_an_evaluation() -> None:
-    step = [Wanted("timespeak", "train", g, r, 60) for g in range(8) for r in range(6)]
-    assert cuts(step, 2, 24) == [0, 24, 48]
-    assert cuts(step, 3, 16) == [0, 12, 30, 48]
-    assert cuts(step[:6], 4, 2) == [0, 1, 3, 4, 6]
-    held_out = [Wanted("timespeak", "held_out", i, 0, 60) for i in range(100)]
-    assert cuts(held_out, 2, 24) == [0, 16, 33, 50, 66, 83, 100]
+    step = [PlayRequest("timespeak", "train", g, r, 60) for g in range(8) for r in range(6)]
+    assert task_boundaries(step, 2, 24) == [0, 24, 48]
+    assert task_boundaries(step, 3, 16) == [0, 12, 30, 48]
+    assert task_boundaries(step[:6], 4, 2) == [0, 1, 3, 4, 6]
+    held_out = [PlayRequest("timespeak", "held_out", i, 0, 60) for i in range(100)]
+    assert task_boundaries(held_out, 2, 24) == [0, 16, 33, 50, 66, 83, 100]
 
 
 def test_an_episode_comes_back_as_it_was() -> None:
     (back,) = unpack_episodes(unseal(seal(Reply(0, "c", pack_episodes([EPISODE])))).episodes)
     assert unequal_fields(back, EPISODE) == set()
     assert unequal_fields(back, with_text(EPISODE, chunk=torch.tensor([0, 0]))) == {"text.chunk"}
-    check(back, WANTED, TASK, "c")
+    check_episode(back, WANTED, TASK, "c")
 
 
 @pytest.mark.parametrize("place", [0, 31, 32, 200, -1])
@@ -132,4 +132,4 @@ def test_an_episode_of_something_else_is_no_answer(change: dict[str, object], sa
     of_text = change.keys() & vars(EPISODE.text).keys()
     wrong = with_text(EPISODE, **change) if of_text else replace(EPISODE, **change)
     with pytest.raises(ValueError, match=says):
-        check(wrong, WANTED, TASK, "c")
+        check_episode(wrong, WANTED, TASK, "c")

@@ -32,16 +32,10 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 from tests.support.episodes import unequal_fields
+from tests.support.models import fresh_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 3
-
-
-def fresh_model(seed: int = 0) -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(seed)
-    model.pack()
-    return model
 
 
 def setup(**changes: Any) -> Setup:

@@ -187,7 +187,7 @@ def learner(model: InteractionModel, episodes: Sequence[Episode], mine: int, cla
         sampled = [len(e.text.sampled_at) for e in episodes]
         trace.begin(len(batch.row), _part(sampled, mine), slice(0, 0))
         logits = model.logits(hidden[batch.row])
-        logprob, _, digest = classes.score(logits, batch.target, batch.row_class, episodes[0].temperature)
+        logprob, _, digest = classes.logprob(logits, batch.target, batch.row_class, episodes[0].temperature)
         trace.add(LOGPROB, logprob)
         trace.add(DIGEST, digest)
     return trace

@@ -1,8 +1,8 @@
-"""Starts vLLM for one model and keeps its private parts in one place: `Core` is all that the engine knows of vLLM.
+"""Starts vLLM for one model; `Core` is the only use that `rollout.engines.vllm.engine` makes of vLLM.
 
-The same client interface drives a core in this process and one in a process of its own; requests are handed to it as
-`EngineCoreRequest`, past vLLM's front end, which has nothing to add to ready token ids and codes. These are private
-interfaces: tests/rollout/vllm/private_api.json lists those that this package leans on, and a test says which moved.
+vLLM's core runs in this process or in one of its own, behind one client interface. Requests are sent to it directly, as
+`EngineCoreRequest`: vLLM's front end has nothing to add to token ids and codes. These interfaces are private;
+tests/rollout/vllm/private_api.json lists those that this package uses, and a test finds changes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from kernels.errors import MetronomeError
 from kernels.layout import SPLIT_TOKENS
 from model.backbone.transformer import InteractionModel
 from model.weights import checkpoint
-from rollout.engines.vllm.process import ENVIRONMENT, Functions, check_version, stand_in, undisturbed
+from rollout.engines.vllm.process import ENVIRONMENT, Functions, check_version, restoring_torch, swap_functions
 from rollout.turn.vocabulary import Vocabulary
 
 
 class Core:
-    """vLLM around one model; engines of one model can share it.
+    """vLLM serving one model; engines of this model can share it.
 
-    prefill_tokens: most rows of one step; longer prefills go in several.
-    pages: size of the cache; by default enough for every slot's whole context, so that nothing is ever preempted.
+    prefill_tokens: the most rows of one step; longer prefills take several steps.
+    pages: size of the KV cache; by default enough for the whole context of every slot, so that vLLM never preempts.
     worker_process: whether vLLM runs in a process of its own, with a copy of the weights.
 
     Raises MetronomeError for another version of vLLM, or when it already runs in this process."""
@@ -64,11 +64,11 @@ class Core:
         self.model = model
         self.worker_process: bool = worker_process
         self.folder = tempfile.TemporaryDirectory(prefix="metronome-vllm-", dir=_memory_folder())
-        place = Path(self.folder.name)
+        folder = Path(self.folder.name)
         rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
-        PolicyConfig.of(model.config, rows).save_pretrained(place)
-        save_file({"allowed": vocabulary.classes.allowed.cpu().contiguous()}, place / CLASSES)
-        with undisturbed() as vllms:
+        PolicyConfig.of(model.config, rows).save_pretrained(folder)
+        save_file({"allowed": vocabulary.classes.allowed.cpu().contiguous()}, folder / CLASSES)
+        with restoring_torch() as vllm_functions:
             register()
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.core_client import EngineCoreClient
@@ -79,7 +79,7 @@ class Core:
             count = pages or slots * -(-rows // SPLIT_TOKENS)
             count += 1  # vLLM keeps one page for itself
             arguments = EngineArgs(
-                model=str(place),
+                model=str(folder),
                 dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
                 load_format="dummy",
                 skip_tokenizer_init=True,
@@ -109,7 +109,7 @@ class Core:
                 executor_class=Executor.get_class(config),
                 log_stats=False,
             )
-        self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder, vllms)
+        self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder, vllm_functions)
         self.steps, self.slots, self.opened = 0, slots, 0
         self.begun: dict[int, bool] = {}  # open session -> whether vLLM has its past
         self.weights_digest = ""
@@ -118,7 +118,8 @@ class Core:
         self.publish()
 
     def publish(self) -> None:
-        """The model's weights as they are now. Raises MetronomeError when a worker process did not get them whole."""
+        """Makes vLLM use the model's present weights. Raises MetronomeError when a worker process has received others,
+        or sessions are open."""
         digest = checkpoint.weights_digest(self.model)
         if self.worker_process:
             path = Path(self.folder.name) / f"{uuid.uuid4()}.safetensors"
@@ -142,7 +143,7 @@ class Core:
         return self.slots - len(self.begun)
 
     def take(self) -> int:
-        """A number for a new session. Raises MetronomeError when every slot is taken."""
+        """Reserves a slot; returns the new session's number. Raises MetronomeError when every slot is taken."""
         if not self.free:
             raise MetronomeError(f"all {self.slots} sessions are open; close one or make the engine with more slots")
         self.opened += 1
@@ -154,14 +155,14 @@ class Core:
         session: int,
         tokens: list[int],
         codes: Sequence[tuple[int, Tensor]],
-        ask: dict[str, Any],
+        turn: dict[str, Any],
         *,
-        most_tokens: int,
+        max_tokens: int,
         stop: list[int],
     ) -> None:
-        """One more input of ``session``: token ids, and for each chunk of audio among them the place of its first row
-        and its codes. The micro-turn ends after ``most_tokens`` or with one of ``stop``; ``ask`` are the fields of
-        `rollout.engines.vllm.sampling.Turn` that the session decides."""
+        """Adds input to ``session`` and starts a micro-turn: token ids, and (index of the first row, codes uint8 [4,
+        80]) of each chunk of audio among them. The micro-turn ends after ``max_tokens`` tokens or with one of ``stop``;
+        ``turn``: fields of `rollout.engines.vllm.sampling.Turn`."""
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
@@ -169,13 +170,13 @@ class Core:
             EngineCoreRequest(
                 request_id=str(session),
                 prompt_token_ids=list(tokens),
-                mm_features=[_audio(place, c) for place, c in codes],
+                mm_features=[_audio(first, c) for first, c in codes],
                 sampling_params=SamplingParams(
                     temperature=0.0,
-                    max_tokens=most_tokens,
+                    max_tokens=max_tokens,
                     stop_token_ids=stop,
                     detokenize=False,
-                    extra_args={"session": str(session), **ask},
+                    extra_args={"session": str(session), **turn},
                 ),
                 pooling_params=None,
                 arrival_time=time.time(),
@@ -188,17 +189,20 @@ class Core:
         self.begun[session] = True
 
     def run(self, sessions: Sequence[int]) -> list[list[int]]:
-        """Steps until every one of ``sessions`` has ended its micro-turn; the tokens that each sampled."""
+        """Runs vLLM until each of ``sessions`` has ended its micro-turn; returns the tokens that each sampled. Raises
+        MetronomeError when vLLM stops early, makes no progress or has other weights."""
         from vllm.v1.engine import FinishReason
 
         sampled: dict[str, list[int]] = {str(session): [] for session in sessions}
-        going, idle = set(sampled), 0
-        while going:
+        unfinished, idle = set(sampled), 0
+        while unfinished:
             step = self.client.get_output()
             self.steps += 1
             idle = 0 if step.outputs else idle + 1
             if idle > 10_000:
-                raise MetronomeError(f"vLLM makes no progress: {len(going)} sessions wait for pages that others hold")
+                raise MetronomeError(
+                    f"vLLM makes no progress: {len(unfinished)} sessions wait for pages that others hold"
+                )
             for output in step.outputs:
                 if step.weight_version != self.weights_digest:
                     raise MetronomeError(f"vLLM sampled from {step.weight_version}, published is {self.weights_digest}")
@@ -207,23 +211,24 @@ class Core:
                     continue
                 if output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
                     raise MetronomeError(f"vLLM ended session {output.request_id}: {output.finish_reason.name}")
-                going.discard(output.request_id)
+                unfinished.discard(output.request_id)
         return list(sampled.values())
 
     def records(self, sessions: Sequence[int]) -> list[dict[int, Any]]:
         """What was sampled for each session since the last call: position -> `rollout.engines.vllm.policy.Record`."""
-        found: list[dict[int, Any]] = self.client.collective_rpc("take_records", args=([str(s) for s in sessions],))[0]
-        return found
+        names = [str(session) for session in sessions]
+        records: list[dict[int, Any]] = self.client.collective_rpc("take_records", args=(names,))[0]
+        return records
 
     def drop(self, session: int) -> None:
-        """Gives the session's pages back."""
+        """Ends the session and frees its pages."""
         if self.begun.pop(session):
             self.client.abort_requests([str(session)])
 
     def forget_pages(self) -> None:
-        """After a step that failed: vLLM registers pages and embedded audio in its caches when it schedules a step, so
-        entries may stand for what was never computed. All are dropped; open sessions keep their pages, which earlier
-        steps wrote. A vLLM in a process of its own ends with such a step, and has nothing to forget."""
+        """Clears vLLM's caches after a step that failed: vLLM registers pages and embedded audio in them when it
+        schedules a step, so they may have entries that were never computed. Open sessions keep their pages, which
+        earlier steps wrote. In a process of its own vLLM ends with such a step, and there is nothing to clear."""
         if self.worker_process:
             return
         pages = self.client.engine_core.scheduler.kv_cache_manager
@@ -241,12 +246,13 @@ class Core:
 
 
 _running: weakref.WeakValueDictionary[tuple[Any, ...], Core] = weakref.WeakValueDictionary()
-"""At most one of them in this process: ending one ends what vLLM keeps once a process."""
+"""Cores by model and options, for `shared_core`. At most one runs in this process, because shutting one down also ends
+vLLM's per-process state."""
 
 
 def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any) -> Core:
-    """The core that runs for this model with these options of `Core`, with the model's present weights; started if
-    there is none. It runs as long as somebody holds it."""
+    """The running core for this model and these options of `Core`, or a new one, with the model's present weights. It
+    is shut down when the last reference to it is gone."""
     key = (id(model), *sorted(options.items()))
     core = _running.get(key)
     if core is None or not core.open:
@@ -256,24 +262,24 @@ def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any)
     return core
 
 
-def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str], vllms: Functions) -> None:
-    """On a machine without an accelerator vLLM ends only with its own functions in place."""
-    before = stand_in(vllms)
+def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str], vllm_functions: Functions) -> None:
+    """Shuts vLLM down, with its replacements of torch's functions in place: without a GPU it needs them for that."""
+    before = swap_functions(vllm_functions)
     try:
         client.shutdown()
     finally:
-        stand_in(before)
+        swap_functions(before)
         folder.cleanup()
 
 
 def _memory_folder() -> str | None:
-    """Where a file stays in memory, if the system has such a place."""
+    """A folder in memory, if the system has one."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def _audio(place: int, codes: Tensor) -> Any:
-    """One chunk's codes uint8 [4, 80], whose rows begin at ``place``. Equal codes have equal names, so that vLLM's
-    prefix cache tells chunks apart by what is heard in them."""
+def _audio(first: int, codes: Tensor) -> Any:
+    """One chunk's codes uint8 [4, 80] as a multimodal item of vLLM whose rows begin at ``first``. Its identifier is a
+    digest of the codes, by which vLLM's prefix cache compares chunks."""
     import hashlib
 
     from vllm.multimodal.inputs import (
@@ -284,13 +290,13 @@ def _audio(place: int, codes: Tensor) -> Any:
         PlaceholderRange,
     )
 
-    from rollout.engines.vllm.policy import CODES
+    from rollout.engines.vllm.policy import CODES_FIELD
 
     name = hashlib.blake2b(codes.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
     return MultiModalFeatureSpec(
-        data=MultiModalKwargsItem({CODES: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
+        data=MultiModalKwargsItem({CODES_FIELD: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
         modality="audio",
         identifier=name,
-        mm_position=PlaceholderRange(offset=place, length=len(codes)),
+        mm_position=PlaceholderRange(offset=first, length=len(codes)),
         mm_hash=name,
     )

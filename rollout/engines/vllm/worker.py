@@ -1,5 +1,5 @@
-"""What the engine asks of a vLLM worker beside generating, by vLLM's ``collective_rpc``: take these weights, hand over
-what was sampled. The same calls in this process and in another one."""
+"""Methods added to vLLM's worker, which the engine calls through ``collective_rpc``: to pass weights, and to fetch the
+records of sampled tokens. They work in this process and in another one."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ class WorkerExtension(_Base):
     """Mixed into vLLM's worker class by its ``worker_extension_cls``."""
 
     def policy(self) -> Policy:
+        """The model that vLLM has built."""
         model = self.get_model()
         assert isinstance(model, Policy)
         return model
 
     def share_model(self, model: InteractionModel) -> None:
-        """Same process: sample from the learner's own, packed model."""
+        """For a worker in this process: use the learner's own, packed model."""
         self.policy().models[:] = [model]
 
     def load_weights_file(self, path: str) -> tuple[str, str]:
-        """Another process: take the weights in the file; returns the contract id here and the digest of what was
-        loaded, for the engine to compare with its own."""
+        """For a worker in another process: load the weights in the file. Returns (this process's contract id, digest of
+        the loaded weights), which the engine compares with its own."""
         policy = self.policy()
         tensors = load_file(path)
         if policy.models:
             model = policy.models[0]
             with torch.no_grad():
                 model.load_state_dict(tensors)
-            model.changed()
+            model.mark_changed()
             model.repack()
         else:
             model = InteractionModel(policy.config, policy.dtype)

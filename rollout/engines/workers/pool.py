@@ -1,11 +1,11 @@
-"""Worker processes for rollouts on this machine, and the pool that supervises them.
+"""A pool of rollout worker processes on this machine.
 
-Workers are stateless (`rollout.engines.workers.worker`), so one that dies, hangs or answers garbage is replaced, and
-what it had been asked is asked of another: the episodes come out with the same bits. Each is a fresh interpreter, not a
-fork, with a share of the cores. The weights lie in one memory file without a name, which each worker maps and digests
-for itself; like the workers it vanishes with this process, however that ends.
+Workers are stateless (`rollout.engines.workers.worker`). One that dies, hangs or returns damaged data is replaced and
+its task is given to another, which returns episodes with the same bits. Each worker is a fresh interpreter, not a fork,
+with a share of the cores. Weights are in an anonymous memory file, which every worker reads and digests; like the
+workers, it disappears with this process, however that ends.
 
-Not here: more machines, queues that outlive a call, any notion of rewards or steps.
+Limits: one machine, no queue beyond a call; no knowledge of rewards or training steps.
 """
 
 from __future__ import annotations
@@ -27,33 +27,34 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.weights import checkpoint
-from rollout.engines.workers.task import Reply, Setup, Task, Wanted, check, cuts, unseal
+from rollout.engines.workers.task import PlayRequest, Reply, Setup, Task, check_episode, task_boundaries, unseal
 from rollout.play import Play
 from rollout.record.episode import Episode, unpack_episodes
 
 ATTEMPTS = 5
-"""So many workers in turn are tried on one task, or may be killed before they are ready, until the pool gives up."""
+"""The pool raises when it has lost so many workers in succession with one task, or before they were ready."""
 PROGRAM = "from rollout.engines.workers.worker import main; main()"
 
 
-class Lost(Exception):
-    """A worker is of no use any more; the message says what it did."""
+class WorkerLost(Exception):
+    """A worker cannot be used any more. The message continues "it …"."""
 
 
 class WorkerPool:
-    """A `rollout.engines.roller.Roller`; in the end `close` it. Every process of a run owns a pool of its own."""
+    """Implements `rollout.engines.roller.Roller` with worker processes. `close` it after use. In a run of several ranks
+    each rank has a pool."""
 
     def __init__(self, model: InteractionModel, setup: Setup, *, workers: int, threads: int, timeout_s: float) -> None:
-        """Starts ``workers`` processes with ``threads`` threads each and waits until they are ready. Each has
-        ``timeout_s`` seconds for that, and for every task later. Raises MetronomeError when they cannot start."""
+        """Starts ``workers`` processes with ``threads`` threads each and waits until they are ready. ``timeout_s``:
+        seconds that a worker may take for its start, and for a task. Raises MetronomeError when they cannot start."""
         self._model = model
         self._setup = setup
         self._threads = threads
         self._timeout_s = timeout_s
         self._contract_id = dispatch.contract_id()
         self._weights = os.memfd_create("metronome-weights")
-        self.weights_digest = ""  # of what lies there
-        self._deaths = 0  # of workers that were never ready, since one was
+        self.weights_digest = ""  # of the weights in the memory file
+        self._deaths = 0  # workers lost before they were ready, since the last one that was ready
         self._workers: list[_Process] = []
         try:
             for _ in range(workers):
@@ -66,10 +67,11 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
+        """Process ids of the workers."""
         return [worker.process.pid for worker in self._workers]
 
     def publish(self) -> None:
-        """Puts the model's present weights where the workers read them when they next get a task."""
+        """Writes the model's present weights to the memory file; workers read it at their next task."""
         digest = checkpoint.weights_digest(self._model)
         if digest == self.weights_digest:
             return
@@ -80,24 +82,27 @@ class WorkerPool:
         self.weights_digest = digest
 
     def play(self, plays: Sequence[Play], seed: int, temperature: float = 1.0) -> list[Episode]:
-        """An episode of each play, in their order. Raises what a worker raised, and MetronomeError when a task loses
-        one worker after the other; the pool is then closed."""
+        """One episode for each play, in order. Raises what a worker raised, MetronomeError when a task has lost
+        `ATTEMPTS` workers, and RuntimeError after `close`. Any error closes the pool."""
         if self._weights < 0:
             raise RuntimeError("the pool is closed")
-        every = [(p.scenario, p.rollout) for p in plays]
-        wanted = [Wanted(s.family, s.split, s.seed, rollout, s.chunks) for s, rollout in every]
+        requests = [
+            PlayRequest(p.scenario.family, p.scenario.split, p.scenario.seed, p.rollout, p.scenario.chunks)
+            for p in plays
+        ]
+        boundaries = task_boundaries(requests, len(self._workers), self._setup.slots)
         tasks = [
-            Task(number, tuple(wanted[first:end]), seed, temperature, self.weights_digest)
-            for number, (first, end) in enumerate(pairwise(cuts(wanted, len(self._workers), self._setup.slots)))
+            Task(number, tuple(requests[first:end]), seed, temperature, self.weights_digest)
+            for number, (first, end) in enumerate(pairwise(boundaries))
         ]
         try:
             return self._play(tasks)
-        except BaseException:  # also an interrupt: workers may still be at it
+        except BaseException:  # also KeyboardInterrupt: workers may still be computing
             self.close()
             raise
 
     def _play(self, tasks: Sequence[Task]) -> list[Episode]:
-        """Returns when all workers are idle again, the new ones too."""
+        """The tasks' episodes. Returns when all workers are idle, also those that were started meanwhile."""
         waiting, lost = deque(tasks), Counter[int]()
         done: dict[int, list[Episode]] = {}
         while len(done) < len(tasks) or any(worker.asked for worker in self._workers):
@@ -105,13 +110,13 @@ class WorkerPool:
                 if worker.asked is None and waiting:
                     worker.ask(waiting.popleft())
             for task, result in self._attend():
-                if not isinstance(result, Lost):
+                if not isinstance(result, WorkerLost):
                     done[task.number] = result
                     continue
                 waiting.appendleft(task)
                 lost[task.number] += 1
                 if lost[task.number] == ATTEMPTS:
-                    first, last = (f"{wanted.scenario}#{wanted.rollout}" for wanted in (task.plays[0], task.plays[-1]))
+                    first, last = (f"{play.scenario}#{play.rollout}" for play in (task.plays[0], task.plays[-1]))
                     raise MetronomeError(
                         f"{ATTEMPTS} rollout workers in turn were lost over episodes {first} to {last}; the last one "
                         f"{result}. If memory is short, use fewer rollout.workers; if time is, raise "
@@ -119,20 +124,20 @@ class WorkerPool:
                     )
         return [episode for task in tasks for episode in done[task.number]]
 
-    def _attend(self) -> list[tuple[Task, list[Episode] | Lost]]:
-        """Waits until at least one worker has something to say, and replaces the lost ones. Returns the tasks that came
-        to an end, with their episodes or the reason that there are none."""
-        ended: list[tuple[Task, list[Episode] | Lost]] = []
-        talking = wait([worker.connection for worker in self._workers])
+    def _attend(self) -> list[tuple[Task, list[Episode] | WorkerLost]]:
+        """Waits until at least one worker has answered or ended, and replaces those that were lost. Returns the tasks
+        that these workers had, with their episodes or the reason of the loss."""
+        ended: list[tuple[Task, list[Episode] | WorkerLost]] = []
+        ready = wait([worker.connection for worker in self._workers])
         for i, worker in enumerate(self._workers):
-            if worker.connection not in talking:
+            if worker.connection not in ready:
                 continue
             asked = worker.asked
             try:
                 episodes = self._accept(worker.answer(), asked)
                 if isinstance(asked, Task):
                     ended.append((asked, episodes))
-            except Lost as lost:
+            except WorkerLost as lost:
                 status = worker.end()
                 if isinstance(asked, Setup):
                     self._count_death(status, lost)
@@ -142,7 +147,7 @@ class WorkerPool:
         return ended
 
     def _accept(self, reply: Reply, asked: Setup | Task | None) -> list[Episode]:
-        """The reply's episodes. Raises Lost for those of something else than was asked, and the worker's own error."""
+        """The reply's episodes. Raises WorkerLost if they are not those asked for, and the worker's own error."""
         if reply.error is not None:
             raise reply.error
         if reply.contract_id != self._contract_id:
@@ -155,14 +160,15 @@ class WorkerPool:
             return []
         try:
             episodes = unpack_episodes(reply.episodes)
-            for episode, wanted in zip(episodes, asked.plays, strict=True):
-                check(episode, wanted, asked, self._contract_id)
+            for episode, request in zip(episodes, asked.plays, strict=True):
+                check_episode(episode, request, asked, self._contract_id)
         except ValueError as error:
-            raise Lost(f"answered garbage ({error})") from error
+            raise WorkerLost(f"answered garbage ({error})") from error
         return episodes
 
-    def _count_death(self, status: int, lost: Lost) -> None:
-        """Raises MetronomeError when workers die young: at once when one ended by itself, since so will the next."""
+    def _count_death(self, status: int, lost: WorkerLost) -> None:
+        """Counts a worker lost before it was ready. Raises MetronomeError after `ATTEMPTS` of them; at once when it
+        exited by itself, because the next one would too."""
         self._deaths += 1
         if status > 0 or self._deaths == ATTEMPTS:
             times = f"{self._deaths} in turn were lost" if self._deaths > 1 else "one was lost"
@@ -175,7 +181,7 @@ class WorkerPool:
         return _Process(self._weights, self._threads, self._timeout_s, self._setup)
 
     def close(self) -> None:
-        """Ends the workers and gives the weights' memory back. Closing twice is no error."""
+        """Ends the workers and frees the weights' memory. May be called twice."""
         for worker in self._workers:
             worker.end()
         self._workers = []
@@ -185,7 +191,7 @@ class WorkerPool:
 
 
 class _Process:
-    """One worker process and what it has been asked."""
+    """One worker process, and the message that it has not answered yet."""
 
     def __init__(self, weights: int, threads: int, timeout_s: float, setup: Setup) -> None:
         self.connection, theirs = Pipe()
@@ -208,29 +214,28 @@ class _Process:
         self.ask(setup)
 
     def ask(self, message: Setup | Task) -> None:
-        """Sends it. When the time is up the process is killed, so that nobody waits for ever, not even in the middle
-        of an answer."""
+        """Sends the message and starts a timer that kills the process when no complete answer comes in time."""
         self.asked = message
         self._watch(message)
         with contextlib.suppress(OSError):  # it is dead, which `answer` will find
             self.connection.send(message)
 
     def answer(self) -> Reply:
-        """Raises Lost when there is none or it is of something else."""
+        """The reply to the last message. Raises WorkerLost when it is damaged, missing or to another message."""
         try:
             reply = unseal(self.connection.recv_bytes())
         except ValueError as error:
-            raise Lost(f"answered garbage ({error})") from error
+            raise WorkerLost(f"answered garbage ({error})") from error
         except (EOFError, OSError) as error:
-            raise Lost(self._fate()) from error
+            raise WorkerLost(self._fate()) from error
         if self.asked is None or reply.number != self.asked.number:
-            raise Lost("answered what it had not been asked")
+            raise WorkerLost("answered what it had not been asked")
         self._timer.cancel()
         self.asked = None
         return reply
 
     def end(self) -> int:
-        """Makes sure that it has ended. Returns its exit status, negative for a signal."""
+        """Kills the process if it still runs. Returns its exit status, negative for a signal."""
         self._timer.cancel()
         self.connection.close()
         self.process.kill()
@@ -245,14 +250,14 @@ class _Process:
         if self.asked is not message:
             return
         with contextlib.suppress(OSError):  # closed: the pool has given up already
-            if self.connection.poll():  # there is an answer, but the pool is still reading another worker's
+            if self.connection.poll():  # it has answered, but the pool is still reading another worker's answer
                 self._watch(message)
             else:
                 self._late = True
                 self.process.kill()
 
     def _fate(self) -> str:
-        """How it ended, when its connection has closed."""
+        """How the process ended, after its connection was closed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         status = self.process.returncode

@@ -1,8 +1,8 @@
-"""What a pool of rollout workers and its workers say to each other: how plays become tasks, and answers are checked.
+"""Messages between a pool of rollout workers and its workers, and the checks of replies.
 
-Messages to a worker are pickled by the pool; answers travel behind a checksum and are checked field by field, so that a
-worker whose memory or connection is damaged is found out before an episode of it is believed. Both sides are processes
-of one program, joined by a pipe of its own: no pickle is ever read from a file, so none from a run's folder.
+Messages to a worker are pickled. Replies have a checksum, and their episodes are checked field by field, so that data
+from a damaged worker is not used. Both ends are processes of one program with a pipe between them: nothing is unpickled
+from a file, so nothing from a run's folder.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from rollout.world.speech import Split
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 READY = -1
-"""Number of the answer to `Setup`; tasks count from 0."""
+"""`Setup.number`, and so that of its reply. Tasks are numbered from 0."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The first message: everything that stays the same while a worker lives."""
+    """The first message to a worker: what stays the same as long as it lives."""
 
     config: InklingConfig
     dtype: torch.dtype
     speech_dir: str
     scenarios: ScenarioConfig
-    slots: int  # sessions at once
-    max_tokens: int  # context of each
+    slots: int  # sessions open at once
+    max_tokens: int  # context of each, in rows
     words_per_chunk: int
     number: int = READY
 
 
-class Wanted(NamedTuple):
-    """One play of a task: which scenario, and the rollout's index in its group."""
+class PlayRequest(NamedTuple):
+    """A `rollout.play.Play` as data: ids instead of objects."""
 
     family: str
     split: Split
     seed: int
-    rollout: int
-    chunks: int  # that the scenario lasts
+    rollout: int  # index within the scenario's group
+    chunks: int  # length of the scenario
 
     @property
     def scenario(self) -> str:
@@ -59,33 +59,33 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Every later message."""
+    """Every later message to a worker: plays, all to be made with the same weights."""
 
     number: int
-    plays: tuple[Wanted, ...]
+    plays: tuple[PlayRequest, ...]
     seed: int  # of the run
     temperature: float
-    weights_digest: str  # what the weights in shared memory must come to
+    weights_digest: str  # expected of the weights in shared memory
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to the message with that number."""
+    """The answer to the message of that number."""
 
     number: int
     contract_id: str
-    episodes: bytes = b""  # packed
+    episodes: bytes = b""  # `rollout.record.episode.pack_episodes`
     error: Exception | None = None
 
 
 def seal(reply: Reply) -> bytes:
-    """As bytes behind their SHA-256."""
+    """A reply as bytes, with their SHA-256 before them."""
     body = pickle.dumps(reply)
     return hashlib.sha256(body).digest() + body
 
 
 def unseal(data: bytes) -> Reply:
-    """Raises ValueError for anything but what `seal` made; nothing else is ever unpickled."""
+    """The inverse of `seal`. Raises ValueError, without unpickling, when the checksum does not match."""
     body = data[CHECKSUM_BYTES:]
     if hashlib.sha256(body).digest() != data[:CHECKSUM_BYTES]:
         raise ValueError(f"the checksum of {len(data)} bytes is wrong")
@@ -93,23 +93,24 @@ def unseal(data: bytes) -> Reply:
     return reply
 
 
-def cuts(plays: Sequence[Wanted], workers: int, slots: int) -> list[int]:
-    """Cuts plays into tasks of about ``slots``, as many for each worker; returns [0, …, len(plays)]. A group's rollouts
-    stay together unless there are fewer groups than workers."""
-    starts = [i for i, wanted in enumerate(plays) if i == 0 or wanted.scenario != plays[i - 1].scenario]
+def task_boundaries(plays: Sequence[PlayRequest], workers: int, slots: int) -> list[int]:
+    """How to divide plays into tasks of about ``slots`` plays, equally many for each worker: task k has plays b[k] …
+    b[k + 1] - 1 of the result b = [0, …, len(plays)]. A scenario's rollouts stay in one task unless there are fewer
+    scenarios than workers."""
+    starts = [i for i, play in enumerate(plays) if i == 0 or play.scenario != plays[i - 1].scenario]
     if len(starts) < workers:
         starts = list(range(len(plays)))
     tasks = min(len(starts), workers * math.ceil(len(plays) / (workers * slots)))
     return [starts[len(starts) * k // tasks] for k in range(tasks)] + [len(plays)]
 
 
-def check(episode: Episode, wanted: Wanted, task: Task, contract_id: str) -> None:
-    """Raises ValueError unless the episode is of the play, weights and contract asked for and its tensors have their
-    form."""
-    tokens, audio = len(episode.tokens), wanted.chunks * AUDIO_ROWS
+def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: str) -> None:
+    """Raises ValueError unless the episode is of the requested play, weights and contract, and its tensors have the
+    right dtypes, shapes and ranges."""
+    tokens, audio = len(episode.tokens), play.chunks * AUDIO_ROWS
     expected = {
-        "scenario": wanted.scenario,
-        "rollout": wanted.rollout,
+        "scenario": play.scenario,
+        "rollout": play.rollout,
         "seed": task.seed,
         "temperature": task.temperature,
         "contract_id": contract_id,
@@ -130,7 +131,7 @@ def check(episode: Episode, wanted: Wanted, task: Task, contract_id: str) -> Non
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(f"an episode's {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
     at = episode.text.sampled_at
-    if len(episode.actions) != wanted.chunks or not wanted.chunks <= len(at) < tokens:
-        raise ValueError(f"an episode of {wanted.chunks} chunks has {len(episode.actions)} actions, {len(at)} samples")
+    if len(episode.actions) != play.chunks or not play.chunks <= len(at) < tokens:
+        raise ValueError(f"an episode of {play.chunks} chunks has {len(episode.actions)} actions, {len(at)} samples")
     if not 0 < int(at.min()) <= int(at.max()) < tokens:
         raise ValueError(f"an episode samples outside its {tokens} tokens")

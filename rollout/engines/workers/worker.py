@@ -1,9 +1,8 @@
-"""What runs in a rollout worker; `rollout.engines.workers.pool` starts it.
+"""The program of a rollout worker process; `rollout.engines.workers.pool` starts it.
 
-Stateless given (weights, scenario ids, rollout indices, seed, temperature): nothing of one task enters the next, so a
-task gives the same episodes in any worker and any order. It makes its own scenarios, from ids. Weights are read from
-memory shared with the learner. An idle worker waits in the kernel; when the connection closes, because its pool closed
-or the learner's process is gone, it ends at once, whatever it is doing.
+A worker is stateless: a task's episodes depend only on the task and the weights, so they are the same in any worker and
+any order. It makes scenarios from their ids, and reads weights from memory shared with the learner. An idle worker uses
+no processor time. When the connection closes, because the pool or the learner's process has ended, it ends at once.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Worker:
     """Owns a copy of the model and an engine on it."""
 
     def __init__(self, setup: Setup, weights: int) -> None:
-        """``weights``: descriptor of the memory file that holds them. Raises MetronomeError for bad recordings."""
+        """``weights``: file descriptor of the memory file with the weights. Raises SpeechError for bad recordings."""
         self._setup = setup
         self._weights = f"/proc/self/fd/{weights}"
         self._bank = SpeechBank.open(setup.speech_dir)
@@ -47,14 +46,14 @@ class Worker:
         return play(engine, [Play(scenarios[w.scenario], w.rollout) for w in task.plays], task.seed, task.temperature)
 
     def _prepared(self, weights_digest: str) -> SessionEngine:
-        """The engine, at the weights of that digest; it takes the digest of what it holds itself."""
+        """The engine, with the weights of that digest, loaded if it has others. The digest is computed here."""
         if self._engine is None:
             safetensors.torch.load_model(self._model, self._weights)
             self._model.pack()
             self._engine = SessionEngine.of(self._model, self._setup, self._setup.slots)
         elif self._engine.weights_digest != weights_digest:
             safetensors.torch.load_model(self._model, self._weights)
-            self._model.changed()
+            self._model.mark_changed()
             self._engine.publish()
         if self._engine.weights_digest != weights_digest:
             raise MetronomeError(
@@ -65,7 +64,8 @@ class Worker:
 
 
 def main() -> None:
-    """Answers messages until the connection closes. Arguments: descriptors of the connection and of the weights."""
+    """Answers messages until the connection closes. Command line: file descriptors of the connection and the
+    weights."""
     connection, weights = Connection(int(sys.argv[1])), int(sys.argv[2])
     inbox: SimpleQueue[Setup | Task] = SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
@@ -80,9 +80,7 @@ def main() -> None:
                 assert worker is not None, "the first message is a Setup"
                 episodes = worker.roll(message)
             reply = Reply(message.number, dispatch.contract_id(), pack_episodes(episodes))
-        except (
-            Exception
-        ) as error:  # whatever it is, it would come again in any other worker: the learner shall raise it
+        except Exception as error:  # it would occur in every worker, so the learner raises it
             error.add_note(f"In a rollout worker:\n{traceback.format_exc()}")
             reply = Reply(message.number, dispatch.contract_id(), error=error)
         with contextlib.suppress(ConnectionError):  # the pool is gone: `_listen` knows
@@ -90,7 +88,7 @@ def main() -> None:
 
 
 def _listen(connection: Connection, inbox: SimpleQueue[Setup | Task]) -> None:
-    """Passes messages on; ends the process when there will be no more."""
+    """Puts messages into the inbox; ends the process when the connection closes."""
     while True:
         try:
             inbox.put(connection.recv())

@@ -31,7 +31,7 @@ from rl.step.identity import Evidence, NotEqualError, check_identity
 from rollout.engines.embedded import SessionEngine
 from rollout.record.episode import Episode
 from rollout.seeds import session_key
-from rollout.turn.observation import of_audio
+from rollout.turn.observation import audio_observations
 from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
 
@@ -54,7 +54,7 @@ def sampled(model: InteractionModel) -> list[Episode]:
     sessions = [engine.open(session_key(0, name, 0)) for name in names]
     audio = torch.randn(CHUNKS, 3, 3200, generator=torch.Generator().manual_seed(0)) / 10
     for chunk in audio:
-        engine.append(sessions, of_audio(chunk))
+        engine.append(sessions, audio_observations(chunk))
     return [s.episode(scenario=n, rollout=0, seed=0, facts={}) for s, n in zip(sessions, names, strict=True)]
 
 

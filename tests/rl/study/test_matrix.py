@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def embedded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cells whether vLLM is installed or not; its own tests are tests/rollout/vllm."""
-    monkeypatch.setattr(variants, "missing", lambda: "left out")
+    monkeypatch.setattr(variants, "unavailable_reason", lambda: "left out")
 
 
 @pytest.fixture

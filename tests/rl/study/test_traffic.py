@@ -13,7 +13,7 @@ from rl.study.traffic import episode_bytes, main, traffic
 from rollout.engines.embedded import SessionEngine
 from rollout.record.episode import tensors
 from rollout.turn.action import CHUNK_SAMPLES, Mode
-from rollout.turn.observation import of_audio
+from rollout.turn.observation import audio_observations
 from rollout.turn.vocabulary import Vocabulary
 
 
@@ -25,7 +25,8 @@ def test_episode_bytes_are_those_of_a_real_episode() -> None:
     session = engine.open(1)
     for k in range(10):
         engine.append(
-            [session], of_audio(0.1 * torch.randn(1, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(k)))
+            [session],
+            audio_observations(0.1 * torch.randn(1, CHUNK_SAMPLES, generator=torch.Generator().manual_seed(k))),
         )
     words = sum(a.mode is Mode.SPEAK for a in session.actions)
     episode = session.episode(scenario="x/train/0", rollout=0, seed=0, facts={})

@@ -9,7 +9,7 @@ import torch
 
 from rollout.record.transcript import write_transcript
 from rollout.turn.action import CHUNK_FRAMES, LISTEN, Action, Mode, speak
-from rollout.turn.grammar import Grammar, chunk_ends, chunk_starts, context_rows, most_rows, row_class, turn_rows
+from rollout.turn.grammar import Grammar, chunk_ends, chunk_starts, context_rows, max_rows, row_class, turn_rows
 from rollout.turn.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(256)
@@ -33,8 +33,8 @@ def test_actions_are_written_read_and_counted(words_per_chunk: int) -> None:
             len(action.words), words_per_chunk
         )
         assert all(VOCABULARY.classes.allowed[row_class(i), token] for i, token in enumerate(sampled))
-    assert len(sampled) == grammar.most_sampled  # the last action says as much as fits
-    assert most_rows(words_per_chunk) == grammar.most_rows == 4 + 1 + words_per_chunk + 1
+    assert len(sampled) == grammar.max_sampled  # the last action says as much as fits
+    assert max_rows(words_per_chunk) == grammar.max_rows == 4 + 1 + words_per_chunk + 1
 
 
 def test_what_has_no_place_is_refused() -> None:

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
-from model.backbone.transformer import InteractionModel
-from model.config import preset
 from rollout.engines.embedded import SessionEngine
-from rollout.turn.observation import MissingSenseError, Observation, audio_of, of_audio
+from rollout.turn.observation import MissingSenseError, Observation, audio_observations, stack_audio
 from rollout.turn.vocabulary import Vocabulary
+from tests.support.models import fresh_model
 
 SILENCE = torch.zeros(3200)
 
@@ -33,13 +32,11 @@ def test_frames_of_another_form_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_audio_comes_back() -> None:
     audio = torch.randn(3, 3200, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(audio_of(of_audio(audio)), audio)
+    assert torch.equal(stack_audio(audio_observations(audio)), audio)
 
 
 def test_a_model_without_a_sense_says_so_and_no_session_moves() -> None:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(0)
-    model.pack()
+    model = fresh_model()
     engine = SessionEngine(model, Vocabulary.build(model.vocab), slots=2, max_tokens=64)
     sessions = [engine.open(0), engine.open(1)]
     picture = torch.zeros(1, 40, 40, 3, dtype=torch.uint8)

@@ -87,36 +87,36 @@ def describe(point: str) -> str:
     """A function's signature, a record's fields, an enumeration's names; ``missing`` for what is not there."""
     module, _, path = point.partition(":")
     try:
-        found = importlib.import_module(module)
+        actual = importlib.import_module(module)
         for name in path.split("."):
-            found = inspect.getattr_static(found, name) if inspect.isclass(found) else getattr(found, name)
+            actual = inspect.getattr_static(actual, name) if inspect.isclass(actual) else getattr(actual, name)
     except (ImportError, AttributeError):
         return "missing"
-    if isinstance(found, (classmethod, staticmethod)):
-        found = found.__func__
-    if isinstance(found, property):
+    if isinstance(actual, (classmethod, staticmethod)):
+        actual = actual.__func__
+    if isinstance(actual, property):
         return "property"
-    if inspect.isclass(found):
-        if hasattr(found, "__struct_fields__"):
-            return "fields " + " ".join(found.__struct_fields__)
-        if dataclasses.is_dataclass(found):
-            return "fields " + " ".join(field.name for field in dataclasses.fields(found))
-        if hasattr(found, "__members__"):
-            return "members " + " ".join(found.__members__)
-    return "takes " + " ".join(inspect.signature(found).parameters)
+    if inspect.isclass(actual):
+        if hasattr(actual, "__struct_fields__"):
+            return "fields " + " ".join(actual.__struct_fields__)
+        if dataclasses.is_dataclass(actual):
+            return "fields " + " ".join(field.name for field in dataclasses.fields(actual))
+        if hasattr(actual, "__members__"):
+            return "members " + " ".join(actual.__members__)
+    return "takes " + " ".join(inspect.signature(actual).parameters)
 
 
 def described() -> dict[str, str]:
     return {point: describe(point) for point in POINTS}
 
 
-def moved(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
+def moved(wanted: dict[str, str], actual: dict[str, str]) -> list[str]:
     """What differs, one line a point."""
-    names = sorted(wanted.keys() | found.keys())
+    names = sorted(wanted.keys() | actual.keys())
     return [
-        f"{name}: was {wanted.get(name, 'not listed')!r}, is {found.get(name, 'not listed')!r}"
+        f"{name}: was {wanted.get(name, 'not listed')!r}, is {actual.get(name, 'not listed')!r}"
         for name in names
-        if wanted.get(name) != found.get(name)
+        if wanted.get(name) != actual.get(name)
     ]
 
 

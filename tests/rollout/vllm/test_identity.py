@@ -19,7 +19,6 @@ from kernels import ops
 from kernels.errors import MetronomeError
 from model.backbone.state import ContextFull
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from rl.step.batch import collate, score_choices
 from rl.step.identity import compare
 from rollout.engines.embedded import SessionEngine
@@ -28,9 +27,11 @@ from rollout.engines.session import Session
 from rollout.record.episode import concatenate
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES
-from rollout.turn.observation import MissingSenseError, Observation, of_audio
+from rollout.turn.observation import MissingSenseError, Observation, audio_observations
 from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
+from tests.support.models import fresh_model
+from tests.support.sessions import record
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -43,16 +44,9 @@ SMALL_STEP = 24
 """Rows in one step: sixteen chunks of audio take several, and a page of a fork's past too."""
 
 
-def make_model(dtype: torch.dtype) -> InteractionModel:
-    model = InteractionModel(preset("tiny"), dtype)
-    model.init_weights(0)
-    model.pack()
-    return model
-
-
 def sound(chunk: int) -> list[Observation]:
     generator = torch.Generator().manual_seed(chunk)
-    return of_audio(0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator))
+    return audio_observations(0.1 * torch.randn(SESSIONS, CHUNK_SAMPLES, generator=generator))
 
 
 def talk(engine: Engine, sessions: list[Session], chunks: range) -> None:
@@ -86,7 +80,7 @@ def play_mixed(engine: Engine, temperatures: tuple[float, ...], together: bool) 
 
 def unequal(a: list[Session], b: list[Session]) -> int:
     """How many of the sessions differ in anything."""
-    names = ("tokens", "fed", "sampled", "logprob", "digest", "actions", "weights_digest", "temperature")
+    names = ("tokens", "computed", "sampled", "logprob", "digest", "actions", "weights_digest", "temperature")
     differs = 0
     for x, y in zip(a, b, strict=True):
         equal = all(getattr(x, name) == getattr(y, name) for name in names)
@@ -97,19 +91,19 @@ def unequal(a: list[Session], b: list[Session]) -> int:
 
 def against_learner(model: InteractionModel, sessions: list[Session], vocabulary: Vocabulary) -> tuple[int, int, int]:
     """Tokens, unequal log-probs and unequal rows in one teacher-forced forward over all sessions."""
-    episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in sessions]
+    episodes = [record(session) for session in sessions]
     batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
         logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
-    found = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
-    return found.num_tokens, found.num_unequal, found.rows_unequal
+    result = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
+    return result.num_tokens, result.num_unequal, result.rows_unequal
 
 
 class Embedded:
     """One model, and what the embedded engine makes of it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.model = make_model(dtype)
+        self.model = fresh_model(dtype=dtype)
         self.vocabulary = Vocabulary.build(self.model.vocab)
         self.sessions = play(SessionEngine(self.model, self.vocabulary, **SIZES))
 
@@ -226,7 +220,7 @@ def test_published_weights_are_sampled_from(fp32: Embedded, engine: VllmEngine) 
 
 def test_naive_linear_is_caught(fp32: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
     """A product in one layer on vLLM's side whose bits depend on how many rows run beside: it shows."""
-    naive_model = make_model(torch.float32)
+    naive_model = fresh_model(dtype=torch.float32)
     target = naive_model.layers[1].self_attn.packed.out
     honest = ops.linear
     variant = uneven(honest)

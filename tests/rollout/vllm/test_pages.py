@@ -55,12 +55,12 @@ class Sequences:
         """Goes on by ``lengths``, one a sequence; whether the rows are those of the sequences alone."""
         starts = [self.done[s] for s in order]
         counts = [lengths[s] for s in order]
-        found = self.run(list(order), starts, counts, planned)
+        outputs = self.run(list(order), starts, counts, planned)
         for s in range(3):
             self.done[s] += lengths[s]
         return all(
             torch.equal(rows, convolved(self.whole[s], self.taps)[start : start + n])
-            for s, start, n, rows in zip(order, starts, counts, found, strict=True)
+            for s, start, n, rows in zip(order, starts, counts, outputs, strict=True)
         )
 
 

@@ -109,7 +109,7 @@ def preempting(engine: VllmEngine, seed: int, seen: Seen) -> Iterator[None]:
 
 def differing(planned: Planned, seen: Seen, preempt: bool = False, **options: object) -> list[tuple[int, int]]:
     """(seed, session) of all that vLLM, in this process, makes other bits of."""
-    found, engine = [], None
+    differing, engine = [], None
     try:
         for schedule in planned.schedules:
             engine = planned.vllm(**options)
@@ -118,12 +118,12 @@ def differing(planned: Planned, seen: Seen, preempt: bool = False, **options: ob
                     sessions = play(engine, schedule)
             else:
                 sessions = play(engine, schedule)
-            found += [(schedule.seed, n) for n in unequal(schedule, sessions)]
+            differing += [(schedule.seed, n) for n in unequal(schedule, sessions)]
             assert engine.free == SIZES["slots"]
     finally:
         if engine is not None:
             engine.core.close()
-    return found
+    return differing
 
 
 def test_cached(fp32: Planned, seen: Seen) -> None:
