@@ -34,7 +34,7 @@ from rollout.record.episode import Episode, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.turn.action import Mode
 
-JUDGE = "reward.told:told"
+JUDGE = "reward.explain:explain"
 """Found by name, as whatever stands above this package: (episode, folder of its run) to a `Verdict` in JSON or None."""
 BARS = " ▁▂▃▄▅▆▇█"
 

@@ -16,10 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from model.tokenizer import load_tokenizer
-from reward.score import score
+from reward.score import score_stored
 from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
-from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Outcome, Score
 from rollout.turn.action import CHUNK_FRAMES
@@ -44,7 +43,7 @@ def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None
         cells: dict[str, int] = {}
         details = []
         for place, one in enumerate(kept[first : first + BLOCK]):
-            judged = _judge(one.episode, scenarios)
+            judged = score_stored(one.episode, scenarios) if scenarios else None
             rows.append(_row(one, judged) | {"block": len(blocks), "place": place})
             details.append(_detail(one, judged, _user(one.episode.facts, scenarios), words, cells))
         packed = gzip.compress(json.dumps({"cells": list(cells), "episodes": details}).encode(), 6, mtime=0)
@@ -55,16 +54,6 @@ def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None
 def _words() -> dict[int, str]:
     vocabulary: dict[str, int] = load_tokenizer().get_vocab()
     return {i: word for word, i in vocabulary.items()}
-
-
-def _judge(episode: Episode, scenarios: ScenarioConfig | None) -> Score | None:
-    """The rules' score; None where an episode's facts cannot be read by them (they come from a file)."""
-    if scenarios is None:
-        return None
-    try:
-        return score(episode.family, episode.facts, episode.actions, scenarios)
-    except (KeyError, ValueError, TypeError, IndexError):
-        return None
 
 
 def _row(one: CheckedEpisode, judged: Score | None) -> dict[str, Any]:
