@@ -43,7 +43,7 @@ from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.rollers import build_engine
 from rl.step import loop
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.credit import Scales, token_weights
 from rl.step.gradient import gradient_of
 from rl.step.identity import compare
@@ -155,7 +155,7 @@ def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: in
     classes, found = Vocabulary.build(model.vocab).classes, []
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
-        logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), classes, some[0].temperature)
+        logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), classes, some[0].temperature)
         found.append((logprob - concatenate(some, "logprob")).exp())
     return list(torch.cat(found).split([len(e.text.chunk) for e in episodes]))
 

@@ -21,7 +21,7 @@ from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from model.weights import checkpoint
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import Mismatch, compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
@@ -108,7 +108,7 @@ def whole(variant: Variant, episodes: Sequence[Episode], together: int = 1) -> S
         parts = []
         for first in range(0, len(episodes), together):
             batch = collate(episodes[first : first + together], variant.model.audio_token_id)
-            logprob, _, digest = score_choices(
+            logprob, _, digest = choice_logprobs(
                 variant.model, batch, variant.vocabulary.classes, episodes[0].temperature
             )
             parts.append((logprob, digest))

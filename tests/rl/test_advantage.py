@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rl.step.advantage import RunningScale, leave_one_out, reward_to_go, told_apart
+from rl.step.advantage import RunningScale, informative_groups, leave_one_out, reward_to_go
 
 
 def test_reward_to_go_by_hand() -> None:
@@ -42,7 +42,7 @@ def test_equal_rollouts_get_exactly_zero(group: int) -> None:
     returns = reward_to_go(reward, 0.9)
     advantage = leave_one_out(returns, group)
     assert advantage.dtype == torch.float64 and not advantage.any()
-    assert not told_apart(advantage, returns, group).any()
+    assert not informative_groups(advantage, returns, group).any()
 
 
 def test_control_the_mean_of_the_others_leaves_a_residue() -> None:
@@ -58,9 +58,9 @@ def test_returns_that_differ_by_rounding_only_are_not_told_apart() -> None:
     one, other = (torch.tensor(0.1) + 0.1) + 0.5, torch.tensor(0.1) + (torch.tensor(0.1) + 0.5)
     assert one != other
     returns = torch.stack([one, other, one]).double()[:, None]
-    assert told_apart(leave_one_out(returns, 3), returns, 3).tolist() == [False]
+    assert informative_groups(leave_one_out(returns, 3), returns, 3).tolist() == [False]
     returns[1] += 1e-4
-    assert told_apart(leave_one_out(returns, 3), returns, 3).tolist() == [True]
+    assert informative_groups(leave_one_out(returns, 3), returns, 3).tolist() == [True]
 
 
 def test_running_scale_by_hand() -> None:

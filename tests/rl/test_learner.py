@@ -20,7 +20,7 @@ from model.weights import checkpoint
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner.deepspeed import Learner, learning_rate
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.gradient import Gradient, gradient_of
 from rl.warmstart import demonstrations
 from rollout.record.transcript import Transcript
@@ -76,7 +76,7 @@ def test_gradient_is_that_of_the_weighted_logprobs(
 ) -> None:
     some = transcripts[:2]
     gradient = gradient_of(model, some, weights(some), vocabulary.classes, 1.0, 2)
-    logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
+    logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
     loss = -(torch.cat(weights(some)) * logprob).sum()
     for got, wanted in zip(gradient.parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True):
         assert torch.equal(got, wanted)

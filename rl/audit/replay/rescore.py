@@ -20,7 +20,7 @@ from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.document import Reason
 from rl.audit.records import Records
 from rl.audit.replay.comparable import incomparable, other_contract
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import Evidence, Mismatch, compare, unequal_bits
 from rollout.record.episode import Episode, load_episodes
 from rollout.turn.vocabulary import Vocabulary
@@ -175,7 +175,7 @@ def _score(
     for first in range(0, len(seen), micro_batch):
         some = seen[first : first + micro_batch]
         batch = collate([one.episode for one in some], model.audio_token_id)
-        logprob, _, digest = score_choices(model, batch, vocabulary.classes, some[0].episode.temperature)
+        logprob, _, digest = choice_logprobs(model, batch, vocabulary.classes, some[0].episode.temperature)
         lengths = [len(one.episode.text.chunk) for one in some]
         for one, p, d in zip(some, logprob.cpu().split(lengths), digest.cpu().split(lengths), strict=True):
             yield replace(one, logprob=p, digest=d)

@@ -20,7 +20,7 @@ from kernels.errors import MetronomeError
 from model.backbone.state import ContextFull
 from model.backbone.transformer import InteractionModel
 from model.config import preset
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
@@ -100,7 +100,7 @@ def against_learner(model: InteractionModel, sessions: list[Session], vocabulary
     episodes = [s.episode(scenario="x/train/0", rollout=0, seed=0, facts={}) for s in sessions]
     batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
-        logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
+        logprob, _, digest = choice_logprobs(model, batch, vocabulary.classes, 1.0)
     found = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
     return found.num_tokens, found.num_unequal, found.rows_unequal
 
