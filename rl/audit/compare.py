@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kernels.errors import MetronomeError
+from model.program.recipe import flat
 from model.weights.manifest import PLACE
 from rl.audit.document import (
     ComparisonReport,
@@ -25,7 +26,7 @@ from rl.audit.document import (
 )
 from rl.audit.page import render
 from rl.audit.pictures import chart, line
-from rl.audit.records import Records, flat, read
+from rl.audit.records import Records, read
 from rl.audit.report import machines, write
 from rl.step.identity import unequal_bits
 from rollout.record.episode import Episode, load_episodes, tensors

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,15 +127,6 @@ def read(path: Path) -> Records:
         gaps.append("No episodes were saved, so that nothing can be re-scored.")
     _check_steps(records)
     return replace(records, stopped=_stopped(records))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as (dotted name, value)."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _config(path: Path, gaps: list[str]) -> TrainConfig | None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from model.program.files import write_whole
+from model.program.recipe import flat
 from rl.audit import pictures
 from rl.audit.document import Report, RunReport, by_record, to_json
 from rl.audit.episodes import browser
 from rl.audit.page import BY_RECORD, render
-from rl.audit.records import Records, flat, read
+from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedStep, rescore
 from rl.audit.table import Table
 from rl.audit.verdict import run_report
