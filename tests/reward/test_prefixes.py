@@ -12,7 +12,7 @@ from reward.learned.prefixes import MIN_SHARED_ROWS, Node, tree
 from rollout.record.transcript import Transcript, write_transcript
 from rollout.turn.action import CHUNK_FRAMES, LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
-from tests.reward.test_model import VOCABULARY, conversation, reward_model
+from tests.support.models import VOCABULARY, conversation, reward_model
 
 CHUNKS = 30
 
@@ -78,9 +78,9 @@ def test_shared_rows_are_read_once_and_give_everybodys_bits(
     with torch.no_grad():
         expected = [model([one])[0] for one in GROUP]
     separate, rows[:] = sum(rows), []
-    found = model.score(GROUP)
+    result = model.score(GROUP)
     assert sum(rows) < 0.65 * separate
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     order = [6, 3, 0, 7, 2, 5, 1, 4]
     assert all(torch.equal(a, expected[i]) for a, i in zip(model.score([GROUP[i] for i in order]), order, strict=True))
 

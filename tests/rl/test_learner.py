@@ -15,7 +15,6 @@ from kernels import ops
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.weights import checkpoint
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
@@ -26,18 +25,12 @@ from rl.warmstart import demonstrations
 from rollout.record.transcript import Transcript
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
+from tests.support.models import policy
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, final_lr=1.0, clip_norm=0.5)
 CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=4))
 
 pytestmark = pytest.mark.usefixtures("world")
-
-
-def policy(seed: int, dtype: torch.dtype = torch.float32) -> InteractionModel:
-    model = InteractionModel(preset("tiny"), dtype)
-    model.init_weights(seed)
-    model.pack()
-    return model
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.weights import checkpoint
 from reward.source import Rewards
 from rl import reference
@@ -25,15 +23,9 @@ from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 from tests.rl.test_identity import episode as small_episode
 from tests.support.episodes import with_text
+from tests.support.models import policy
 
 GROUP = 2
-
-
-def policy(seed: int) -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(seed)
-    model.pack()
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +64,9 @@ def test_one_perturbed_weight_is_seen(episodes: list[Episode], vocabulary: Vocab
 
 
 def test_k1_and_k3_by_hand() -> None:
-    found = reference.metrics([torch.tensor([1.0]), torch.tensor([-0.5])])
-    assert found["reference/kl_k1"] == pytest.approx(0.25)
-    assert found["reference/kl_k3"] == pytest.approx(((math.exp(-1.0) - 1 + 1.0) + (math.exp(0.5) - 1 - 0.5)) / 2)
+    result = reference.metrics([torch.tensor([1.0]), torch.tensor([-0.5])])
+    assert result["reference/kl_k1"] == pytest.approx(0.25)
+    assert result["reference/kl_k3"] == pytest.approx(((math.exp(-1.0) - 1 + 1.0) + (math.exp(0.5) - 1 - 0.5)) / 2)
 
 
 def two_chunks() -> Episode:

@@ -111,11 +111,11 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
     ]  # fmt: skip
     theirs = {(c.axis, c.setting): c.mismatch for c in cells(Variant.load("naive torch", folder, dtype), tokens)}
     assert theirs.keys() == {(c.axis, c.setting) for c in ours}
-    for found in (
+    for mismatch in (
         theirs["chunk cuts", "1 rows a call against all"],
         theirs["engine session", "sampler against learner"],
     ):
-        assert found.num_unequal and found.rows_unequal and found.max_abs > 0 and found.k3_sum >= 0
+        assert mismatch.num_unequal and mismatch.rows_unequal and mismatch.max_abs > 0 and mismatch.k3_sum >= 0
 
 
 @pytest.mark.usefixtures("naive_linear")
@@ -143,9 +143,9 @@ def test_samplings_that_part_count_from_where_they_part(tokens: list[Episode]) -
     logprob = one.text.logprob.clone()
     logprob[0] = torch.nextafter(logprob[0], torch.tensor(0.0))
     logprob[n - 1] += 1  # after the parting: no number of a comparison
-    found = matrix.compare_samplings([with_text(replace(one, tokens=other), logprob=logprob)], [one])
-    assert (found.num_tokens, found.num_unequal, found.rows_unequal) == (n, 4, 3)
-    assert 0 < found.max_abs < 1e-5
+    mismatch = matrix.compare_samplings([with_text(replace(one, tokens=other), logprob=logprob)], [one])
+    assert (mismatch.num_tokens, mismatch.num_unequal, mismatch.rows_unequal) == (n, 4, 3)
+    assert 0 < mismatch.max_abs < 1e-5
 
 
 def test_scattered_pages_lie_elsewhere(folder: Path) -> None:
