@@ -64,6 +64,8 @@ class UnseenPolicy:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """The recipe of `reward.evaluate`."""
+
     json: str  # file for the results; the reliability plot gets its name with .png
     models: tuple[str, ...] = ("runs/reward_shared/model",)
     pairs: str = "runs/reward_pairs"

@@ -118,6 +118,8 @@ def hacks(scenarios: ScenarioConfig, family: str) -> dict[str, Player]:
 
 @dataclass(frozen=True)
 class HacksConfig:
+    """The recipe of `reward.hacks`."""
+
     json: str  # file for the results
     models: tuple[str, ...] = ()  # folders of reward models; together they score each axis of the families once
     scenarios: int = 100  # held-out, of each family

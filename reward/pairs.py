@@ -91,6 +91,8 @@ class RolloutRecipe:
 
 @dataclass(frozen=True)
 class PairsConfig:
+    """The recipe of `reward.pairs`."""
+
     out: str = "runs/reward_pairs"  # folder of the data set; must not exist
     seed: int = 0
     speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program

@@ -63,6 +63,8 @@ class BackboneRecipe:
 
 @dataclass(frozen=True)
 class RewardTrainConfig:
+    """The recipe of `reward.train`."""
+
     name: str = "reward_timing"
     runs: str = "runs"  # folder that holds run folders
     seed: int = 0

@@ -41,6 +41,8 @@ from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 
 @dataclass(frozen=True)
 class BestOfNConfig:
+    """The recipe of `rl.bestofn`."""
+
     run: str  # folder of the run whose policy samples, by that run's recipe
     json: str  # file for the results; the picture gets its name with .png
     step: int | None = None  # which of its checkpoints, the newest by default

@@ -20,6 +20,8 @@ from typing import NoReturn
 
 @dataclass(frozen=True)
 class Verb:
+    """One command of ``metronome``."""
+
     module: str
     line: str  # for --help
     launcher: str | None = None  # shipped configuration of accelerate

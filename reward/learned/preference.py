@@ -76,6 +76,7 @@ def distinct(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[int]]:
 
 
 def to_row(preference: Preference) -> dict[str, Any]:
+    """A preference as a row of the data set, with the columns `FEATURES`."""
     row: dict[str, Any] = {}
     for side, stretch in (("chosen", preference.chosen), ("rejected", preference.rejected)):
         row[f"{side}_ids"] = stretch.tokens.to(torch.int32).numpy()

@@ -35,6 +35,7 @@ class Collator:
         return self.batch([from_row(row) for row in rows])
 
     def batch(self, pairs: Sequence[Preference]) -> dict[str, Tensor]:
+        """The tensors of ``pairs`` by name, as `Trainable.forward` takes them."""
         stretches = [*(p.chosen for p in pairs), *(p.rejected for p in pairs)]
         conversations, owner = distinct(stretches)
         tokens = torch.cat([s.tokens for s in conversations])

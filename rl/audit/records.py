@@ -55,10 +55,12 @@ class Records:
 
     @property
     def name(self) -> str:
+        """The run's name in its recipe, or else its folder's."""
         return str(self.recipe.get("name", self.path.name))
 
     @property
     def contract_id(self) -> str | None:
+        """As environment.json has it; None if unknown."""
         contract_id = self.environment.get("contract_id")
         return None if contract_id is None else str(contract_id)
 
@@ -70,6 +72,7 @@ class Records:
 
     @property
     def planned_steps(self) -> int | None:
+        """The recipe's number of RL steps; None if the recipe cannot be read."""
         return self.config.rl.steps if self.config else None
 
     def mismatch(self) -> Mismatch:

@@ -43,6 +43,7 @@ class Credit:
     degenerate_terms: int  # those in which every group was degenerate
 
     def metrics(self) -> dict[str, float | int]:
+        """For metrics.jsonl, under ``credit/``."""
         return {
             "credit/groups": self.groups,
             "credit/degenerate_groups": self.degenerate_groups,

@@ -51,6 +51,8 @@ class Mismatch:
         )
 
     def metrics(self) -> dict[str, float | int]:
+        """For metrics.jsonl, under ``mismatch/``: the counts, and the means k1 and k3 in nats a token (0 of no
+        tokens)."""
         n = max(self.num_tokens, 1)
         return {
             "mismatch/num_tokens": self.num_tokens,
@@ -116,6 +118,7 @@ class Evidence:
     micro_batch: int  # episodes in one of the learner's forward passes
 
     def mismatch(self) -> Mismatch:
+        """The sampler's stored values compared with the learner's."""
         return compare(
             concatenate(self.episodes, "logprob"), self.logprob, concatenate(self.episodes, "digest"), self.digest
         )

@@ -67,9 +67,11 @@ class Method:
 
     @property
     def exact(self) -> bool:
+        """Whether sampler and learner are the same function."""
         return not self.naive and self.sampler == torch.float32
 
     def backend(self) -> AbstractContextManager[None]:
+        """A block in which the ops run on the method's backend."""
         return dispatch.substituted(naive) if self.naive else nullcontext()
 
 
@@ -83,6 +85,8 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Result:
+    """What one run gave."""
+
     method: str
     records: list[dict[str, Any]]  # one for each step, with the names of metrics.jsonl
     before: float  # held-out score before RL, in [0, 1]

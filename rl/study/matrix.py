@@ -65,6 +65,7 @@ class Comparison:
     mismatch: Mismatch
 
     def row(self) -> list[Cell]:
+        """The cells, by `COLUMNS`."""
         m = self.mismatch
         k3 = m.k3_sum / max(m.num_tokens, 1)
         counts = [m.num_tokens, m.num_unequal, m.rows_unequal]

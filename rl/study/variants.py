@@ -37,6 +37,8 @@ SPARE_SLOTS = 4
 
 @dataclass(frozen=True)
 class Variant:
+    """A model of one backend and dtype."""
+
     name: str  # "ours" or "naive torch"
     dtype: str  # "float32" or "bfloat16"
     model: InteractionModel
@@ -45,6 +47,7 @@ class Variant:
 
     @staticmethod
     def load(name: str, folder: Path, dtype: torch.dtype) -> Variant:
+        """The checkpoint in ``folder`` as the variant ``name``; raises CheckpointError when it cannot be read."""
         backends: dict[str, Backend] = {"ours": dispatch.backend(), "naive torch": naive}
         backend = backends[name]
         with dispatch.substituted(backend):
@@ -53,10 +56,12 @@ class Variant:
         return Variant(name, short, model, Vocabulary.build(model.vocab), backend)
 
     def active(self) -> AbstractContextManager[None]:
+        """A block in which the ops run on the variant's backend."""
         return dispatch.substituted(self.backend)
 
 
 def load_variants(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Variant]:
+    """Both backends with the checkpoint's weights, in each dtype."""
     return [Variant.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
 
 
@@ -65,6 +70,7 @@ Start = Callable[["Variant", int, int], AbstractContextManager[Engine]]
 
 
 def session_engine(variant: Variant, slots: int, max_tokens: int) -> Engine:
+    """The embedded engine with a variant's model; ``max_tokens``: longest context."""
     return SessionEngine(variant.model, variant.vocabulary, slots=slots, max_tokens=max_tokens)
 
 
@@ -100,6 +106,7 @@ class LogProbs:
     digest: Tensor  # int64 [N] of each token's whole row of log-probs
 
     def against(self, other: LogProbs) -> Mismatch:
+        """This compared with ``other``, which counts as the sampler's."""
         return compare(other.logprob, self.logprob, other.digest, self.digest)
 
 

@@ -68,6 +68,8 @@ class MetricsOnly:
 
 
 class Wandb(MetricsOnly):
+    """In RUN/wandb, and on the server if online; pictures and sound as media."""
+
     def options(self) -> dict[str, Any]:
         import wandb
 
@@ -143,6 +145,8 @@ class TensorBoard(MetricsOnly):
 
 
 class Trackio(MetricsOnly):
+    """In trackio's own database; pictures and sound as media."""
+
     def options(self) -> dict[str, Any]:
         """Trackio identifies a run by its name, among all runs in trackio's own folder."""
         return {"name": self._name(), "resume": "allow", "auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
@@ -175,6 +179,7 @@ TRACKERS: dict[str, type[MetricsOnly]] = {"wandb": Wandb, "tensorboard": TensorB
 
 
 def start(kind: str, config: TrackingConfig, run: RunIdentity) -> MetricsOnly:
+    """Starts the tracker ``kind``. Raises whatever its library raises."""
     return TRACKERS.get(kind, MetricsOnly)(kind, config, run)
 
 

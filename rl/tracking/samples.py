@@ -40,6 +40,7 @@ def samples(episodes: Sequence[Episode], bank: SpeechBank, config: ScenarioConfi
 
 
 def sample(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> Sample:
+    """The picture and sound of one episode."""
     said = " ".join(word for action in episode.actions for word in action.words) or "nothing"
     return Sample(
         episode.family, f"{episode.name}: {said}", picture(moments(episode), episode.name), heard(episode, bank, config)

@@ -22,6 +22,8 @@ Sampled = Callable[[], Sequence["Sample"]]
 
 @dataclass(frozen=True)
 class TrackingConfig:
+    """The part of a run's recipe that names trackers."""
+
     trackers: tuple[str, ...] = ()  # wandb, tensorboard, trackio, or another one that accelerate knows
     mode: Literal["offline", "online"] = "offline"  # offline keeps everything on this machine (`wandb sync` uploads)
     project: str = "metronome"

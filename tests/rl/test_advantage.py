@@ -53,7 +53,7 @@ def test_control_the_mean_of_the_others_leaves_a_residue() -> None:
     assert (total - 0.1) / 6 - 0.1 != 0.0
 
 
-def test_returns_that_differ_by_rounding_only_are_not_told_apart() -> None:
+def test_returns_that_differ_by_rounding_only_are_uninformative() -> None:
     """Terms of one reward added in two orders in fp32; control: a real difference."""
     one, other = (torch.tensor(0.1) + 0.1) + 0.5, torch.tensor(0.1) + (torch.tensor(0.1) + 0.5)
     assert one != other
@@ -68,7 +68,7 @@ def test_running_scale_by_hand() -> None:
     assert scale.value == 1.0
     scale = scale.updated(50.0, 2)
     assert scale.value == pytest.approx(5.0)  # the first step's own
-    assert scale.updated(0.0, 0) == scale  # a step without any group that was told apart
+    assert scale.updated(0.0, 0) == scale  # a step of degenerate groups only
     assert scale.updated(2.0, 2).value == pytest.approx(math.sqrt((0.9 * 25.0 + 1.0) / 1.9))
 
 

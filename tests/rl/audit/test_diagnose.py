@@ -186,13 +186,18 @@ def test_another_attention_split(model: InteractionModel, monkeypatch: pytest.Mo
     diagnosis = explained(model, sampled(model))
     assert diagnosis.first is not None and diagnosis.first.name == "layers.3.self_attn (attention)"
     assert diagnosis.first.first_row >= 32  # one split holds all earlier keys on both sides
-    assert any("cuts the keys differently: no row before 3" in s and "split has 64 keys" in s for s in diagnosis.suspects)
+    assert any(
+        "cuts the keys differently: no row before 3" in s and "split has 64 keys" in s for s in diagnosis.suspects
+    )
 
 
 def test_naive_matmul_on_one_layer(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty(monkeypatch, model, 1, "self_attn", "linear", naive_linear)
     diagnosis = explained(model, sampled(model))
-    assert diagnosis.first is not None and diagnosis.first.name == "layers.1.self_attn.q_proj+k_proj+v_proj+r_proj (linear)"
+    assert (
+        diagnosis.first is not None
+        and diagnosis.first.name == "layers.1.self_attn.q_proj+k_proj+v_proj+r_proj (linear)"
+    )
     assert any("linear ran on" in s and "naive_linear" in s for s in diagnosis.suspects)
     assert any("depends on the number of rows" in s and "< 8 in the sampler" in s for s in diagnosis.suspects)
 

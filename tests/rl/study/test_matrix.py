@@ -27,7 +27,7 @@ from rl.step.gradient import gradient_of
 from rl.step.identity import Evidence, NotEqualError, check_identity
 from rl.study import lesson, matrix, variants
 from rl.study.lesson import completions
-from rl.study.variants import Variant, _scatter, whole
+from rl.study.variants import Variant, _scatter, uncached
 from rollout.record.episode import Episode
 from rollout.turn.action import CHUNK_SAMPLES, Action
 from rollout.turn.observation import Observation
@@ -90,7 +90,7 @@ def tokens(folder: Path) -> list[Episode]:
 
 
 def cells(variant: Variant, tokens: list[Episode]) -> list[matrix.Comparison]:
-    return list(matrix.comparisons(variant, ITEMS, tokens, whole(variant, tokens, len(tokens))))
+    return list(matrix.comparisons(variant, ITEMS, tokens, uncached(variant, tokens, len(tokens))))
 
 
 @pytest.mark.usefixtures("naive_linear")
