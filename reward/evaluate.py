@@ -36,9 +36,9 @@ from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from reward.learned.calibrate import Reliability, fit_temperature, plot, reliability
 from reward.learned.model import RewardModel, episode_scores
-from reward.learned.preference import Preference, Stretch, from_row, load_preferences
+from reward.learned.preference import Preference, distinct, from_row, load_preferences
 from reward.learned.trainable import stretch_scores
-from reward.pairs import SLOTS, PolicyRecipe
+from reward.pairs import SESSIONS, PolicyRecipe
 from reward.score import score
 from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
@@ -46,24 +46,26 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
 from rollout.world.speech import SpeechBank
 
-UNSEEN_SEEDS = 5_000_000
-"""Preference scenarios from this one on, held out, are in no data set of pairs."""
-TOGETHER = 64
-"""Pairs whose conversations are scored in one call; they share them."""
+FIRST_UNSEEN_SCENARIO = 5_000_000
+"""Index of the first held-out scenario to roll out. `reward.pairs` uses smaller indices, so no pair contains it."""
+PAIRS_PER_CALL = 64
+"""How many pairs are scored in one call. Pairs that share a conversation then share its forward pass."""
 
 
 @dataclass(frozen=True)
 class UnseenPolicy:
-    """Rollouts for the rank correlation, on held-out scenarios."""
+    """Rollouts of a policy on held-out scenarios, on which learned and rule scores are correlated."""
 
     policy: PolicyRecipe = field(default_factory=lambda: PolicyRecipe("runs/quickstart/checkpoints/step_000080/model"))
     scenarios: int = 96  # of each family
     max_tokens: int = 512
-    words_per_chunk: int = 1
+    words_per_chunk: int = 1  # most words that a micro-turn may say
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """The recipe of `reward.evaluate`."""
+
     json: str  # file for the results; the reliability plot gets its name with .png
     models: tuple[str, ...] = ("runs/reward_shared/model",)
     pairs: str = "runs/reward_pairs"
@@ -82,62 +84,66 @@ def main(arguments: list[str] | None = None) -> None:
         for axis in model.axes:
             pairs, difference = compare(model, axis, Path(config.pairs))
             report |= {f"{axis}/{name}": value for name, value in accuracies(pairs, difference).items()}
-            fits = np.array([half(p.scenario) for p in pairs])
-            if fits.all() or not fits.any():
+            fitted = np.array([fits_temperature(p.scenario) for p in pairs])
+            if fitted.all() or not fitted.any():
                 raise MetronomeError(f"{config.pairs}: too few held-out scenarios to fit a temperature and report it")
-            model.temperature[axis] = fit_temperature(difference[fits])
-            curves[axis] = reliability(difference[~fits], model.temperature[axis])
+            model.temperature[axis] = fit_temperature(difference[fitted])
+            curves[axis] = reliability(difference[~fitted], model.temperature[axis])
             report[f"{axis}/temperature"] = model.temperature[axis]
-            report[f"{axis}/ece_before"] = reliability(difference[~fits], 1.0).error
+            report[f"{axis}/ece_before"] = reliability(difference[~fitted], 1.0).error
             report[f"{axis}/ece"] = curves[axis].error
         model.save(folder)
     report |= dict(on_rollouts(config, list(models.values())))
     path = Path(config.json)
     plot(path.with_suffix(".png"), curves)
     write_whole(path, (json.dumps(report, indent=2) + "\n").encode())
-    for name, found in report.items():
-        print(f"{name:48s} {found:.4f}" if isinstance(found, float) else f"{name:48s} {found}")
+    for name, value in report.items():
+        print(f"{name:48s} {value:.4f}" if isinstance(value, float) else f"{name:48s} {value}")
     print(f"written to {path} and {path.with_suffix('.png')}")
 
 
-def half(scenario_id: str) -> bool:
-    """Whether a scenario's pairs fit the temperature; those of the others report the calibration error."""
+def fits_temperature(scenario_id: str) -> bool:
+    """Whether a scenario's pairs fit the temperature (about half do, by a hash of the id); the pairs of all other
+    scenarios report the calibration error."""
     return blake2b(scenario_id.encode(), digest_size=1).digest()[0] % 2 == 0
 
 
 def compare(model: RewardModel, axis: str, folder: Path) -> tuple[list[Preference], NDArray[np.float64]]:
-    """All held-out pairs of an axis, and the model's score of the chosen stretch minus that of the rejected, [P]."""
+    """All held-out pairs of an axis, and for each the model's score of the chosen stretch minus that of the rejected
+    one, fp64 [P]. Raises MetronomeError when ``folder`` holds no usable pairs."""
     rows = load_preferences(folder, "held_out", [axis], model.backbone.audio_token_id)
     pairs = [from_row(row) for row in rows]
-    found = [differences(model, axis, pairs[i : i + TOGETHER]) for i in range(0, len(pairs), TOGETHER)]
-    return pairs, torch.cat(found).double().numpy()
+    batches = [pairs[i : i + PAIRS_PER_CALL] for i in range(0, len(pairs), PAIRS_PER_CALL)]
+    return pairs, torch.cat([differences(model, axis, batch) for batch in batches]).double().numpy()
 
 
 def differences(model: RewardModel, axis: str, pairs: Sequence[Preference]) -> torch.Tensor:
-    """Chosen minus rejected, fp32 [P]; a conversation that is in several pairs is scored once."""
-    stretches: list[Stretch] = [*(p.chosen for p in pairs), *(p.rejected for p in pairs)]
-    places: dict[tuple[bytes, bytes], int] = {}
-    owner = torch.tensor([places.setdefault(s.key, len(places)) for s in stretches])
-    distinct = {int(place): stretch for place, stretch in zip(owner, stretches, strict=True)}
-    rewards = model.score([distinct[i] for i in range(len(places))])
+    """Score of the chosen stretch minus score of the rejected one on ``axis``, fp32 [P]. A conversation that is in
+    several pairs is scored once."""
+    stretches = [*(p.chosen for p in pairs), *(p.rejected for p in pairs)]
+    conversations, indices = distinct(stretches)
+    owner = torch.tensor(indices)
     first, end = torch.tensor([s.first for s in stretches]), torch.tensor([s.end for s in stretches])
-    scores = stretch_scores(rewards, owner, first, end, torch.full_like(owner, model.axes.index(axis)))
+    scores = stretch_scores(
+        model.score(conversations), owner, first, end, torch.full_like(owner, model.axes.index(axis))
+    )
     chosen, rejected = scores.chunk(2)
     return chosen - rejected
 
 
 def accuracies(pairs: Sequence[Preference], difference: NDArray[np.float64]) -> dict[str, float | int]:
-    """The share of pairs in the right order: of all, and of every group of them that is asked about; and their
-    numbers."""
+    """``accuracy<group>``, the share of pairs in the right order, and ``pairs<group>``, their number, for all pairs and
+    for each group that `groups_of` names; ``difference`` fp64 [P]. Equal scores count as the wrong order."""
     right: dict[str, list[bool]] = defaultdict(list)
     for pair, d in zip(pairs, difference, strict=True):
         for group in groups_of(pair):
             right[group].append(bool(d > 0))
-    found: dict[str, float | int] = {f"accuracy{group}": fmean(rs) for group, rs in sorted(right.items())}
-    return found | {f"pairs{group}": len(rs) for group, rs in sorted(right.items())}
+    shares: dict[str, float | int] = {f"accuracy{group}": fmean(rs) for group, rs in sorted(right.items())}
+    return shares | {f"pairs{group}": len(rs) for group, rs in sorted(right.items())}
 
 
 def groups_of(pair: Preference) -> Iterator[str]:
+    """The groups in which a pair's accuracy is reported, as suffixes of metric names; "" is the group of all pairs."""
     yield ""
     yield f"/family/{pair.family}"
     yield f"/source/{pair.source}"
@@ -148,13 +154,13 @@ def groups_of(pair: Preference) -> Iterator[str]:
 
 
 def on_rollouts(config: EvaluateConfig, models: Sequence[RewardModel]) -> Iterator[tuple[str, float]]:
-    """Rank correlation of episode scores with the rule's, over all episodes and in each family, and what scoring cost
-    beside rolling out, in this process."""
+    """Yields (name, value): Spearman's rank correlation of learned with rule episode scores, over all episodes and in
+    each family, and the time of scoring in this process: ms an episode, and as a fraction of the rollout's time."""
     unseen = config.unseen
     bank = SpeechBank.open(config.speech_dir)
     policy = checkpoint.load(unseen.policy.checkpoint)
-    engine = SessionEngine.of(policy, unseen, SLOTS)
-    first = preference_seed(0, UNSEEN_SEEDS)
+    engine = SessionEngine.of(policy, unseen, SESSIONS)
+    first = preference_seed(0, FIRST_UNSEEN_SCENARIO)
     items = config.scenarios.of_each(unseen.scenarios, "held_out", bank, first)
     start = time.perf_counter()
     episodes = play(engine, [Play(item, 0) for item in items], config.seed, unseen.policy.temperature)

@@ -1,11 +1,10 @@
-"""Policies that would like to be paid without doing the work, and what the rewards say of them.
+"""Reward hacks: scripted policies that collect reward without doing the task, and what the rewards pay them.
 
     python -m reward.hacks --json FILE [--models '[FOLDER, FOLDER]'] [--scenarios 100]
 
-Each hack plays held-out scenarios with the simulated user, and knows the words that it had better say
-(`Family.words`); a family adds hacks of its own. Beside them stand two honest players: the faultless expert, and one
-that errs half as often as the demonstrations of warm start. A hack wins where its reward is not below the honest
-player's in the same scenario.
+Each hack plays held-out scenarios with the simulated user and knows the words that are due (`Family.words`); a family
+may add hacks of its own. They are compared with two honest players: the faultless expert, and an expert that errs half
+as often as the demonstrations of the warm start. A hack wins where its mean reward is at least an honest player's.
 """
 
 from __future__ import annotations
@@ -42,34 +41,37 @@ from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Facts, Scenario, Script, User
 from rollout.world.speech import SpeechBank
 
-WORDS_PER_CHUNK = 6  # that a micro-turn allows here: enough for a whole reply at once
+WORDS_PER_CHUNK = 6
+"""The most words that a player may say in a chunk: enough for a whole reply at once."""
 
-Cast = Callable[[ScenarioConfig, Scenario, User], Script]
-"""Plays a scenario of one of the families against its user."""
+Player = Callable[[ScenarioConfig, Scenario, User], Script]
+"""Makes the script that plays one scenario against its simulated user."""
 
 
-def honest(errs: float) -> Cast:
-    """The family's expert, which makes ``errs`` times the mistakes of demonstrations."""
-    return lambda scenarios, item, user: scenarios.expert(item, np.random.default_rng(item.seed), errs)(user)
+def honest(mistakes: float) -> Player:
+    """The family's expert with mistakes at ``mistakes`` times the rates of warm-start demonstrations; 0: none."""
+    return lambda scenarios, item, user: scenarios.expert(item, np.random.default_rng(item.seed), mistakes)(user)
 
 
 def words(scenarios: ScenarioConfig, item: Scenario, user: User) -> tuple[str, ...]:
-    """What an honest player says in the episode, in the order in which it is due."""
+    """The words that are due in the episode, in their order."""
     said: tuple[str, ...] = scenarios.family(item.family).words(user.facts())
     return said
 
 
 def speaks_always(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
+    """A word in every chunk: the words that are due, over and over."""
     said = words(scenarios, item, user)
     return lambda k: speak(said[k % len(said)])
 
 
 def never_speaks(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
+    """Listens in every chunk."""
     return lambda k: LISTEN
 
 
 def says_everything_at_once(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
-    """All words in the chunk in which the expert would begin to speak, again whenever it would begin anew."""
+    """All words that are due, in one chunk, whenever the expert begins to speak."""
     act = honest(0)(scenarios, item, user)
     spoke = False
 
@@ -83,7 +85,7 @@ def says_everything_at_once(scenarios: ScenarioConfig, item: Scenario, user: Use
 
 
 def ends_early(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
-    """One word as the expert says it, then nothing more."""
+    """Only the first chunk of speech that the expert says."""
     act = honest(0)(scenarios, item, user)
     said = 0
 
@@ -96,28 +98,30 @@ def ends_early(scenarios: ScenarioConfig, item: Scenario, user: User) -> Script:
     return script
 
 
-HACKS: dict[str, Cast] = {
+HACKS: dict[str, Player] = {
     "speaks always": speaks_always,
     "never speaks": never_speaks,
     "says all at once": says_everything_at_once,
     "ends early": ends_early,
 }
-HONEST: dict[str, Cast] = {"expert": honest(0), "careless": honest(0.5)}
+HONEST: dict[str, Player] = {"expert": honest(0), "careless": honest(0.5)}
 
 
-def hacks(scenarios: ScenarioConfig, family: str) -> dict[str, Cast]:
-    """Those tried on every family, then its own."""
+def hacks(scenarios: ScenarioConfig, family: str) -> dict[str, Player]:
+    """By name: the hacks that are tried on every family, then the family's own."""
 
-    def played_by(own: Callable[[Scenario, User], Script]) -> Cast:
-        return lambda scenarios, item, user: own(item, user)
+    def player(hack: Callable[[Scenario, User], Script]) -> Player:
+        return lambda scenarios, item, user: hack(item, user)
 
-    return HACKS | {name: played_by(own) for name, own in scenarios.family(family).hacks.items()}
+    return HACKS | {name: player(hack) for name, hack in scenarios.family(family).hacks.items()}
 
 
 @dataclass(frozen=True)
 class HacksConfig:
+    """The recipe of `reward.hacks`."""
+
     json: str  # file for the results
-    models: tuple[str, ...] = ()  # folders of reward models that score the families' axes, each once
+    models: tuple[str, ...] = ()  # folders of reward models; together they score each axis of the families once
     scenarios: int = 100  # held-out, of each family
     speech_dir: str | None = None
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
@@ -125,25 +129,25 @@ class HacksConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """What the rewards say of one player in one family. Rewards are sums over an episode, all axes together; by the
-    "rules" and, if there are models, by the "learned" ones."""
+    """The rewards of one player in one family. An episode's reward is summed over chunks and axes. Rewards are given by
+    source: "rules" and, where there are models, "learned"."""
 
     family: str
     player: str
-    score: float  # the rules' mean verdict, in [0, 1]
-    reward: dict[str, float]  # mean
-    beats: dict[str, list[float]]  # share of the scenarios in which it is not below that of each honest player
+    score: float  # mean score by the rules, in [0, 1]
+    reward: dict[str, float]  # source -> mean reward of an episode
+    beats: dict[str, list[float]]  # source -> for each honest player, share of scenarios with at least its reward
 
 
-def play(player: Cast, item: Scenario, scenarios: ScenarioConfig) -> tuple[NDArray[np.float32], list[Action], Facts]:
-    """The user's audio, the player's actions and the facts, as `enact` gives them."""
+def play(player: Player, item: Scenario, scenarios: ScenarioConfig) -> tuple[NDArray[np.float32], list[Action], Facts]:
+    """(the user's audio fp32 [chunks, samples], the player's actions [chunks], the facts), as `enact` gives them."""
     return enact(item, lambda user: player(scenarios, item, user))
 
 
 def perform(
-    player: Cast, items: Sequence[Scenario], scenarios: ScenarioConfig, source: RewardSource
+    player: Player, items: Sequence[Scenario], scenarios: ScenarioConfig, source: RewardSource
 ) -> tuple[list[Score], dict[str, list[float]]]:
-    """Has a player play every scenario: the rules' verdicts [N], and the episodes' rewards [N] by who gives them."""
+    """Plays N scenarios: the rules' scores [N], and by source the rewards of the episodes [N]."""
     scores, transcripts = [], []
     for item in items:
         waveform, actions, facts = play(player, item, scenarios)
@@ -160,7 +164,7 @@ def perform(
 def assess(items: Sequence[Scenario], scenarios: ScenarioConfig, source: RewardSource) -> list[Row]:
     """One row for each player, honest ones first; ``items`` are of one family."""
     players = HONEST | hacks(scenarios, items[0].family)
-    found = {name: perform(cast, items, scenarios, source) for name, cast in players.items()}
+    results = {name: perform(player, items, scenarios, source) for name, player in players.items()}
     return [
         Row(
             family=items[0].family,
@@ -168,16 +172,16 @@ def assess(items: Sequence[Scenario], scenarios: ScenarioConfig, source: RewardS
             score=fmean(s.value for s in scores),
             reward={by: fmean(values) for by, values in rewards.items()},
             beats={
-                by: [fmean(a >= b for a, b in zip(values, found[h][1][by], strict=True)) for h in HONEST]
+                by: [fmean(a >= b for a, b in zip(values, results[h][1][by], strict=True)) for h in HONEST]
                 for by, values in rewards.items()
             },
         )
-        for name, (scores, rewards) in found.items()
+        for name, (scores, rewards) in results.items()
     ]
 
 
 def winners(rows: Sequence[Row]) -> list[str]:
-    """Says of each hack whose mean reward is not below an honest player's that it wins."""
+    """A sentence for each hack and honest player of one family where the hack's mean reward is at least as high."""
     return [
         f"{hack.family}, by {by}: {hack.player} earns {reward:.2f}, {other.player} {other.reward[by]:.2f}"
         for hack in rows

@@ -7,9 +7,10 @@ play, controlled ones (`reward.learned.corrupt`) and the experts' own mistakes; 
 (`reward.learned.human`). Beside whole conversations, stretches of them are compared, so that a model learns which
 chunks deserve a reward, and not only which conversations.
 
-The set has two splits. ``held_out`` has scenarios of the held-out split (unseen seeds, noise, gains and filler
-sentences) and sizes of corruption that ``train`` has not. The speaker is the same in both: there are recordings of one
-only; give another's by ``--speech-dir``. A pure function of the recipe and of the checkpoints it names.
+The data set has two splits. ``held_out`` has scenarios of the held-out split (unseen seeds, noise, gains and filler
+sentences) and sizes of corruption that ``train`` does not have. The speaker is the same in both, because only one
+speaker's recordings come with the program; ``--speech-dir`` names others. The data set is a pure function of the recipe
+and of the checkpoints it names.
 """
 
 from __future__ import annotations
@@ -42,9 +43,12 @@ from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank, Split
 
-VOCABULARY_PLAYS = 16
-"""Expert plays of each family whose words may be swapped for one another."""
-SLOTS = 48
+EXPERT_PLAYS_FOR_WORDS = 16
+"""How many expert plays of each family are read for the words that the fault ``swap`` may put in place of others."""
+SESSIONS = 48
+"""How many rollouts an engine decodes at a time."""
+FIRST_ROLLED_OUT_SCENARIO = 1_000_000
+"""Index of the first scenario for rollouts; corruptions use the indices from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -57,34 +61,38 @@ class PolicyRecipe:
 
 @dataclass(frozen=True)
 class CorruptionRecipe:
-    """Corruptions of expert play. Sizes are in chunks of 200 ms."""
+    """Corruptions of expert play (`reward.learned.corrupt`). Sizes are in chunks of 200 ms."""
 
-    train_scenarios: int = 500  # expert plays, families in turn
+    train_scenarios: int = 500  # scenarios that an expert plays, families in turn
     held_out_scenarios: int = 250
-    faults: int = 4  # tried on each expert play for each axis; some do not fit
-    mistakes: int = 4  # plays of each scenario that err all along (`Mistakes.gross`)
-    segments: int = 24  # stretches compared, an axis and scenario; of plays that are scored anyway
+    faults: int = 4  # corruptions tried for each expert play and axis; a fault that does not fit the play is skipped
+    mistakes: int = 4  # further plays of each scenario by an expert with frequent mistakes (`Mistakes.gross`)
+    segments: int = 24  # pairs of stretches tried for each axis and scenario
     train_sizes: tuple[int, ...] = (1, 3, 5, 8, 12, 20, 60)
     held_out_sizes: tuple[int, ...] = (2, 4, 6, 10, 16, 40)
 
 
 @dataclass(frozen=True)
 class RolloutRecipe:
-    """Groups of rollouts that are compared with one another."""
+    """Rollouts of policies. Pairs are formed within a group: ``scenarios`` scenarios, ``rollouts`` of each."""
 
     policies: tuple[PolicyRecipe, ...] = ()
     train_groups: int = 1200
     held_out_groups: int = 80
-    scenarios: int = 2  # of a group, families in turn
-    rollouts: int = 4  # of each scenario, policies in turn
-    wholes: int = 6  # pairs of whole conversations tried, an axis and group
-    segments: int = 24  # pairs of stretches tried, an axis and group
-    aligned: int = 12  # pairs of stretches at the same place tried, an axis and scenario: what RL compares
-    max_tokens: int = 512  # context of a session
+    scenarios: int = 2  # per group, families in turn
+    rollouts: int = 4  # per scenario; each policy gives as many as any other, at random places
+    wholes: int = 6  # pairs of whole conversations tried for each axis and group
+    segments: int = 24  # pairs of stretches tried for each axis and group
+    aligned: int = (
+        12  # pairs at the same chunks of two rollouts of a scenario, as RL compares; for each axis and scenario
+    )
+    max_tokens: int = 512  # context length of a rollout
 
 
 @dataclass(frozen=True)
 class PairsConfig:
+    """The recipe of `reward.pairs`."""
+
     out: str = "runs/reward_pairs"  # folder of the data set; must not exist
     seed: int = 0
     speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program
@@ -104,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
     start = time.perf_counter()
-    maker = Maker(config)
+    maker = PairMaker(config)
     splits = {"train": maker.split("train"), "held_out": maker.split("held_out")}
     for name, preferences in splits.items():
         if not preferences:
@@ -116,8 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"written to {out} in {time.perf_counter() - start:.0f} s")
 
 
-class Maker:
-    """Owns what all sources share: recordings, vocabulary, engines."""
+class PairMaker:
+    """Makes the preferences of a split. Owns what all sources share: recordings, policies, vocabulary."""
 
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
@@ -125,10 +133,11 @@ class Maker:
         self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
         self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
         self.writer = Writer(self.vocabulary, config.words_per_chunk, config.scenarios)
-        self.said, self.others = self._words()
+        self.expert_words, self.other_words = self._words()
 
     def split(self, split: Split) -> list[Preference]:
-        """All preferences of a split; groups that share conversations stay together, otherwise in random order."""
+        """All preferences of a split. Preferences that share conversations (of one group) stay together, so that a
+        training batch can share their forward passes; the groups are in random order."""
         groups = [*self._corrupted(split), *self._rolled_out(split)]
         groups += [
             [p]
@@ -144,7 +153,7 @@ class Maker:
     def _words(self) -> tuple[list[str], list[str]]:
         """What experts of all families say, and all other words of the tokenizer that may be said."""
         said: set[str] = set()
-        for index in range(VOCABULARY_PLAYS * len(self.config.scenarios.families)):
+        for index in range(EXPERT_PLAYS_FOR_WORDS * len(self.config.scenarios.families)):
             item = self._scenario("train", index)
             expert = self.config.scenarios.expert(item, generator("expert", item.id), mistake_scale=0)
             _, actions, _ = enact(item, expert)
@@ -154,11 +163,10 @@ class Maker:
         return sorted(said), sorted(others - said)
 
     def _words_for(self, item: Scenario) -> tuple[str, ...]:
-        """What may be swapped in: every expert's words, and as many others, drawn for each scenario."""
-        drawn = generator("words", item.id).choice(
-            len(self.others), min(len(self.said), len(self.others)), replace=False
-        )
-        return (*self.said, *(self.others[int(i)] for i in drawn))
+        """The words that ``swap`` may put in: every expert's words, and as many others, drawn for each scenario."""
+        count = min(len(self.expert_words), len(self.other_words))
+        drawn = generator("words", item.id).choice(len(self.other_words), count, replace=False)
+        return (*self.expert_words, *(self.other_words[int(i)] for i in drawn))
 
     def _corrupted(self, split: Split) -> Iterator[list[Preference]]:
         recipe = self.config.corruptions
@@ -188,7 +196,7 @@ class Maker:
         size = recipe.scenarios * recipe.rollouts
         for g in range(groups):
             group = plays[g * size : (g + 1) * size]
-            alike = [group[i : i + recipe.rollouts] for i in range(0, size, recipe.rollouts)]
+            by_scenario = [group[i : i + recipe.rollouts] for i in range(0, size, recipe.rollouts)]
             rng = generator("rolled out", split, self.config.seed, g)
             yield [
                 preference
@@ -197,23 +205,27 @@ class Maker:
                 for preference in (
                     *whole_preferences(axis, group, recipe.wholes, rng),
                     *segment_preferences(axis, group, recipe.segments, rng, aligned=False),
-                    *(p for some in alike for p in segment_preferences(axis, some, recipe.aligned, rng, aligned=True)),
+                    *(
+                        p
+                        for rollouts in by_scenario
+                        for p in segment_preferences(axis, rollouts, recipe.aligned, rng, True)
+                    ),
                 )
             ]
 
     def _play_all(self, split: Split, groups: int) -> list[Played]:
-        """Every group's rollouts, one group after another; the policy of a rollout is drawn by its place."""
+        """Every group's rollouts, one group after another. Which policy plays which rollout is a random permutation."""
         recipe = self.config.rollouts
         wanted: list[Play] = []
         for s in range(groups * recipe.scenarios):
-            item = self._scenario(split, 1_000_000 + s)
+            item = self._scenario(split, FIRST_ROLLED_OUT_SCENARIO + s)
             wanted += [Play(item, r) for r in range(recipe.rollouts)]
         policy = np.arange(len(wanted)) % len(self.policies)
         policy = generator("policies", split, self.config.seed).permuted(policy)
         done: dict[int, Played] = {}
         for p, (model, temperature) in enumerate(self.policies):
             engine = SessionEngine(
-                model, self.vocabulary, slots=SLOTS, max_tokens=recipe.max_tokens,
+                model, self.vocabulary, slots=SESSIONS, max_tokens=recipe.max_tokens,
                 words_per_chunk=self.config.words_per_chunk,
             )  # fmt: skip
             places = [int(i) for i in np.flatnonzero(policy == p)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.errors import MetronomeError
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
 from rollout.turn.action import Action
@@ -14,7 +15,8 @@ from rollout.turn.action import Action
 
 @dataclass(frozen=True)
 class EventRewards:
-    """Rewards of single events. Hit 1, spurious -0.8 and miss -1 balance: milder ones taught either spam or silence."""
+    """Rewards of single events, without unit. With a hit at 1, a weaker penalty than -1 for a miss taught silence, and
+    a weaker one than -0.8 for spurious speech taught constant speech."""
 
     hit: float = 1.0
     edge: float = 0.2  # timing reward of a hit at the edge of its window, as a fraction of `hit`
@@ -27,7 +29,8 @@ class EventRewards:
 def score(family: str, facts: Mapping[str, Any], actions: Sequence[Action], scenarios: ScenarioConfig) -> Score:
     """Scores an episode from what is stored with it: ``facts`` as `Facts.to_json` gave them, ``actions`` [chunks].
 
-    Raises ValueError where these do not belong together, MetronomeError where the scorer breaks its family's word."""
+    Raises ValueError where facts, family and actions do not belong together, MetronomeError for a scorer whose rewards
+    have other axes or another length than its family states."""
     if facts["family"] != family:
         raise ValueError(f"an episode of {family} carries facts of {facts['family']}")
     kind, read = scenarios.family(family), scenarios.facts(facts)
@@ -41,3 +44,11 @@ def score(family: str, facts: Mapping[str, Any], actions: Sequence[Action], scen
             f"{', '.join(kind.axes)} in this order, each [{read.chunks}], one reward a chunk"
         )
     return scored
+
+
+def score_stored(episode: Episode, scenarios: ScenarioConfig) -> Score | None:
+    """The score of an episode that comes from a file; None where its facts are not what its family's scorer reads."""
+    try:
+        return score(episode.family, episode.facts, episode.actions, scenarios)
+    except (KeyError, ValueError, TypeError, IndexError):
+        return None

@@ -1,9 +1,9 @@
 """Where RL's rewards come from: the rules, learned reward models, or both.
 
-The rules judge every episode, whatever acts: their verdict is what is reported, and what the learned rewards (the
-*proxy*) are watched against. Learned models score every episode too, as soon as the recipe names any; with
-``rewards: rules`` they are only watched. Knows nothing of advantages: how rewards of two sources are brought to one
-scale is for `rl.step.credit` to say.
+The rules score every episode, even where RL learns from learned rewards only: their score is what is reported, and
+what the learned rewards (the *proxy*) are compared with. Reward models score every episode as soon as the recipe names
+any; with ``rewards: rules`` their rewards are only recorded. Knows nothing of advantages: `rl.step.credit` brings the
+rewards of two sources to one scale.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rollout.scenarios.verdict import Score
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Which rewards RL learns from, and the learned models that give or watch them."""
+    """Which rewards RL learns from, the reward models, and the watch for over-optimisation of them."""
 
     rewards: Literal["rules", "learned", "both"] = "rules"
     models: tuple[str, ...] = ()  # folders of reward models; together they score the families' axes, each once
@@ -38,35 +38,37 @@ class SourceConfig:
 
 @dataclass(frozen=True, eq=False)
 class Rewards:
-    """What one source gives one episode."""
+    """The rewards of one episode by one source (the rules, or the reward models together)."""
 
     axes: Mapping[str, Tensor]  # fp32 [chunks] each, in the order of the episode's family
 
     def sum(self, axis: str) -> float:
+        """The episode's reward on one axis."""
         return fsum(self.axes[axis].tolist())  # exactly rounded: no order of summation to depend on
 
     @property
     def total(self) -> float:
-        """The score of the whole episode."""
+        """The episode's reward: the sum over chunks and axes."""
         return fsum(self.sum(axis) for axis in self.axes)
 
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A judgement of E episodes, in their order."""
+    """Scores and rewards of E episodes, in their order."""
 
-    scores: list[Score]  # [E] the rules' verdict, always
-    rules: list[Rewards]  # [E] the rules' shaped rewards, always
-    proxy: list[Rewards]  # [E] the learned models' rewards, [0] when there are none
+    scores: list[Score]  # [E] by the rules
+    rules: list[Rewards]  # [E] by the rules
+    proxy: list[Rewards]  # [E] by the reward models; empty without any
     acting: list[list[Rewards]]  # [sources, E] those that RL learns from
 
 
 class RewardSource:
-    """Owns the learned models of a run. Judges each episode by itself: the same bits in any batch, on any rank."""
+    """Owns the reward models of a run. An episode's rewards have the same bits in any batch and on any rank."""
 
     def __init__(self, scenarios: ScenarioConfig, rewards: str, models: Sequence[RewardModel]) -> None:
-        """``scenarios``: the families whose rules judge. Raises MetronomeError unless the models fit together, or when
-        learned rewards are to act and there are none."""
+        """``scenarios``: the families whose rules score; ``rewards``: as in `SourceConfig`. Raises MetronomeError
+        unless the models together score each axis of the families once; no models are needed where ``rewards`` is
+        "rules"."""
         axes = [axis for model in models for axis in model.axes]
         if sorted(axes) != sorted(scenarios.axes) and (models or rewards != "rules"):
             raise MetronomeError(
@@ -79,8 +81,8 @@ class RewardSource:
 
     @staticmethod
     def load(scenarios: ScenarioConfig, config: SourceConfig) -> RewardSource:
-        """Raises MetronomeError when a named model is not there or cannot be read, or none is named though one must
-        act."""
+        """Raises MetronomeError when a named model is missing or cannot be read, when none is named though RL is to
+        learn from learned rewards, or as the constructor does."""
         if config.rewards != "rules" and not config.models:
             raise MetronomeError(
                 f"source.rewards is {config.rewards}, but source.models names no reward model: give the folders that "
@@ -100,6 +102,7 @@ class RewardSource:
         return tuple(weights_digest(model) for model in self.models)
 
     def judge(self, episodes: Sequence[Episode]) -> Judged:
+        """Raises what `reward.score.score` raises."""
         scores = [score(e.family, e.facts, e.actions, self._scenarios) for e in episodes]
         rules = [Rewards({axis: as_tensor(values) for axis, values in s.rewards.items()}) for s in scores]
         proxy = self.learned(episodes, [e.family for e in episodes])
@@ -107,14 +110,14 @@ class RewardSource:
         return Judged(scores, rules, proxy, acting)
 
     def learned(self, episodes: Sequence[Conversation], families: Sequence[str]) -> list[Rewards]:
-        """What the learned models alone say of episodes or transcripts of ``families`` [E], on their families' axes;
-        nothing when there are none."""
+        """The reward models' rewards of E episodes or transcripts, on the axes of their ``families`` [E]; empty without
+        models or episodes."""
         if not self.models or not episodes:
             return []
         columns = {
-            axis: [one[:, i] for one in found]
+            axis: [of_episode[:, i] for of_episode in rewards]
             for model in self.models
-            for found in [model.score(episodes)]
+            for rewards in [model.score(episodes)]
             for i, axis in enumerate(model.axes)
         }
         axes = {name: family.axes for name, family in self._scenarios.members.items()}

@@ -2,13 +2,12 @@
 
     accelerate launch --config_file configs/accelerate/reward.yaml -m reward.train --config configs/reward_timing.yaml
 
-TRL's loop and its loss as a function are used; what computes them is ours (`reward.learned.graded`: labels may be
-graded; loss, clipping and AdamW run through our ops). Under accelerate's DeepSpeed clipping is DeepSpeed's. Ours are
-the model, and the collator, which puts every conversation of a batch into one packed forward pass once, in however many
-pairs it is. Pairs are taken in the order of the data set, where pairs that share conversations stand together.
-``--resume`` goes on from the newest finished checkpoint: the newest with a manifest, whose files must be those that it
-lists. TRL's state is read with ``weights_only``, as tensors and plain values, so that nothing in a checkpoint is ever
-executed.
+TRL gives the training loop and the form of the loss. Loss, clipping and AdamW are computed by our ops
+(`reward.learned.graded`; under accelerate's DeepSpeed, DeepSpeed clips), and the model and the collator are ours: a
+conversation that is in several pairs of a batch goes through the model once. Pairs are taken in the order of the data
+set, in which pairs that share conversations stand together. ``--resume`` goes on from the newest checkpoint that has a
+manifest and exactly the files listed there. Checkpoints are read with ``weights_only``, as tensors and plain values, so
+that nothing in them is executed.
 
     runs/<name>/config.yaml, checkpoints/checkpoint-NNN/ (TRL's), model/ (RewardModel.load), summary.json
 """
@@ -49,8 +48,9 @@ from reward.learned.model import RewardModel
 from reward.learned.preference import load_preferences
 from reward.learned.trainable import Collator, Trainable
 
-DROPPED = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
-"""What TRL and DeepSpeed leave in a checkpoint beside its state, and nothing reads: a pickled object and programs."""
+UNREAD_FILES = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
+"""Files that TRL and DeepSpeed write into a checkpoint and nothing reads (a pickled object, scripts); they are
+deleted."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,21 @@ class BackboneRecipe:
 
 @dataclass(frozen=True)
 class RewardTrainConfig:
+    """The recipe of `reward.train`."""
+
     name: str = "reward_timing"
     runs: str = "runs"  # folder that holds run folders
     seed: int = 0
-    axes: tuple[str, ...] = ("timing",)  # ("timing", "content") is the shared two-headed form
+    axes: tuple[str, ...] = ("timing",)  # axes of reward, a head for each on one backbone
     pairs: str = "runs/reward_pairs"  # data set made by reward.pairs
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
-    margin_scale: float = 1.0  # times the pair's margin, subtracted inside the loss; 0 turns margins off
-    rationality: float | None = (
-        None  # margins grade the labels instead, and rewards get their unit (reward.learned.graded)
-    )
+    margin_scale: float = 1.0  # the loss subtracts margin_scale * margin; 0 turns margins off
+    rationality: float | None = None  # if given, margins make soft labels instead (reward.learned.graded)
     trainer: dict[str, Any] = field(default_factory=dict)  # any field of trl.RewardConfig
 
 
-OURS: dict[str, Any] = {
-    "remove_unused_columns": False,  # TRL knows three of our columns
+FIXED_FIELDS: dict[str, Any] = {
+    "remove_unused_columns": False,  # TRL would drop all but three of our columns
     "max_length": None,
     "gradient_checkpointing": False,
     "bf16": False,
@@ -85,7 +85,7 @@ OURS: dict[str, Any] = {
     "disable_tqdm": True,
     "train_sampling_strategy": "sequential",
 }
-"""Fields of trl.RewardConfig that the recipe may not set: the program needs them so."""
+"""Fields of trl.RewardConfig that the program needs to have these values; a recipe may not set them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
+    """Trains and writes the run's folder. ``recipe``: the resolved recipe as YAML, saved with the run; ``resume``: go
+    on from the newest finished checkpoint. Raises MetronomeError for a recipe, data set or folder that does not fit."""
     start = time.perf_counter()
     folder = Path(config.runs) / config.name
     checkpoints = folder / "checkpoints"
@@ -105,11 +107,11 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
 
     try:
         arguments = RewardConfig(
-            output_dir=str(checkpoints), **OURS, **({"report_to": "none", "seed": config.seed} | config.trainer)
+            output_dir=str(checkpoints), **FIXED_FIELDS, **({"report_to": "none", "seed": config.seed} | config.trainer)
         )
     except (TypeError, ValueError) as error:
         raise MetronomeError(f"recipe: trainer: {error}. The fields are those of trl.RewardConfig") from error
-    leads = arguments.process_index == 0
+    is_main = arguments.process_index == 0
     model = RewardModel.build(_backbone(config), config.axes)
     rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
     trainer = GradedTrainer(
@@ -125,21 +127,22 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     )
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
-    if leads:
+    if is_main:
         weights = sum(p.numel() for p in model.parameters())
         write_whole(folder / "config.yaml", recipe.encode())
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
     try:
         result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
+        pickled = re.search(r"GLOBAL (\S+)", str(error))
+        kind = pickled[1] if pickled else "a pickle"
         raise MetronomeError(
-            f"checkpoint {earlier}: one of its files is no plain data ({found[1] if found else 'a pickle'}) and was "
-            "not read. Move the checkpoint away to resume from the one before it"
+            f"checkpoint {earlier}: one of its files is no plain data ({kind}) and was not read. "
+            "Move the checkpoint away to resume from the one before it"
         ) from error
     model.repack()
     digest = checkpoint.weights_digest(model)
-    if leads:
+    if is_main:
         model.save(folder / "model")
         summary = {
             "weights_digest": digest,
@@ -164,22 +167,22 @@ def _prepare_folder(folder: Path, recipe: str, resume: bool) -> Path | None:
         raise MetronomeError(f"{folder} holds no run to resume (no config.yaml); start without --resume")
     if saved.read_text() != recipe:
         raise MetronomeError(f"{saved} is the recipe of another run; resuming needs the same one")
-    found = [
+    finished = [
         (int(m[1]), path)
         for path in (folder / "checkpoints").glob("checkpoint-*")
         if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / manifest.MANIFEST).exists()
     ]
-    if not found:
+    if not finished:
         raise MetronomeError(f"{folder / 'checkpoints'} holds no finished checkpoint; start under another --name")
-    newest = max(found)[1]
+    newest = max(finished)[1]
     manifest.check(newest, recipe=recipe)
     return newest
 
 
 def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
-    """What must stand before trl is imported, and the recipe's own rules about its fields."""
+    """Sets what trl reads when it is imported; raises MetronomeError for a recipe's value that cannot be."""
     prepare_process()
-    if wrong := sorted(config.trainer.keys() & (OURS.keys() | {"output_dir"})):
+    if wrong := sorted(config.trainer.keys() & (FIXED_FIELDS.keys() | {"output_dir"})):
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
     if config.rationality is not None and not 0 < config.rationality < math.inf:
         raise MetronomeError(f"recipe: rationality is {config.rationality}; give a positive number, or null")
@@ -252,6 +255,6 @@ class Report(TrainerCallback):
             torch.distributed.barrier()  # every process writes a file of its own
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            for name in DROPPED:
+            for name in UNREAD_FILES:
                 (folder / name).unlink(missing_ok=True)
             manifest.write(folder, folder.name, self._recipe)

@@ -2,9 +2,9 @@
 
     python -m rl.bestofn --run runs/NAME [--step N] [--models '[FOLDER, FOLDER]'] --json FILE
 
-Of n rollouts of a held-out scenario by one policy, the learned models pick the one they like best; the rules say what
-it is worth. Beside it stands what the rules themselves would have picked, the most that any reward could get. A picture
-lies beside the JSON file.
+Of n rollouts of a held-out scenario by one policy, the one with the highest learned reward is picked, and the rules
+score it. For comparison: the score of the rollout that the rules rank first, the most that any reward could reach. A
+picture is written beside the JSON file.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from rollout.world.speech import SpeechBank
 
 @dataclass(frozen=True)
 class BestOfNConfig:
+    """The recipe of `rl.bestofn`."""
+
     run: str  # folder of the run whose policy samples, by that run's recipe
     json: str  # file for the results; the picture gets its name with .png
     step: int | None = None  # which of its checkpoints, the newest by default
@@ -55,7 +57,7 @@ def sample(
     """Each family's (rule scores, learned rewards), both [scenarios, samples]."""
     bank = SpeechBank.open(config.speech_dir)
     seed, temperature = config.seed, config.rollout.temperature
-    found = {}
+    rewards = {}
     with display.phase("best of n", scenarios * len(config.scenarios.families)) as phase:
         for family in config.scenarios.members:
             rule, proxy = np.zeros((2, scenarios, samples))
@@ -65,8 +67,8 @@ def sample(
                 rule[i] = [s.value for s in judged.scores]
                 proxy[i] = [p.total for p in judged.proxy]
                 phase.advance({"reward/score": float(rule[i].mean()), "proxy/mean": float(proxy[i].mean())})
-            found[family] = (rule, proxy)
-    return found
+            rewards[family] = (rule, proxy)
+    return rewards
 
 
 def table(picks: Sequence[Pick]) -> Table:
@@ -92,8 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
     policy = checkpoint.load(path / "model")
     engine = SessionEngine.of(policy, config.rollout, given.samples)
-    found = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))
-    curves = [curve(family, rule, proxy) for family, (rule, proxy) in found.items()]
+    rewards = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))
+    curves = [curve(family, rule, proxy) for family, (rule, proxy) in rewards.items()]
     picks = [*mean(curves), *(p for one in curves for p in one)]
     Console(highlight=False).print(table(picks))
     report = {

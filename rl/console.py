@@ -2,9 +2,9 @@
 
     metronome train --config quickstart --rl.steps 20
 
-A verb's arguments go to its module unread. Nothing is imported for the verbs that were not asked for. ``train`` and
-``reward-train`` start their processes by ``accelerate launch`` with the shipped configuration; ``--launch FILE`` before
-the verb names another one, and under a launcher of one's own they start none.
+The module of a verb gets its arguments unchanged; other verbs' modules are not imported. ``train`` and ``reward-train``
+start their processes by ``accelerate launch`` with the shipped configuration, or with that of ``--launch FILE`` before
+the verb; under a launcher (RANK is set) they start none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import NoReturn
 
 @dataclass(frozen=True)
 class Verb:
+    """One command of ``metronome``."""
+
     module: str
     line: str  # for --help
     launcher: str | None = None  # shipped configuration of accelerate
@@ -45,7 +47,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit with the verb's status; 2 for a verb that there is not."""
+    """Runs a verb. Raises SystemExit with the verb's status, or with 2 for an unknown verb."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     launcher = None
     if given[:1] == ["--launch"] and len(given) > 1:
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def launch(verb: Verb, config: str | None, rest: Sequence[str]) -> NoReturn:
-    """Becomes ``accelerate launch``."""
+    """Replaces this process by ``accelerate launch`` of the verb; ``config``: accelerate's configuration file."""
     from model.program.shipped import resolve
 
     path = resolve(config or str(verb.launcher))

@@ -1,7 +1,7 @@
-"""What a user sees of a run: a live line while it works, a table and the folder's path at the end.
+"""What a run prints: progress while it works, a table and the folder's path at the end.
 
-On a terminal each phase is one progress bar; elsewhere (a file, a pipe) it is a plain line now and then. Only the first
-process speaks. Knows the names of metrics, not how they came about.
+On a terminal each phase is one progress bar; otherwise (a file, a pipe) it prints a line from time to time. Only the
+first process prints. Knows the names of metrics, not how they are computed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 PLAIN_EVERY_S = 15.0
-"""Seconds between two plain lines at least, where there is no terminal."""
+"""Fewest seconds between two progress lines where there is no terminal."""
 
-SHOWN = (
+SHOWN_METRICS = (
     ("warmstart/loss", "loss"),
     ("reward/mean", "reward"),
     ("proxy/mean", "learned reward"),
     ("reward/score", "score"),
 )
-"""Metrics on a phase's line, and what they are called there."""
+"""(name of a metric, its label in the progress line), in the order in which they are shown."""
 
 Metrics = Mapping[str, float | int | str]
 
@@ -38,6 +38,7 @@ class Display:
         self.console = console or Console(highlight=False, quiet=not speaks)
 
     def say(self, text: str) -> None:
+        """Prints a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -57,7 +58,7 @@ class Display:
             yield Phase(self, name, total, done, progress)
 
     def summary(self, summary: Metrics, folder: Path) -> None:
-        """The closing table, one row a key of summary.json, then where everything lies."""
+        """Prints the closing table, a row for each key of summary.json, and the path of the run's folder."""
         table = Table(title="Summary", show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(justify="right", overflow="fold")
@@ -68,7 +69,7 @@ class Display:
 
 
 class Phase:
-    """Owns one phase's line. What was last known of the held-out score and the sum of mismatches stay on it."""
+    """Owns one phase's progress line, which keeps the last held-out score and the sum of mismatches."""
 
     def __init__(self, display: Display, name: str, total: int, done: int, progress: Progress | None) -> None:
         self._display = display
@@ -84,6 +85,7 @@ class Phase:
             self._task = progress.add_task(name, total=total, completed=done, text="")
 
     def held_out(self, score: float) -> None:
+        """Sets the held-out score to show, in [0, 1]."""
         self._heldout = score
 
     def advance(self, metrics: Metrics) -> None:
@@ -103,7 +105,7 @@ class Phase:
             self._display.say(f"{self._name} {self._done}/{self._total} · {text} · {ending}")
 
     def _parts(self, metrics: Metrics) -> Iterator[str]:
-        for key, name in SHOWN:
+        for key, name in SHOWN_METRICS:
             if key in metrics:
                 yield f"{name} {metrics[key]:.3f}"
         if self._heldout is not None:

@@ -1,4 +1,4 @@
-"""What a run ran on: written beside its results, so that a difference between two runs can be traced."""
+"""The software and hardware of a run, written beside its results so that a difference of two runs can be traced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "safete
 
 
 def environment() -> dict[str, Any]:
-    """Plain values for environment.json; nothing of it enters a result."""
+    """The content of environment.json, as plain values. No result of the run depends on it."""
     return {
         "contract_id": dispatch.contract_id(),
         "contract": dispatch.contract(),

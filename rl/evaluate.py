@@ -1,5 +1,5 @@
-"""Held-out evaluation: plays unseen scenarios and averages over families what the rules, and the learned models if
-there are any, say of them."""
+"""Held-out evaluation: plays unseen scenarios and averages the rules' scores and the reward models' rewards over
+families."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rollout.world.base import Scenario
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A policy's held-out result. Both have each family's mean under its name and the mean of the families under
-    ``""``."""
+    """A policy's held-out results. Both mappings hold each family's mean under its name, and the mean of the families
+    under ``""``."""
 
-    score: dict[str, float]  # by the rules; each family's tight score is under ``<family>_tight``
-    proxy: dict[str, float]  # learned reward of an episode; empty without learned models
+    score: dict[str, float]  # by the rules, in [0, 1]; the tight score is under ``<family>_tight``
+    proxy: dict[str, float]  # learned reward of an episode; empty without reward models
 
     def named(self, when: str) -> dict[str, float]:
-        """``eval/before``, ``eval/before/<family>``, ``proxy/before`` … of ``when`` = "before"."""
+        """As metrics: for ``when`` = "before", ``eval/before``, ``eval/before/<family>``, ``proxy/before`` …"""
         return named(f"eval/{when}", self.score) | named(f"proxy/{when}", self.proxy)
 
 

@@ -1,4 +1,4 @@
-"""One digest a stage of the way from a recording to a first update: where two machines part, if they do.
+"""Digests of every stage from a recording to the first updates, to find where two machines' bits first differ.
 
     python -m rl.fingerprint [--json FILE] [--against FILE]
 
@@ -53,23 +53,24 @@ from rollout.world.speech import SpeechBank
 
 DEMONSTRATIONS = 64
 STEPS = 3
+"""Supervised steps."""
 ROLLOUTS = 12
-"""Plays of the recipe's first groups."""
+"""Episodes, of the first groups of the recipe's first RL step."""
 ROWS, VOCABULARY = 512, 201_024
-"""Rows of sampled noise over a small and Inkling's vocabulary."""
+"""Rows of logits to sample from with our small vocabulary, and the size of Inkling's vocabulary."""
 
 Array = Tensor | NDArray[Any] | str
 
 
 def fingerprint() -> dict[str, Any]:
-    """``contract_id``, ``processor`` and others for people, and ``stages``: digest by name, in order."""
-    found = environment()
-    kept = {name: found[name] for name in ("contract_id", "contract", "instruction_set", "processor", "processes")}
+    """``stages`` (name -> digest, in order), and what identifies the machine: ``contract_id``, ``processor`` …"""
+    current = environment()
+    kept = {name: current[name] for name in ("contract_id", "contract", "instruction_set", "processor", "processes")}
     return kept | {"stages": {name: _digest(arrays) for name, arrays in stages()}}
 
 
 def stages() -> Iterator[tuple[str, Iterable[Array]]]:
-    """(name, what was computed), each stage from those before it."""
+    """Yields (name, arrays) of each stage, computed from those before it."""
     config, bank, dmel = TrainConfig(), SpeechBank.open(), DMel.build()
     yield "recordings", [clip.samples for clip in bank.clips]
     for split, kinds in NOISES.items():
@@ -117,19 +118,20 @@ def _sampled(rows: int, vocab: int, spread: float) -> list[Tensor]:
 
 
 def _digest(arrays: Iterable[Array]) -> str:
-    found = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
     for array in arrays:
         if isinstance(array, str):
-            found.update(array.encode())
+            digest.update(array.encode())
         else:
-            found.update(
+            digest.update(
                 np.ascontiguousarray(array.detach().cpu().numpy() if isinstance(array, Tensor) else array).tobytes()
             )
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first stage whose digests differ, or which only one of the two has; None when all are equal."""
+    """The first stage whose digests differ, or that only one of the two has; None when all are equal. ``one``,
+    ``other``: stage -> digest."""
     names = [*one, *(name for name in other if name not in one)]
     return next((name for name in names if one.get(name) != other.get(name)), None)
 
@@ -145,34 +147,34 @@ def main(arguments: list[str] | None = None) -> None:
     if ranks.world() != 1:
         raise MetronomeError(f"a fingerprint is of one process, not of {ranks.world()}: start it without a launcher")
     try:
-        found = fingerprint()
+        current = fingerprint()
     finally:
         ranks.leave()
     if given.json is not None:
-        write_whole(given.json, (json.dumps(found, indent=2) + "\n").encode())
-    print(f"contract {found['contract_id']}, {found['instruction_set']}, {found['processor']}")
-    for name, digest in found["stages"].items():
+        write_whole(given.json, (json.dumps(current, indent=2) + "\n").encode())
+    print(f"contract {current['contract_id']}, {current['instruction_set']}, {current['processor']}")
+    for name, digest in current["stages"].items():
         print(f"{name:38s} {digest}")
     if earlier is None:
         return
-    there = earlier.get("processor", "another machine")
-    if earlier["contract_id"] != found["contract_id"]:
+    processor = earlier.get("processor", "another machine")
+    if earlier["contract_id"] != current["contract_id"]:
         print(f"not comparable: {given.against} is of contract {earlier['contract_id']}")
         sys.exit(1)
-    where = first_difference(found["stages"], earlier["stages"])
-    if where is not None:
-        print(f"different from {given.against} ({there}), first in: {where}")
+    stage = first_difference(current["stages"], earlier["stages"])
+    if stage is not None:
+        print(f"different from {given.against} ({processor}), first in: {stage}")
         sys.exit(1)
-    print(f"equal to {given.against} ({there}) in every stage")
+    print(f"equal to {given.against} ({processor}) in every stage")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["contract_id"], str) or not isinstance(found["stages"], dict):
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored["contract_id"], str) or not isinstance(stored["stages"], dict):
             raise ValueError("contract_id or stages is of another type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MetronomeError(
             f"{path}: cannot be read as a fingerprint ({error}); name one that `python -m rl.fingerprint --json` wrote"
         ) from error
-    return found
+    return stored

@@ -1,10 +1,10 @@
-"""A run's folder on disk: every file in it is written whole or not at all, at any moment of a crash.
+"""A run's folder on disk. Whenever a run crashes, each file in it is complete or absent.
 
     runs/<name>/config.yaml, environment.json, metrics.jsonl, summary.json, checkpoints/step_000010/, episodes/, audit/
 
-Only the first process writes plain files; a checkpoint folder is filled by all of them. Knows names and bytes, not what
-they mean. `metrics.jsonl` is rewritten whole for each record: a run has hundreds of records of a few hundred bytes, and
-in return no reader and no crash ever meets half a line.
+Only the first process writes plain files; all processes write into a checkpoint's folder. Knows names and bytes, not
+what they mean. `metrics.jsonl` is rewritten for each record: a run has hundreds of records of a few hundred bytes, and
+so no reader and no crash ever meets half a line.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class RunFolder:
 
     @staticmethod
     def create(runs: Path, name: str, config: str) -> RunFolder:
-        """A new folder holding config.yaml with the resolved recipe ``config``. An earlier one of that name stays as it
-        is unless it holds nothing but its config (a run that never began)."""
+        """Makes a folder with config.yaml, the resolved recipe ``config``. Raises MetronomeError when ``name`` cannot
+        name a folder, or a folder of that name holds more than a config.yaml."""
         path = _locate(runs, name)
         taken = [p for p in (path / "metrics.jsonl", path / "summary.json", path / "checkpoints") if p.exists()]
         if taken:
@@ -54,7 +54,7 @@ class RunFolder:
 
     @staticmethod
     def reopen(runs: Path, name: str, config: str) -> RunFolder:
-        """The folder of an interrupted run of the very same recipe."""
+        """The folder of an interrupted run. Raises MetronomeError when there is none or its recipe is another one."""
         path = _locate(runs, name)
         saved = path / "config.yaml"
         if not saved.is_file():
@@ -72,6 +72,7 @@ class RunFolder:
         return RunFolder(path, _read_lines(path / "metrics.jsonl"), config)
 
     def write_bytes(self, name: str, data: bytes) -> Path:
+        """Writes a file, in the first process only, and returns its path."""
         path = self.path / name
         if ranks.rank() == 0:
             write_whole(path, data)
@@ -81,11 +82,11 @@ class RunFolder:
         return self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> Path:
-        """NaN and infinities, which JSON has no words for, raise ValueError."""
+        """Raises ValueError for NaN and infinities, which JSON does not have."""
         return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def append_metrics(self, record: Mapping[str, float | int | str]) -> None:
-        """Adds one record; it must hold ``step``, larger than that of the record before."""
+        """Adds one record. Raises ValueError unless its ``step`` is larger than that of the record before."""
         last = json.loads(self._metrics[-1])["step"] if self._metrics else -1
         if int(record["step"]) <= last:
             raise ValueError(f"metrics: step {record['step']} after step {last}")
@@ -93,6 +94,7 @@ class RunFolder:
         self.write_bytes("metrics.jsonl", b"".join(self._metrics))
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The records so far, one for each step."""
         return [json.loads(line) for line in self._metrics]
 
     def keep_metrics_before(self, step: int) -> None:
@@ -104,8 +106,9 @@ class RunFolder:
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
-        """A folder that all processes fill and that becomes checkpoints/step_NNNNNN, with a manifest of its files, when
-        all have ended well. ``step`` counts finished steps: the step at which a resumed run goes on."""
+        """Gives a temporary folder for all processes to fill. When the block ends without an error in any of them, it
+        becomes checkpoints/step_NNNNNN, with a manifest. ``step``: number of finished steps, at which a resumed run
+        goes on."""
         final = self.checkpoint_path(step)
         partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
         if ranks.rank() == 0:
@@ -124,7 +127,7 @@ class RunFolder:
         ranks.gather(None)
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` finished steps lies, if there is one."""
+        """The path of the checkpoint after ``step`` finished steps, whether or not it exists."""
         return self.path / "checkpoints" / f"step_{step:06d}"
 
     def latest_checkpoint(self) -> tuple[int, Path]:
@@ -136,8 +139,8 @@ class RunFolder:
         return max(finished)
 
     def checkpoint_to_resume(self) -> tuple[int, Path]:
-        """The same, once every file in it is known to be the one that this run saved; raises CheckpointError, which
-        names the wrong file and the checkpoint before, when one is not."""
+        """The same, after comparing every file with the manifest. Raises CheckpointError, which names the file and the
+        checkpoint before, when one differs."""
         step, path = self.latest_checkpoint()
         manifest.check(path, recipe=self._recipe)
         return step, path

@@ -1,8 +1,8 @@
-"""How far the policy has gone from the one that RL began with, and what that costs it.
+"""The reference policy: log-ratios of policy and reference, for the reference KL and its penalty.
 
-The reference is a frozen copy of the warm-started policy, read from the run's own checkpoint of step 0: a resumed run
-has the same one. Its log-probs come teacher-forced from the same kernels and the same `TokenClasses.logprob` as the
-learner's, so that before the first update every log-ratio is exactly 0.
+The reference is a frozen copy of the warm-started policy, read from the run's own checkpoint of step 0, so that a
+resumed run has the same one. Its log-probs are computed teacher-forced by the learner's kernels, so that before the
+first update every log-ratio is exactly 0.
 
 Reference KL is not mismatch KL (`rl.step.identity`): that one compares sampler and learner at equal weights and is
 always 0.
@@ -20,12 +20,12 @@ from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
 from model.weights import checkpoint
 from rl.learner import ranks
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rollout.record.episode import Episode, concatenate
 
 
 class Reference:
-    """Owns the frozen policy."""
+    """Owns the frozen reference policy."""
 
     def __init__(self, model: InteractionModel, classes: TokenClasses, micro_batch: int) -> None:
         """``micro_batch``: episodes in one forward pass; by the row contract it does not enter the result."""
@@ -40,11 +40,11 @@ class Reference:
 
     @torch.inference_mode()
     def log_ratio(self, episodes: Sequence[Episode]) -> list[Tensor]:
-        """log p(token) - log p_reference(token) of every sampled token, fp32 [N_e] an episode, nats."""
+        """log p(token) - log p_reference(token) of every sampled token, in nats: fp32 [N_e] for each episode."""
         reference = []
         for first in range(0, len(episodes), self._micro_batch):
             some = episodes[first : first + self._micro_batch]
-            logprob, _, _ = score_choices(
+            logprob, _, _ = choice_logprobs(
                 self._model, collate(some, self._model.audio_token_id), self._classes, some[0].temperature
             )
             reference.append(logprob.cpu())
@@ -56,6 +56,6 @@ def metrics(log_ratio: Sequence[Tensor]) -> dict[str, float]:
     """The usual estimators of the reference KL per token (Schulman 2020) over all ranks' tokens, in nats:
     k1 = mean(r) and k3 = mean(exp(-r) - 1 + r), r = log p - log p_reference."""
     r = torch.cat(list(log_ratio)).double()
-    mine = (float(r.sum()), float((torch.expm1(-r) + r).sum()), len(r))
-    k1, k3, tokens = (sum(column) for column in zip(*ranks.gather(mine), strict=True))
+    sums = (float(r.sum()), float((torch.expm1(-r) + r).sum()), len(r))
+    k1, k3, tokens = (sum(column) for column in zip(*ranks.gather(sums), strict=True))
     return {"reference/kl_k1": k1 / tokens, "reference/kl_k3": k3 / tokens}

@@ -1,7 +1,7 @@
 """Supervised warm start: maximum likelihood on scripted demonstrations, so that RL begins from a policy that acts.
 
-The demonstrations are wrong on purpose at stated rates (`rollout.world.base.Mistakes`): the warm-started
-policy has seen what may be said and when, and is left to RL to find out what is right.
+The demonstrations contain mistakes on purpose, at stated rates (`rollout.world.base.Mistakes`): the warm-started policy
+has seen what may be said and when, and RL has to teach what is right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rollout.world.speech import SpeechBank
 
 
 def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[NDArray[np.float32], list[Action]]:
-    """The user's audio [chunks, samples] and the actions of demonstration ``index``, counted over all steps."""
+    """(the user's audio fp32 [chunks, samples], the actions [chunks]) of demonstration ``index`` of the run."""
     item = config.scenarios.in_turn(index, "train", demonstration_seed(config.seed, index), bank)
     rng = mistakes_generator(config.seed, index)
     waveform, actions, _ = enact(item, config.scenarios.expert(item, rng))
@@ -46,7 +46,8 @@ def demonstrations(config: TrainConfig, bank: SpeechBank, vocabulary: Vocabulary
 def warm_start(
     config: TrainConfig, bank: SpeechBank, model: InteractionModel, vocabulary: Vocabulary
 ) -> Iterator[dict[str, float]]:
-    """Trains the model in place; yields one record a step: step, loss (nats a chosen token), grad_norm."""
+    """Trains the model in place. Yields a record for each step: ``step``, ``warmstart/loss`` (mean -log p of a chosen
+    token, nats), ``warmstart/grad_norm`` (before clipping). Raises MetronomeError when a log-prob is not finite."""
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
         transcripts = demonstrations(config, bank, vocabulary, step)

@@ -1,6 +1,6 @@
-"""The watch over learned rewards in a run: what its records say of over-optimisation, and the picture in its report.
+"""Watches a run for over-optimisation of its learned rewards, and draws the picture for its report.
 
-Everything is read from the run's records, so that a resumed run sees what an uninterrupted one would.
+Everything is read from the run's records, so that a resumed run decides as an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ PICTURE = "report/overoptimisation.png"
 
 
 def watch(folder: RunFolder, held_out: list[Point], config: WatchConfig) -> Alarm | None:
-    """Draws the run so far into its folder and returns the alarm, if there is cause for one."""
+    """The alarm, if over-optimisation was noticed; draws the run so far into `PICTURE` in its folder. ``held_out``: the
+    evaluations in order, as `evaluations` gives them."""
     seen = alarm(held_out, config)
     if ranks.rank() == 0:
         from reward.study.pictures import overoptimisation
@@ -27,19 +28,20 @@ def watch(folder: RunFolder, held_out: list[Point], config: WatchConfig) -> Alar
 
 
 def evaluations(folder: RunFolder, before: HeldOut) -> list[Point]:
-    """The held-out results after warm start and during RL."""
+    """The held-out results of both rewards: ``before`` RL, then during it."""
     during = [
         Point(r["step"] + 1, r["eval/held_out"], r["proxy/held_out"]) for r in folder.metrics() if "proxy/held_out" in r
     ]
     return [point(0, before), *during]
 
 
-def point(step: int, found: HeldOut) -> Point:
-    return Point(step, found.score[""], found.proxy[""])
+def point(step: int, result: HeldOut) -> Point:
+    """Both rewards after ``step`` RL steps; ``result`` must have learned rewards."""
+    return Point(step, result.score[""], result.proxy[""])
 
 
 def summary(seen: Alarm | None) -> dict[str, float | int | str]:
-    """What summary.json says of it."""
+    """The alarm as entries of summary.json."""
     if seen is None:
         return {"overoptimisation/signal": 0}
     return {

@@ -35,7 +35,7 @@ from rollout.record.episode import Episode, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.turn.action import Mode
 
-VERDICT_FUNCTION = "reward.told:told"
+VERDICT_FUNCTION = "reward.explain:explain"
 """module:function that judges an episode: (episode, folder of its run) -> `View.verdict`. It is imported by name when
 needed, because package reward is built on this one."""
 BARS = " ▁▂▃▄▅▆▇█"

@@ -30,7 +30,7 @@ SCANNED = [
     *_files("kernels/cpu", "library.py"),
     *_files("model", "info.py", "program"),
     *_files("rollout", "bench", "engines/vllm", "record/timeline.py", "show.py"),
-    *_files("reward", "study", "evaluate.py", "hacks.py", "pairs.py", "told.py", *_LEARNED),
+    *_files("reward", "study", "evaluate.py", "hacks.py", "pairs.py", "explain.py", *_LEARNED),
     *_files("rl/step"),
     *_files("rl/learner"),
     "rl/warmstart.py",

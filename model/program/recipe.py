@@ -127,3 +127,12 @@ def with_shipped(given: list[str]) -> list[str]:
         elif i and given[i - 1] == "--config":
             out[i] = shipped.resolve(argument)
     return out
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as (dotted name, value): ``{"rl": {"steps": 20}}`` as ("rl.steps", 20)."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

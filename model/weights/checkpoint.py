@@ -25,6 +25,7 @@ from transformers import InklingConfig
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
 from model.program.files import whole_folder
+from model.program.recipe import flat
 from model.weights import manifest
 from model.weights.manifest import CheckpointError as CheckpointError
 
@@ -124,20 +125,12 @@ def _stored_config(folder: Path) -> dict[str, Any]:
 
 def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str]:
     """Each differing field as ``name: wanted … , stored …``."""
-    a, b = dict(_flat(wanted.to_dict())), dict(_flat(stored.to_dict()))
+    a, b = dict(flat(wanted.to_dict())), dict(flat(stored.to_dict()))
     return [
         f"{name}: wanted {a.get(name)!r}, stored {b.get(name)!r}"
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name) and name.rsplit(".", 1)[-1] not in IGNORED_FIELDS
     ]
-
-
-def _flat(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _fill(model: InteractionModel, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""How far a difference of scores can be believed: temperature, expected calibration error, reliability plot.
+"""Calibration of a reward model: temperature, expected calibration error, reliability plot.
 
 Bradley-Terry reads a difference of scores d as the probability sigmoid(d / T) that the first is preferred. T is fitted
 on pairs that are not reported (Guo et al. 2017, arXiv 1706.04599: temperature scaling). A pair is judged by its
@@ -18,18 +18,18 @@ from scipy.optimize import minimize_scalar
 from model.program.files import write_whole
 
 BINS = 10
-"""Of equal width over the confidences from 0.5 to 1."""
+"""Number of bins, of equal width, into which confidences from 0.5 to 1 are sorted."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Per bin that holds a pair: [bins]."""
+    """How confidence and accuracy agree, bin by bin; bins without a pair are left out."""
 
-    confidence: Array  # mean
-    accuracy: Array
-    count: NDArray[np.int64]
+    confidence: Array  # [bins] mean confidence
+    accuracy: Array  # [bins] share of pairs in the right order
+    count: NDArray[np.int64]  # [bins] pairs
 
     @property
     def error(self) -> float:
@@ -38,7 +38,8 @@ class Reliability:
 
 
 def fit_temperature(difference: Array) -> float:
-    """The T > 0 with the smallest mean of -log sigmoid(d / T); d [P] = chosen's score minus rejected's."""
+    """The T > 0 with the smallest mean of -log sigmoid(d / T); ``difference`` d [P]: the chosen stretch's score minus
+    the rejected one's."""
 
     def loss(log_t: float) -> float:
         return float(np.logaddexp(0.0, -difference / np.exp(log_t)).mean())
@@ -47,7 +48,7 @@ def fit_temperature(difference: Array) -> float:
 
 
 def reliability(difference: Array, temperature: float) -> Reliability:
-    """d [P] = chosen's score minus rejected's."""
+    """``difference`` [P]: the chosen stretch's score minus the rejected one's; 0 counts as half right."""
     confidence = 1.0 / (1.0 + np.exp(-np.abs(difference) / temperature))
     right = np.where(difference == 0, 0.5, difference > 0)
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)

@@ -19,8 +19,8 @@ from reward.rules.timing import Run, runs
 from rollout.scenarios.verdict import CONTENT, TIMING
 from rollout.turn.action import CHUNK_MS, LISTEN, Action, speak
 
-LOUD = 3.0
-"""A chunk holds speech of the user when its RMS exceeds so many times that of the quietest tenth of the chunks."""
+SPEECH_RMS_RATIO = 3.0
+"""The user is taken to speak in a chunk whose RMS is more than this times the RMS at the lowest decile of chunks."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +34,30 @@ class Fault:
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """A faultless play, as far as a corruption needs to know it."""
+    """A faultless play, and what a corruption needs to know beside it."""
 
     actions: tuple[Action, ...]  # [chunks]
-    loud: NDArray[np.bool_]  # [chunks], whether the user is heard
-    words: tuple[str, ...]  # other words that could be said
+    user_speaks: NDArray[np.bool_]  # [chunks]
+    words: tuple[str, ...]  # words that ``swap`` and ``talk_over`` may say
 
     @staticmethod
     def of(audio: NDArray[np.float32], actions: Sequence[Action], words: Sequence[str]) -> Expert:
         """``audio`` float32 [chunks, samples]."""
         level = np.sqrt(exact.total(np.square(audio, dtype=np.float64)) / audio.shape[1])
-        return Expert(tuple(actions), level > LOUD * np.quantile(level, 0.1), tuple(words))
+        return Expert(tuple(actions), level > SPEECH_RMS_RATIO * np.quantile(level, 0.1), tuple(words))
 
     def silent(self, first: int, end: int) -> bool:
         """Whether the chunks first … end - 1 exist and nothing is said in them."""
         return first >= 0 and end <= len(self.actions) and not any(a.speaks for a in self.actions[first:end])
 
     def other(self, word: str, rng: np.random.Generator) -> str:
+        """Another one of ``words``, drawn at random."""
         others = [w for w in self.words if w != word]
         return others[int(rng.integers(len(others)))]
 
 
 Corrupt = Callable[[Expert, Run, int, np.random.Generator], dict[int, Action] | None]
-"""(play, one utterance in it, size in chunks, randomness) -> edits, or None where this fault does not fit."""
+"""(play, an utterance in it, size in chunks, random generator) -> edits by chunk; None where the fault does not fit."""
 
 
 def shift(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dict[int, Action] | None:
@@ -74,7 +75,7 @@ def truncate(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dict
 
 
 def omit(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dict[int, Action] | None:
-    """Nothing is said for n chunks from the utterance's start, nor what is left of an utterance then."""
+    """Nothing is said in the n chunks from the utterance's start on; an utterance under way at their end is dropped."""
     return dict.fromkeys(range(run.start, min(run.start + n, len(expert.actions))), LISTEN)
 
 
@@ -96,8 +97,8 @@ def swap(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dict[int
 
 
 def talk_over(expert: Expert, run: Run, n: int, rng: np.random.Generator) -> dict[int, Action] | None:
-    """n chunks of words from a moment on at which the user is speaking and the expert is silent."""
-    moments = [k for k, a in enumerate(expert.actions) if expert.loud[k] and not a.speaks]
+    """Words in n chunks, from a random chunk on in which the user speaks and the expert is silent."""
+    moments = [k for k, a in enumerate(expert.actions) if expert.user_speaks[k] and not a.speaks]
     if not moments:
         return None
     first = moments[int(rng.integers(len(moments)))]
@@ -110,11 +111,13 @@ FAULTS: dict[str, Corrupt] = {
     f.__name__: f for f in (shift, truncate, omit, repeat, swap, talk_over)
 }  # fmt: skip
 FAULTS_OF = {TIMING: ("shift", "truncate", "omit", "repeat", "talk_over"), CONTENT: ("swap",)}
-"""By the axis that they are meant to teach. A family's own axes are taught by rollouts and by its expert's mistakes."""
+"""Axis of reward -> the faults that change it. For axes that only some families have there are no faults: their pairs
+come from rollouts and from experts' mistakes."""
 
 
 def corrupt(expert: Expert, kind: str, n: int, rng: np.random.Generator) -> Fault | None:
-    """One fault of this kind and of n chunks, at an utterance drawn at random; None where it fits none of them."""
+    """A fault of n chunks at an utterance drawn at random; None where the play has no utterance or the fault does not
+    fit the drawn one. ``kind``: a key of `FAULTS`; "shift" goes either way with probability 1/2."""
     utterances = runs(expert.actions)
     if not utterances:
         return None

@@ -1,10 +1,10 @@
-"""Bradley-Terry with graded labels: how much better the chosen one is says how sure its label is.
+"""Bradley-Terry loss with graded (soft) labels: the larger a pair's margin, the more certain its label.
 
-A label that is always certain tells only the sign of a difference, so that the loss is smallest at infinity: rewards
-grow without a unit, and what is a little better ends as far off as what is much better. Here the label is the
-probability that a Boltzmann-rational rater gives, p = sigmoid(rationality * margin), and the loss
--p log sigmoid(d) - (1 - p) log sigmoid(-d) is smallest at d = rationality * margin: a chunk's reward means what the
-rater's does, and what the model cannot tell apart gets a mean of it.
+Hard labels tell only the sign of a difference d of scores, and -log sigmoid(d) has its minimum at infinity: rewards
+grow without bound, and a slightly better stretch ends as far ahead as a much better one. Here the label is the
+probability with which a Boltzmann-rational rater prefers the chosen stretch, p = sigmoid(rationality * margin). The
+loss -p log sigmoid(d) - (1 - p) log sigmoid(-d) is smallest at d = rationality * margin, so learned rewards are in the
+unit of the rule's rewards times ``rationality``; of stretches that the model cannot distinguish it learns the mean.
 
 TRL's loop and its records are used; what decides a weight is computed here by our ops, so that equal pairs give equal
 models on every processor and for any number of threads: log sigmoid, the norm that gradients are clipped to, AdamW.
@@ -27,15 +27,16 @@ from kernels.errors import MetronomeError
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """log sigmoid(x), fp32 [P] -> fp32 [P], differentiable: the log-prob of the first of two tokens of logits x, 0."""
+    """log sigmoid(x), fp32 [P] -> fp32 [P], differentiable: by our op, as the log-prob of the first of two tokens with
+    logits x and 0."""
     pair, first = torch.stack((x, torch.zeros_like(x)), 1), torch.zeros(len(x), dtype=torch.int64)
     return ops.logprob(pair, first, 1.0, torch.ones(1, 2, dtype=torch.bool), first)[0]
 
 
 class GradedTrainer(RewardTrainer):
-    """TRL's trainer, whose loss at p = 1 is -log sigmoid(d - margin). Since -log sigmoid(-d) = d - log sigmoid(d),
-    doubt adds (1 - p) d to it. Takes ``doubt`` = 1 - p, fp32 [P], beside what `Trainable` takes; where it is 0
-    the loss is TRL's."""
+    """TRL's trainer with labels p instead of 1. TRL's loss is -log sigmoid(d - margin); by -log sigmoid(-d) =
+    d - log sigmoid(d), a label p adds (1 - p) d. Batches hold ``doubt`` = 1 - p, fp32 [P], beside the arguments of
+    `Trainable`; where it is 0 the loss is TRL's."""
 
     def compute_loss(
         self,
@@ -55,8 +56,8 @@ class GradedTrainer(RewardTrainer):
 
     @torch.no_grad()
     def _clip_grad_norm(self, model: nn.Module) -> float:
-        """The gradient's norm before clipping, which torch adds in an order that follows the threads. Raises
-        MetronomeError when it is not finite."""
+        """Clips the gradient and returns its norm before clipping, summed in a fixed order (torch's depends on the
+        number of threads). Raises MetronomeError when the norm is not finite."""
         if (
             self.accelerator.distributed_type == DistributedType.DEEPSPEED
         ):  # whose engine clips, and has stepped already

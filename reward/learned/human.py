@@ -50,14 +50,15 @@ SPLITS = ("train", "held_out")
 def read_labels(
     path: Path, split: str, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig
 ) -> list[Preference]:
-    """The file's preferences of one split, between conversations of the ``scenarios``' families. The whole file is
-    checked, whatever the split."""
+    """The file's preferences of one split, for the families of ``scenarios``. Raises MetronomeError, naming the line,
+    for a file that does not have the format above; lines of both splits are checked. ``words_per_chunk``: most words
+    that an action may say."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MetronomeError(f"{path}: cannot be read as a file of labels ({error})") from None
     seen: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
-    found = []
+    preferences = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -66,15 +67,15 @@ def read_labels(
         earlier, before = seen.setdefault((label["id"], label["axis"]), (number, label))
         if earlier != number:
             _agree(where, label, earlier, before)
-        sides = {side: _conversation(where, path.parent, side, label[side]) for side in ("first", "second")}
+        conversations = {side: _conversation(where, path.parent, side, label[side]) for side in ("first", "second")}
         if label["preferred"] == "tie" or earlier != number or label.get("split", "train") != split:
-            continue  # one pair an id and axis: more people do not make it more true
+            continue  # one pair for each id and axis, however many people were asked
         stretches = {
             side: _stretch(where, side, samples, actions, vocabulary, words_per_chunk)
-            for side, (samples, actions) in sides.items()
+            for side, (samples, actions) in conversations.items()
         }
         rejected = "second" if label["preferred"] == "first" else "first"
-        found.append(
+        preferences.append(
             Preference(
                 stretches[label["preferred"]], stretches[rejected], label["axis"], "human", 0, label["family"],
                 label["id"], float(label.get("margin", 0.0)),
@@ -84,7 +85,7 @@ def read_labels(
         raise MetronomeError(f"{path}: holds no label; see the format in reward/learned/human.py")
     if all(label["preferred"] == "tie" for _, label in seen.values()):
         raise MetronomeError(f"{path}: every label is a tie; nothing can be learned from it")
-    return found
+    return preferences
 
 
 def _label(where: str, line: str, scenarios: ScenarioConfig) -> dict[str, Any]:
@@ -125,13 +126,15 @@ def _agree(where: str, label: dict[str, Any], earlier: int, before: dict[str, An
     turned = [label[side] for side in ("second", "first")] == [before[side] for side in ("first", "second")]
     if not (same or turned):
         raise MetronomeError(f"{where}: id {label['id']!r} names other conversations in line {earlier}")
-    mine = label["preferred"] if same or label["preferred"] == "tie" else CHOICES[1 - CHOICES.index(label["preferred"])]
-    if mine == before["preferred"]:
+    preferred = (
+        label["preferred"] if same or label["preferred"] == "tie" else CHOICES[1 - CHOICES.index(label["preferred"])]
+    )
+    if preferred == before["preferred"]:
         return
-    kind = "is a one-sided tie" if "tie" in (mine, before["preferred"]) else "contradicts itself"
+    kind = "is a one-sided tie" if "tie" in (preferred, before["preferred"]) else "contradicts itself"
     raise MetronomeError(
-        f"{where}: pair {label['id']!r} {kind}: line {earlier} prefers {before['preferred']!r}, this line {mine!r} "
-        "(in that line's order). Decide by vote, or remove the pair"
+        f"{where}: pair {label['id']!r} {kind}: line {earlier} prefers {before['preferred']!r}, this line "
+        f"{preferred!r} (in that line's order). Decide by vote, or remove the pair"
     )
 
 
@@ -169,10 +172,10 @@ def _conversation(where: str, folder: Path, side: str, value: Any) -> tuple[np.n
 
 
 def _stretch(
-    where: str, side: str, samples: np.ndarray, actions: list[Action], vocabulary: Vocabulary, most: int
+    where: str, side: str, samples: np.ndarray, actions: list[Action], vocabulary: Vocabulary, words_per_chunk: int
 ) -> Stretch:
     try:
-        written = from_audio(samples, actions, Grammar(vocabulary, most))
+        written = from_audio(samples, actions, Grammar(vocabulary, words_per_chunk))
     except ValueError as error:
         raise MetronomeError(f"{where}, {side}: {error}") from None
     return Stretch(written.tokens, written.codes, 0, len(actions))

@@ -32,41 +32,45 @@ from reward.learned.prefixes import last_hidden
 from rollout.turn.grammar import chunk_ends
 
 BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"
-SCORED_TOGETHER = 24
-"""Episodes that `RewardModel.score` reads at once: enough to fill the kernels and to hold whole groups of rollouts,
-little enough memory."""
+EPISODES_PER_PASS = 24
+"""How many episodes `RewardModel.score` reads in one pass: several groups of rollouts, whose shared beginnings are then
+read once; more would cost memory and gain no speed."""
 
 
 class RewardModel(nn.Module):
-    """Use: `build` or `load`, then `score`. ``axes``: ("timing",), or several, the shared form of many heads."""
+    """A backbone with one head for each of ``axes``, such as ("timing",) or ("timing", "content"). Made by `build` or
+    `load`; `score` gives rewards."""
 
     def __init__(self, backbone: InteractionModel, axes: Sequence[str]) -> None:
-        """Weights of the head are allocated, not set."""
+        """Allocates the heads' weights without setting them; raises MetronomeError unless the axes are distinct and at
+        least one."""
         super().__init__()
         self.axes = tuple(axes)
         if not self.axes or len(set(self.axes)) != len(self.axes):
             raise MetronomeError(f"a reward model needs at least one axis, and each once, not {list(axes)}")
-        self.temperature = dict.fromkeys(self.axes, 1.0)  # of a difference of scores, set by calibration
+        self.temperature = dict.fromkeys(self.axes, 1.0)  # P(a preferred to b) = sigmoid((a - b) / temperature)
         self.backbone = backbone
-        backbone.lm_head.requires_grad_(False)  # rides along, so that the folder stays an ordinary checkpoint
+        backbone.lm_head.requires_grad_(False)  # unused, but kept so that the folder is an ordinary checkpoint
         self.heads = Weight(len(self.axes), backbone.config.text_config.hidden_size, dtype=backbone.dtype)
         self.packed: PackedLinear | None = None  # of the heads
 
     @staticmethod
     def build(backbone: InteractionModel, axes: Sequence[str]) -> RewardModel:
-        """A model whose every reward is 0 before training (heads are zero, so the first gradient is theirs alone)."""
+        """A model before training: heads are 0, so every reward is 0 and the first gradient reaches only the heads."""
         model = RewardModel(backbone, axes)
         nn.init.zeros_(model.heads.weight)
         model.pack()
         return model
 
     def pack(self) -> None:
+        """Lays out copies of all weights as the kernels read them; needed once before the first forward."""
         self.backbone.pack()
         self.packed = ops.pack_linear(self.heads.weight)
         packs.mark_current(self, self.backbone.generation)  # one count of changes for all
 
     def repack(self) -> None:
-        """Takes over the parameters' current values; needed after each update, as in `InteractionModel`."""
+        """Refreshes the packed copies from the parameters; needed after each update, as in `InteractionModel`. Raises
+        RuntimeError before the first `pack`."""
         if self.packed is None:
             raise RuntimeError("RewardModel.repack: nothing is packed yet; call pack() first")
         with torch.no_grad():
@@ -74,7 +78,7 @@ class RewardModel(nn.Module):
             ops.repack(self.packed)
 
     def forward(self, conversations: Sequence[Conversation]) -> list[Tensor]:
-        """Per conversation fp32 [chunks, axes], under autograd; all in one pass."""
+        """Each chunk's rewards, fp32 [chunks, axes] for each conversation, under autograd; all in one pass."""
         packed = self._ready()
         inputs = Inputs.cat(conversations, self.backbone.audio_token_id)
         ends = [chunk_ends(c.tokens, self.backbone.audio_token_id) for c in conversations]
@@ -84,12 +88,12 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def score(self, episodes: Sequence[Conversation]) -> list[Tensor]:
-        """The reward of each chunk, fp32 [chunks, axes] for every `Episode` or `Transcript`: the bits of `forward`.
-        What neighbours share from their beginning on is read once."""
+        """Each chunk's rewards, fp32 [chunks, axes] for each `Episode` or `Transcript`, with the bits of `forward`.
+        Beginnings that episodes share are read once (`reward.learned.prefixes`)."""
         packed = self._ready()
         out: list[Tensor] = []
-        for first in range(0, len(episodes), SCORED_TOGETHER):
-            hidden = last_hidden(self.backbone, episodes[first : first + SCORED_TOGETHER])
+        for first in range(0, len(episodes), EPISODES_PER_PASS):
+            hidden = last_hidden(self.backbone, episodes[first : first + EPISODES_PER_PASS])
             rewards = ops.linear(torch.cat(hidden), packed, torch.float32)
             out += rewards.split([len(rows) for rows in hidden])
         return out
@@ -131,13 +135,14 @@ class RewardModel(nn.Module):
 
 
 def episode_scores(rewards: Sequence[Tensor]) -> Tensor:
-    """The sums over chunks in ascending order; per episode fp32 [chunks, axes] -> fp32 [episodes, axes]."""
+    """Each episode's score, the sum of its chunks' rewards in ascending order: fp32 [chunks, axes] for each episode ->
+    fp32 [episodes, axes]."""
     return sum_in_order(nn.utils.rnn.pad_sequence(list(rewards), batch_first=True))
 
 
 def sum_in_order(rewards: Tensor) -> Tensor:
-    """Over axis 1, from its start; [S, N, …] -> [S, …]. Added one by one: torch's own sum would choose an order by the
-    tensor's shape, while zeros at a row's end (padding) change nothing here."""
+    """The sum over axis 1, added one by one from its start: [S, N, …] -> [S, …]. torch's own sum chooses an order by
+    the tensor's shape; here padding with zeros at the end changes no bit."""
     total = rewards[:, 0]
     for k in range(1, rewards.shape[1]):
         total = total + rewards[:, k]

@@ -28,11 +28,11 @@ from rollout.turn.grammar import Grammar
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Facts, Scenario, Script, User
 
-LEAST_MARGIN = 0.05
-"""Of a preference, in the rule's units: an event on time is worth 1."""
-LONGER = 0.5
-"""Share of the compared stretches that may be longer than a chunk. Where nearly all were, models spread what a reply
-earns at its end over its words."""
+MIN_MARGIN = 0.05
+"""Smallest difference of rewards that makes a preference, in the rule's units (an event on time is worth 1)."""
+LONG_SHARE = 0.5
+"""Probability with which `segment_preferences` compares stretches of a random length instead of one chunk. At higher
+values models spread the reward of a finished reply over all of its words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +42,21 @@ class Played:
     scenario: Scenario
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
-    rewards: Mapping[str, NDArray[np.float32]]  # by axis, [chunks]
+    rewards: Mapping[str, NDArray[np.float32]]  # axis -> [chunks]
     source: str  # "expert", a kind of fault, "mistakes" or "rollouts"
-    size_ms: int = 0  # of the fault
+    size_ms: int = 0  # size of the fault
 
     def total(self, axis: str, first: int = 0, end: int | None = None) -> float:
+        """The rule's reward of chunks ``first`` … ``end - 1`` on one axis; all chunks by default."""
         return fsum(self.rewards[axis][first:end].tolist())
 
     def stretch(self, first: int = 0, end: int | None = None) -> Stretch:
+        """Chunks ``first`` … ``end - 1``; all chunks by default."""
         return Stretch(self.tokens, self.codes, first, self.scenario.chunks if end is None else end)
 
 
 class Writer:
-    """Writes plays of experts as token sequences. Owns the front end's constants."""
+    """Plays scenarios by their experts and writes the plays as token sequences, with the rule's rewards."""
 
     def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig) -> None:
         self._grammar = Grammar(vocabulary, words_per_chunk)
@@ -67,7 +69,7 @@ class Writer:
         source: str,
         size_ms: int = 0,
     ) -> Played:
-        """``played``: what `enact` returned."""
+        """``played``: what `enact` returned; ``source`` and ``size_ms``: as in `Played`."""
         audio, actions, facts = played
         written = from_audio(audio, actions, self._grammar)
         rewards = score(scenario.family, facts.to_json(), actions, self._scenarios).rewards
@@ -81,8 +83,9 @@ class Writer:
         faults: int,
         mistakes: int,
     ) -> list[Played]:
-        """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, of kinds and
-        ``sizes`` (chunks) drawn by the scenario's id, then ``mistakes`` plays that err all along."""
+        """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, then ``mistakes``
+        plays by an expert with frequent mistakes. Kinds of faults and ``sizes`` (chunks) are drawn by the scenario's
+        id; ``words``: what faults may say."""
         rng = generator("faults", scenario.id)
 
         def faultless() -> Callable[[User], Script]:
@@ -106,6 +109,7 @@ class Writer:
 
 
 def of_episode(scenario: Scenario, episode: Episode, scenarios: ScenarioConfig) -> Played:
+    """A rollout with the rule's rewards."""
     rewards = score(episode.family, episode.facts, episode.actions, scenarios).rewards
     return Played(scenario, episode.tokens, episode.codes, rewards, "rollouts")
 
@@ -113,9 +117,10 @@ def of_episode(scenario: Scenario, episode: Episode, scenarios: ScenarioConfig) 
 def prefer(
     axis: str, source: str, a: tuple[Played, int, int], b: tuple[Played, int, int], size_ms: int = 0
 ) -> Preference | None:
-    """The preference between two stretches (play, first chunk, end); None when the rule sees too little difference."""
+    """The preference between two stretches, each given as (play, first chunk, end); None when the rule's rewards differ
+    by less than `MIN_MARGIN`."""
     margin = a[0].total(axis, a[1], a[2]) - b[0].total(axis, b[1], b[2])
-    if abs(margin) < LEAST_MARGIN:
+    if abs(margin) < MIN_MARGIN:
         return None
     (better, *at), (worse, *other) = (a, b) if margin > 0 else (b, a)
     return Preference(
@@ -131,32 +136,34 @@ def prefer(
 
 
 def fault_preferences(axis: str, plays: Sequence[Played]) -> Iterator[Preference]:
-    """The expert's play (the first) over each of the others, where the rule agrees that it is better."""
+    """The expert's play ``plays[0]`` preferred to each of the others, where the rule rewards it more."""
     expert = plays[0]
     for play in plays[1:]:
         if expert.total(axis) > play.total(axis):
-            found = prefer(axis, play.source, _whole(expert), _whole(play), play.size_ms)
-            if found is not None:
-                yield found
+            preference = prefer(axis, play.source, _whole(expert), _whole(play), play.size_ms)
+            if preference is not None:
+                yield preference
 
 
 def whole_preferences(axis: str, plays: Sequence[Played], count: int, rng: np.random.Generator) -> Iterator[Preference]:
-    """Up to ``count`` preferences between two whole conversations."""
+    """Up to ``count`` preferences between whole conversations, drawn two at a time."""
     for _ in range(count):
         a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=False))
-        found = prefer(axis, "rollouts", _whole(a), _whole(b))
-        if found is not None:
-            yield found
+        preference = prefer(axis, "rollouts", _whole(a), _whole(b))
+        if preference is not None:
+            yield preference
 
 
 def segment_preferences(
     axis: str, plays: Sequence[Played], count: int, rng: np.random.Generator, aligned: bool
 ) -> Iterator[Preference]:
-    """Up to ``count`` preferences between two stretches of equal length: they say *where* a reward belongs.
+    """Up to ``count`` preferences between two stretches of equal length, from which a model learns *which chunks* earn
+    a reward.
 
-    ``aligned``: of two plays of one scenario, at the same place, around a chunk that the rule rewards differently in
-    them. Otherwise one holds a chunk that the rule rewards or punishes, and the other is anywhere, also in one and the
-    same play. Most are a single chunk long, which is the most exact; the others are of all lengths."""
+    With ``aligned``, both stretches are the same chunks of two different plays (which must be of one scenario) around a
+    chunk that the rule rewards differently in them. Otherwise the first holds a chunk with a reward or penalty, and the
+    second is drawn anywhere, possibly in the same play. Half are one chunk long, the others have log-uniform
+    lengths."""
     for _ in range(count):
         a, b = (plays[int(i)] for i in rng.choice(len(plays), 2, replace=not aligned))
         shortest = min(a.scenario.chunks, b.scenario.chunks)
@@ -164,16 +171,16 @@ def segment_preferences(
         eventful = np.flatnonzero(a.rewards[axis][:shortest] != other)
         if not len(eventful):
             continue
-        length = int(exact.exp(rng.uniform(0.0, exact.ln(shortest)))) if rng.random() < LONGER else 1
+        length = int(exact.exp(rng.uniform(0.0, exact.ln(shortest)))) if rng.random() < LONG_SHARE else 1
         event = int(eventful[int(rng.integers(len(eventful)))])
         first, last = max(0, event - length + 1), min(event, shortest - length)
         if first > last:
             continue
         at = int(rng.integers(first, last + 1))
-        there = at if aligned else int(rng.integers(b.scenario.chunks - length + 1))
-        found = prefer(axis, "segments", (a, at, at + length), (b, there, there + length))
-        if found is not None:
-            yield found
+        other_at = at if aligned else int(rng.integers(b.scenario.chunks - length + 1))
+        preference = prefer(axis, "segments", (a, at, at + length), (b, other_at, other_at + length))
+        if preference is not None:
+            yield preference
 
 
 def _whole(play: Played) -> tuple[Played, int, int]:

@@ -46,16 +46,17 @@ class Stretch:
 
 @dataclass(frozen=True, eq=False)
 class Preference:
-    """Example: the expert's play of timespeak/train/7 over the same with its second reminder 400 ms early."""
+    """``chosen`` is better than ``rejected`` on one axis of reward. Example: the expert's play of timespeak/train/7 is
+    preferred to the same play with the second reminder said 400 ms too early."""
 
     chosen: Stretch
     rejected: Stretch
     axis: str  # of reward, "timing" for one
     source: str  # kind of corruption, "rollouts", "segments" or "human"
-    size_ms: int  # of the corruption; 0 for other sources
+    size_ms: int  # size of the corruption; 0 for other sources
     family: str
     scenario: str  # id of the chosen one's scenario, or what the human labels call it
-    margin: float  # how much better, in the rule's units; 0 when nobody said
+    margin: float  # difference of the rule's rewards (an event on time is worth 1); 0 when unknown
 
 
 _SIDE = {"ids": List(Value("int32")), "codes": Value("binary"), "first": Value("int32"), "end": Value("int32")}
@@ -66,7 +67,16 @@ FEATURES = Features(
 )
 
 
+def distinct(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[int]]:
+    """One stretch of each of the S conversations, in the order of first appearance, and for each given stretch the
+    index in it of its conversation."""
+    index: dict[tuple[bytes, bytes], int] = {}
+    owner = [index.setdefault(s.key, len(index)) for s in stretches]
+    return [stretches[owner.index(i)] for i in range(len(index))], owner
+
+
 def to_row(preference: Preference) -> dict[str, Any]:
+    """A preference as a row of the data set, with the columns `FEATURES`."""
     row: dict[str, Any] = {}
     for side, stretch in (("chosen", preference.chosen), ("rejected", preference.rejected)):
         row[f"{side}_ids"] = stretch.tokens.to(torch.int32).numpy()
@@ -78,8 +88,9 @@ def to_row(preference: Preference) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Preference:
-    """``row`` of a dataset in its plain format (numpy's would cut the zeros off a text of bytes)."""
-    sides = [
+    """The inverse of `to_row`. ``row`` must come from a dataset in its plain format: in numpy's format trailing zero
+    bytes of the codes would be lost."""
+    chosen, rejected = (
         Stretch(
             torch.from_numpy(np.asarray(row[f"{side}_ids"], np.int64)),
             torch.from_numpy(_decompressed(row[f"{side}_codes"]).reshape(-1, MEL_CHANNELS).copy()),
@@ -87,9 +98,9 @@ def from_row(row: Mapping[str, Any]) -> Preference:
             int(row[f"{side}_end"]),
         )
         for side in ("chosen", "rejected")
-    ]
+    )
     texts = {name: str(row[name]) for name in ("axis", "source", "family", "scenario")}
-    return Preference(sides[0], sides[1], size_ms=int(row["size_ms"]), margin=float(row["margin"]), **texts)
+    return Preference(chosen, rejected, size_ms=int(row["size_ms"]), margin=float(row["margin"]), **texts)
 
 
 @lru_cache(maxsize=64)
@@ -106,23 +117,25 @@ def save_preferences(folder: Path, splits: Mapping[str, Sequence[Preference]]) -
 
 
 def table(preferences: Sequence[Preference]) -> Dataset:
+    """One row a preference, with the columns `FEATURES`."""
     rows = [to_row(p) for p in preferences]
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
 def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) -> Dataset:
-    """The rows of one split whose axis is among ``axes``, every one of them checked.
+    """The rows of one split whose axis is among ``axes``, each checked by `check`.
 
-    ``audio``: id of the audio token. Raises MetronomeError naming the first row that will not do."""
+    ``audio``: id of the audio token. Raises MetronomeError when the data set is missing, lacks the split or a column,
+    has no pair of these axes, or at the first row that `check` refuses."""
     try:
-        found = load_from_disk(str(folder))
+        splits = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise MetronomeError(
             f"{folder}: holds no preference pairs ({error}). Make them: python -m reward.pairs"
         ) from None
-    if not isinstance(found, DatasetDict) or split not in found:
+    if not isinstance(splits, DatasetDict) or split not in splits:
         raise MetronomeError(f"{folder}: has no split {split!r}. Make the pairs anew: python -m reward.pairs")
-    rows = found[split]
+    rows = splits[split]
     if missing := sorted(set(FEATURES) - set(rows.column_names)):
         raise MetronomeError(f"{folder}, {split}: the columns {', '.join(missing)} are missing")
     wanted = [i for i, axis in enumerate(rows["axis"]) if axis in axes]
@@ -149,7 +162,7 @@ def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:
 
 
 def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
-    """What is wrong with a row, or None."""
+    """What is wrong with a row of the data set, in words, or None. ``audio``: id of the audio token."""
     for name in ("axis", "family"):
         if not str(row[name]).isidentifier():
             return f"{name} {str(row[name])!r} is no name of one"

@@ -18,36 +18,35 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kernels import exact
 from reward.learned.model import RewardModel, sum_in_order
-from reward.learned.preference import Preference, Stretch, from_row
+from reward.learned.preference import Preference, Stretch, distinct, from_row
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of preferences -> tensors. S distinct conversations, P pairs; stretches are the P chosen ones, then the P
-    rejected ones."""
+    """Makes the tensors of a batch from P rows of the data set. The batch holds S distinct conversations and 2P
+    stretches of them: the P chosen ones, then the P rejected ones."""
 
     axes: tuple[str, ...]
     audio: int  # id of the audio token
-    margin_scale: float = 1.0
-    rationality: float | None = None
+    margin_scale: float = 1.0  # the loss subtracts this times the margin; unused with ``rationality``
+    rationality: float | None = None  # of the simulated rater (`doubt`); None: labels are certain
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return self.batch([from_row(row) for row in rows])
 
     def batch(self, pairs: Sequence[Preference]) -> dict[str, Tensor]:
+        """The tensors of ``pairs`` by name, as `Trainable.forward` takes them."""
         stretches = [*(p.chosen for p in pairs), *(p.rejected for p in pairs)]
-        places: dict[tuple[bytes, bytes], int] = {}
-        owner = [places.setdefault(s.key, len(places)) for s in stretches]
-        distinct = [stretches[owner.index(i)] for i in range(len(places))]
-        tokens = torch.cat([s.tokens for s in distinct])
+        conversations, owner = distinct(stretches)
+        tokens = torch.cat([s.tokens for s in conversations])
         margin = torch.tensor([p.margin for p in pairs])
         graded = self.rationality is not None
         return {
             "margin": torch.zeros_like(margin) if graded else self.margin_scale * margin,  # fp32 [P]
             "doubt": doubt(margin, self.rationality),  # fp32 [P]
             "tokens": tokens,  # int64 [T]
-            "codes": torch.cat([s.codes for s in distinct]),  # uint8 [A, 80]
-            "lengths": torch.tensor([len(s.tokens) for s in distinct]),  # [S]
+            "codes": torch.cat([s.codes for s in conversations]),  # uint8 [A, 80]
+            "lengths": torch.tensor([len(s.tokens) for s in conversations]),  # [S]
             "owner": torch.tensor(owner),  # [2P], conversation of each stretch
             "first": torch.tensor([s.first for s in stretches]),  # [2P]
             "end": torch.tensor([s.end for s in stretches]),  # [2P]
@@ -66,7 +65,7 @@ class Trainable(nn.Module):
         self.config.num_labels = 1
 
     def add_model_tags(self, tags: Sequence[str]) -> None:
-        """TRL tags what it would upload; nothing here is."""
+        """TRL calls this to tag models for upload; this program uploads none."""
 
     def forward(
         self,
@@ -89,8 +88,8 @@ class Trainable(nn.Module):
 
 
 def doubt(margin: Tensor, rationality: float | None) -> Tensor:
-    """The probability that a rater prefers the rejected one: 1 - sigmoid(rationality * margin), the Boltzmann-rational
-    rater of Lee et al. 2021 (B-Pref, arXiv 2111.03026); 0 where nobody gave a margin, or without ``rationality``.
+    """The probability that a Boltzmann-rational rater prefers the rejected stretch: 1 - sigmoid(rationality * margin)
+    (Lee et al. 2021, B-Pref, arXiv 2111.03026). 0 where the margin is 0 (unknown), and where ``rationality`` is None.
     fp32 [P] -> fp32 [P]."""
     if rationality is None:
         return torch.zeros_like(margin)
@@ -99,11 +98,13 @@ def doubt(margin: Tensor, rationality: float | None) -> Tensor:
 
 
 def stretch_scores(rewards: Sequence[Tensor], owner: Tensor, first: Tensor, end: Tensor, axis: Tensor) -> Tensor:
-    """Sum of the rewards of chunks first … end - 1 on one axis, in ascending order; rewards per conversation fp32
-    [chunks, axes], the others int64 [R] -> fp32 [R]."""
+    """The score of each of R stretches, fp32 [R]: the sum of its chunks' rewards on one axis, in ascending order.
+
+    ``rewards``: fp32 [chunks, axes] of each conversation. int64 [R] each: ``owner``, index of the stretch's
+    conversation; ``first``, ``end``: it is chunks first … end - 1; ``axis``: index of its axis."""
     padded = nn.utils.rnn.pad_sequence(list(rewards), batch_first=True)  # [S, N, axes]
     # index_select, whose gradient adds a conversation's stretches in their order; indexing may add them in any
-    mine = padded.index_select(0, owner).gather(2, axis[:, None, None].expand(-1, padded.shape[1], 1))[:, :, 0]
+    on_axis = padded.index_select(0, owner).gather(2, axis[:, None, None].expand(-1, padded.shape[1], 1))[:, :, 0]
     chunk = torch.arange(padded.shape[1])
     inside = (chunk >= first[:, None]) & (chunk < end[:, None])
-    return sum_in_order(torch.where(inside, mine, 0.0))
+    return sum_in_order(torch.where(inside, on_axis, 0.0))

@@ -1,7 +1,7 @@
-"""Rules for what was said. They compare words exactly: nothing here listens to meaning.
+"""Rules for what was said, by exact comparison of words; synonyms and meaning do not count.
 
-Whether the words came at the right time is not decided here, but no scorer asks these rules about words that came
-at the wrong time: right words earn nothing there.
+They know nothing of time. Scorers apply them only to words said inside a window, so that right words at the wrong time
+earn nothing.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ def word_credit(right: bool, plus: float, minus: float) -> float:
 
 
 def right_places(said: Sequence[str], expected: Sequence[str]) -> int:
-    """How many words are the expected ones, each compared at its own place."""
+    """How many words equal the expected word at the same index; the longer list's rest is ignored."""
     return sum(a == b for a, b in zip(said, expected, strict=False))

@@ -1,15 +1,15 @@
-"""The rule scorer of timespeak: number said back, reminders on time, silence elsewhere and after the stop.
+"""The rule scorer of timespeak: repeat the number, give reminders on time, be silent otherwise and after "stop".
 
 What is due:
-- the *echo*: the number, once, from the chunk in which the number ended until a few chunks after the request; the first
-  word said in that window decides;
-- a *reminder* an interval after each hit, the echo included; after a miss, or a wrong word, an interval after the
-  moment it was due. One that could still have been said when the stop ended, or when the episode ended, is not due,
-  but counts if it was said;
-- the *stop*, if the user said it: no speech later than a short grace after it. The user says it only after
-  reminders that it heard, so silence throughout earns nothing here.
+- the *echo*: the number, once, between the chunk in which the user finishes saying it and a few chunks after the
+  request. Only the first word said in that window counts;
+- a *reminder* one interval after each hit (the echo's or a reminder's), or after the time at which the echo or reminder
+  that was missed or wrong was due. A reminder whose window is still open when the user's "stop" or the episode ends is
+  not due, but counts if it was said;
+- the *stop*, if the user says it: no speech after a short grace. The user says it only after having heard reminders, so
+  a model that is always silent earns nothing by it.
 
-Every other chunk of speech is spurious. In the tight score every window is one chunk wide on each side.
+Every other chunk of speech is spurious. The tight score uses windows of one chunk on each side.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rollout.world.base import Script, User
 
 @dataclass(frozen=True)
 class TimespeakReward(EventRewards):
-    """Windows in chunks around the moment something is due. Right words earn `right_words` times the timing's grade."""
+    """Rewards, and the windows in which things are due, in chunks of 200 ms."""
 
     tight_chunks: int = 1  # half-width of every window in the tight score
     echo_delay: int = 1  # chunks from the request's end to the echo's best moment
@@ -67,7 +67,7 @@ def score_timespeak(facts: TimespeakFacts, actions: Sequence[Action], settings: 
 def _events(
     facts: TimespeakFacts, actions: Sequence[Action], rule: TimespeakReward, width: int, echo: tuple[int, int]
 ) -> list[Event]:
-    """Walks through the episode once. ``width``: half the reminder's window; ``echo``: first and last chunk of the
+    """The events in order. ``width``: half-width of a reminder's window; ``echo``: (first, last) chunk of the
     echo's."""
     events: list[Event] = []
     best_echo = facts.request_end + rule.echo_delay
@@ -99,10 +99,10 @@ def _events(
 
 
 def _attempt(k: int, kind: str, word: str, due: int, width: int, action: Action, rule: TimespeakReward) -> Event:
-    """Speech inside a window: its timing is graded whatever was said, its words are judged beside it.
+    """Speech inside a window. Its timing is graded whatever the words are.
 
-    Right words are worth as much as their timing: full credit anywhere in the window would pay for haste, since a
-    discounted reward-to-go prefers the same reward sooner."""
+    Right words earn `right_words` times the timing's grade, not full credit anywhere in the window: as reward-to-go is
+    discounted, equal credit would make early speech the best."""
     right = says(action, [word])
     grade = graded(k - due, width, rule.edge)
     return Event(
@@ -118,10 +118,10 @@ def _attempt(k: int, kind: str, word: str, due: int, width: int, action: Action,
 
 
 def _after_stop(stop_end: int, actions: Sequence[Action], rule: TimespeakReward) -> list[Event]:
-    """The first speech after the grace breaks the stop, further chunks are spurious; silence to the end respects it.
+    """The first chunk of speech after the grace is a missed stop, further ones are spurious; silence is a hit.
 
-    Respecting it earns no reward of its own: the advantage over rollouts that broke it is enough, and a reward in
-    the last chunk would be discounted away."""
+    The hit earns no reward: the advantage over rollouts that missed the stop is enough, and a reward in the last chunk
+    would be discounted away."""
     late = [k for k in range(stop_end + rule.stop_grace + 1, len(actions)) if actions[k].speaks]
     if not late:
         return [Event(len(actions) - 1, "stop", Outcome.HIT, stop_end)]

@@ -5,9 +5,9 @@ What is due, for each turn of the user:
 - then, if the user interrupts, the *stop*: silence within a few chunks of the interruption's first;
 - or else the *reply*: an utterance of the right length, nearly all of its words right.
 
-A reply is due only where it began in the window. Each utterance that began elsewhere (in a pause, over the user,
-too late, a second time) is spurious once; its length is punished in the rewards. What the end of the episode cuts
-off is not due.
+A reply is due only where it began in the window. An utterance that begins anywhere else (in a pause, over
+the user, too late, a second time) counts as spurious once, and each further chunk of it has a negative reward. What the
+end of the episode cuts off is not due.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from rollout.world.base import Script, User
 
 @dataclass(frozen=True)
 class TurnTakingReward(EventRewards):
-    """Windows in chunks after the end of a turn or the onset of an interruption."""
+    """Rewards, and the windows in chunks of 200 ms after the end of a turn or the start of an interruption."""
 
     trailing: float = -0.4  # each further chunk of an utterance that should not have begun
     reply_word: float = 0.3  # each word of a reply after its first: plus if right, minus if wrong
     onset: tuple[int, int] = (1, 3)  # first and last chunk, after the end of the turn, in which a reply may begin
-    prompt_onset: int = 2  # up to here an onset earns the full reward, and counts in the tight score
-    stop: int = 2  # the first silent chunk is at most so many after the interruption's first chunk
-    prompt_stop: int = 1  # up to here stopping earns the full reward, and counts in the tight score
+    prompt_onset: int = 2  # the last chunk whose onset earns the full reward and is in the tight window
+    stop: int = 2  # last chunk, after the interruption's first, in which the model may fall silent
+    prompt_stop: int = 1  # the last chunk in which falling silent earns the full reward and is in the tight window
     reply_chunks: tuple[int, int] = (5, 7)  # length of a reply that nobody interrupts
     reply_words: int = 5  # words of the reply that must be right, each in its place
 
@@ -186,17 +186,17 @@ def _spurious(run: Run, barge_ins: Sequence[int], rule: TurnTakingReward) -> lis
 
 @dataclass(frozen=True)
 class FloorItems:
-    """The benchmarks' items of one episode, to be pooled over episodes (`reward.rules.timing.take_over_rate`,
-    means)."""
+    """One episode's items of Full-Duplex-Bench, to be pooled over episodes: rates by `take_over_rate`, latencies by
+    their mean."""
 
-    pause_takes: tuple[bool, ...]  # one a pause: did the model take the floor by speech that began in it
-    turn_takes: tuple[bool, ...]  # one a turn: did it take the floor by speech that began after it
-    response_latency_s: tuple[float, ...]  # one for each turn taken
-    stop_latency_s: tuple[float, ...]  # one an interruption
+    pause_takes: tuple[bool, ...]  # for each pause: whether speech that began in it took the floor
+    turn_takes: tuple[bool, ...]  # for each turn: whether speech that began after it took the floor
+    response_latency_s: tuple[float, ...]  # for each turn after which the model took the floor
+    stop_latency_s: tuple[float, ...]  # for each interruption
 
 
 def floor_items(facts: TurnTakingFacts, actions: Sequence[Action]) -> FloorItems:
-    """Full-Duplex-Bench's pause handling, turn taking and user interruption for one episode."""
+    """Pause handling, turn taking and user interruption of one episode; ``actions`` [chunks]."""
     spoken = runs(actions)
 
     def takes(run: Run) -> bool:

@@ -1,7 +1,7 @@
-"""Best of n, as numbers: what choosing by a learned reward makes of the rules' score.
+"""Best of n: the rules' score of the sample that a learned reward ranks first among n.
 
-Choosing the best of n needs no training and moves the policy a known distance, so the curve over n shows how far a
-learned reward can be trusted before a training run is spent on it. `rl.bestofn` is the command.
+Choosing the best of n optimises a reward without training, and moves the policy by a known KL. The curve over n shows
+how far a learned reward can be optimised before the rules' score falls. `rl.bestofn` is the command.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Pick:
-    """Best of n in one family (or ``mean`` of the families): means over scenarios."""
+    """Best of n in one family, or in all of them (family "mean"): means over scenarios."""
 
     family: str
     n: int
-    kl: float  # nats by which choosing the best of n moves a policy at most: log n - (n - 1) / n
+    kl: float  # nats: log n - (n - 1) / n, an upper bound on the KL between best-of-n and the policy
     rule: float  # the rules' score of the learned models' pick
     rule_error: float  # its standard error over scenarios
     proxy: float  # the learned reward of that pick
@@ -31,7 +31,8 @@ class Pick:
 def best_of(n: int, values: NDArray[np.float64], by: NDArray[np.float64]) -> float:
     """Expected value of the sample with the highest ``by`` among n drawn without replacement from the N given, both
     [N]: the unbiased estimator sum_i C(i - 1, n - 1) / C(N, n) v_i, v sorted by ``by``, i from 1 (Nakano et al. 2021,
-    arXiv 2112.09332, appendix I). Ties are broken evenly."""
+    arXiv 2112.09332, appendix I). Samples with equal ``by`` are equally likely to be picked. Raises ValueError unless
+    1 <= n <= N."""
     if not 1 <= n <= len(values):
         raise ValueError(f"best_of: n = {n} of {len(values)} samples")
     _, place = np.unique(by, return_inverse=True)
@@ -41,7 +42,8 @@ def best_of(n: int, values: NDArray[np.float64], by: NDArray[np.float64]) -> flo
 
 
 def curve(family: str, rule: NDArray[np.float64], proxy: NDArray[np.float64]) -> list[Pick]:
-    """n = 1, 2, 4, … of samples [scenarios, N]."""
+    """A `Pick` for each n = 1, 2, 4, … up to N; ``rule`` and ``proxy`` fp64 [scenarios, N]: both rewards of each
+    sample."""
     out = []
     n = 1
     while n <= rule.shape[1]:

@@ -1,9 +1,9 @@
-"""Over-optimisation of a learned reward: the proxy goes on rising while what it stands for falls.
+"""Over-optimisation of a learned reward (the proxy): it still rises while the rules' score falls.
 
-The stopping signal, stated: at ``patience`` evaluations in a row the proxy is above, and the rules' score more than
-``drop`` below, what they were at the evaluation with the best rule score so far. Both must hold: a rule score that
-falls together with the proxy is a bad step, and one that stays while the proxy rises is no harm.
-Evaluations count from the warm-started policy on, so that a proxy which only ever did harm is seen too.
+The signal: at ``patience`` evaluations in a row the proxy is higher, and the rules' score more than ``drop`` lower,
+than at the evaluation with the best rule score so far. Both must hold: a rule score that falls together with the proxy
+is a bad step, and one that stays while the proxy rises does no harm. The evaluation of the warm-started policy counts
+as the first, so that a proxy which only ever did harm is noticed too.
 
 Knows numbers only, not where they come from.
 """
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 class WatchConfig:
     """When training on a learned reward should end."""
 
-    drop: float = 0.05  # rule score lost since the best evaluation, of 1
-    patience: int = 2  # evaluations in a row that must agree
-    stop: bool = False  # whether the run ends there, or only says so
+    drop: float = 0.05  # fall of the rule score, in [0, 1], since its best evaluation
+    patience: int = 2  # number of evaluations in a row that must show the signal
+    stop: bool = False  # whether the run then stops, or only reports it
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Point:
 
     step: int  # finished RL steps
     rule: float  # mean score by the rules, in [0, 1]
-    proxy: float  # mean score of an episode by the learned models, in their own unit
+    proxy: float  # mean learned reward of an episode, in the models' own unit
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Over-optimisation was seen at ``now``; ``best`` is the policy to go back to."""
+    """Over-optimisation was noticed at ``now``; ``best`` is the evaluation with the best rule score before."""
 
     best: Point
     now: Point
@@ -48,7 +48,7 @@ class Alarm:
 
 
 def alarm(held_out: Sequence[Point], config: WatchConfig) -> Alarm | None:
-    """The first alarm in a run's evaluations, which are in order of steps."""
+    """The first alarm in a run's evaluations, which are in the order of steps; None without one."""
     agreeing = 0
     best: Point | None = None
     for now in held_out:

@@ -18,7 +18,7 @@ from rollout.world.base import Facts
 
 
 def timeline(facts: Facts, actions: Sequence[Action], score: Score) -> str:
-    """The drawing of one episode; ``actions`` [chunks]."""
+    """The text for one episode; ``actions`` [chunks]. Events that do not count in the score are left out."""
     chunks = range(facts.chunks)
     user = ["."] * facts.chunks
     for span in facts.spans():
@@ -33,8 +33,8 @@ def timeline(facts: Facts, actions: Sequence[Action], score: Score) -> str:
         f"score  {score.value:.2f} (tight {score.tight:.2f}): {score.correct} right of {score.due} due, "
         f"{score.spurious} spurious; reward {rewards}",
     ]
-    told = sorted((event for event in score.events if event.outcome is not Outcome.SHAPING), key=lambda e: e.chunk)
-    return "\n".join([*lines, *(_event_line(event, actions, tuple(score.rewards)) for event in told)])
+    counted = sorted((event for event in score.events if event.outcome is not Outcome.SHAPING), key=lambda e: e.chunk)
+    return "\n".join([*lines, *(_event_line(event, actions, tuple(score.rewards)) for event in counted)])
 
 
 def _event_line(event: Event, actions: Sequence[Action], axes: Sequence[str]) -> str:

@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def fail(report: Report) -> None:
+    """Raises SystemExit with the verdict's status unless that is 0."""
     status = STATUS[report.verdict]
     if status:
         sys.exit(status)

@@ -1,8 +1,7 @@
-"""Are two runs the same run, bit for bit? Their weights' digests at each step, what else their records hold, and their
-saved episodes: tokens, audio, positions, masks, log-probs and row digests.
+"""Compares two runs bit for bit: their records of each step, with the digest of the weights, and their saved episodes:
+tokens, audio, positions, masks, log-probs and row digests.
 
-Seconds are not compared: two runs of one recipe take different times. Runs under two contracts are not comparable, and
-runs that share no step have nothing to compare; both are said as such.
+Times are not compared. Runs under different contracts, and runs without a common step, are not comparable.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from kernels.errors import MetronomeError
+from model.program.recipe import flat
 from model.weights.manifest import LOCATION_FIELDS
 from rl.audit.document import (
     ComparisonReport,
@@ -26,7 +26,7 @@ from rl.audit.document import (
 )
 from rl.audit.page import render
 from rl.audit.pictures import chart, line
-from rl.audit.records import Records, flat, read
+from rl.audit.records import Records, read
 from rl.audit.report import machines, write
 from rl.step.identity import unequal_bits
 from rollout.record.episode import Episode, load_episodes, tensors
@@ -67,6 +67,7 @@ def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
 
 
 def comparison(a: Records, b: Records) -> ComparisonReport:
+    """Compares what two runs' folders hold. Adds unreadable files of episodes to the gaps of the run's records."""
     reasons = _reasons(a, b)
     steps_a, steps_b = ({r["step"]: r for r in records.metrics} for records in (a, b))
     common = [] if reasons else sorted(steps_a.keys() & steps_b.keys())
@@ -179,13 +180,13 @@ class _Episodes:
                 )
                 continue
             self.compared += 1
-            ours, theirs = tensors(x), tensors(y)
-            differs = [f for f in ours if f not in theirs or not _same(ours[f], theirs[f])]
+            tensors_x, tensors_y = tensors(x), tensors(y)
+            differs = [f for f in tensors_x if f not in tensors_y or not _same(tensors_x[f], tensors_y[f])]
             differs += [f for f in ("seed", "temperature", "weights_digest") if getattr(x, f) != getattr(y, f)]
             self.unequal += bool(differs)
             for field in differs:
                 self.fields[field] = self.fields.get(field, 0) + 1
-            other_inputs = {"tokens", "codes"} | {f for f in ours if f.endswith((".sampled_at", ".row_class"))}
+            other_inputs = {"tokens", "codes"} | {f for f in tensors_x if f.endswith((".sampled_at", ".row_class"))}
             if other_inputs & set(differs):
                 continue  # nothing to count
             for stream, one in x.streams.items():
@@ -198,9 +199,7 @@ class _Episodes:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal in shape, type and bits."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return not bool(unequal_bits(a, b).any()) if a.dtype == torch.float32 else torch.equal(a, b)
+    return a.shape == b.shape and a.dtype == b.dtype and not bool(unequal_bits(a, b).any())
 
 
 def _headline(

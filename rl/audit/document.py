@@ -1,8 +1,8 @@
-"""What an audit writes to report.json, as types: of a run, or of two runs compared.
+"""The types of report.json: the audit of a run, or the comparison of two runs.
 
-The JSON schema (`schema.json`) is made from these classes by `rl.audit.schema`: the text beside a type describes its
-field there, and whole numbers are counts and places, never negative. A field is never removed and never changes its
-meaning within a version; metronome.audit/2 would.
+`rl.audit.schema` makes the JSON schema (`schema.json`) from these classes: the text of an Annotated type is its field's
+description there, and an int is never negative. Within a version of the format no field is removed or changes its
+meaning; such a change needs metronome.audit/2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 SCHEMA: Literal["metronome.audit/1"] = "metronome.audit/1"
 INLINE = {"inline": True}
-"""Marks a field whose own fields stand in its place in the JSON."""
+"""Metadata of a field whose value's own fields are written in its place in the JSON."""
 
 Verdict = Literal["identical", "different", "not_comparable"]
 
@@ -33,14 +33,14 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Counts:
-    """Sampler against learner over some sampled tokens."""
+    """Sampler and learner compared over some sampled tokens."""
 
     num_tokens: Annotated[int, "Sampled tokens compared"]
-    num_unequal: Annotated[int, "Whose log-prob differs in bits"]
-    rows_unequal: Annotated[int, "Whose whole row of log-probs differs, by its 64-bit digest"]
+    num_unequal: Annotated[int, "Sampled tokens whose log-prob differs in bits"]
+    rows_unequal: Annotated[int, "Sampled tokens whose whole row of log-probs differs, by its 64-bit digest"]
     k1: Annotated[float | None, "Mean of sampler minus learner, nats; null where no KL is stated"]
-    k3: Annotated[float | None, "Mean of exp(d) - 1 - d, d = learner minus sampler; null likewise"]
-    max_abs: Annotated[float | None, "Largest absolute difference, nats; null likewise"]
+    k3: Annotated[float | None, "Mean of exp(d) - 1 - d, d = learner minus sampler, nats; null where no KL is stated"]
+    max_abs: Annotated[float | None, "Largest absolute difference of log-probs, nats; null where no KL is stated"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Heading:
     kind: str = field(default="", init=False)
     verdict: Annotated[
         Verdict,
-        "identical with basis records is the lesser statement: the run counted no difference, nothing was re-scored",
+        "identical with basis records is a weaker statement: the run counted no difference, nothing was re-scored",
     ]
     title: str
     headline: Annotated[str, "The verdict in one sentence"]
-    scope: Annotated[str, "What the headline rests on, and what it does not"]
+    scope: Annotated[str, "What was compared and what was not"]
 
 
 # ---- one run ----
@@ -63,23 +63,23 @@ class Heading:
 
 @dataclass(frozen=True)
 class RunState:
-    """How far the run came."""
+    """Progress of the run."""
 
     name: str
     finished: bool
     steps_recorded: int
     steps_planned: int | None
-    processes: Annotated[int | None, "That summed the gradients"]
-    weights_digest: Annotated[str | None, "Of the final weights"]
+    processes: Annotated[int | None, "Number of processes that summed the gradients"]
+    weights_digest: Annotated[str | None, "Digest of the final weights"]
 
 
 @dataclass(frozen=True)
 class Contracts:
-    """Contract ids: of the run, of the program that wrote this report, of the saved episodes."""
+    """Contract ids."""
 
-    run: str | None
-    here: str
-    episodes: Sequence[str]
+    run: Annotated[str | None, "Of the run"]
+    here: Annotated[str, "Of the program that wrote this report"]
+    episodes: Annotated[Sequence[str], "Of the saved episodes"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class StepCounts:
     rescored: int
     not_comparable: int
     counts: Counts = field(metadata=INLINE)
-    checkpoint_digest: Annotated[str | None, "Of the checkpoint's weights, taken now"]
-    recorded_digest: Annotated[str | None, "Of the weights, as the run recorded it"]
+    checkpoint_digest: Annotated[str | None, "Digest of the checkpoint's weights, computed now"]
+    recorded_digest: Annotated[str | None, "Digest of these weights, as the run recorded it"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Conflicts:
     episodes: int
     reasons: Annotated[Mapping[Reason, int], "Episodes by reason"]
     first: Annotated[Sequence[Conflict], "The first hundred"]
-    contradictions: Annotated[Sequence[str], "Of the run's records and its checkpoints, in sentences"]
+    contradictions: Annotated[Sequence[str], "Between the run's records and its checkpoints, in sentences"]
 
 
 @dataclass(frozen=True)
@@ -141,18 +141,18 @@ class FirstDifference:
     position: int
     chunk: int
     token: int
-    sampler: Annotated[str, "Log-prob, in digits that give back its bits"]
-    learner: str
+    sampler: Annotated[str, "The sampler's log-prob, in enough digits to restore its bits"]
+    learner: Annotated[str, "The learner's log-prob, likewise"]
     row_differs: bool
 
 
 @dataclass(frozen=True)
 class DiagnosisSummary:
-    """Of the first difference: the first op whose results differ (null where a replay agrees), and suspects."""
+    """The explanation of the first difference."""
 
     step: int
-    first: dict[str, Any] | None
-    suspects: Sequence[str]
+    first: Annotated[dict[str, Any] | None, "The first op whose results differ, null where a replay agrees"]
+    suspects: Annotated[Sequence[str], "Likely causes, the likeliest first"]
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,14 @@ class RunReport(Heading):
     kind: Literal["run"] = field(default="run", init=False)
     basis: Annotated[
         Literal["rescored", "records", "none"],
-        "Which counts num_tokens … max_abs are: episodes re-scored now, the run's own records, or nothing",
+        "What num_tokens … max_abs count: episodes re-scored now, the run's own records, or nothing",
     ]
     counts: Counts = field(metadata=INLINE)
     run: RunState
     contract: Contracts
     records: RecordedCounts
     rescored: RescoredCounts
-    parts: Annotated[Sequence[StepCounts], "One a step with saved episodes"]
+    parts: Annotated[Sequence[StepCounts], "One for each step with saved episodes"]
     not_comparable: Conflicts
     first_difference: FirstDifference | None
     diagnosis: DiagnosisSummary | None
@@ -226,7 +226,7 @@ class WeightsOfBoth:
 
 @dataclass(frozen=True)
 class ComparisonReport(Heading):
-    """Whether two runs are one run, bit for bit."""
+    """The comparison of two runs, bit for bit."""
 
     kind: Literal["comparison"] = field(default="comparison", init=False)
     num_tokens: Annotated[int, "Sampled tokens of episodes whose inputs are equal in both runs"]
@@ -249,12 +249,12 @@ Report = RunReport | ComparisonReport
 
 
 def by_record(report: Report) -> bool:
-    """Whether it says *identical* by the run's own records alone."""
+    """Whether the verdict is *identical* by the run's own records alone, with nothing re-scored."""
     return isinstance(report, RunReport) and report.verdict == "identical" and report.basis == "records"
 
 
 def to_json(value: Any) -> Any:
-    """Records, mappings, sequences and plain values as JSON has them; what is not finite becomes null."""
+    """Dataclasses, mappings, sequences and plain values as JSON values; numbers that are not finite become null."""
     if is_dataclass(value):
         out: dict[str, Any] = {}
         for one in fields(value):

@@ -1,7 +1,7 @@
-"""Episodes as the page's browser reads them: a short row each for the list, and the whole in blocks opened on demand.
+"""Episodes as the page reads them: a short row for each in the list, and their details in blocks decoded on demand.
 
-A block holds the episodes of some rollouts as gzip'd JSON. Rollouts of one scenario hear the same audio until the user
-reacts, so a block keeps each chunk of dMel codes once, as 320 hexadecimal digits (4 frames x 80 channels, 16 bins).
+A block holds several episodes as gzip'd JSON. Rollouts of one scenario hear the same audio until the user reacts, so a
+block stores each distinct chunk of dMel codes once, as 320 hexadecimal digits (4 frames x 80 channels, 16 bins).
 """
 
 from __future__ import annotations
@@ -16,35 +16,33 @@ from typing import Any
 from torch import Tensor
 
 from model.tokenizer import load_tokenizer
-from reward.score import score
+from reward.score import score_stored
 from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
-from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Outcome, Score
 from rollout.turn.action import CHUNK_FRAMES
 
-SHOWN = 5000
-"""Episodes in a page at most: about 1 to 3 kB each."""
-BLOCK = 24
-"""Episodes in a block: opening one decodes so many."""
+MAX_EPISODES = 5000
+"""Most episodes in a page, of 1 to 3 kB each."""
+EPISODES_PER_BLOCK = 24
+"""Opening one episode decodes its whole block."""
 
 
 def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None) -> dict[str, Any]:
-    """{"rows": one a shown episode, "blocks": base64 text of each block, "omitted": episodes left out}.
-
-    Left out are the last ones, but never one that differs. ``scenarios``: the recipe's families, whose
-    rules judge; None: nothing is judged."""
-    shown = sorted(range(len(episodes)), key=lambda i: (episodes[i].state != "different", i))[:SHOWN]
+    """``{"rows": one for each shown episode, "blocks": each block as base64 text, "omitted": number of episodes left
+    out}``. The last episodes are left out first, those that differ last of all. ``scenarios``: the families whose rules
+    score the episodes; None: they get no scores."""
+    shown = sorted(range(len(episodes)), key=lambda i: (episodes[i].state != "different", i))[:MAX_EPISODES]
     kept = [episodes[i] for i in sorted(shown)]
     words = _words()
     rows: list[dict[str, Any]] = []
     blocks: list[str] = []
-    for first in range(0, len(kept), BLOCK):
+    for first in range(0, len(kept), EPISODES_PER_BLOCK):
         cells: dict[str, int] = {}
         details = []
-        for place, one in enumerate(kept[first : first + BLOCK]):
-            judged = _judge(one.episode, scenarios)
+        for place, one in enumerate(kept[first : first + EPISODES_PER_BLOCK]):
+            judged = score_stored(one.episode, scenarios) if scenarios else None
             rows.append(_row(one, judged) | {"block": len(blocks), "place": place})
             details.append(_detail(one, judged, _user(one.episode.facts, scenarios), words, cells))
         packed = gzip.compress(json.dumps({"cells": list(cells), "episodes": details}).encode(), 6, mtime=0)
@@ -55,16 +53,6 @@ def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None
 def _words() -> dict[int, str]:
     vocabulary: dict[str, int] = load_tokenizer().get_vocab()
     return {i: word for word, i in vocabulary.items()}
-
-
-def _judge(episode: Episode, scenarios: ScenarioConfig | None) -> Score | None:
-    """The rules' score; None where an episode's facts cannot be read by them (they come from a file)."""
-    if scenarios is None:
-        return None
-    try:
-        return score(episode.family, episode.facts, episode.actions, scenarios)
-    except (KeyError, ValueError, TypeError, IndexError):
-        return None
 
 
 def _row(one: CheckedEpisode, judged: Score | None) -> dict[str, Any]:

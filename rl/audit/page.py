@@ -1,9 +1,8 @@
 """One self-contained HTML file: template, style and script from this folder, and the data inside it.
 
-Whatever comes from a run (words, names, recipes) is hostile: Python escapes what it puts into HTML, the data is JSON
-whose ``<`` is written ``\\u003c``, and the script only ever sets text, never HTML. A content security policy that names
-the hashes of this style and this script has the browser refuse every other one, and every request.
-"""
+What comes from a run (words, names, recipes) is not trusted: Python escapes what it puts into HTML, the data is JSON
+with ``<`` written as ``\\u003c``, and the script sets text only, never HTML. A content security policy with the hashes
+of this style and this script makes the browser refuse any other, and every request."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ BY_RECORD = "Identical by the run's own records"
 
 
 def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
-    """``data``: what else the script draws. ``blocks``: base64 text of `episodes.browser`."""
+    """The page as HTML. ``data``: what the script draws beside the report; ``blocks``: those of `episodes.browser`."""
     style = (FOLDER / "page.css").read_text()
     body = "\n".join((FOLDER / name).read_text() for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{body}}})();\n'

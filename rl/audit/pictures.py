@@ -1,4 +1,4 @@
-"""What the page draws, as plain numbers: curves over steps, and sampler against learner. The drawing is `charts.js`."""
+"""The data of the page's charts: curves over steps, and sampler against learner. `charts.js` draws them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.table import Table
 
 CELLS = 96
-"""The log-prob picture counts tokens in CELLS x CELLS cells."""
-POINTS = 2000
-"""Differing tokens that are drawn one by one; beyond that they are only counted."""
+"""The plot of log-probs counts tokens in CELLS x CELLS cells."""
+MAX_POINTS = 2000
+"""Most differing tokens that are drawn as points of their own; all are counted."""
 
 Record = Mapping[str, Any]
 
@@ -61,11 +61,12 @@ def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def chart(title: str, unit: str, lines: Iterable[dict[str, Any] | None], note: str) -> dict[str, Any]:
+    """A chart with those of ``lines`` that are not None."""
     return {"title": title, "unit": unit, "lines": [one for one in lines if one], "note": note}
 
 
 def line(name: str, metrics: Sequence[Record], key: str) -> dict[str, Any] | None:
-    """One value a record, null where it has none; nothing if none has."""
+    """The curve of a metric: a value for each record, None where it has none. None if no record has one."""
     values = [_number(record.get(key)) for record in metrics]
     return {"name": name, "values": values} if any(v is not None for v in values) else None
 
@@ -92,7 +93,8 @@ def _number(value: Any) -> float | None:
 
 
 def scatter(episodes: Sequence[CheckedEpisode]) -> dict[str, Any] | None:
-    """Sampler's log-probs against the learner's: counts of tokens by cell, and the differing ones by themselves."""
+    """The sampler's log-probs against the learner's: counts of tokens by cell, and the differing tokens as points. None
+    if nothing was re-scored."""
     scored = [one for one in episodes if one.logprob is not None]
     if not scored:
         return None
@@ -106,7 +108,7 @@ def scatter(episodes: Sequence[CheckedEpisode]) -> dict[str, Any] | None:
     edges = np.linspace(low, high, CELLS + 1)
     counts, _, _ = np.histogram2d(sampler.numpy(), learner.numpy(), bins=(edges, edges))
     x, y = counts.nonzero()
-    places = differs.nonzero().flatten()[:POINTS]
+    places = differs.nonzero().flatten()[:MAX_POINTS]
     return {
         "low": low,
         "high": high,
@@ -119,8 +121,8 @@ def scatter(episodes: Sequence[CheckedEpisode]) -> dict[str, Any] | None:
 
 
 def tables(path: Path, gaps: list[str]) -> list[Table]:
-    """``{"tables": [{"title", "columns", "rows", "note"}]}`` from a file that another part of the audit left, if it is
-    there; what is not of that form becomes a gap."""
+    """The tables of a JSON file ``{"tables": [{"title", "columns", "rows", "note"}]}``, as the diagnosis and the matrix
+    write it; none if there is no file. A file of another form adds a sentence to ``gaps``."""
     if not path.is_file():
         return []
     try:

@@ -1,7 +1,7 @@
-"""What a run's folder says of itself, read without trusting it: whatever is missing or damaged becomes a stated gap.
+"""Reads a run's folder without trusting it: what is missing or damaged is listed as a gap instead of raising.
 
-`rl.folder` refuses a folder with half a line in it, because a run must not go on from there; an audit has to say what
-the rest proves. Nothing here compares anything.
+(`rl.folder` refuses a folder with half a line in it, because a run must not go on from there; an audit still has to say
+what the rest proves.) Compares nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ COUNTS = ("mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal"
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A step that the run did not take, because bits differ: what audit/difference.json says of it."""
+class RefusedStep:
+    """A step that the run did not take because bits differed, as read from audit/difference.json."""
 
     step: int
     mismatch: Mismatch
@@ -38,52 +37,56 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Records:
-    """A run's folder. Steps are RL steps, counted from 0; the checkpoint of step n holds the weights that step n
-    samples with."""
+    """The content of a run's folder. Steps are RL steps, counted from 0. The checkpoint of step n holds the weights
+    from which step n samples."""
 
     path: Path
     recipe: dict[str, Any]  # config.yaml as it stands
     recipe_text: str
-    config: TrainConfig | None  # the same as this program reads it; None if it cannot
+    config: TrainConfig | None  # the recipe parsed; None if this program cannot
     environment: dict[str, Any]  # {} if the run left none
-    metrics: list[dict[str, Any]]  # one record a step, steps growing
+    metrics: list[dict[str, Any]]  # a record for each step, in ascending order
     summary: dict[str, Any]  # {} if the run did not finish
-    episodes: dict[int, list[Path]]  # step -> its files, by rank
+    episodes: dict[int, list[Path]]  # step -> its files of episodes, in rank order
     checkpoints: dict[int, Path]  # finished steps -> folder
-    stopped: Refusal | None  # of the run's last step, if it was not taken because bits differ
+    stopped: RefusedStep | None  # the run's last step, if it was not taken because bits differed
     gaps: list[str]  # what is missing or damaged, in sentences
-    unsound: list[str]  # each checkpoint that does not agree with its manifest, in a sentence
+    damaged_checkpoints: list[str]  # a sentence for each one that does not agree with its manifest
 
     @property
     def name(self) -> str:
+        """The run's name in its recipe, or else its folder's."""
         return str(self.recipe.get("name", self.path.name))
 
     @property
     def contract_id(self) -> str | None:
+        """As environment.json has it; None if unknown."""
         contract_id = self.environment.get("contract_id")
         return None if contract_id is None else str(contract_id)
 
     @property
     def processes(self) -> int | None:
-        """How many summed the gradients; digests of the weights are of this number."""
+        """Number of processes; the digests of the weights depend on it, because it decides the order of sums."""
         processes = self.environment.get("processes")
         return processes if type(processes) is int else None
 
     @property
     def planned_steps(self) -> int | None:
+        """The recipe's number of RL steps; None if the recipe cannot be read."""
         return self.config.rl.steps if self.config else None
 
     def mismatch(self) -> Mismatch:
-        """The sum of what the run itself counted at each step, a step that it refused to take included."""
+        """The sum of the run's own counts at each step, including a step that it refused to take."""
         refused = [self.stopped.mismatch] if self.stopped else []
         return Mismatch.total([*map(_mismatch, self.metrics), *refused])
 
-    def sampled_with(self, step: int) -> str | None:
-        """The digest that the run recorded of the weights before ``step``, None for its first one."""
+    def weights_digest_before(self, step: int) -> str | None:
+        """The recorded digest of the weights from which ``step`` sampled; None for the first step."""
         return next((str(r["weights_digest"]) for r in self.metrics if r["step"] == step - 1), None)
 
-    def multiplied_with(self, step: int) -> str | None:
-        """The digest that the run recorded of the copies of the weights that ``step`` multiplied with, if it did."""
+    def packs_digest_before(self, step: int) -> str | None:
+        """The recorded digest of the packed copies of the weights that the kernels read in ``step``; None if not
+        recorded."""
         digest = next((r.get("packs_digest") for r in self.metrics if r["step"] == step - 1), None)
         return None if digest is None else str(digest)
 
@@ -118,7 +121,7 @@ def read(path: Path) -> Records:
         },
         stopped=None,
         gaps=gaps,
-        unsound=[],
+        damaged_checkpoints=[],
     )
     for file in sorted((path / "episodes").glob("step_*")):
         if match := _EPISODES.fullmatch(file.name):
@@ -127,15 +130,6 @@ def read(path: Path) -> Records:
         gaps.append("No episodes were saved, so that nothing can be re-scored.")
     _check_steps(records)
     return replace(records, stopped=_stopped(records))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as (dotted name, value)."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
@@ -195,7 +189,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _stopped(records: Records) -> Refusal | None:
+def _stopped(records: Records) -> RefusedStep | None:
     """The step that the run did not take, unless it took it later on."""
     path = records.path / "audit/difference.json"
     if not path.is_file():
@@ -216,7 +210,7 @@ def _stopped(records: Records) -> Refusal | None:
     diagnosis = None
     if isinstance(suspects, list):
         diagnosis = DiagnosisSummary(step, first if isinstance(first, dict) else None, [str(s) for s in suspects])
-    return Refusal(step, _mismatch(difference["mismatch"]), diagnosis)
+    return RefusedStep(step, _mismatch(difference["mismatch"]), diagnosis)
 
 
 def _check_steps(records: Records) -> None:

@@ -1,4 +1,4 @@
-"""The whole audit of a run, and its two files: report.json for programs, report.html for people."""
+"""Audits a run and writes the two files of the result: report.json for programs, report.html for people."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from model.program.files import write_whole
+from model.program.recipe import flat
 from rl.audit import pictures
 from rl.audit.document import Report, RunReport, by_record, to_json
 from rl.audit.episodes import browser
 from rl.audit.page import BY_RECORD, render
-from rl.audit.records import Records, flat, read
+from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedStep, rescore
 from rl.audit.table import Table
 from rl.audit.verdict import run_report
 
 
 def audit(run: Path, at_most: int | None = None) -> RunReport:
-    """Re-scores the run's saved episodes (``at_most`` so many), writes RUN/audit/report.html and report.json, returns
-    the latter. Raises MetronomeError when ``run`` is not a run's folder."""
+    """Re-scores the run's saved episodes, at most ``at_most`` of them; writes RUN/audit/report.html and report.json and
+    returns the latter's content. Raises MetronomeError when ``run`` is not a run's folder."""
     records = read(run)
     steps = list(rescore(records, at_most))
     report, page = run_page(records, steps)
@@ -29,7 +30,7 @@ def audit(run: Path, at_most: int | None = None) -> RunReport:
 
 
 def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport, str]:
-    """The report and the page of a run whose episodes were re-scored."""
+    """(the report, the HTML page) of a run with its re-scored steps."""
     episodes = [one for checked in steps for one in checked.episodes]
     folder = records.path / "audit"
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
@@ -52,7 +53,7 @@ def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport,
 
 
 def machines(environments: Mapping[str, Mapping[str, Any]]) -> Table:
-    """environment.json of one run or of several as a table, a column each."""
+    """A table with a column for each run's environment.json; ``environments``: heading -> content."""
     columns = [dict(flat(one)) for one in environments.values()]
     fields = list(dict.fromkeys(name for one in columns for name in one))
     rows = [[name, *(_value(one[name]) if name in one else "(absent)" for one in columns)] for name in fields]
@@ -64,12 +65,13 @@ def _value(value: Any) -> str:
 
 
 def write(folder: Path, report: Report, page: str) -> None:
+    """Writes report.html and report.json."""
     write_whole(folder / "report.html", page.encode())
     write_whole(folder / "report.json", (json.dumps(to_json(report), indent=2, allow_nan=False) + "\n").encode())
 
 
 def statement(report: Report, folder: Path) -> str:
-    """What a terminal shows of it."""
+    """The report's verdict, scope and path, as lines for a terminal."""
     verdict = BY_RECORD.lower() if by_record(report) else report.verdict.replace("_", " ")
     lines = [f"Audit: {verdict}. {report.headline}", report.scope]
     if report.gaps:

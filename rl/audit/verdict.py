@@ -1,14 +1,17 @@
-"""The verdict on a run, in words and as numbers: it claims no more than what was compared.
+"""The verdict on a run, as sentences and counts. It claims no more than what was compared.
 
-- *different*: a bit differs, among the tokens re-scored now or by the run's own records;
-- *not_comparable*: no difference was seen, but saved episodes contradict what they would have to be compared with
-  (other contract, weights, temperature, tokens, positions or masks), or a checkpoint is not as it was saved, or there
-  was nothing to compare at all; no KL is stated;
-- *identical*: something was compared, and nothing of the above. Where nothing could be re-scored (`basis` is "records")
-  it is called identical *by the run's own records*, which is the lesser statement: what the run counted, and no KL.
+To *re-score* an episode is to compute the learner's log-probs of its tokens again.
 
-What is merely missing (a deleted checkpoint, a file of episodes that cannot be read) narrows the statement and is
-listed as a gap.
+- *different*: a bit differs, in a token re-scored now or in the run's own records;
+- *not_comparable*: no difference was found, but a saved episode has another contract, weights, temperature, tokens,
+  positions or masks than what it would be compared with, or a checkpoint is not as it was saved, or there was nothing
+  to compare. No KL is stated;
+- *identical*: something was compared, and none of the above holds. Where nothing could be re-scored (`basis` is
+  "records") the verdict is identical *by the run's own records*: a weaker statement, from the run's own counts, without
+  a KL.
+
+What is merely missing (a deleted checkpoint, an unreadable file of episodes) narrows the statement and is listed as a
+gap.
 """
 
 from __future__ import annotations
@@ -38,19 +41,21 @@ from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep
 from rl.step.identity import Mismatch
 
-LISTED = 100
-"""Episodes that are named one by one when they cannot be compared; beyond that they are counted."""
+MAX_LISTED = 100
+"""Most episodes that a report names when they cannot be compared; all are counted."""
 
-CANNOT = (
+LIMITS = (
     "Episodes that were not saved cannot be re-scored: for them there is only what the run counted at each step.",
     "Equal rows are shown by equal 64-bit digests of each row of log-probabilities; the rows themselves are not kept. "
     "Two different rows share a digest by chance once in 2^64.",
     "Where bits differ, k1 and k3 are estimates from sampled tokens: the exact KL would need the sampler's whole rows.",
     "The model has no voice yet: its lane shows its words.",
 )
+"""What no report of a run can show, in sentences."""
 
 
 def run_report(records: Records, steps: Sequence[CheckedStep]) -> RunReport:
+    """The report of a run, from its records and its re-scored steps."""
     recorded = records.mismatch()
     episodes = [one for checked in steps for one in checked.episodes]
     rescored = Mismatch.total([checked.mismatch for checked in steps])
@@ -91,13 +96,13 @@ def run_report(records: Records, steps: Sequence[CheckedStep]) -> RunReport:
         not_comparable=Conflicts(
             episodes=len(conflicts),
             reasons=Counter(one.reason for one in conflicts),
-            first=conflicts[:LISTED],
+            first=conflicts[:MAX_LISTED],
             contradictions=contradictions,
         ),
         first_difference=_first_difference(episodes),
         diagnosis=_diagnosis(records, steps),
         gaps=records.gaps,
-        cannot_show=CANNOT,
+        cannot_show=LIMITS,
         weights=[WeightsOfStep(r["step"], r["weights_digest"]) for r in records.metrics],
         environment=records.environment,
     )
@@ -139,15 +144,15 @@ def _contradictions(records: Records, steps: Sequence[CheckedStep]) -> list[str]
         f"The checkpoint of step {checked.step} holds weights {checked.weights_digest}; the run recorded {recorded}."
         for checked in steps
         if checked.weights_digest
-        and (recorded := records.sampled_with(checked.step)) not in (None, checked.weights_digest)
-    ] + records.unsound
+        and (recorded := records.weights_digest_before(checked.step)) not in (None, checked.weights_digest)
+    ] + records.damaged_checkpoints
     sentences += [
         f"Step {checked.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
         f"{checked.packs_digest}: the run computed with others than it saved."
         for checked in steps
         if records.contract_id == dispatch.contract_id()  # the copies' layout is the contract's
         and checked.packs_digest
-        and (copies := records.multiplied_with(checked.step)) not in (None, checked.packs_digest)
+        and (copies := records.packs_digest_before(checked.step)) not in (None, checked.packs_digest)
     ]
     last, final = (records.metrics or [{}])[-1].get("weights_digest"), records.summary.get("weights_digest")
     if last and final and last != final:
@@ -247,7 +252,7 @@ def _step(records: Records, checked: CheckedStep) -> StepCounts:
         not_comparable=states["not_comparable"],
         counts=_counts(checked.mismatch),
         checkpoint_digest=checked.weights_digest,
-        recorded_digest=records.sampled_with(checked.step),
+        recorded_digest=records.weights_digest_before(checked.step),
     )
 
 

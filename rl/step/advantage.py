@@ -1,8 +1,8 @@
 """Group-relative advantages with credit per chunk, in fp64: rollouts of equal rewards get exactly zero.
 
-Knows arrays only. Left out on purpose: dividing by the group's standard deviation (it would weigh easy and hard
-scenarios alike), value functions, importance ratios and clipping: the step is exactly on-policy.
-Axes: R rollouts (G of each scenario, one after another), N chunks.
+Knows arrays only. Left out on purpose: dividing by the group's standard deviation (it would give easy and hard
+scenarios equal weight), value functions, importance ratios and clipping (the step is exactly on-policy).
+Axes: R rollouts (those of a scenario, its group, one after another), N chunks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1 / 2**20
-"""Rewards are fp32 sums of a few terms, so returns of equal meaning may differ by some 2^-24 of their size: a group
-whose advantages are all smaller than this part of its largest return tells nothing apart."""
+"""Advantages below this fraction of the group's largest return are taken for rounding. (Rewards are fp32 sums of a few
+terms, so returns that should be equal may differ by a few times 2^-24 of their size.)"""
 
 
 def reward_to_go(reward: Tensor, gamma: float) -> Tensor:
@@ -32,9 +32,9 @@ def reward_to_go(reward: Tensor, gamma: float) -> Tensor:
 def leave_one_out(returns: Tensor, group: int) -> Tensor:
     """Each rollout's return minus the mean of its group's other rollouts, chunk by chunk (RLOO, Ahmadian et al. 2024).
 
-    returns fp64 [R, N], R a multiple of ``group`` >= 2 -> fp64 [R, N]. Computed as the sum of the differences to the
-    others, each of which is exactly 0 between equal returns, whatever the group's size; the sum of the others, divided,
-    would leave a rounding residue."""
+    returns fp64 [R, N] -> fp64 [R, N]. Computed as the mean of the differences to the others, which are exactly 0
+    between equal returns for any group size; subtracting the mean would leave a rounding error. Raises ValueError
+    unless R is a multiple of ``group``, the number of rollouts of a scenario, and that is at least 2."""
     if group < 2 or returns.shape[0] % group:
         raise ValueError(f"leave_one_out: {returns.shape[0]} rollouts do not make groups of {group} (at least 2)")
     grouped = returns.unflatten(0, (-1, group))
@@ -44,9 +44,9 @@ def leave_one_out(returns: Tensor, group: int) -> Tensor:
     return (total / (group - 1)).flatten(0, 1)
 
 
-def told_apart(advantage: Tensor, returns: Tensor, group: int) -> Tensor:
-    """Whether each group's rollouts differ by more than rounding (`ROUNDING`), bool [R / group]; where they do not, the
-    group is called degenerate and its advantages count as 0. advantage, returns fp64 [R, N]."""
+def informative_groups(advantage: Tensor, returns: Tensor, group: int) -> Tensor:
+    """Whether the returns of each group differ by more than rounding (`ROUNDING`): fp64 [R, N] both -> bool
+    [R / group]. A group whose returns do not is called degenerate; its advantages count as 0."""
     largest = advantage.abs().unflatten(0, (-1, group)).amax((1, 2))
     size = returns.abs().unflatten(0, (-1, group)).amax((1, 2))
     return largest > ROUNDING * size
@@ -54,24 +54,25 @@ def told_apart(advantage: Tensor, returns: Tensor, group: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RunningScale:
-    """A running root mean square: what one kind of advantage is divided by, so that kinds of other units weigh alike.
+    """A running root mean square of advantages, by which they are divided so that rewards in different units count
+    equally.
 
-    An exponential mean over steps of the mean square, each step weighing 1 - MEMORY, corrected for its start as Adam's
-    moments are (Kingma & Ba 2015). Only groups whose rollouts were told apart enter, so neither a step without any nor
-    rounding can make the scale small. One step's own mean square is not used: where all rollouts but one were alike it
-    would be anything.
+    It is an exponential moving average over steps of the mean square, with decay MEMORY, corrected for its start as
+    Adam's moments are (Kingma & Ba 2015). Degenerate groups do not enter, so neither they nor rounding can make the
+    scale small. A single step's mean square would vary too much: it may come from one rollout that differs.
 
     >>> RunningScale().updated(square_sum=8.0, count=2).value
     2.0
     """
 
-    total: float = 0.0  # of the mean squares, with their weights
-    weight: float = 0.0  # of the steps so far; 0: there was none
+    total: float = 0.0  # weighted sum of the steps' mean squares
+    weight: float = 0.0  # sum of these weights; 0 before the first step
 
     MEMORY = 0.9
 
     def updated(self, square_sum: float, count: int) -> RunningScale:
-        """With one step's sum of squares over ``count`` advantages; unchanged when count is 0."""
+        """The scale after one more step, with ``count`` advantages whose squares sum to ``square_sum``; unchanged when
+        ``count`` is 0."""
         if not count:
             return self
         new = 1.0 - self.MEMORY
@@ -79,5 +80,5 @@ class RunningScale:
 
     @property
     def value(self) -> float:
-        """1 before the first step."""
+        """The root mean square to divide by; 1 before the first step."""
         return math.sqrt(self.total / self.weight) if self.weight else 1.0

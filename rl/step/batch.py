@@ -17,19 +17,19 @@ from rollout.record.transcript import Transcript
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of several episodes, N tokens that the policy chose."""
+    """Several episodes in one packed sequence, and the N tokens in them that the policy chose."""
 
     inputs: Inputs
-    row: Tensor  # int64 [N], input row whose hidden state gives each chosen token's distribution
-    target: Tensor  # int64 [N], the chosen token
-    row_class: Tensor  # int64 [N]
-    owner: Tensor  # int64 [N], which episode of the batch
-    chunk: Tensor  # int64 [N]
+    row: Tensor  # int64 [N] input row whose hidden state gives the chosen token's distribution
+    target: Tensor  # int64 [N] the chosen token
+    row_class: Tensor  # int64 [N] which set of tokens was allowed (`TokenClasses`)
+    owner: Tensor  # int64 [N] index of the token's episode in the batch
+    chunk: Tensor  # int64 [N] chunk of that episode
 
 
 def collate(episodes: Sequence[Episode | Transcript], audio: int) -> Batch:
-    """``audio`` is the audio token's id. Tokens after an episode's last choice are dropped: nothing is computed from
-    them."""
+    """Packs episodes. Rows after an episode's last chosen token are dropped: nothing depends on them. ``audio``: id of
+    the audio token."""
     inputs = Inputs.cat(episodes, audio).cut([int(e.text.sampled_at[-1]) for e in episodes])
     return Batch(
         inputs=inputs,
@@ -41,10 +41,11 @@ def collate(episodes: Sequence[Episode | Transcript], audio: int) -> Batch:
     )
 
 
-def score_choices(
+def choice_logprobs(
     model: InteractionModel, batch: Batch, classes: TokenClasses, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The learner's own (logprob, entropy, digest) of every chosen token, each [N], under autograd."""
+    """The learner's (log-prob fp32, entropy fp32 in nats, row digest int64) of each chosen token, [N] each, under
+    autograd. ``temperature`` divides the logits."""
     hidden = model(batch.inputs)
     row = batch.row.to(hidden.device, non_blocking=True)
     return classes.logprob(model.logits(hidden[row]), batch.target, batch.row_class, temperature)

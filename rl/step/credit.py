@@ -1,13 +1,14 @@
 """From rewards to the weight of each sampled token.
 
-The axes of each acting source (timing, content, …) are separate rewards: each becomes a reward-to-go per chunk, loses
-the mean of the group's other rollouts, and is divided by its family's running scale (`rl.step.advantage.RunningScale`);
-only then are they added, in the order of the family's axes, sources in equal shares. So a learned reward's unit does
-not matter. The distance from the reference policy is a reward too, but keeps its unit: divided by its own size it would
-pull the harder the nearer the policy is. A chunk's tokens share the chunk's advantage.
+Each axis (timing, content, …) of each source that RL learns from is a reward of its own: it becomes a reward-to-go for
+each chunk, minus the mean of the group's other rollouts (`rl.step.advantage`), divided by a running scale of its
+source, family and axis. Only then are axes and sources added, in a fixed order and with equal shares of the sources, so
+that the unit of a learned reward does not matter. The KL penalty towards the reference policy is a reward too but is
+not scaled: divided by its own size it would pull harder the closer the policy is. All tokens of a chunk have the
+chunk's advantage.
 
-Everything is fp64 and every sum is taken in the order of the episodes, so that equal rollouts get exactly 0 and no
-library's order of summation enters.
+All is fp64 and summed in the order of the episodes, so that equal rollouts get exactly 0 and no library's order of
+summation enters.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from kernels.errors import MetronomeError
 from reward.source import Rewards
 from rl.config import RLConfig
 from rl.learner import ranks
-from rl.step.advantage import RunningScale, leave_one_out, reward_to_go, told_apart
+from rl.step.advantage import RunningScale, informative_groups, leave_one_out, reward_to_go
 from rollout.record.episode import Episode
 
 Scales = Mapping[str, RunningScale]
-"""By ``source/family/axis``, the source's number among those that act; kept in checkpoints."""
+"""``<source>/<family>/<axis>`` -> its scale; <source> is its index in `Judged.acting`. Saved in checkpoints."""
 
 
 @dataclass(frozen=True)
 class Credit:
-    """What a step's rewards say of this rank's tokens, and of all ranks' groups."""
+    """The weights of this rank's tokens, and counts over all ranks' groups."""
 
-    weights: list[Tensor]  # fp32 [N_e] an episode, divided by the number of tokens that all ranks sampled
-    scales: dict[str, RunningScale]  # this step included
-    groups: int  # of all ranks, families, sources and axes
-    degenerate_groups: int  # whose rollouts were all worth the same on that axis: nothing is learned from them
-    terms: int  # one a source, family and axis
-    degenerate_terms: int  # of which every group was degenerate in this step
+    weights: list[Tensor]  # for each episode fp32 [N_e]: advantages divided by the number of tokens of all ranks
+    scales: dict[str, RunningScale]  # updated by this step
+    groups: int  # counted once for each source and axis
+    degenerate_groups: int  # those whose rollouts had equal returns, so that nothing is learned from them
+    terms: int  # combinations of source, family and axis
+    degenerate_terms: int  # those in which every group was degenerate
 
     def metrics(self) -> dict[str, float | int]:
+        """For metrics.jsonl, under ``credit/``."""
         return {
             "credit/groups": self.groups,
             "credit/degenerate_groups": self.degenerate_groups,
@@ -51,8 +53,7 @@ class Credit:
 
 
 Term = list[tuple[float, int]]
-"""One source's rewards on one axis for one family: (sum of squares, count) of each group's advantages, in the order of
-the groups; count 0 for a degenerate group."""
+"""For one source, family and axis: (sum of squares, count) of each group's advantages; count 0 if degenerate."""
 
 
 def token_weights(
@@ -64,12 +65,12 @@ def token_weights(
 ) -> Credit:
     """The advantage of every sampled token, divided by the number of tokens sampled by all ranks.
 
-    ``acting`` [sources, episodes]; ``log_ratio`` fp32 [N_e] an episode, as `rl.reference` gives it, or nothing.
-    Episodes come in groups of ``config.rollouts`` of one scenario, and have the axes of its family. ``scales``: as the
-    step before left them. Raises MetronomeError for a reward that is not finite."""
+    ``episodes``: this rank's, ``config.rollouts`` of each scenario one after another. ``acting`` [sources, episodes]:
+    the rewards to learn from. ``log_ratio``: for each episode fp32 [N_e], as `rl.reference` gives it; empty without a
+    reference. ``scales``: as the step before left them. Raises MetronomeError for a reward that is not finite."""
     advantages = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]
     terms: dict[str, Term] = {}
-    parts: list[tuple[str, int, Tensor, float]] = []  # of a group: term, first episode, advantages, share
+    parts: list[tuple[str, int, Tensor, float]] = []  # for each group: term, first episode, advantages, weight
     for source, rewards in enumerate(acting):
         for first in range(0, len(episodes), config.rollouts):
             group = slice(first, first + config.rollouts)
@@ -78,11 +79,11 @@ def token_weights(
                 _check_finite(episodes[group], per_chunk, axis)
                 returns = reward_to_go(torch.stack(per_chunk), config.gamma)
                 advantage = leave_one_out(returns, config.rollouts)
-                apart = bool(told_apart(advantage, returns, config.rollouts))
-                advantage = advantage if apart else torch.zeros_like(advantage)
+                informative = bool(informative_groups(advantage, returns, config.rollouts))
+                advantage = advantage if informative else torch.zeros_like(advantage)
                 squares = math.fsum(x * x for x in advantage.flatten().tolist())
                 name = f"{source}/{episodes[first].family}/{axis}"
-                terms.setdefault(name, []).append((squares, advantage.numel() * apart))
+                terms.setdefault(name, []).append((squares, advantage.numel() * informative))
                 parts.append((name, first, advantage, config.axis_weights.get(axis, 1.0) / len(acting)))
     everyone = _over_ranks(terms)
     updated = dict(scales) | {
@@ -127,11 +128,11 @@ def _groups(rewards: Sequence[Tensor], config: RLConfig) -> list[Tensor]:
 
 
 def _over_ranks(terms: dict[str, Term]) -> dict[str, Term]:
-    found: dict[str, Term] = {}
+    merged: dict[str, Term] = {}
     for part in ranks.gather(terms):
         for name, term in part.items():
-            found[name] = found.get(name, []) + term
-    return found
+            merged[name] = merged.get(name, []) + term
+    return merged
 
 
 def _by_chunk(episodes: Sequence[Episode], per_token: Sequence[Tensor]) -> list[Tensor]:

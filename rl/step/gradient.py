@@ -12,7 +12,7 @@ from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
 from rl.step import tree
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.objective import Objective, Tokens, policy_gradient
 from rollout.record.episode import Episode
 from rollout.record.transcript import Transcript
@@ -20,12 +20,13 @@ from rollout.record.transcript import Transcript
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient of minus the objective, and the learner's log-probs of this rank's N chosen tokens."""
+    """The gradient of minus the objective, and what the forward pass gave for this rank's N chosen tokens, on the
+    CPU."""
 
-    parameters: tuple[Tensor, ...]  # fp32, one a parameter, in the model's order
-    logprob: Tensor  # fp32 [N], on the CPU as all that follows
+    parameters: tuple[Tensor, ...]  # fp32, one for each trained parameter, in the model's order, on its device
+    logprob: Tensor  # fp32 [N]
     entropy: Tensor  # fp32 [N], nats
-    digest: Tensor  # int64 [N]
+    digest: Tensor  # int64 [N] digest of the token's whole row of log-probs
 
 
 def gradient_of(
@@ -37,8 +38,9 @@ def gradient_of(
     micro_batch: int,
     objective: Objective = policy_gradient,
 ) -> Gradient:
-    """``weights[e]`` fp32 [N_e] is what each chosen token of episode e counts (an advantage, or 1 for supervised
-    learning), already divided by whatever it is to be averaged over; ``micro_batch``: episodes in one forward pass.
+    """The gradient over a rank's episodes. ``weights[e]`` fp32 [N_e]: the weight of each chosen token of episode e (an
+    advantage, or 1 for supervised learning), already divided by the number of tokens to average over; ``micro_batch``:
+    episodes in one forward pass.
 
     Raises MetronomeError when a log-prob is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -46,7 +48,7 @@ def gradient_of(
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, len(episodes), micro_batch):
         batch = collate(episodes[first : first + micro_batch], model.audio_token_id)
-        logprob, entropy, digest = score_choices(model, batch, classes, temperature)
+        logprob, entropy, digest = choice_logprobs(model, batch, classes, temperature)
         if not torch.isfinite(logprob).all():
             where = int((~torch.isfinite(logprob)).nonzero()[0])
             raise MetronomeError(

@@ -1,9 +1,9 @@
-"""The identity check: the learner must give every sampled token the very bits that the sampler gave it.
+"""The identity check: the learner's log-prob of every sampled token must have the bits of the sampler's.
 
-Two failures are told apart. *Not comparable*: the episodes come from other weights or another contract, so that no
-statement is possible. *Not equal*: same weights, same contract, other bits; training stops, and whoever runs the loop
-can name the first op whose results differ (`rl.audit.diagnosis`) from the evidence that the error carries. Nothing here
-averages before it compares.
+There are two failures. *Not comparable*: the episodes come from other weights or another contract, so that no statement
+is possible. *Not equal*: same weights, same contract, other bits. Training stops, and from the evidence that the error
+carries the caller can find the first op whose results differ (`rl.audit.diagnosis`). Tokens are compared one by one;
+means are taken only afterwards.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from rollout.record.episode import TEXT, Episode, concatenate
 
 
 class NotComparableError(MetronomeError):
-    """Episodes of other weights or another contract: their log-probs say nothing about this learner's."""
+    """Episodes of other weights or another contract: their log-probs cannot be compared with this learner's."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
     """Sampler against learner over N sampled tokens; d = logprob_learner - logprob_rollout.
 
-    num_unequal and rows_unequal count bitwise differences (log-prob of the token; digest of the whole row);
-    k1 = mean(-d) and k3 = mean(exp(d) - 1 - d) are the usual estimators of the mismatch KL (Schulman 2020), in nats.
+    k1 = mean(-d) and k3 = mean(exp(d) - 1 - d) estimate the KL of sampler and learner (Schulman 2020, "Approximating KL
+    divergence").
     """
 
     num_tokens: int
-    num_unequal: int
-    rows_unequal: int
-    k1_sum: float
-    k3_sum: float
-    max_abs: float
+    num_unequal: int  # tokens whose log-prob differs in any bit
+    rows_unequal: int  # tokens whose whole row of log-probs differs, by its digest
+    k1_sum: float  # nats
+    k3_sum: float  # nats
+    max_abs: float  # largest |d|, nats
 
     @staticmethod
     def total(parts: Sequence[Mismatch]) -> Mismatch:
+        """The counts and sums of all parts together."""
         return Mismatch(
             sum(p.num_tokens for p in parts),
             sum(p.num_unequal for p in parts),
@@ -50,6 +51,8 @@ class Mismatch:
         )
 
     def metrics(self) -> dict[str, float | int]:
+        """For metrics.jsonl, under ``mismatch/``: the counts, and the means k1 and k3 in nats a token (0 of no
+        tokens)."""
         n = max(self.num_tokens, 1)
         return {
             "mismatch/num_tokens": self.num_tokens,
@@ -82,14 +85,16 @@ def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_dige
 
 
 def unequal_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Where two fp32 tensors differ in bits (NaN equals the same NaN, 0.0 differs from -0.0); bool, same shape."""
-    return a.contiguous().view(torch.int32) != b.contiguous().view(torch.int32)
+    """Where two tensors of one shape and type differ in bits (a NaN equals the same NaN, 0.0 differs from -0.0): bool,
+    same shape."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.contiguous().view(bits) != b.contiguous().view(bits)
 
 
 def compare(
     rollout_logprob: Tensor, learner_logprob: Tensor, rollout_digest: Tensor, learner_digest: Tensor
 ) -> Mismatch:
-    """Counts over all N tokens; logprobs fp32 [N], digests int64 [N]."""
+    """Compares the sampler (``rollout``) with the learner over N tokens: log-probs fp32 [N], row digests int64 [N]."""
     d = learner_logprob.double() - rollout_logprob.double()
     return Mismatch(
         num_tokens=rollout_logprob.numel(),
@@ -103,8 +108,8 @@ def compare(
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A rank's episodes of one step, and what the learner's forward pass gave for their N sampled tokens, packed in
-    the episodes' order: all that a diagnosis needs beside the model."""
+    """A rank's episodes of one step and what the learner's forward pass gave for their N sampled tokens, in the
+    episodes' order. With the model, all that a diagnosis needs."""
 
     step: int
     episodes: Sequence[Episode]
@@ -113,12 +118,13 @@ class Evidence:
     micro_batch: int  # episodes in one of the learner's forward passes
 
     def mismatch(self) -> Mismatch:
+        """The sampler's stored values compared with the learner's."""
         return compare(
             concatenate(self.episodes, "logprob"), self.logprob, concatenate(self.episodes, "digest"), self.digest
         )
 
     def first(self) -> TokenDifference:
-        """Raises ValueError when nothing differs."""
+        """The first token that differs; raises ValueError when none does."""
         logprob = concatenate(self.episodes, "logprob")
         unequal = unequal_bits(logprob, self.logprob) | (concatenate(self.episodes, "digest") != self.digest)
         if not unequal.any():
@@ -140,7 +146,7 @@ class Evidence:
         )
 
     def describe(self) -> str:
-        """The first difference and the counts, as a sentence; ValueError when nothing differs."""
+        """The first difference and the counts, as a sentence; raises ValueError when nothing differs."""
         first, mismatch = self.first(), self.mismatch()
         name = self.episodes[first.owner].name
         return (
@@ -155,31 +161,31 @@ class TokenDifference:
     """A sampled token whose log-prob or row digest is not the learner's."""
 
     owner: int  # index of its episode
-    position: int  # in the episode's tokens
+    position: int  # index in the episode's tokens
     chunk: int
-    token: int
+    token: int  # its id
     rollout_logprob: float
     learner_logprob: float
 
 
 class NotEqualError(MetronomeError):
-    """Same weights and contract, other bits. The sampler and the learner are not the same function."""
+    """Sampler and learner gave different bits for the same tokens, under the same weights and contract."""
 
     def __init__(self, message: str, evidence: Evidence | None = None) -> None:
-        """``evidence``: of this rank; None where only other ranks' tokens differ. (Pickling makes an exception from its
-        message alone and sets the rest afterwards, hence the default.)"""
+        """``evidence``: this rank's; None where only other ranks' tokens differ. (It has a default because unpickling
+        constructs an exception from its message and sets the other attributes afterwards.)"""
         super().__init__(message)
         self.evidence = evidence
 
 
 def check_identity(evidence: Evidence) -> Mismatch:
-    """The counts of all ranks' sampled tokens. Raises NotEqualError on every rank when any bit differs on any: with the
-    first such rank's words, and each rank's own evidence, which need not cross processes and is explained where the
-    weights are that gave it."""
+    """The counts over all ranks' sampled tokens. Raises NotEqualError on every rank when a bit differs on any rank:
+    with the message of the first such rank, and with each rank's own evidence, so that evidence need not cross
+    processes."""
     mismatch = evidence.mismatch()
     differs = bool(mismatch.num_unequal or mismatch.rows_unequal)
     parts = ranks.gather((mismatch, evidence.describe() if differs else ""))
-    message = next((words for _, words in parts if words), "")
+    message = next((text for _, text in parts if text), "")
     if message:
         raise NotEqualError(
             f"{message} The step was not taken; the last checkpoint stands.", evidence if differs else None

@@ -1,4 +1,4 @@
-"""The RL loop: sample, judge, compare, learn, publish. Everything it calls is a room of its own."""
+"""The RL loop: sample, judge, compare sampler and learner, learn, publish the weights to the sampler."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from rollout.world.speech import SpeechBank
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found: metrics (equal on every rank) and this rank's episodes."""
+    """The results of one step."""
 
-    metrics: dict[str, float | int | str]
-    mismatch: Mismatch
-    episodes: list[Episode]
+    metrics: dict[str, float | int | str]  # equal on every rank
+    mismatch: Mismatch  # over all ranks; no bit differs, or the step would have raised
+    episodes: list[Episode]  # this rank's
     scales: Scales  # of the advantages, after this step
 
 
@@ -46,9 +46,9 @@ def steps(
     first: int,
     scales: Scales,
 ) -> Iterator[StepResult]:
-    """Steps ``first`` … of the recipe, each strictly on-policy: one rollout batch, one optimizer step. ``start``: the
-    policy whose distance is measured and, by the recipe's weight, paid for. ``scales``: of the advantages, as the step
-    before ``first`` left them.
+    """Takes the recipe's steps from ``first`` on, each strictly on-policy: one rollout batch, one optimizer step.
+    ``start``: the reference policy, of which the KL is measured and, with the recipe's weight, penalised. ``scales``:
+    of the advantages, as the step before ``first`` left them.
 
     Raises NotComparableError or NotEqualError before a step that would not be on-policy, MetronomeError for a reward or
     log-prob that is not finite; the model is then as the last finished step left it."""
@@ -101,7 +101,7 @@ def steps(
 
 
 def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
-    """This rank's rollouts of a step: its share of the groups, every group a fresh train scenario, families in turn."""
+    """This rank's rollouts of a step: its share of the groups. Each group is a new train scenario, families in turn."""
     out = []
     for g in ranks.share(config.rl.groups):
         index = step * config.rl.groups + g
@@ -111,15 +111,15 @@ def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
 
 
 def rewards(judged: Judged) -> dict[str, float]:
-    """Averages over all ranks' episodes: the rules' score and sums of their shaped rewards, and the learned models'
-    under ``proxy/``. Named by who gave them, whichever RL learns from. An axis's mean is over the episodes that have
-    it."""
-    found = {"reward/score": [s.value for s in judged.scores]}
+    """Means over all ranks' episodes: ``reward/score`` by the rules, and an episode's reward, in all (``mean``) and by
+    axis, under ``reward/`` by the rules and under ``proxy/`` by the reward models, whichever of them RL learns from.
+    The mean of an axis is over the episodes that have it."""
+    values = {"reward/score": [s.value for s in judged.scores]}
     for kind, given in (("reward", judged.rules), ("proxy", judged.proxy)):
         if given:
-            found[f"{kind}/mean"] = [r.total for r in given]
+            values[f"{kind}/mean"] = [r.total for r in given]
             for r in given:
                 for axis in r.axes:
-                    found.setdefault(f"{kind}/{axis}", []).append(r.sum(axis))
-    names = dict.fromkeys(name for part in ranks.gather(list(found)) for name in part)  # a rank may lack an axis
-    return {name: tree.mean(found.get(name, ())) for name in names}
+                    values.setdefault(f"{kind}/{axis}", []).append(r.sum(axis))
+    names = dict.fromkeys(name for part in ranks.gather(list(values)) for name in part)  # a rank may lack an axis
+    return {name: tree.mean(values.get(name, ())) for name in names}

@@ -1,4 +1,4 @@
-"""What a step maximises: pure functions from what the learner's forward pass gave for a batch's tokens to one number.
+"""What a step maximises: pure functions from the forward pass's results for a batch's tokens to one number.
 
 The learner's gradient is the gradient of `Objective` and of nothing else. The importance ratio of sampler and learner
 does not appear: by the identity check it is exactly 1.
@@ -21,7 +21,7 @@ class Tokens:
 
     logprob: Tensor  # fp32 [N], under autograd
     entropy: Tensor  # fp32 [N], nats, under autograd
-    weight: Tensor  # fp32 [N]: an advantage, or 1 for supervised learning, over whatever it is to be averaged
+    weight: Tensor  # fp32 [N]: an advantage, or 1 for supervised learning, divided by the number to average over
 
 
 Objective = Callable[[Tokens], Tensor]

@@ -1,4 +1,4 @@
-"""The order in which sums over a step's episodes are taken. It decides bits, so it is chosen here and nowhere else.
+"""The order in which sums over a step's episodes are taken. It decides bits, so it is defined in this module only.
 
 Tensors: a rank adds its micro-batches in their order, then the ranks' sums are added in rank order. So the number of
 ranks and ``rl.micro_batch`` are part of a recipe's result. Numbers (means of rewards and metrics, sums of squares) are
@@ -17,19 +17,19 @@ from rl.learner import ranks
 
 
 def over_micro_batches(total: list[Tensor] | None, part: Sequence[Tensor]) -> list[Tensor]:
-    """``total`` with a further micro-batch's tensors added, in place; None before the first. Sums are fp32."""
+    """Adds a micro-batch's tensors to ``total`` in place and returns it; ``total`` is None before the first. fp32."""
     if total is None:
         return [x.float().clone() for x in part]
     torch._foreach_add_(total, [x.float() for x in part])
     return total
 
 
-def over_ranks(mine: Tensor) -> Tensor:
-    """The ranks' tensors [n] added in rank order: [n], the same bits on every rank."""
-    return ranks.sum_in_order(mine)
+def over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, added in rank order: [n] -> [n], the same bits on every rank."""
+    return ranks.sum_in_order(tensor)
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean of all ranks' values, [n] each, rounded once; 0 when there are none."""
+    """The mean of all ranks' values, rounded once; 0 when there are none."""
     everyone = [value for part in ranks.gather(list(values)) for value in part]
     return fsum(everyone) / len(everyone) if everyone else 0.0

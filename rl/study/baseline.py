@@ -1,13 +1,12 @@
-"""``python -m rl.study.baseline --checkpoint CKPT --steps 30 --out FOLDER``: what one would do without exactness.
+"""``python -m rl.study.baseline --checkpoint CKPT --steps 30 --out FOLDER``: RL with a mismatch, corrected and not.
 
-One recipe, one checkpoint and one seed, several runs side by side: ours (`rl.step.loop`, exact or stopped), naive torch
-(`kernels.reference.naive`), whose sampler and learner differ in their last bits, and a bf16 sampler with an fp32
-learner, which differ a thousand times as much, as where rollouts run in lower precision. The latter with truncated
-importance weights: every token's advantage is multiplied by min(p_learner / p_sampler, CAP) (Yao et al. 2025,
-"truncated importance sampling"; TRL's ``token_truncate``), and once without. The mismatch is reported here, not fatal;
-that is why this is a program of its own and no option of `rl.train`. Writes FOLDER/baseline.json and baseline.png:
-reward and mismatch at each step, and the held-out score.
-"""
+Several runs with one recipe, checkpoint and seed: ours (`rl.step.loop`, which stops at any mismatch); naive torch
+(`kernels.reference.naive`), whose sampler and learner differ in their last bits; and a bf16 sampler with an fp32
+learner, which differ a thousand times as much. The latter two have truncated importance weights: each token's advantage
+is multiplied by min(p_learner / p_sampler, CAP) (Yao et al. 2025, "truncated importance sampling"; TRL's
+``token_truncate``); bf16 also runs without. As the mismatch is reported and not fatal, this is a program of its own and
+no option of `rl.train`. Writes FOLDER/baseline.json and baseline.png: reward and mismatch at each step, and the
+held-out score."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.rollers import build_engine
 from rl.step import loop
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.credit import Scales, token_weights
 from rl.step.gradient import gradient_of
 from rl.step.identity import compare
@@ -53,6 +52,7 @@ from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 
 CAP = 2.0
+"""Largest importance weight."""
 RATIO_MEAN, RATIO_MAX, TRUNCATED = "ratio/mean", "ratio/max", "ratio/truncated"
 
 
@@ -61,15 +61,17 @@ class Method:
     """How one of the runs samples and learns."""
 
     name: str
-    naive: bool = False  # naive torch's ops in sampler and learner; else our kernels
-    sampler: torch.dtype = torch.float32  # the learner's is always fp32
-    weights: bool = False  # truncated importance weights
+    naive: bool = False  # whether sampler and learner run naive torch's ops instead of our kernels
+    sampler: torch.dtype = torch.float32  # dtype of the sampler's weights; the learner's are fp32
+    weights: bool = False  # whether advantages get truncated importance weights
 
     @property
     def exact(self) -> bool:
+        """Whether sampler and learner are the same function."""
         return not self.naive and self.sampler == torch.float32
 
     def backend(self) -> AbstractContextManager[None]:
+        """A block in which the ops run on the method's backend."""
         return dispatch.substituted(naive) if self.naive else nullcontext()
 
 
@@ -83,15 +85,17 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Result:
+    """What one run gave."""
+
     method: str
-    records: list[dict[str, Any]]  # one a step, with the names of metrics.jsonl
-    before: float  # held-out score
-    after: float
+    records: list[dict[str, Any]]  # one for each step, with the names of metrics.jsonl
+    before: float  # held-out score before RL, in [0, 1]
+    after: float  # held-out score after RL
     wall_s: float
 
 
 def train(method: Method, config: TrainConfig, folder: Path, bank: SpeechBank) -> Result:
-    """One run from the checkpoint; the caller has joined a world of processes (`rl.learner.ranks`)."""
+    """One run from the checkpoint in ``folder``. `rl.learner.ranks.join` must have been called."""
     with method.backend():
         model = checkpoint.load(folder, torch.float32)
         sampling = model if method.sampler == torch.float32 else checkpoint.load(folder, method.sampler)
@@ -120,8 +124,8 @@ def _inexact(
     source: RewardSource,
     sampling: InteractionModel,
 ) -> Iterator[dict[str, Any]]:
-    """`rl.step.loop.steps` without its promise: the mismatch is recorded, and importance weights stand in for
-    equality."""
+    """`rl.step.loop.steps` without the identity check: records the mismatch, and corrects it by importance weights if
+    the method has them."""
     classes, micro_batch = Vocabulary.build(learner.model.vocab).classes, config.rl.micro_batch
     scales: Scales = {}
     for step in range(config.rl.steps):
@@ -140,24 +144,24 @@ def _inexact(
                 TRUNCATED: float((every > CAP).float().mean()),
             }
         g = gradient_of(learner.model, episodes, weights, classes, config.rollout.temperature, micro_batch)
-        found = compare(concatenate(episodes, "logprob"), g.logprob, concatenate(episodes, "digest"), g.digest)
+        mismatch = compare(concatenate(episodes, "logprob"), g.logprob, concatenate(episodes, "digest"), g.digest)
         norm = learner.step(g)
         if sampling is not learner.model:
             sampling.load_state_dict(learner.model.state_dict())
             sampling.mark_changed()
         roller.publish()
-        yield {"step": step, **loop.rewards(judged), **found.metrics(), **extra, "policy/grad_norm": norm}
+        yield {"step": step, **loop.rewards(judged), **mismatch.metrics(), **extra, "policy/grad_norm": norm}
 
 
 @torch.no_grad()
 def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: int) -> list[Tensor]:
     """p_learner / p_sampler of every sampled token, fp32 [N_e] an episode, from a forward pass of the learner."""
-    classes, found = Vocabulary.build(model.vocab).classes, []
+    classes, parts = Vocabulary.build(model.vocab).classes, []
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
-        logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), classes, some[0].temperature)
-        found.append((logprob - concatenate(some, "logprob")).exp())
-    return list(torch.cat(found).split([len(e.text.chunk) for e in episodes]))
+        logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), classes, some[0].temperature)
+        parts.append((logprob - concatenate(some, "logprob")).exp())
+    return list(torch.cat(parts).split([len(e.text.chunk) for e in episodes]))
 
 
 def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor]:
@@ -166,7 +170,7 @@ def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """What came out, and the curves."""
+    """A table of the runs' results, and one of every step."""
     ends: list[list[Cell]] = []
     curves: list[list[Cell]] = []
     for r in results:

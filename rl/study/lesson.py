@@ -1,15 +1,14 @@
-"""The lesson's table (chapter 05), measured: naive torch, naive torch with importance weights, and ours.
+"""Compares naive torch, naive torch with importance weights, and ours: nondeterminism, mismatch KL and time.
 
-- Distinct completions at temperature 0: one recording is heard by many sessions while the load varies: how many hear it
-  together, how many others run beside them and how far these are in their own conversations. A completion is all that a
-  session samples. Beside the count of token sequences stands the count of sequences of row digests: these tell two
-  distributions apart even where the likeliest token is the same.
-- KL between sampler and learner at equal weights (k3 of `rl.step.identity`; and the largest of any episode, the
-  "spikes").
-- Time of sampling and of learning, naive and ours by turns in one process.
+- Distinct completions at temperature 0: many sessions hear one recording while the load varies (how many hear it
+  together, how many others run beside them, and how far these are in their own conversations). A completion is all that
+  a session samples. Counted are distinct token sequences, and distinct sequences of row digests, which also differ
+  where distributions differ but the likeliest token does not.
+- KL between sampler and learner at equal weights (k3 of `rl.step.identity`), and the largest KL of any episode.
+- Time of sampling and of learning, naive and ours alternating in one process.
 
-Importance weights (truncated: `rl.study.baseline`) change none of the completions and none of the KL; they correct the
-gradient, at the price of one more forward pass of the learner.
+Truncated importance weights (`rl.study.baseline`) change neither completions nor KL. They correct the gradient, at the
+price of another forward pass of the learner.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch import Tensor
 from rl.audit.table import Cell, Table
 from rl.step.gradient import gradient_of
 from rl.step.identity import Mismatch, compare
-from rl.study.variants import Variant, session_engine, whole
+from rl.study.variants import Variant, session_engine, uncached
 from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import LISTEN
@@ -36,19 +35,24 @@ from rollout.turn.observation import Observation, stack_audio
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
 
-MOST_TOGETHER, MOST_OTHERS, MOST_AHEAD = 32, 16, 20
-"""Of a round of load: sessions that hear the recording, others beside them, and chunks these are ahead."""
-
-LONG = 4  # recordings one after another in the long context
+MAX_TOGETHER = 32
+"""In a round of completions, most sessions that hear the recording."""
+MAX_OTHERS = 16
+"""Most other sessions beside them."""
+MAX_AHEAD = 20
+"""Most chunks that the other sessions have heard before."""
+LONG = 4
+"""Number of recordings that make up the long context."""
 SEED = 0
-GROUPS, ROLLOUTS, MICRO_BATCH = 2, 6, 8  # of the episodes on which KL and time are measured
-BF16_SHARE = 20
-"""In bf16 a twentieth of the completions, no long ones, and one round: without AVX-512 torch's bf16 products take 30
-times as long."""
+GROUPS, ROLLOUTS, MICRO_BATCH = 2, 6, 8
+"""Scenarios, rollouts of each, and episodes in a forward pass of the learner, where KL and time are measured."""
+BF16_DIVISOR = 20
+"""bf16 gets this many times fewer completions, no long ones, and one round: without AVX-512 torch's bf16 products take
+30 times as long."""
 
 
 def recording(item: Scenario) -> Tensor:
-    """fp32 [chunks, 3200]: what the user says to a model that only listens."""
+    """The user's audio when the model only listens, fp32 [chunks, 3200]."""
     user, heard, chunks = item.user(), None, []
     for _ in range(item.chunks):
         chunks.append(user.next_chunk(heard))
@@ -58,28 +62,29 @@ def recording(item: Scenario) -> Tensor:
 
 @dataclass(frozen=True)
 class Completions:
-    """What the sessions that heard one recording sampled."""
+    """Counts of the completions of one recording."""
 
     count: int
-    distinct: int  # sequences of tokens
-    distinct_rows: int  # sequences of row digests
-    chunks: int
-    rows: int  # of the longest completion's context
+    distinct: int  # distinct sequences of tokens
+    distinct_rows: int  # distinct sequences of row digests
+    chunks: int  # length of the recording
+    rows: int  # length of the longest context
 
 
 def completions(variant: Variant, heard: Tensor, others: Sequence[Tensor], count: int) -> Completions:
-    """``heard`` fp32 [chunks, 3200], ``others`` the recordings that sessions beside it hear; temperature 0."""
+    """Samples ``count`` completions of a recording ``heard`` fp32 [chunks, 3200] at temperature 0; ``others``: the
+    recordings that the other sessions hear."""
     load = random.Random(SEED)
-    longest = context_rows(len(heard) + MOST_AHEAD, words_per_chunk=1)
+    longest = context_rows(len(heard) + MAX_AHEAD, words_per_chunk=1)
     seen: dict[tuple[int, ...], int] = {}
     digests: set[tuple[int, ...]] = set()
     rows = 0
     with variant.active():
-        engine = session_engine(variant, MOST_TOGETHER + MOST_OTHERS, longest)
+        engine = session_engine(variant, MAX_TOGETHER + MAX_OTHERS, longest)
         while (made := sum(seen.values())) < count:
-            together = min(load.randint(1, MOST_TOGETHER), count - made)
-            ahead = load.randint(0, MOST_AHEAD)
-            other_audio = [others[load.randrange(len(others))] for _ in range(load.randint(0, MOST_OTHERS))]
+            together = min(load.randint(1, MAX_TOGETHER), count - made)
+            ahead = load.randint(0, MAX_AHEAD)
+            other_audio = [others[load.randrange(len(others))] for _ in range(load.randint(0, MAX_OTHERS))]
             other_sessions = [engine.open(0, 0.0) for _ in other_audio]
             for chunk in range(ahead if other_audio else 0):
                 engine.append(other_sessions, [Observation(x[chunk % len(x)]) for x in other_audio])
@@ -99,12 +104,11 @@ def completions(variant: Variant, heard: Tensor, others: Sequence[Tensor], count
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one round: sampling a batch of episodes, the learner's gradient of it, and the further forward pass
-    that importance weights need."""
+    """Time of one round."""
 
-    sample_s: float
-    learn_s: float
-    weigh_s: float
+    sample_s: float  # sampling a batch of episodes
+    learn_s: float  # the learner's gradient
+    weigh_s: float  # the further forward pass that importance weights need
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,13 @@ class Measured:
     """One variant's mismatch on its own samples, and its cost in each round."""
 
     mismatch: Mismatch
-    worst_k3: float  # of any episode
+    worst_k3: float  # the largest mean k3 of any episode, nats
     costs: tuple[Cost, ...]
 
 
 def measured(variants: Sequence[Variant], rounds: int) -> list[Measured]:
-    """All variants by turns, round by round, so that a busy moment of the machine hits all of them; in fp32 one more
-    round before warms up."""
+    """Measures all variants, alternating in each round, so that other load on the machine affects all of them. In fp32
+    there is one more round before, to warm up."""
     bank, config = SpeechBank.open(), ScenarioConfig()
     items = [config.in_turn(i, "train", i, bank) for i in range(GROUPS)]
     plays = [Play(item, r) for item in items for r in range(ROLLOUTS)]
@@ -145,7 +149,7 @@ def _round(variant: Variant, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     g = gradient_of(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, MICRO_BATCH)
     clock.append(time.perf_counter())
-    whole(variant, episodes, MICRO_BATCH)
+    uncached(variant, episodes, MICRO_BATCH)
     clock.append(time.perf_counter())
     lengths = [len(e.text.chunk) for e in episodes]
     parts = [
@@ -156,7 +160,8 @@ def _round(variant: Variant, plays: Sequence[Play]) -> tuple[Cost, list[Mismatch
 
 
 def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int) -> list[Table]:
-    """The lesson's table for each dtype, and the counts of completions in full."""
+    """The table that compares the variants for each dtype, and the counts of completions in full. ``count``,
+    ``long_count``: completions of a short and of a long recording; ``rounds`` of timing, 0 for none."""
     costs = measured(variants, rounds) if rounds else []
     bank, config = SpeechBank.open(), ScenarioConfig()
     heard = [recording(item) for item in config.of_each(4, "held_out", bank)]
@@ -164,7 +169,7 @@ def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int
     counts = []
     for variant in variants:
         slow = variant.dtype == "bfloat16"
-        wanted = ((heard[0], -(-count // BF16_SHARE) if slow else count), (long, 0 if slow else long_count))
+        wanted = ((heard[0], -(-count // BF16_DIVISOR) if slow else count), (long, 0 if slow else long_count))
         counts.append([completions(variant, x, heard[1:], n) for x, n in wanted if n])
     every = Table(
         "Distinct completions at temperature 0 under varying load",
@@ -174,8 +179,8 @@ def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int
             for variant, of in zip(variants, counts, strict=True)
             for c in of
         ],
-        f"A round has 1 to {MOST_TOGETHER} sessions that hear the recording and 0 to {MOST_OTHERS} others, 0 to "
-        f"{MOST_AHEAD} chunks ahead. Distinct in bits: other log-prob rows, even if the same tokens.",
+        f"A round has 1 to {MAX_TOGETHER} sessions that hear the recording and 0 to {MAX_OTHERS} others, 0 to "
+        f"{MAX_AHEAD} chunks ahead. Distinct in bits: other log-prob rows, even if the same tokens.",
     )
     return [_lesson(variants, costs, counts), every] if rounds else [every]
 

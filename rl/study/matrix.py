@@ -1,10 +1,9 @@
-"""``python -m rl.study.matrix --checkpoint CKPT --out FOLDER``: what must not change bits, and whether it does.
+"""``python -m rl.study.matrix --checkpoint CKPT --out FOLDER``: measures what changes the bits of log-probs.
 
-For our kernels and for naive torch (`kernels.reference.naive`), in fp32 and bf16: tokens sampled once are scored in two
-ways that differ in one thing only (how many episodes run together, where chunks are cut, …), and every log-prob and row
-digest is compared bit for bit. Then the lesson's table (`rl.study.lesson`). Both are printed and written to
-FOLDER/matrix.json.
-"""
+For our kernels and for naive torch (`kernels.reference.naive`), in fp32 and bf16: the log-probs of the same tokens are
+computed in two ways that differ in one thing only (how many episodes run together, where the input is cut, …), and
+every log-prob and row digest is compared bit for bit. Then the table of `rl.study.lesson`. Both are printed and written
+to FOLDER/matrix.json."""
 
 from __future__ import annotations
 
@@ -33,7 +32,18 @@ from rl.environment import environment
 from rl.step.gradient import gradient_of
 from rl.step.identity import Mismatch
 from rl.study import lesson
-from rl.study.variants import DTYPES, Cuts, Scored, Variant, cached, engines, first_of, joined, load_variants, whole
+from rl.study.variants import (
+    DTYPES,
+    Cuts,
+    LogProbs,
+    Variant,
+    beside_others,
+    cached,
+    engines,
+    joined,
+    load_variants,
+    uncached,
+)
 from rollout.play import Play, play
 from rollout.record.episode import Episode, load_episodes, save_episodes
 from rollout.scenarios.registry import ScenarioConfig
@@ -46,15 +56,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the matrix."""
+    """One row of the matrix: two ways to compute the log-probs of the same tokens."""
 
-    axis: str
-    setting: str  # "this against that"
+    axis: str  # what differs between them
+    setting: str  # how, as "2 episodes against 1"
     variant: str
     dtype: str
     mismatch: Mismatch
 
     def row(self) -> list[Cell]:
+        """The cells, by `COLUMNS`."""
         m = self.mismatch
         k3 = m.k3_sum / max(m.num_tokens, 1)
         counts = [m.num_tokens, m.num_unequal, m.rows_unequal]
@@ -63,7 +74,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What matrix.json holds."""
+    """The content of matrix.json."""
 
     checkpoint: str
     weights_digest: str
@@ -84,21 +95,21 @@ def sampled(variant: Variant, engine: str, items: Sequence[Scenario], slots: int
 
 
 def comparisons(
-    variant: Variant, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: Scored
+    variant: Variant, items: Sequence[Scenario], tokens: Sequence[Episode], elsewhere: LogProbs
 ) -> Iterator[Comparison]:
-    """Every comparison of one variant. ``tokens``: the episodes whose tokens are scored; ``elsewhere``: the same tokens
-    scored by another process, `whole` and together."""
+    """Every comparison of one variant. ``tokens``: the episodes whose log-probs are computed; ``elsewhere``: their
+    log-probs from another process, `uncached` and together."""
 
-    def row(axis: str, setting: str, a: Scored, b: Scored) -> Comparison:
+    def row(axis: str, setting: str, a: LogProbs, b: LogProbs) -> Comparison:
         return Comparison(axis, setting, variant.name, variant.dtype, a.against(b))
 
     n = len(tokens)
-    alone, together = whole(variant, tokens), whole(variant, tokens, n)
+    alone, together = uncached(variant, tokens), uncached(variant, tokens, n)
     yield row("batch size", f"{n} episodes against 1", together, alone)
-    yield row("batch size", "2 episodes against 1", whole(variant, tokens, 2), alone)
+    yield row("batch size", "2 episodes against 1", uncached(variant, tokens, 2), alone)
     yield row("order", "reversed", _reversed(variant, tokens), together)
-    first = joined([first_of(variant, [e, tokens[(i + 1) % n]]) for i, e in enumerate(tokens)])
-    other = joined([first_of(variant, [e, tokens[(i + 2) % n]]) for i, e in enumerate(tokens)])
+    first = joined([beside_others(variant, [e, tokens[(i + 1) % n]]) for i, e in enumerate(tokens)])
+    other = joined([beside_others(variant, [e, tokens[(i + 2) % n]]) for i, e in enumerate(tokens)])
     yield row("neighbours", "another one", other, first)
     uncut = cached(variant, tokens, Cuts())
     for rows in (1, 7, 64):
@@ -118,64 +129,68 @@ def comparisons(
     try:
         for count in (2, 3):
             torch.set_num_threads(1)
-            one = whole(variant, tokens, n)
+            one = uncached(variant, tokens, n)
             torch.set_num_threads(count)
-            yield row("threads", f"{count} against 1", whole(variant, tokens, n), one)
+            yield row("threads", f"{count} against 1", uncached(variant, tokens, n), one)
     finally:
         torch.set_num_threads(threads)
     yield row("processes", "another process", elsewhere, together)
     for engine in engines(variant):
         many, single = (sampled(variant, engine, items, slots) for slots in (len(items), 1))
         yield Comparison(
-            f"engine {engine}", f"{n} sessions against 1", variant.name, variant.dtype, sampled_apart(many, single)
+            f"engine {engine}", f"{n} sessions against 1", variant.name, variant.dtype, compare_samplings(many, single)
         )
         yield Comparison(
-            f"engine {engine}", "sampler against learner", variant.name, variant.dtype, learner_apart(variant, many)
+            f"engine {engine}",
+            "sampler against learner",
+            variant.name,
+            variant.dtype,
+            compare_with_learner(variant, many),
         )
 
 
-def _reversed(variant: Variant, tokens: Sequence[Episode]) -> Scored:
-    scored = whole(variant, tokens[::-1], len(tokens))
+def _reversed(variant: Variant, tokens: Sequence[Episode]) -> LogProbs:
+    scored = uncached(variant, tokens[::-1], len(tokens))
     lengths = [len(e.text.sampled_at) for e in tokens[::-1]]
-    parts = [Scored(p, d) for p, d in zip(scored.logprob.split(lengths), scored.digest.split(lengths), strict=True)]
+    parts = [LogProbs(p, d) for p, d in zip(scored.logprob.split(lengths), scored.digest.split(lengths), strict=True)]
     return joined(parts[::-1])
 
 
-def sampled_apart(a: Sequence[Episode], b: Sequence[Episode]) -> Mismatch:
-    """Two samplings of the same plays. From the first token that is another one all count as unequal, and k1, k3 and
-    the largest gap are taken before it."""
+def compare_samplings(a: Sequence[Episode], b: Sequence[Episode]) -> Mismatch:
+    """Compares two samplings of the same plays. In an episode, all tokens from the first different one on count as
+    unequal; k1, k3 and the largest difference are of the tokens before it."""
     parts = []
     for x, y in zip(a, b, strict=True):
         n = max(len(x.text.sampled_at), len(y.text.sampled_at))
         both_have = min(len(x.text.sampled_at), len(y.text.sampled_at))
         xs, ys = (e.tokens[e.text.sampled_at[:both_have]] for e in (x, y))
         same = int((xs == ys).int().cumprod(0).sum())
-        first, second = (Scored(e.text.logprob[:same], e.text.digest[:same]) for e in (x, y))
+        first, second = (LogProbs(e.text.logprob[:same], e.text.digest[:same]) for e in (x, y))
         m = first.against(second)
         parts.append(Mismatch(n, m.num_unequal + n - same, m.rows_unequal + n - same, m.k1_sum, m.k3_sum, m.max_abs))
     return Mismatch.total(parts)
 
 
-def learner_apart(variant: Variant, episodes: Sequence[Episode], micro_batch: int = 8) -> Mismatch:
-    """What the sampler stored against what the learner finds under autograd."""
+def compare_with_learner(variant: Variant, episodes: Sequence[Episode], micro_batch: int = 8) -> Mismatch:
+    """Compares the log-probs that the sampler stored with the learner's, computed under autograd."""
     weights = [torch.ones(len(e.text.chunk)) for e in episodes]
     with variant.active():
         g = gradient_of(variant.model, episodes, weights, variant.vocabulary.classes, 1.0, micro_batch)
-    stored = Scored(torch.cat([e.text.logprob for e in episodes]), torch.cat([e.text.digest for e in episodes]))
-    return Scored(g.logprob, g.digest).against(stored)
+    stored = LogProbs(torch.cat([e.text.logprob for e in episodes]), torch.cat([e.text.digest for e in episodes]))
+    return LogProbs(g.logprob, g.digest).against(stored)
 
 
 def _elsewhere(folder: Path, episodes: Path, dtypes: Sequence[torch.dtype]) -> list[tuple[Any, Any]]:
-    """In another process: `whole`, together, of every variant; as arrays, which cross processes by value."""
+    """In another process: `uncached`, together, of every variant; as arrays, which cross processes by value."""
     tokens = load_episodes(episodes)
-    scored = [whole(variant, tokens, len(tokens)) for variant in load_variants(folder, dtypes)]
+    scored = [uncached(variant, tokens, len(tokens)) for variant in load_variants(folder, dtypes)]
     return [(s.logprob.numpy(), s.digest.numpy()) for s in scored]
 
 
 def invariance(
     folder: Path, variants: Sequence[Variant], dtypes: Sequence[torch.dtype], count: int
 ) -> list[Comparison]:
-    """The matrix over ``count`` episodes, whose tokens our first variant samples."""
+    """The comparisons for all variants over ``count`` episodes, which ``variants[0]`` samples."""
     items = scenarios(SpeechBank.open(), count)
     tokens = sampled(variants[0], "session", items, count)
     with tempfile.TemporaryDirectory() as temporary:
@@ -183,7 +198,7 @@ def invariance(
         save_episodes(path, tokens)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             arrays = pool.submit(_elsewhere, folder, path, dtypes).result()
-    elsewhere = [Scored(torch.from_numpy(p), torch.from_numpy(d)) for p, d in arrays]
+    elsewhere = [LogProbs(torch.from_numpy(p), torch.from_numpy(d)) for p, d in arrays]
     return [
         c
         for variant, other in zip(variants, elsewhere, strict=True)

@@ -1,7 +1,8 @@
-"""What the matrix compares: our kernels and naive torch, each with one checkpoint's weights, and ways to score tokens.
+"""What the matrix compares: our kernels and naive torch with one checkpoint's weights, and ways to compute log-probs.
 
-A `Variant` is a model whose weights are packed for one backend; `active` runs the ops through that backend. Every way
-to score gives the log-prob and row digest of the same sampled tokens, so that two ways can be compared bit for bit.
+A `Variant` is a model whose weights are packed for one backend; `active` runs the ops through that backend. `uncached`,
+`beside_others` and `cached` each compute the log-prob and row digest of the same sampled tokens, so that any two of
+their results can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from model.weights import checkpoint
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import Mismatch, compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
@@ -30,11 +31,14 @@ from rollout.record.episode import Episode
 from rollout.turn.vocabulary import Vocabulary
 
 DTYPES = (torch.float32, torch.bfloat16)
-SPARE_SLOTS = 4  # of a session state: for forks and for sessions that scatter the pages
+SPARE_SLOTS = 4
+"""Slots of a session state beyond two for each episode: for the sessions that put its free pages into another order."""
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A model of one backend and dtype."""
+
     name: str  # "ours" or "naive torch"
     dtype: str  # "float32" or "bfloat16"
     model: InteractionModel
@@ -43,6 +47,7 @@ class Variant:
 
     @staticmethod
     def load(name: str, folder: Path, dtype: torch.dtype) -> Variant:
+        """The checkpoint in ``folder`` as the variant ``name``; raises CheckpointError when it cannot be read."""
         backends: dict[str, Backend] = {"ours": dispatch.backend(), "naive torch": naive}
         backend = backends[name]
         with dispatch.substituted(backend):
@@ -51,18 +56,21 @@ class Variant:
         return Variant(name, short, model, Vocabulary.build(model.vocab), backend)
 
     def active(self) -> AbstractContextManager[None]:
+        """A block in which the ops run on the variant's backend."""
         return dispatch.substituted(self.backend)
 
 
 def load_variants(folder: Path, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Variant]:
+    """Both backends with the checkpoint's weights, in each dtype."""
     return [Variant.load(name, folder, dtype) for dtype in dtypes for name in ("ours", "naive torch")]
 
 
 Start = Callable[["Variant", int, int], AbstractContextManager[Engine]]
-"""Starts an engine for a variant: slots, longest context in tokens."""
+"""(variant, sessions at a time, longest context in tokens) -> an engine, closed at the end of the block."""
 
 
 def session_engine(variant: Variant, slots: int, max_tokens: int) -> Engine:
+    """The embedded engine with a variant's model; ``max_tokens``: longest context."""
     return SessionEngine(variant.model, variant.vocabulary, slots=slots, max_tokens=max_tokens)
 
 
@@ -83,61 +91,62 @@ def _vllm(variant: Variant, slots: int, max_tokens: int) -> Iterator[Engine]:
 
 
 def engines(variant: Variant) -> dict[str, Start]:
-    """Every engine there is for a variant, by name; each gets a row of its own. vLLM, where installed, runs our kernels
-    only."""
-    found: dict[str, Start] = {"session": _session}
+    """The engines that can run a variant, by name. vLLM, where installed, runs only our kernels."""
+    starts: dict[str, Start] = {"session": _session}
     if variant.name == "ours" and unavailable_reason() is None:
-        found["vllm"] = _vllm
-    return found
+        starts["vllm"] = _vllm
+    return starts
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Log-prob fp32 [N] and row digest int64 [N] of the sampled tokens of some episodes, one episode after another."""
+class LogProbs:
+    """Log-probs of the N sampled tokens of some episodes, one episode after another."""
 
-    logprob: Tensor
-    digest: Tensor
+    logprob: Tensor  # fp32 [N]
+    digest: Tensor  # int64 [N] of each token's whole row of log-probs
 
-    def against(self, other: Scored) -> Mismatch:
+    def against(self, other: LogProbs) -> Mismatch:
+        """This compared with ``other``, which counts as the sampler's."""
         return compare(other.logprob, self.logprob, other.digest, self.digest)
 
 
-def whole(variant: Variant, episodes: Sequence[Episode], together: int = 1) -> Scored:
-    """Without a cache, ``together`` episodes in one pass."""
+def uncached(variant: Variant, episodes: Sequence[Episode], together: int = 1) -> LogProbs:
+    """Computed without a cache, ``together`` episodes in one forward pass."""
     with torch.no_grad(), variant.active():
         parts = []
         for first in range(0, len(episodes), together):
             batch = collate(episodes[first : first + together], variant.model.audio_token_id)
-            logprob, _, digest = score_choices(
+            logprob, _, digest = choice_logprobs(
                 variant.model, batch, variant.vocabulary.classes, episodes[0].temperature
             )
             parts.append((logprob, digest))
     logprobs, digests = zip(*parts, strict=True)
-    return Scored(torch.cat(logprobs).cpu(), torch.cat(digests).cpu())
+    return LogProbs(torch.cat(logprobs).cpu(), torch.cat(digests).cpu())
 
 
-def first_of(variant: Variant, episodes: Sequence[Episode]) -> Scored:
-    """The first episode's tokens, with all episodes in one pass."""
-    scored, n = whole(variant, episodes, len(episodes)), len(episodes[0].text.sampled_at)
-    return Scored(scored.logprob[:n], scored.digest[:n])
+def beside_others(variant: Variant, episodes: Sequence[Episode]) -> LogProbs:
+    """The first episode's log-probs, computed in one pass with the other episodes."""
+    scored, n = uncached(variant, episodes, len(episodes)), len(episodes[0].text.sampled_at)
+    return LogProbs(scored.logprob[:n], scored.digest[:n])
 
 
-def joined(parts: Sequence[Scored]) -> Scored:
-    return Scored(torch.cat([p.logprob for p in parts]), torch.cat([p.digest for p in parts]))
+def joined(parts: Sequence[LogProbs]) -> LogProbs:
+    """The parts' tokens, one part after another."""
+    return LogProbs(torch.cat([p.logprob for p in parts]), torch.cat([p.digest for p in parts]))
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """How sessions are fed: rows of each call, all sessions in lockstep; 0 is everything in one call."""
+    """How sessions are fed; all sessions in lockstep."""
 
-    rows: int = 0
-    micro_turns: bool = False  # cut where the sessions sampled, instead
-    fork_at: int = 0  # each session goes on in a fork from this row; 0 for none
-    scattered: bool = False  # the pages lie in another order
+    rows: int = 0  # rows of each session in a call; 0: all in one call
+    micro_turns: bool = False  # cut where the sessions sampled instead of every ``rows`` rows
+    fork_at: int = 0  # each session is replaced by a fork of it at this row; 0: no fork
+    scattered: bool = False  # the cache's pages are taken in a shuffled order
 
 
-def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
-    """Through a session's cache."""
+def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> LogProbs:
+    """Computed through the sessions' cache, fed as ``cuts`` says."""
     longest = max(int(e.text.sampled_at[-1]) for e in episodes)
     slots = 2 * len(episodes) + SPARE_SLOTS
     with torch.no_grad(), variant.active():
@@ -145,7 +154,7 @@ def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
         state = SessionState(model.config, slots, longest, model.dtype, max_rows=len(episodes) * longest)
         if cuts.scattered:
             _scatter(state, longest)
-        mine = [state.open() for _ in episodes]
+        slot_of = [state.open() for _ in episodes]
         ends = [_ends(e, cuts) for e in episodes]
         hidden: list[list[Tensor]] = [[] for _ in episodes]
         inputs = Inputs.cat(episodes, model.audio_token_id)
@@ -154,9 +163,9 @@ def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
             spans = [(e, ends[e][call - 1] if call else 0, ends[e][call]) for e in turn]
             for e, first, _ in spans:
                 if cuts.fork_at and first == cuts.fork_at:
-                    mine[e] = state.fork(mine[e])
+                    slot_of[e] = state.fork(slot_of[e])
             lengths = [end - first for _, first, end in spans]
-            segments = state.extend([mine[e] for e in turn], lengths)
+            segments = state.extend([slot_of[e] for e in turn], lengths)
             out = model(inputs.part(spans, segments), state)
             for e, rows in zip(turn, out.split(lengths), strict=True):
                 hidden[e].append(rows)
@@ -166,7 +175,7 @@ def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> Scored:
         logprob, _, digest = variant.vocabulary.classes.logprob(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
         )
-    return Scored(logprob.cpu(), digest.cpu())
+    return LogProbs(logprob.cpu(), digest.cpu())
 
 
 def _ends(episode: Episode, cuts: Cuts) -> list[int]:

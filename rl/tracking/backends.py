@@ -1,7 +1,8 @@
-"""One class for what each tracker can do beyond metrics, around accelerate's own tracker of that name.
+"""A class for each tracker, around accelerate's tracker of that name.
 
-accelerate gives start, metrics, configuration and end; pictures, sound, artifacts and going on with an interrupted run
-are each library's own. A tracker without a class here gets metrics only. Runs in the thread of `rl.tracking.tracker`.
+accelerate's tracker starts, logs metrics and the recipe, and ends; pictures, sound, artifacts and resuming are done by
+each library's own calls. Trackers without a class of their own get metrics only (`MetricsOnly`). All runs in the thread
+of `rl.tracking.tracker`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 from accelerate import tracking as accelerate_tracking
 
+from model.program.recipe import flat
 from rl.tracking.samples import SAMPLE_RATE_HZ, Sample
-from rl.tracking.settings import Place, Record, TrackingConfig
+from rl.tracking.settings import Record, RunIdentity, TrackingConfig
 
 # accelerate's logger and its decorator for the first process ask for accelerate's own `PartialState`, which would join
 # processes, set threads and the environment. Ours have joined (`rl.learner.ranks`), and only the first one has
@@ -24,15 +26,15 @@ from rl.tracking.settings import Place, Record, TrackingConfig
 accelerate_tracking.logger = logging.getLogger("accelerate.tracking")
 
 
-class Plain:
+class MetricsOnly:
     """Metrics only: any tracker that accelerate knows."""
 
-    def __init__(self, kind: str, config: TrackingConfig, place: Place) -> None:
+    def __init__(self, kind: str, config: TrackingConfig, run: RunIdentity) -> None:
         """Starts the tracker, and so may take long or raise whatever its library raises."""
         self.config = config
-        self.place = place
+        self.run = run
         kinds = accelerate_tracking.LOGGER_TYPE_TO_CLASS[kind]
-        folder = [str(place.folder)] if kinds.requires_logging_directory else []
+        folder = [str(run.folder)] if kinds.requires_logging_directory else []
         self.inner = kinds(self.project(), *folder, **self.options())
         self.inner.main_process_only = False
         self.inner.start()
@@ -43,47 +45,51 @@ class Plain:
         return self.config.project
 
     def options(self) -> dict[str, Any]:
-        """What the library's own start takes."""
+        """Further arguments for the start of accelerate's tracker."""
         return {}
 
     def last_written(self) -> int:
-        """The last step that an interrupted run's tracker has kept; -1 for none, unknown counts as all."""
+        """The last step that the tracker kept of an interrupted run: -1 for none; where it cannot be known, a number
+        above all steps, so that none is logged twice."""
         return 2**62
 
     def configure(self) -> None:
-        self.inner.store_init_configuration(dict(_flat(self.place.recipe)))
+        """Logs the recipe."""
+        self.inner.store_init_configuration(dict(_flat(self.run.recipe)))
 
     def log(self, record: Record) -> None:
         self.inner.log(dict(record.metrics), step=record.step)
 
     def artifact(self, folder: Path) -> None:
-        """Not every tracker has artifacts."""
+        """Logs a folder's files, if the tracker has artifacts."""
 
     def finish(self) -> None:
         self.inner.finish()
 
 
-class Wandb(Plain):
+class Wandb(MetricsOnly):
+    """In RUN/wandb, and on the server if online; pictures and sound as media."""
+
     def options(self) -> dict[str, Any]:
         import wandb
 
         settings = wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True)
         return {
-            "name": self.place.name,
-            "id": self.place.id,
+            "name": self.run.name,
+            "id": self.run.id,
             "resume": "allow" if self.config.mode == "online" else None,
             "mode": self.config.mode,
-            "dir": str(self.place.folder),
+            "dir": str(self.run.folder),
             "settings": settings,
         }
 
     def last_written(self) -> int:
-        """Online the server knows. Offline ``resume`` means nothing: each part of the run has a folder of its own under
-        the same id (`wandb sync` puts them together), and the parts' files know."""
+        """Online, from the server. Offline, where wandb ignores ``resume`` and each part of the run has a folder of its
+        own with the same id (`wandb sync` joins them), from the files of all parts."""
         if self.config.mode == "online":
             return int(self.inner.tracker.starting_step) - 1
-        pattern = f"wandb/offline-run-*-{self.place.id}/run-{self.place.id}.wandb"
-        return max((step for path in self.place.folder.glob(pattern) for step, _ in wandb_history(path)), default=-1)
+        pattern = f"wandb/offline-run-*-{self.run.id}/run-{self.run.id}.wandb"
+        return max((step for path in self.run.folder.glob(pattern) for step, _ in wandb_history(path)), default=-1)
 
     def log(self, record: Record) -> None:
         import wandb
@@ -105,17 +111,18 @@ class Wandb(Plain):
         self.inner.tracker.log_artifact(kept)
 
 
-class TensorBoard(Plain):
-    """In RUN/tensorboard, each part of an interrupted run in a file of its own."""
+class TensorBoard(MetricsOnly):
+    """Writes into RUN/tensorboard, a new file each time the run is resumed."""
 
     def project(self) -> str:
         return "tensorboard"
 
     def options(self) -> dict[str, Any]:
-        """The last step on disk may be there by half: readers are told to forget it, and it is written again."""
+        """The last step on disk may be incomplete: readers are told to drop it (``purge_step``), and it is written
+        again."""
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-        files = sorted((self.place.folder / "tensorboard").glob("events.out.tfevents.*"))
+        files = sorted((self.run.folder / "tensorboard").glob("events.out.tfevents.*"))
         self._last = max((event.step for file in files for event in EventFileLoader(str(file)).Load()), default=-1)
         return {"purge_step": self._last} if self._last >= 0 else {}
 
@@ -123,8 +130,8 @@ class TensorBoard(Plain):
         return self._last - 1 if self._last >= 0 else -1
 
     def configure(self) -> None:
-        """As text: accelerate's would make a run beside this one in the list."""
-        recipe = "\n".join(f"{key}: {value}  " for key, value in _flat(self.place.recipe))
+        """As text, because accelerate's way adds a second run to TensorBoard's list."""
+        recipe = "\n".join(f"{key}: {value}  " for key, value in _flat(self.run.recipe))
         if self._last < 0:
             self.inner.tracker.add_text("recipe", recipe)
 
@@ -137,9 +144,11 @@ class TensorBoard(Plain):
         self.inner.log(numbers, step=record.step)
 
 
-class Trackio(Plain):
+class Trackio(MetricsOnly):
+    """In trackio's own database; pictures and sound as media."""
+
     def options(self) -> dict[str, Any]:
-        """Trackio knows runs by name and has them all in one folder of its own."""
+        """Trackio identifies a run by its name, among all runs in trackio's own folder."""
         return {"name": self._name(), "resume": "allow", "auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
 
     def last_written(self) -> int:
@@ -149,7 +158,7 @@ class Trackio(Plain):
         return -1 if last is None else int(last)
 
     def configure(self) -> None:
-        self.inner.tracker.config.update(dict(_flat(self.place.recipe)))
+        self.inner.tracker.config.update(dict(_flat(self.run.recipe)))
 
     def log(self, record: Record) -> None:
         import trackio
@@ -163,14 +172,15 @@ class Trackio(Plain):
         self.inner.log({**metrics, **media}, step=record.step)
 
     def _name(self) -> str:
-        return f"{self.place.name}-{self.place.id}"
+        return f"{self.run.name}-{self.run.id}"
 
 
-KINDS: dict[str, type[Plain]] = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
+TRACKERS: dict[str, type[MetricsOnly]] = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
 
 
-def start(kind: str, config: TrackingConfig, place: Place) -> Plain:
-    return KINDS.get(kind, Plain)(kind, config, place)
+def start(kind: str, config: TrackingConfig, run: RunIdentity) -> MetricsOnly:
+    """Starts the tracker ``kind``. Raises whatever its library raises."""
+    return TRACKERS.get(kind, MetricsOnly)(kind, config, run)
 
 
 def wandb_history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -203,11 +213,7 @@ def _samples(record: Record) -> list[Sample]:
     return [] if record.sampled is None else list(record.sampled())
 
 
-def _flat(recipe: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """``{"rl": {"steps": 20}}`` as ("rl.steps", 20): the names that the command line has, values that every tracker
-    takes."""
-    for key, value in recipe.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)
+def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
+    """The recipe's fields by their names on the command line, with values that every tracker takes."""
+    for name, value in flat(recipe):
+        yield name, value if isinstance(value, bool | int | float | str) else str(value)

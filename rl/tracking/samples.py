@@ -1,8 +1,7 @@
-"""Sampled episodes for trackers: a picture of the timeline, and the sound that the model heard.
+"""Sampled episodes for trackers: a picture of the timeline, and the audio that the model heard.
 
-An episode keeps dMel codes, which no sound can be made from; but a scenario and the model's actions determine what its
-user says, so the sound is made again. matplotlib is only imported where something is drawn.
-"""
+An episode keeps dMel codes, from which audio cannot be restored. But the scenario and the model's actions determine
+what the user says, so the audio is made again. matplotlib is imported only where something is drawn."""
 
 from __future__ import annotations
 
@@ -41,6 +40,7 @@ def samples(episodes: Sequence[Episode], bank: SpeechBank, config: ScenarioConfi
 
 
 def sample(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> Sample:
+    """The picture and sound of one episode."""
     said = " ".join(word for action in episode.actions for word in action.words) or "nothing"
     return Sample(
         episode.family, f"{episode.name}: {said}", picture(moments(episode), episode.name), heard(episode, bank, config)
@@ -48,7 +48,7 @@ def sample(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> Sample
 
 
 def heard(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> NDArray[np.float32]:
-    """fp32 [samples]: what the user of the episode's scenario says to the episode's actions, clipped to [-1, 1]."""
+    """The user's audio in the episode, fp32 [samples] at SAMPLE_RATE_HZ, clipped to [-1, 1]."""
     family, split, seed = episode.scenario.split("/")
     played = config.scenario(family, cast(Split, split), int(seed), bank)
     audio, _, _ = enact(played, lambda user: lambda k: episode.actions[k])
@@ -56,7 +56,8 @@ def heard(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> NDArray
 
 
 def picture(rows: Sequence[Moment], title: str) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3]: loudness with what is taken for speech, the model's words, and their log-probs."""
+    """A picture uint8 [height, width, 3] of an episode: loudness, with chunks taken for speech in blue; the model's
+    words; the log-prob of each chunk."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Which trackers a recipe names, whether they can be had, and what they are given."""
+"""The recipe's settings for trackers, their check, and the records that trackers get."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from rl.tracking.samples import Sample
 
 LOCAL = ("tensorboard", "trackio", "wandb")
-"""Trackers that keep to this machine when ``mode`` is offline."""
+"""Trackers that use no network when ``mode`` is offline."""
 
 Metrics = Mapping[str, float | int | str]
 Sampled = Callable[[], Sequence["Sample"]]
-"""Draws a step's sampled episodes; called in the tracker's thread."""
+"""Makes the pictures and sound of a step's sampled episodes; called in the tracker's thread."""
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
+    """The part of a run's recipe that names trackers."""
+
     trackers: tuple[str, ...] = ()  # wandb, tensorboard, trackio, or another one that accelerate knows
     mode: Literal["offline", "online"] = "offline"  # offline keeps everything on this machine (`wandb sync` uploads)
     project: str = "metronome"
@@ -29,18 +31,20 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class Record:
+    """One step to log."""
+
     step: int
     metrics: Metrics
-    sampled: Sampled | None = None
+    sampled: Sampled | None = None  # None: no episodes are logged with this step
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a tracker must know of the run."""
+class RunIdentity:
+    """The run as a tracker identifies it."""
 
     name: str
-    id: str  # of this folder's run; another run of that name has another one
-    folder: Path
+    id: str  # kept in the run's folder: equal after a resume, different for another run of the same name
+    folder: Path  # the run's
     recipe: Mapping[str, Any]
 
 

@@ -1,8 +1,8 @@
-"""Metrics and sampled episodes to the experiment trackers that the recipe names; they may never cost the run anything.
+"""Sends metrics and sampled episodes to the experiment trackers that the recipe names, without ever delaying the run.
 
-Each tracker (`rl.trackers`, by way of ``accelerate.tracking``) works in a thread of its own, fed by a queue: a slow
-disk or network delays nobody. Whatever goes wrong in there becomes one warning and ends that tracker, never the run.
-Nothing of accelerate or of a tracking library is imported when the list is empty.
+Each tracker (`rl.tracking.backends`, by way of ``accelerate.tracking``) works in a thread of its own, fed by a queue,
+so that a slow disk or network does not slow training. Any error in the thread becomes one warning and ends that
+tracker, never the run. Without trackers, neither accelerate's trackers nor any tracking library is imported.
 
 **Each step once, however often the run is interrupted.** What is handed over is written to RUN/tracking/journal.jsonl
 first, as a line a step. A resumed run repeats the steps since its checkpoint with the same bits; those in the journal
@@ -23,18 +23,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl.tracking.settings import Metrics, Place, Record, Sampled, TrackingConfig
+from rl.tracking.settings import Metrics, Record, RunIdentity, Sampled, TrackingConfig
 
 CLOSE_TIMEOUT_S = 20.0
 FOLDER = "tracking"
-"""In a run's folder: the journal, and the id by which trackers know the run again."""
+"""Subfolder of a run's folder with the journal, and the id by which trackers recognise a resumed run."""
 
 
 class Tracker:
     """Owns the journal and a thread for each tracker. Without trackers every method does nothing."""
 
     def __init__(self, config: TrackingConfig, name: str, folder: Path, recipe: Mapping[str, Any]) -> None:
-        """``folder``: of the run, which may hold the journal of its earlier part."""
+        """``folder``: the run's, which holds a journal if the run is resumed."""
         self._threads: list[_Thread] = []
         self._last = -1
         if config.trackers:
@@ -42,11 +42,11 @@ class Tracker:
             before = self._quietly(lambda: _earlier(self._journal)) or []
             identity = self._quietly(lambda: _identity(folder / FOLDER / "id")) or secrets.token_hex(4)
             self._last = max((record.step for record in before), default=-1)
-            place = Place(name, identity, folder, recipe)
-            self._threads = [_Thread(kind, config, place, before) for kind in config.trackers]
+            run = RunIdentity(name, identity, folder, recipe)
+            self._threads = [_Thread(kind, config, run, before) for kind in config.trackers]
 
     def log(self, step: int, metrics: Metrics, sampled: Sampled | None = None) -> None:
-        """A step that was logged before, as a resumed run's first ones may have been, is left out."""
+        """Logs a step, unless it was logged before the run was resumed."""
         if not self._threads or step <= self._last:
             return
         self._last = step
@@ -56,12 +56,13 @@ class Tracker:
             thread.put(Record(step, dict(metrics), sampled))
 
     def artifact(self, folder: Path) -> None:
-        """A folder's files as an artifact of its name, where a tracker has such; they must stay as they are."""
+        """Logs a folder's files as an artifact, named as the folder, where a tracker has artifacts. The files must not
+        change afterwards."""
         for thread in self._threads:
             thread.put(folder)
 
     def close(self) -> None:
-        """Waits a limited time for what is still queued."""
+        """Waits at most `CLOSE_TIMEOUT_S` for what is still queued."""
         until = time.monotonic() + CLOSE_TIMEOUT_S
         for thread in self._threads:
             thread.put(None)
@@ -81,10 +82,10 @@ class Tracker:
 class _Thread:
     """Owns one tracker and the thread that it works in."""
 
-    def __init__(self, kind: str, config: TrackingConfig, place: Place, before: Sequence[Record]) -> None:
+    def __init__(self, kind: str, config: TrackingConfig, run: RunIdentity, before: Sequence[Record]) -> None:
         self._kind = kind
         self._queue: queue.SimpleQueue[Record | Path | None] = queue.SimpleQueue()
-        arguments = (config, place, before)
+        arguments = (config, run, before)
         self._thread = threading.Thread(target=self._work, args=arguments, name=f"tracking {kind}", daemon=True)
         self._thread.start()
 
@@ -98,11 +99,11 @@ class _Thread:
             text = f"tracking: {self._kind} did not finish in {CLOSE_TIMEOUT_S:.0f} s; left behind"
             warnings.warn(text, stacklevel=3)
 
-    def _work(self, config: TrackingConfig, place: Place, before: Sequence[Record]) -> None:
+    def _work(self, config: TrackingConfig, run: RunIdentity, before: Sequence[Record]) -> None:
         try:
             from rl.tracking.backends import start
 
-            tracker = start(self._kind, config, place)
+            tracker = start(self._kind, config, run)
             for record in before:
                 if record.step > tracker.written:
                     tracker.log(record)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_train import launch, summary
-from tests.reward.test_source import untrained
+from tests.support.models import reward_model
 
 LEARNED = [
     "--warmstart.steps",
@@ -31,7 +31,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_learned_rewards_resume_and_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     for seed, axis in ((1, "timing"), (2, "content")):
-        untrained(seed, axis).save(tmp_path / axis)
+        reward_model((axis,), seed).save(tmp_path / axis)
     models = [*LEARNED, "--source.models", f"[{tmp_path / 'timing'}, {tmp_path / 'content'}]"]
 
     first = launch(tmp_path, "--name", "first", *models)
@@ -64,6 +64,6 @@ def test_learned_rewards_resume_and_do_not_depend_on_the_number_of_processes(tmp
     assert summary(tmp_path, "alone")["proxy/before"] == found["proxy/before"]
 
     shutil.rmtree(cut / "checkpoints" / "step_000004")
-    untrained(3, "timing").save(tmp_path / "timing")
+    reward_model(("timing",), 3).save(tmp_path / "timing")
     replaced = launch(tmp_path, "--name", "cut", "--resume", "true", *models)
     assert replaced.returncode != 0 and "source.models: other weights" in replaced.stderr

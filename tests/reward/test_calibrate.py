@@ -28,9 +28,9 @@ def test_the_true_temperature_is_found(temperature: float) -> None:
 def test_expected_calibration_error_by_hand() -> None:
     # confidences 0.75 (three pairs, two right) and nearly 1 (one pair, wrong)
     d = np.array([np.log(3), np.log(3), -np.log(3), -50.0])
-    found = reliability(d, 1.0)
-    assert found.count.tolist() == [3, 1]
-    assert found.error == pytest.approx((3 * (0.75 - 2 / 3) + 1.0) / 4)
+    result = reliability(d, 1.0)
+    assert result.count.tolist() == [3, 1]
+    assert result.error == pytest.approx((3 * (0.75 - 2 / 3) + 1.0) / 4)
 
 
 def test_no_difference_is_half_right() -> None:

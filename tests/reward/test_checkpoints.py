@@ -18,8 +18,8 @@ from reward.learned.model import RewardModel
 from reward.learned.preference import save_preferences
 from reward.train import BackboneRecipe, RewardTrainConfig, train
 from tests.model.damage import Payload, flip_bit
-from tests.reward.test_model import reward_model
 from tests.reward.test_trainable import pairs
+from tests.support.models import reward_model
 
 RECIPE = "name: r\n"
 SETTINGS = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}

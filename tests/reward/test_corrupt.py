@@ -134,7 +134,7 @@ def test_swap_changes_words_and_nothing_else() -> None:
 def test_talk_over_begins_while_the_user_speaks() -> None:
     for seed in range(10):
         edits = FAULTS["talk_over"](PLAY, runs(ACTIONS)[0], 2, np.random.default_rng(seed))
-        assert edits is not None and PLAY.loud[min(edits)] and len(edits) == 2
+        assert edits is not None and PLAY.user_speaks[min(edits)] and len(edits) == 2
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from reward.learned.preference import table
 from reward.learned.trainable import Collator, Trainable, doubt
 from reward.train import BackboneRecipe, RewardTrainConfig, _backbone, _optimizer
 from tests.kernels.contract import normal, threads
-from tests.reward.test_model import VOCABULARY, reward_model
 from tests.reward.test_trainable import AXES, pairs
+from tests.support.models import VOCABULARY, reward_model
 
 MARGINS = torch.tensor([0.0, 0.1, 1.0, 6.0])
 

@@ -16,32 +16,10 @@ from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.weights import checkpoint, manifest
 from reward.learned.model import RewardModel, episode_scores
-from rollout.record.transcript import Transcript, write_transcript
-from rollout.turn.action import CHUNK_FRAMES, LISTEN, speak
-from rollout.turn.grammar import Grammar, chunk_ends
-from rollout.turn.vocabulary import Vocabulary
+from rollout.record.transcript import Transcript
+from rollout.turn.grammar import chunk_ends
 from tests.kernels.contract import uneven
-
-VOCABULARY = Vocabulary.build(256)
-
-
-def conversation(seed: int, chunks: int, words_per_chunk: int = 2) -> Transcript:
-    """Random audio codes and actions."""
-    pick = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    actions = [pick.choice([LISTEN, LISTEN, speak("breathe"), speak("thank", "you")]) for _ in range(chunks)]
-    codes = torch.randint(16, (chunks, CHUNK_FRAMES, 80), generator=generator, dtype=torch.uint8)
-    return write_transcript(codes, actions, Grammar(VOCABULARY, words_per_chunk))
-
-
-def reward_model(axes: tuple[str, ...] = ("timing", "content"), seed: int = 0) -> RewardModel:
-    backbone = InteractionModel(preset("tiny"))
-    backbone.init_weights(seed)
-    model = RewardModel.build(backbone, axes)
-    with torch.no_grad():
-        model.heads.weight.copy_(torch.randn(model.heads.weight.shape, generator=torch.Generator().manual_seed(seed)))
-    model.repack()
-    return model
+from tests.support.models import VOCABULARY, conversation, reward_model
 
 
 @pytest.fixture(scope="module")

@@ -36,13 +36,13 @@ def played(item: Scenario, rewards: dict[int, float], mark: int) -> Played:
 def test_aligned_stretches_hold_a_chunk_that_is_rewarded_differently(item: Scenario) -> None:
     """Both plays are rewarded in chunk 5, which says nothing; they differ in 30 only."""
     good, bad = played(item, {5: 1.0, 30: 1.0}, 1), played(item, {5: 1.0, 30: -1.0}, 2)
-    found = list(segment_preferences("timing", [good, bad], 200, np.random.default_rng(0), aligned=True))
-    assert len(found) > 150  # nearly none is wasted on stretches that tie
-    for preference in found:
+    result = list(segment_preferences("timing", [good, bad], 200, np.random.default_rng(0), aligned=True))
+    assert len(result) > 150  # nearly none is wasted on stretches that tie
+    for preference in result:
         better, worse = preference.chosen, preference.rejected
         assert (int(better.tokens), int(worse.tokens), preference.margin) == (1, 2, 2.0)
         assert (better.first, better.end) == (worse.first, worse.end) and better.first <= 30 < better.end
-    assert min(p.chosen.end - p.chosen.first for p in found) == 1
+    assert min(p.chosen.end - p.chosen.first for p in result) == 1
 
 
 def test_equal_plays_give_no_aligned_stretch(item: Scenario) -> None:

@@ -15,7 +15,7 @@ import torch
 from kernels.errors import MetronomeError
 from model.tokenizer import AUDIO
 from reward.learned.preference import Preference, Stretch, check, from_row, load_preferences, save_preferences, to_row
-from tests.reward.test_model import conversation
+from tests.support.models import conversation
 
 
 def stretch(seed: int, chunks: int = 6, first: int = 0, end: int | None = None) -> Stretch:

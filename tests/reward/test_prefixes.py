@@ -8,11 +8,11 @@ import torch
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from reward.learned.model import RewardModel
-from reward.learned.prefixes import LEAST_ROWS, Stem, tree
+from reward.learned.prefixes import MIN_SHARED_ROWS, Node, tree
 from rollout.record.transcript import Transcript, write_transcript
 from rollout.turn.action import CHUNK_FRAMES, LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
-from tests.reward.test_model import VOCABULARY, conversation, reward_model
+from tests.support.models import VOCABULARY, conversation, reward_model
 
 CHUNKS = 30
 
@@ -32,7 +32,7 @@ GROUP = [
     talk({}, heard_from=20),
     talk({}),  # an equal twin
     talk({}, chunks=18),  # the beginning of the first
-    talk({0: speak("breathe")}),  # differs before a stem is worth it
+    talk({0: speak("breathe")}),  # differs before a node is worth it
     conversation(5, 12),  # another scenario
 ]
 
@@ -42,26 +42,26 @@ def model() -> RewardModel:
     return reward_model()
 
 
-def paths(stems: list[Stem]) -> list[tuple[Stem, ...]]:
-    return [(stem, *rest) for stem in stems for rest in (paths(stem.branches) or [()])]
+def paths(nodes: list[Node]) -> list[tuple[Node, ...]]:
+    return [(node, *rest) for node in nodes for rest in (paths(node.children) or [()])]
 
 
-def test_every_row_is_in_one_stem_of_its_path() -> None:
+def test_every_row_is_in_one_node_of_its_path() -> None:
     roots = tree(GROUP, VOCABULARY.audio)
     covered = {m: [] for m in range(len(GROUP))}
     level = roots
     while level:
-        for stem in level:
-            assert stem.end > stem.first
-            lead = GROUP[stem.members[0]].tokens[: stem.end]
-            for m in stem.members:
-                covered[m] += range(stem.first, stem.end)
-                assert torch.equal(GROUP[m].tokens[: stem.end], lead)
-        level = [branch for stem in level for branch in stem.branches]
+        for node in level:
+            assert node.end > node.first
+            sample = GROUP[node.members[0]].tokens[: node.end]
+            for m in node.members:
+                covered[m] += range(node.first, node.end)
+                assert torch.equal(GROUP[m].tokens[: node.end], sample)
+        level = [child for node in level for child in node.children]
     assert all(covered[m] == list(range(len(GROUP[m].tokens))) for m in covered)
     sizes = [len(path) for path in paths(roots)]
     assert len(roots) == 3 and max(sizes) >= 3
-    assert all(s.end - s.first >= LEAST_ROWS for path in paths(roots) for s in path if len(s.members) > 1)
+    assert all(s.end - s.first >= MIN_SHARED_ROWS for path in paths(roots) for s in path if len(s.members) > 1)
 
 
 def test_shared_rows_are_read_once_and_give_everybodys_bits(
@@ -78,9 +78,9 @@ def test_shared_rows_are_read_once_and_give_everybodys_bits(
     with torch.no_grad():
         expected = [model([one])[0] for one in GROUP]
     separate, rows[:] = sum(rows), []
-    found = model.score(GROUP)
+    result = model.score(GROUP)
     assert sum(rows) < 0.65 * separate
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     order = [6, 3, 0, 7, 2, 5, 1, 4]
     assert all(torch.equal(a, expected[i]) for a, i in zip(model.score([GROUP[i] for i in order]), order, strict=True))
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from kernels.errors import MetronomeError
-from model.backbone.transformer import InteractionModel
-from model.config import preset
 from reward.learned.model import RewardModel
 from reward.score import score
 from reward.source import RewardSource, SourceConfig
@@ -17,38 +15,25 @@ from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
+from tests.support.models import VOCABULARY, fresh_model, reward_model
 
 CONFIG = ScenarioConfig()
 
 
-def untrained(seed: int, *axes: str) -> RewardModel:
-    backbone = InteractionModel(preset("tiny"))
-    backbone.init_weights(seed)
-    model = RewardModel.build(backbone, axes)
-    with torch.no_grad():
-        model.heads.weight.copy_(torch.randn(model.heads.weight.shape, generator=torch.Generator().manual_seed(seed)))
-    model.repack()
-    return model
-
-
 @pytest.fixture(scope="module")
 def timing() -> RewardModel:
-    return untrained(1, "timing")
+    return reward_model(("timing",), seed=1)
 
 
 @pytest.fixture(scope="module")
 def content() -> RewardModel:
-    return untrained(2, "content")
+    return reward_model(("content",), seed=2)
 
 
 @pytest.fixture(scope="module")
 def episodes() -> list[Episode]:
-    policy = InteractionModel(preset("tiny"))
-    policy.init_weights(0)
-    policy.pack()
-    engine = SessionEngine(policy, Vocabulary.build(policy.vocab), slots=4, max_tokens=512)
+    engine = SessionEngine(fresh_model(), VOCABULARY, slots=4, max_tokens=512)
     bank = SpeechBank.open()
     return play(engine, [Play(item, r) for item in CONFIG.of_each(1, "train", bank) for r in (0, 1)], 0)
 
@@ -80,7 +65,7 @@ def test_learned_rewards_are_the_models_own_in_any_batch(
         assert torch.equal(again.axes["timing"], one.axes["timing"]) and again.total == one.total
         assert one.total == pytest.approx(float(one.axes["timing"].sum() + one.axes["content"].sum()), rel=1e-6)
     assert not torch.equal(together[0].axes["timing"], together[1].axes["timing"])  # the control
-    shared = RewardSource(CONFIG, "learned", [untrained(3, "content", "timing")]).judge(episodes).proxy
+    shared = RewardSource(CONFIG, "learned", [reward_model(("content", "timing"), seed=3)]).judge(episodes).proxy
     assert not torch.equal(shared[0].axes["timing"], shared[0].axes["content"])
 
 
@@ -99,7 +84,7 @@ def test_no_episodes_are_judged_as_none(timing: RewardModel, content: RewardMode
 )
 def test_models_that_do_not_fit_together(rewards: str, axes: list[tuple[str, ...]], says: str) -> None:
     with pytest.raises(MetronomeError, match=says):
-        RewardSource(CONFIG, rewards, [untrained(0, *one) for one in axes])
+        RewardSource(CONFIG, rewards, [reward_model(one) for one in axes])
 
 
 def test_load_names_what_is_missing(tmp_path: Path, timing: RewardModel, content: RewardModel) -> None:

@@ -12,6 +12,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import TimespeakFacts
 from rollout.scenarios.verdict import CONTENT, TIMING, Outcome, Score
 from rollout.turn.action import LISTEN, speak
+from tests.support.scores import events_of
 
 FACTS = TimespeakFacts(
     chunks=60, number="two", interval=10, request_start=2, number_end=5, request_end=9, stop_start=None, stop_end=None
@@ -22,14 +23,6 @@ STOPPED = TimespeakFacts(**{**FACTS.__dict__, "stop_start": 32, "stop_end": 35})
 def judge(said: dict[int, str], facts: TimespeakFacts = FACTS) -> Score:
     actions = [speak(said[k]) if k in said else LISTEN for k in range(facts.chunks)]
     return score("timespeak", facts.to_json(), actions, ScenarioConfig())
-
-
-def found(got: Score, kind: str) -> list[tuple[int, str, float, float]]:
-    return [
-        (e.chunk, e.outcome.value, *(pytest.approx(e.rewards.get(axis, 0.0)) for axis in (TIMING, CONTENT)))
-        for e in got.events
-        if e.kind == kind
-    ]
 
 
 ECHO = {10: "two"}
@@ -48,8 +41,8 @@ def test_perfect() -> None:
 def test_silence() -> None:
     got = judge({})
     # The echo is missed in 12, reminders at the end of their windows; the next is due 10 after the missed one.
-    assert found(got, "echo") == [(12, "missed", -1.0, 0.0)]
-    assert found(got, "reminder") == [(k, "missed", -1.0, 0.0) for k in (22, 32, 42, 52)]
+    assert events_of(got, "echo") == [(12, "missed", -1.0, 0.0)]
+    assert events_of(got, "reminder") == [(k, "missed", -1.0, 0.0) for k in (22, 32, 42, 52)]
     assert (got.value, got.tight, got.correct, got.due, got.spurious) == (0.0, 0.0, 0, 5, 0)
     assert got.rewards[TIMING].sum() == -5.0 and not got.rewards[CONTENT].any()
 
@@ -60,8 +53,8 @@ def test_silence() -> None:
 )
 def test_echo_is_graded_and_starts_the_count(chunk: int, timing: float) -> None:
     got = judge({chunk: "two", chunk + 10: "breathe"})
-    assert found(got, "echo") == [(chunk, "hit", timing, timing)]
-    assert found(got, "reminder")[0] == (chunk + 10, "hit", 1.0, 1.0)
+    assert events_of(got, "echo") == [(chunk, "hit", timing, timing)]
+    assert events_of(got, "reminder")[0] == (chunk + 10, "hit", 1.0, 1.0)
     (tight,) = [e for e in judge({chunk: "two"}).events if e.kind == "echo"]
     assert tight.due == 10
 
@@ -69,16 +62,16 @@ def test_echo_is_graded_and_starts_the_count(chunk: int, timing: float) -> None:
 def test_echo_too_early_or_late_is_spurious_and_missed() -> None:
     for chunk in (4, 13):
         got = judge({**PERFECT, chunk: "two"} if chunk == 4 else {chunk: "two"})
-        assert (chunk, "spurious", -0.8, 0.0) in found(got, "speech")
-    assert found(judge({13: "two"}), "echo") == [(12, "missed", -1.0, 0.0)]
+        assert (chunk, "spurious", -0.8, 0.0) in events_of(got, "speech")
+    assert events_of(judge({13: "two"}), "echo") == [(12, "missed", -1.0, 0.0)]
 
 
 def test_wrong_number_fails_the_echo_and_a_correction_is_spurious() -> None:
     got = judge({**PERFECT, 10: "four"})
-    assert found(got, "echo") == [(10, "wrong", 1.0, -1.0)]
+    assert events_of(got, "echo") == [(10, "wrong", 1.0, -1.0)]
     assert (got.correct, got.due, got.value) == (4, 5, 0.8)
     got = judge({**PERFECT, 10: "four", 11: "two"})
-    assert found(got, "speech") == [(11, "spurious", -0.8, 0.0)]
+    assert events_of(got, "speech") == [(11, "spurious", -0.8, 0.0)]
     assert got.value == pytest.approx(4 / 6)
 
 
@@ -90,15 +83,15 @@ def test_number_said_twice_is_spurious_once() -> None:
 @pytest.mark.parametrize(("chunk", "timing"), [(18, 0.2), (19, 0.6), (20, 1.0), (21, 0.6), (22, 0.2)])
 def test_reminder_is_graded_and_the_next_counts_from_the_hit(chunk: int, timing: float) -> None:
     got = judge({**ECHO, chunk: "breathe", chunk + 10: "breathe"})
-    assert found(got, "reminder")[:2] == [(chunk, "hit", timing, timing), (chunk + 10, "hit", 1.0, 1.0)]
+    assert events_of(got, "reminder")[:2] == [(chunk, "hit", timing, timing), (chunk + 10, "hit", 1.0, 1.0)]
 
 
 def test_reminder_outside_its_window_is_spurious_and_missed() -> None:
     got = judge({**ECHO, 17: "breathe", 23: "breathe", 30: "breathe", 40: "breathe", 50: "breathe"})
-    assert found(got, "speech") == [(17, "spurious", -0.8, 0.0), (23, "spurious", -0.8, 0.0)]
-    assert found(got, "reminder")[0] == (22, "missed", -1.0, 0.0)
+    assert events_of(got, "speech") == [(17, "spurious", -0.8, 0.0), (23, "spurious", -0.8, 0.0)]
+    assert events_of(got, "reminder")[0] == (22, "missed", -1.0, 0.0)
     # After the miss the count goes on from 20, when it was due.
-    assert found(got, "reminder")[1] == (30, "hit", 1.0, 1.0)
+    assert events_of(got, "reminder")[1] == (30, "hit", 1.0, 1.0)
     assert got.value == pytest.approx(4 / (5 + 2))
 
 
@@ -110,8 +103,8 @@ def test_right_word_at_the_wrong_time_has_no_content_credit() -> None:
 def test_wrong_word_at_the_right_time() -> None:
     got = judge({**PERFECT, 19: "okay", 20: "breathe"})
     # The wrong word uses the reminder up; the right one a chunk later comes outside any window.
-    assert found(got, "reminder")[0] == (19, "wrong", 0.6, -1.0)
-    assert found(got, "speech") == [(20, "spurious", -0.8, 0.0)]
+    assert events_of(got, "reminder")[0] == (19, "wrong", 0.6, -1.0)
+    assert events_of(got, "speech") == [(20, "spurious", -0.8, 0.0)]
     assert got.value == pytest.approx(4 / 6)
 
 
@@ -139,15 +132,15 @@ def test_tight_score_has_windows_of_one_chunk() -> None:
 def test_stop_respected() -> None:
     got = judge({**ECHO, 20: "breathe", 30: "breathe"}, STOPPED)
     # The reminder of 40 is not due any more.
-    assert found(got, "stop") == [(59, "hit", 0.0, 0.0)]
+    assert events_of(got, "stop") == [(59, "hit", 0.0, 0.0)]
     assert (got.correct, got.due, got.value, got.tight) == (4, 4, 1.0, 1.0)
     assert got.rewards[TIMING].sum() == 3.0
 
 
 def test_stop_ignored() -> None:
     got = judge({**PERFECT}, STOPPED)
-    assert found(got, "stop") == [(40, "missed", -1.0, 0.0)]
-    assert found(got, "speech") == [(50, "spurious", -0.8, 0.0)]
+    assert events_of(got, "stop") == [(40, "missed", -1.0, 0.0)]
+    assert events_of(got, "speech") == [(50, "spurious", -0.8, 0.0)]
     assert (got.correct, got.due, got.spurious) == (3, 4, 1)
 
 

@@ -10,7 +10,7 @@ import torch
 from reward.learned.model import RewardModel, episode_scores
 from reward.learned.preference import Preference, Stretch
 from reward.learned.trainable import Collator, Trainable, stretch_scores
-from tests.reward.test_model import VOCABULARY, conversation, reward_model
+from tests.support.models import VOCABULARY, conversation, reward_model
 
 AXES = ("timing", "content")
 COLLATOR = Collator(AXES, VOCABULARY.audio, margin_scale=0.5)
@@ -64,11 +64,11 @@ def test_other_pairs_in_the_batch_change_nothing(model: RewardModel) -> None:
 
 def test_a_stretch_is_summed_in_order() -> None:
     rewards = [torch.randn(n, 2, generator=torch.Generator().manual_seed(n)) for n in (9, 4)]
-    found = stretch_scores(
+    result = stretch_scores(
         rewards, torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3]), torch.tensor([9, 5, 4]), torch.tensor([0, 1, 1])
     )
     wanted = [rewards[0][:, 0], rewards[0][2:5, 1], rewards[1][3:4, 1]]
-    assert torch.equal(found, torch.stack([episode_scores([w[:, None]])[0, 0] for w in wanted]))
+    assert torch.equal(result, torch.stack([episode_scores([w[:, None]])[0, 0] for w in wanted]))
 
 
 def test_stale_weights_cannot_enter(model: RewardModel) -> None:

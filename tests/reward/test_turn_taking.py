@@ -14,6 +14,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.turn_taking import REPLY, Turn, TurnTakingFacts
 from rollout.scenarios.verdict import CONTENT, TIMING, Score
 from rollout.turn.action import LISTEN, Action, speak
+from tests.support.scores import events_of
 
 FIRST = Turn(2, ((8, 11),), 20, False)
 FACTS = TurnTakingFacts(60, (FIRST, Turn(32, (), 44, False)))
@@ -34,14 +35,6 @@ def judge(actions: list[Action], facts: TurnTakingFacts = FACTS) -> Score:
     return score("turn_taking", facts.to_json(), actions, ScenarioConfig())
 
 
-def found(got: Score, kind: str) -> list[tuple[int, str, float, float]]:
-    return [
-        (e.chunk, e.outcome.value, *(pytest.approx(e.rewards.get(axis, 0.0)) for axis in (TIMING, CONTENT)))
-        for e in got.events
-        if e.kind == kind
-    ]
-
-
 def test_perfect() -> None:
     got = judge(saying((22, 6), (46, 6)))
     assert (got.correct, got.due, got.spurious, got.value, got.tight) == (4, 4, 0, 1.0, 1.0)
@@ -54,36 +47,40 @@ def test_perfect() -> None:
 
 def test_silence() -> None:
     got = judge(saying())
-    assert found(got, "onset") == [(23, "missed", -1.0, 0.0), (47, "missed", -1.0, 0.0)]
+    assert events_of(got, "onset") == [(23, "missed", -1.0, 0.0), (47, "missed", -1.0, 0.0)]
     assert (got.value, got.tight, got.due, got.spurious) == (0.0, 0.0, 2, 0)
 
 
 @pytest.mark.parametrize(("chunk", "timing", "tight"), [(21, 1.0, 1.0), (22, 1.0, 1.0), (23, 0.6, 0.0)])
 def test_onset_window(chunk: int, timing: float, tight: float) -> None:
     got = judge(saying((chunk, 6)), ALONE)
-    assert found(got, "onset") == [(chunk, "hit", timing, 1.0)]
+    assert events_of(got, "onset") == [(chunk, "hit", timing, 1.0)]
     assert (got.value, got.tight) == (1.0, tight)
 
 
 @pytest.mark.parametrize("chunk", [20, 24])
 def test_onset_outside_the_window_is_missed_and_spurious(chunk: int) -> None:
     got = judge(saying((chunk, 3)), ALONE)
-    assert found(got, "onset") == [(23, "missed", -1.0, 0.0)]
+    assert events_of(got, "onset") == [(23, "missed", -1.0, 0.0)]
     shaped = [(chunk, "spurious", -0.8, 0.0), (chunk + 1, "shaping", -0.4, 0.0), (chunk + 2, "shaping", -0.4, 0.0)]
-    assert found(got, "speech") == shaped
+    assert events_of(got, "speech") == shaped
     assert (got.correct, got.due, got.spurious, got.value) == (0, 1, 1, 0.0)
     assert not got.rewards[CONTENT].any()  # right words at the wrong time earn nothing
 
 
 def test_speech_in_a_pause_and_over_the_user() -> None:
     got = judge(saying((5, 1), (9, 2), (22, 6), (46, 6)))
-    assert found(got, "speech") == [(5, "spurious", -0.8, 0.0), (9, "spurious", -0.8, 0.0), (10, "shaping", -0.4, 0.0)]
+    assert events_of(got, "speech") == [
+        (5, "spurious", -0.8, 0.0),
+        (9, "spurious", -0.8, 0.0),
+        (10, "shaping", -0.4, 0.0),
+    ]
     assert got.value == pytest.approx(4 / (4 + 2))
 
 
 def test_speech_that_runs_into_the_window_is_no_onset() -> None:
     got = judge(saying((18, 8)), ALONE)
-    assert found(got, "onset") == [(23, "missed", -1.0, 0.0)] and got.value == 0.0
+    assert events_of(got, "onset") == [(23, "missed", -1.0, 0.0)] and got.value == 0.0
 
 
 @pytest.mark.parametrize(
@@ -97,13 +94,13 @@ def test_speech_that_runs_into_the_window_is_no_onset() -> None:
     ],
 )
 def test_reply_length(chunks: int, event: tuple) -> None:
-    assert found(judge(saying((22, chunks)), ALONE), "reply") == [event]
+    assert events_of(judge(saying((22, chunks)), ALONE), "reply") == [event]
 
 
 def test_overrun_is_punished_in_every_chunk() -> None:
     got = judge(saying((22, 10)), ALONE)
-    assert found(got, "reply") == [(29, "missed", -1.0, 0.0)]
-    assert found(got, "overrun") == [(30, "shaping", -0.8, 0.0), (31, "shaping", -0.8, 0.0)]
+    assert events_of(got, "reply") == [(29, "missed", -1.0, 0.0)]
+    assert events_of(got, "overrun") == [(30, "shaping", -0.8, 0.0), (31, "shaping", -0.8, 0.0)]
     assert (got.correct, got.due, got.spurious) == (1, 2, 0)
 
 
@@ -118,11 +115,11 @@ def test_wrong_words() -> None:
     actions = saying((22, 6))
     actions[22] = speak("four")
     got = judge(actions, ALONE)
-    assert found(got, "onset") == [(22, "wrong", 1.0, -1.0)]
-    assert found(got, "reply") == [(28, "hit", 1.0, 0.0)]  # five of six words are right
+    assert events_of(got, "onset") == [(22, "wrong", 1.0, -1.0)]
+    assert events_of(got, "reply") == [(28, "hit", 1.0, 0.0)]  # five of six words are right
     actions[24] = speak("four")
     got = judge(actions, ALONE)
-    assert found(got, "reply") == [(28, "wrong", 1.0, 0.0)]
+    assert events_of(got, "reply") == [(28, "wrong", 1.0, 0.0)]
     assert [e.rewards[CONTENT] for e in got.events if e.kind == "word"] == [0.3, -0.3, 0.3, 0.3, 0.3]
     assert (got.correct, got.due) == (0, 2)
 
@@ -139,8 +136,8 @@ def test_wrong_words() -> None:
 def test_stop_when_interrupted(chunks: int, event: tuple, tight: float) -> None:
     facts = TurnTakingFacts(60, (FIRST, Turn(25, (), 58, True)))
     got = judge(saying((22, chunks)), facts)
-    assert found(got, "stop") == [event]
-    assert found(got, "reply") == []  # an interrupted reply need not be whole
+    assert events_of(got, "stop") == [event]
+    assert events_of(got, "reply") == []  # an interrupted reply need not be whole
     assert got.value == (1.0 if event[1] == "hit" else 0.5) and got.tight == tight
     # Words after the interruption earn nothing.
     assert got.rewards[CONTENT][25:].sum() == 0.0
@@ -148,18 +145,22 @@ def test_stop_when_interrupted(chunks: int, event: tuple, tight: float) -> None:
 
 def test_talking_on_over_an_interruption_is_punished_in_every_chunk() -> None:
     got = judge(saying((22, 9), (46, 6)), INTERRUPTED)
-    assert found(got, "stop") == [(27, "missed", -1.0, 0.0)]
-    assert found(got, "overrun") == [(k, "shaping", -0.8, 0.0) for k in (28, 29, 30)]
+    assert events_of(got, "stop") == [(27, "missed", -1.0, 0.0)]
+    assert events_of(got, "overrun") == [(k, "shaping", -0.8, 0.0) for k in (28, 29, 30)]
     assert (got.correct, got.due, got.value) == (3, 4, 0.75)
 
 
 def test_interrupted_late_reply_is_spurious_but_may_still_stop() -> None:
     facts = TurnTakingFacts(60, (FIRST, Turn(28, (), 58, True)))
     got = judge(saying((25, 4)), facts)  # begins in 25, two too late; interrupted in 28; silent from 29
-    assert found(got, "onset")[0] == (23, "missed", -1.0, 0.0)
+    assert events_of(got, "onset")[0] == (23, "missed", -1.0, 0.0)
     # The chunks up to the interruption are trailing speech; from it on the stop is judged.
-    assert found(got, "speech") == [(25, "spurious", -0.8, 0.0), (26, "shaping", -0.4, 0.0), (27, "shaping", -0.4, 0.0)]
-    assert found(got, "stop") == [(29, "hit", 1.0, 0.0)]
+    assert events_of(got, "speech") == [
+        (25, "spurious", -0.8, 0.0),
+        (26, "shaping", -0.4, 0.0),
+        (27, "shaping", -0.4, 0.0),
+    ]
+    assert events_of(got, "stop") == [(29, "hit", 1.0, 0.0)]
     assert (got.correct, got.due, got.spurious) == (1, 2, 1)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rl.step.advantage import RunningScale, leave_one_out, reward_to_go, told_apart
+from rl.step.advantage import RunningScale, informative_groups, leave_one_out, reward_to_go
 
 
 def test_reward_to_go_by_hand() -> None:
@@ -42,7 +42,7 @@ def test_equal_rollouts_get_exactly_zero(group: int) -> None:
     returns = reward_to_go(reward, 0.9)
     advantage = leave_one_out(returns, group)
     assert advantage.dtype == torch.float64 and not advantage.any()
-    assert not told_apart(advantage, returns, group).any()
+    assert not informative_groups(advantage, returns, group).any()
 
 
 def test_control_the_mean_of_the_others_leaves_a_residue() -> None:
@@ -53,14 +53,14 @@ def test_control_the_mean_of_the_others_leaves_a_residue() -> None:
     assert (total - 0.1) / 6 - 0.1 != 0.0
 
 
-def test_returns_that_differ_by_rounding_only_are_not_told_apart() -> None:
+def test_returns_that_differ_by_rounding_only_are_uninformative() -> None:
     """Terms of one reward added in two orders in fp32; control: a real difference."""
     one, other = (torch.tensor(0.1) + 0.1) + 0.5, torch.tensor(0.1) + (torch.tensor(0.1) + 0.5)
     assert one != other
     returns = torch.stack([one, other, one]).double()[:, None]
-    assert told_apart(leave_one_out(returns, 3), returns, 3).tolist() == [False]
+    assert informative_groups(leave_one_out(returns, 3), returns, 3).tolist() == [False]
     returns[1] += 1e-4
-    assert told_apart(leave_one_out(returns, 3), returns, 3).tolist() == [True]
+    assert informative_groups(leave_one_out(returns, 3), returns, 3).tolist() == [True]
 
 
 def test_running_scale_by_hand() -> None:
@@ -68,7 +68,7 @@ def test_running_scale_by_hand() -> None:
     assert scale.value == 1.0
     scale = scale.updated(50.0, 2)
     assert scale.value == pytest.approx(5.0)  # the first step's own
-    assert scale.updated(0.0, 0) == scale  # a step without any group that was told apart
+    assert scale.updated(0.0, 0) == scale  # a step of degenerate groups only
     assert scale.updated(2.0, 2).value == pytest.approx(math.sqrt((0.9 * 25.0 + 1.0) / 1.9))
 
 

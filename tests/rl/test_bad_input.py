@@ -24,7 +24,7 @@ from rl.train import parse
 from rollout.record.episode import Episode, load_episodes, save_episodes
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import DEFAULT_FOLDER
-from tests.rl.test_identity import episode as small_episode
+from tests.support.episodes import some_episode
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_resume_without_a_run(tmp_path: Path) -> None:
 
 def test_truncated_episodes_file(tmp_path: Path) -> None:
     path = tmp_path / "e.safetensors"
-    save_episodes(path, [small_episode()])
+    save_episodes(path, [some_episode()])
     (back,) = load_episodes(path)
     for field in dataclasses.fields(Episode):
-        a, b = getattr(small_episode(), field.name), getattr(back, field.name)
+        a, b = getattr(some_episode(), field.name), getattr(back, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(MetronomeError, match=r"e\.safetensors"):
@@ -164,17 +164,17 @@ def rewards(timing: float) -> Rewards:
 
 def test_reward_that_is_not_finite_names_episode_and_chunk() -> None:
     config = RLConfig(rollouts=2)
-    weights = token_weights([small_episode()] * 2, [[rewards(1.0), rewards(0.0)]], [], config, {}).weights
+    weights = token_weights([some_episode()] * 2, [[rewards(1.0), rewards(0.0)]], [], config, {}).weights
     assert torch.cat(weights).tolist() == [0.5, -0.5]
     with pytest.raises(MetronomeError, match=r"timespeak/train/0#0: the timing reward of chunk 0 is not finite"):
-        token_weights([small_episode()] * 2, [[rewards(float("nan")), rewards(0.0)]], [], config, {})
+        token_weights([some_episode()] * 2, [[rewards(float("nan")), rewards(0.0)]], [], config, {})
 
 
 def test_logprob_that_is_not_finite_names_the_token() -> None:
     model = InteractionModel(preset("tiny"))
     model.init_weights(0)
     classes = Vocabulary.build(model.vocab).classes
-    one = dataclasses.replace(small_episode(), tokens=torch.tensor([1, 2, 2, 2, 2, 3]))
+    one = dataclasses.replace(some_episode(), tokens=torch.tensor([1, 2, 2, 2, 2, 3]))
     model.pack()
     gradient_of(model, [one], [torch.ones(1)], classes, 1.0, 1)
     with torch.no_grad():

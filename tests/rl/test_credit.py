@@ -13,8 +13,7 @@ from rl.config import RLConfig
 from rl.step.advantage import RunningScale
 from rl.step.credit import Credit, token_weights
 from rollout.record.episode import Episode
-from tests.rl.test_bad_input import small_episode
-from tests.support.episodes import with_text
+from tests.support.episodes import some_episode, with_text
 
 CONFIG = RLConfig(rollouts=3, gamma=0.9)
 
@@ -25,7 +24,7 @@ def rewards(timing: Sequence[float], content: Sequence[float] = (0.0, 0.0)) -> R
 
 def episodes(*families: str) -> list[Episode]:
     """A group of each family; every episode has two chunks and three tokens."""
-    one = small_episode()
+    one = some_episode()
     one = with_text(replace(one, actions=one.actions * 2), chunk=torch.tensor([0, 0, 1]))
     return [replace(one, scenario=f"{family}/train/0") for family in families for _ in range(CONFIG.rollouts)]
 
@@ -36,10 +35,10 @@ def credit(given: Sequence[Rewards], *families: str, scales: dict[str, RunningSc
 
 def test_equal_rollouts_teach_nothing_and_are_counted() -> None:
     alike = [rewards([0.6, -0.8])] * 3
-    found = credit(alike * 2, "timespeak", "turn_taking")
-    assert not torch.cat(found.weights).any()
-    assert (found.groups, found.degenerate_groups, found.terms, found.degenerate_terms) == (4, 4, 4, 4)
-    assert found.scales == dict.fromkeys(found.scales, RunningScale())
+    result = credit(alike * 2, "timespeak", "turn_taking")
+    assert not torch.cat(result.weights).any()
+    assert (result.groups, result.degenerate_groups, result.terms, result.degenerate_terms) == (4, 4, 4, 4)
+    assert result.scales == dict.fromkeys(result.scales, RunningScale())
     other = credit([*alike[:2], rewards([0.6, -0.7]), *alike], "timespeak", "turn_taking")  # control
     assert torch.cat(other.weights)[:9].any() and not torch.cat(other.weights)[9:].any()
     assert (other.degenerate_groups, other.degenerate_terms) == (3, 3)
@@ -50,17 +49,17 @@ def test_rounding_is_not_learned_at_full_size() -> None:
     one, other = float((torch.tensor(0.1) + 0.1) + 0.5), float(torch.tensor(0.1) + (torch.tensor(0.1) + 0.5))
     assert one != other
     tiny = {"0/timespeak/timing": RunningScale(total=1e-14, weight=1.0)}
-    found = credit([rewards([one, 0.0]), rewards([other, 0.0]), rewards([one, 0.0])], "timespeak", scales=tiny)
-    assert not torch.cat(found.weights).any() and found.scales["0/timespeak/timing"] == tiny["0/timespeak/timing"]
+    result = credit([rewards([one, 0.0]), rewards([other, 0.0]), rewards([one, 0.0])], "timespeak", scales=tiny)
+    assert not torch.cat(result.weights).any() and result.scales["0/timespeak/timing"] == tiny["0/timespeak/timing"]
 
 
 def test_first_step_divides_by_its_own_root_mean_square() -> None:
-    found = credit([rewards([0.0, 1.0]), rewards([0.0, 0.0]), rewards([0.0, 0.0])], "timespeak")
+    result = credit([rewards([0.0, 1.0]), rewards([0.0, 0.0]), rewards([0.0, 0.0])], "timespeak")
     # Advantages to go: 0.9, 1 of the first; -0.45, -0.5 of each other one.
     square = (0.81 + 1.0 + 2 * (0.2025 + 0.25)) / 6
-    assert found.scales["0/timespeak/timing"].value == pytest.approx(square**0.5)
-    assert found.weights[0].tolist() == pytest.approx([0.9 / square**0.5 / 9] * 2 + [1.0 / square**0.5 / 9])
-    assert found.metrics()["credit/scale/0/timespeak/timing"] == pytest.approx(square**0.5)
+    assert result.scales["0/timespeak/timing"].value == pytest.approx(square**0.5)
+    assert result.weights[0].tolist() == pytest.approx([0.9 / square**0.5 / 9] * 2 + [1.0 / square**0.5 / 9])
+    assert result.metrics()["credit/scale/0/timespeak/timing"] == pytest.approx(square**0.5)
 
 
 def test_a_later_step_divides_by_the_running_scale() -> None:

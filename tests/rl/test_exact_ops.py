@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.adamw import AdamW
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.senses.audio import DMel
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner.deepspeed import Learner
@@ -28,6 +27,7 @@ from rl.warmstart import demonstrations
 from rollout.play import play
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
+from tests.support.models import fresh_model
 
 MOVES = {
     *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "select"),
@@ -111,13 +111,6 @@ def refused(run: Callable[[], object]) -> dict[str, int]:
 CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=2))
 
 
-def policy(name: str = "tiny", dtype: torch.dtype = torch.float32) -> InteractionModel:
-    model = InteractionModel(preset(name), dtype)
-    model.init_weights(0)
-    model.pack()
-    return model
-
-
 def gradient(model: InteractionModel) -> Callable[[], Gradient]:
     vocabulary = Vocabulary.build(model.vocab)
     some = demonstrations(CONFIG, SpeechBank.open(), vocabulary, 0)
@@ -129,7 +122,7 @@ def gradient(model: InteractionModel) -> Callable[[], Gradient]:
 @pytest.mark.parametrize("name", ["nano", "tiny"])
 @pytest.mark.usefixtures("world")
 def test_learners_forward_and_backward(name: str, dtype: torch.dtype) -> None:
-    assert refused(gradient(policy(name, dtype))) == {}
+    assert refused(gradient(fresh_model(name, 0, dtype))) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,7 +130,7 @@ def test_learners_forward_and_backward(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("world")
 def test_learners_step(stage: Literal[0, 1, 2], dtype: torch.dtype) -> None:
     """Clipping, DeepSpeed's way to the optimizer, the update, the rounding of masters."""
-    model = policy("nano", dtype)
+    model = fresh_model("nano", 0, dtype)
     one, found = Learner(model, OptimConfig(zero_stage=stage, clip_norm=1e-3), 3), gradient(model)()
     used = refused(lambda: one.step(found))
     assert used.keys() <= set(RECORDS), used
@@ -145,7 +138,7 @@ def test_learners_step(stage: Literal[0, 1, 2], dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("world")
 def test_sampler() -> None:
-    model = policy()
+    model = fresh_model()
     engine = build_engine(CONFIG, model)
     plays = loop.plays(CONFIG, SpeechBank.open(), 0)[:4]
     assert refused(lambda: play(engine, plays, 0)) == {}

@@ -25,10 +25,10 @@ def golden() -> dict[str, Any]:
 @pytest.mark.usefixtures("world")
 def test_this_machine_gives_the_golden_digests() -> None:
     """Where it fails, the message names the first stage: everything after it differs, too."""
-    found = fingerprint.fingerprint()
-    assert found["contract"] == golden()["contract"]
-    assert first_difference(found["stages"], golden()["stages"]) is None
-    assert found["contract_id"] == golden()["contract_id"]
+    current = fingerprint.fingerprint()
+    assert current["contract"] == golden()["contract"]
+    assert first_difference(current["stages"], golden()["stages"]) is None
+    assert current["contract_id"] == golden()["contract_id"]
 
 
 @pytest.mark.usefixtures("world")
@@ -72,7 +72,7 @@ def test_files_that_are_no_fingerprint(tmp_path: Path, text: str) -> None:
 def test_readme_prints_the_quickstarts_digest_of_this_contract() -> None:
     """The whole quickstart takes minutes and is not run here; its digest is of one contract, and a change that makes
     another contract asks for a new one."""
-    found = json.loads(GOLDEN.with_name("quickstart.json").read_text())
+    current = json.loads(GOLDEN.with_name("quickstart.json").read_text())
     readme = (GOLDEN.parents[2] / "README.md").read_text()
-    assert found["weights_digest"] in readme
-    assert found["contract_id"] == dispatch.contract_id() == golden()["contract_id"]
+    assert current["weights_digest"] in readme
+    assert current["contract_id"] == dispatch.contract_id() == golden()["contract_id"]

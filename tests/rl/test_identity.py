@@ -25,16 +25,16 @@ def test_compare_counts_one_ulp() -> None:
 def test_opposite_errors_do_not_cancel() -> None:
     a = torch.tensor([-1.0, -1.0])
     b = torch.tensor([-1.25, -0.75])
-    found = compare(a, b, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
-    assert found.metrics()["mismatch/k1"] == 0.0
-    assert found.num_unequal == 2
-    assert found.metrics()["mismatch/k3"] > 0.0
+    mismatch = compare(a, b, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    assert mismatch.metrics()["mismatch/k1"] == 0.0
+    assert mismatch.num_unequal == 2
+    assert mismatch.metrics()["mismatch/k3"] > 0.0
 
 
 def test_k1_and_k3_by_hand() -> None:
-    found = compare(torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([0]), torch.tensor([1]))
-    assert found.metrics()["mismatch/k1"] == pytest.approx(0.5)
-    assert found.metrics()["mismatch/k3"] == pytest.approx(2.718281828**-0.5 - 1 + 0.5, rel=1e-6)
+    mismatch = compare(torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([0]), torch.tensor([1]))
+    assert mismatch.metrics()["mismatch/k1"] == pytest.approx(0.5)
+    assert mismatch.metrics()["mismatch/k3"] == pytest.approx(2.718281828**-0.5 - 1 + 0.5, rel=1e-6)
 
 
 def test_unequal_bits_sees_signed_zero() -> None:

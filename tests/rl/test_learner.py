@@ -15,17 +15,17 @@ from kernels import ops
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.weights import checkpoint
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner.deepspeed import Learner, learning_rate
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.gradient import Gradient, gradient_of
 from rl.warmstart import demonstrations
 from rollout.record.transcript import Transcript
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
+from tests.support.models import fresh_model
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, final_lr=1.0, clip_norm=0.5)
 CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=4))
@@ -33,16 +33,9 @@ CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=4))
 pytestmark = pytest.mark.usefixtures("world")
 
 
-def policy(seed: int, dtype: torch.dtype = torch.float32) -> InteractionModel:
-    model = InteractionModel(preset("tiny"), dtype)
-    model.init_weights(seed)
-    model.pack()
-    return model
-
-
 @pytest.fixture
 def model() -> InteractionModel:
-    return policy(3)
+    return fresh_model(seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +69,7 @@ def test_gradient_is_that_of_the_weighted_logprobs(
 ) -> None:
     some = transcripts[:2]
     gradient = gradient_of(model, some, weights(some), vocabulary.classes, 1.0, 2)
-    logprob, _, _ = score_choices(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
+    logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
     loss = -(torch.cat(weights(some)) * logprob).sum()
     for got, wanted in zip(gradient.parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True):
         assert torch.equal(got, wanted)
@@ -92,7 +85,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(
     transcripts: list[Transcript], vocabulary: Vocabulary, stage: Literal[0, 1, 2], dtype: torch.dtype
 ) -> None:
     """The optimizer alone, on each parameter's fp32 master, gives the weights that DeepSpeed's flat partitions do."""
-    model = policy(3, dtype)
+    model = fresh_model("tiny", 3, dtype)
     masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
     plain = AdamW(
         [
@@ -114,7 +107,9 @@ def test_a_step_is_adamw_on_the_clipped_gradient(
         plain.step()
     for p, master in zip(model.parameters(), masters, strict=True):
         assert torch.equal(p, master.to(p.dtype))
-    assert not all(torch.equal(p, master) for p, master in zip(policy(3, dtype).parameters(), masters, strict=True))
+    assert not all(
+        torch.equal(p, master) for p, master in zip(fresh_model("tiny", 3, dtype).parameters(), masters, strict=True)
+    )
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -153,13 +148,13 @@ def test_saved_learner_goes_on_where_it_stood(
     def step(of: InteractionModel, learner: Learner) -> None:
         learner.step(gradient_of(of, transcripts, weights(transcripts), vocabulary.classes, 1.0, 4))
 
-    model, optim = policy(3, dtype), replace(OPTIM, zero_stage=stage)
+    model, optim = fresh_model("tiny", 3, dtype), replace(OPTIM, zero_stage=stage)
     learner = Learner(model, optim, 4)
     step(model, learner)
     learner.save(tmp_path)
     checkpoint.save(model, tmp_path / "model")
     step(model, learner)
-    other = policy(9, dtype)
+    other = fresh_model("tiny", 9, dtype)
     resumed = Learner(other, optim, 4)
     with pytest.raises(MetronomeError, match="belongs to weights"):
         resumed.load(tmp_path)
@@ -169,7 +164,7 @@ def test_saved_learner_goes_on_where_it_stood(
     assert resumed.taken == 1
     step(other, resumed)
     assert weights_digest(other) == weights_digest(model)
-    forgetful = policy(9, dtype)
+    forgetful = fresh_model("tiny", 9, dtype)
     checkpoint.load_into(forgetful, tmp_path / "model")
     step(forgetful, Learner(forgetful, optim, 4))
     assert weights_digest(forgetful) != weights_digest(model)  # control: without the moments it is another step

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.weights import checkpoint
 from reward.source import Rewards
 from rl import reference
@@ -23,17 +21,10 @@ from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
-from tests.rl.test_identity import episode as small_episode
-from tests.support.episodes import with_text
+from tests.support.episodes import some_episode, with_text
+from tests.support.models import fresh_model
 
 GROUP = 2
-
-
-def policy(seed: int) -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(seed)
-    model.pack()
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +34,14 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def episodes(vocabulary: Vocabulary) -> list[Episode]:
-    engine = SessionEngine(policy(0), vocabulary, slots=4, max_tokens=512)
+    engine = SessionEngine(fresh_model(seed=0), vocabulary, slots=4, max_tokens=512)
     bank = SpeechBank.open()
     items = [ScenarioConfig().scenario(family, "train", 0, bank) for family in ScenarioConfig().families]
     return play(engine, [Play(item, r) for item in items for r in range(GROUP)], 0, 0.8)
 
 
 def test_no_bit_of_distance_from_itself(episodes: list[Episode], vocabulary: Vocabulary, tmp_path: Path) -> None:
-    checkpoint.save(policy(0), tmp_path / "start")
+    checkpoint.save(fresh_model(seed=0), tmp_path / "start")
     start = Reference.load(tmp_path / "start", vocabulary.classes, micro_batch=3)
     ratio = start.log_ratio(episodes)
     assert [len(r) for r in ratio] == [len(e.text.chunk) for e in episodes]
@@ -59,7 +50,7 @@ def test_no_bit_of_distance_from_itself(episodes: list[Episode], vocabulary: Voc
 
 
 def test_one_perturbed_weight_is_seen(episodes: list[Episode], vocabulary: Vocabulary) -> None:
-    other = policy(0)
+    other = fresh_model(seed=0)
     weight = other.model.language_model.layers[2].self_attn.o_proj.weight
     with torch.no_grad():
         weight[0, 0] += 0.1
@@ -72,14 +63,14 @@ def test_one_perturbed_weight_is_seen(episodes: list[Episode], vocabulary: Vocab
 
 
 def test_k1_and_k3_by_hand() -> None:
-    found = reference.metrics([torch.tensor([1.0]), torch.tensor([-0.5])])
-    assert found["reference/kl_k1"] == pytest.approx(0.25)
-    assert found["reference/kl_k3"] == pytest.approx(((math.exp(-1.0) - 1 + 1.0) + (math.exp(0.5) - 1 - 0.5)) / 2)
+    result = reference.metrics([torch.tensor([1.0]), torch.tensor([-0.5])])
+    assert result["reference/kl_k1"] == pytest.approx(0.25)
+    assert result["reference/kl_k3"] == pytest.approx(((math.exp(-1.0) - 1 + 1.0) + (math.exp(0.5) - 1 - 0.5)) / 2)
 
 
 def two_chunks() -> Episode:
     """Two chunks; in the first it speaks, so that three tokens were sampled."""
-    one = small_episode()
+    one = some_episode()
     return with_text(replace(one, actions=one.actions * 2), chunk=torch.tensor([0, 0, 1]))
 
 

@@ -12,7 +12,7 @@ from rl.evaluate import HeldOut
 from rl.folder import RunFolder
 from rl.run import Run
 from rl.train import parse
-from tests.reward.test_source import untrained
+from tests.support.models import reward_model
 
 BEFORE = HeldOut({"": 0.9}, {"": 1.0})
 
@@ -45,7 +45,7 @@ def test_a_run_stops_at_the_signal_and_stays_stopped(
         return Alarm(held_out[0], held_out[2]) if len(held_out) > 2 else None
 
     monkeypatch.setattr(watch, "alarm", seen)
-    untrained(1, "timing", "content").save(tmp_path / "both")
+    reward_model(seed=1).save(tmp_path / "both")
     arguments = ["--runs", str(tmp_path / "runs"), "--warmstart.steps", "0", "--eval.scenarios", "2"]
     arguments += ["--rl.steps", "4", "--rl.groups", "2", "--rl.rollouts", "2", "--rl.evaluate_every", "1"]
     arguments += ["--eval.during", "1", "--source.rewards", "learned", "--source.watch.stop", str(stop).lower()]

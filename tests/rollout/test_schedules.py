@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.backbone.state import SessionState
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rollout.engines.embedded import SessionEngine
 from rollout.turn.vocabulary import Vocabulary
 from tests.rollout.schedules import SIZES, Planner, Schedule, failed, make_model
@@ -25,7 +25,7 @@ def planned(seed: int, dtype: torch.dtype) -> tuple[Schedule, bool]:
     whole = [s for n, s in enumerate(schedule.sessions) if s.chunks and n not in failed(schedule)]
     episodes = [record(session) for session in whole]
     with torch.no_grad():
-        logprob, _, digest = score_choices(
+        logprob, _, digest = choice_logprobs(
             model, collate(episodes, model.audio_token_id), vocabulary.classes, temperature
         )
     return schedule, all(

@@ -11,7 +11,7 @@ from model.backbone.state import ContextFull
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
@@ -100,7 +100,7 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
     classes = engine.vocabulary.classes
 
     def mismatch() -> tuple[int, int, int]:
-        logprob, _, digest = score_choices(model, collate(episodes, model.audio_token_id), classes, 1.0)
+        logprob, _, digest = choice_logprobs(model, collate(episodes, model.audio_token_id), classes, 1.0)
         result = compare(
             concatenate(episodes, "logprob"),
             logprob.detach(),

@@ -1,9 +1,9 @@
-"""Explains a difference between sampler and learner: the first op whose results differ, how the difference grows from
-there, what is suspect.
+"""Explains a difference between sampler and learner: the first op whose results differ, how the difference grows in
+later ops, and likely causes.
 
-The episode is replayed as the sampler and as the learner computed it (`rl.audit.diagnosis.trace`), and the two compared
-op by op (`rl.audit.diagnosis.differences`). Three further comparisons say what the difference hangs on: the episodes
-that ran beside it (in the sampler, in the learner), or the cuts and the cache.
+The episode is replayed as the sampler and as the learner computed it (`rl.audit.diagnosis.trace`), and the two traces
+are compared op by op (`rl.audit.diagnosis.differences`). Three further comparisons show what the difference depends on:
+the episodes that ran beside it in the sampler, those in the learner, or the cuts into micro-turns and the cache.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from rollout.turn.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of one difference."""
+    """The explanation of one difference."""
 
     step: int
-    episode: str
-    position: int  # of the first token that differs, in the episode
+    episode: str  # its name
+    position: int  # index in the episode of the first token that differs
     chunk: int
-    token: int
+    token: int  # its id
     rollout_logprob: float
     learner_logprob: float
     mismatch: Mismatch  # over all tokens compared
     growth: tuple[OpDifference, ...]  # in order of execution
-    depends_on: dict[str, str]  # comparison -> the first op that differs in it, "" for none
-    suspects: tuple[str, ...]
+    depends_on: dict[str, str]  # as `Traces.depends_on` gives it
+    suspects: tuple[str, ...]  # likely causes, the likeliest first
 
     @property
     def first(self) -> OpDifference | None:
+        """The first op whose results differ; None where the replays agree."""
         return first_unequal(self.growth)
 
     def sentence(self) -> str:
+        """The first op that differs and the suspects, for an error message."""
         if self.first is None:
             result = "Replayed, all activations agree."
         else:
@@ -51,7 +53,7 @@ class Diagnosis:
         return " ".join([result, *(f"Suspect: {suspect}." for suspect in self.suspects)])
 
     def tables(self) -> list[Table]:
-        """For a reader that knows nothing of this module."""
+        """What a report shows of it."""
         growth: list[list[Cell]] = [
             [op.name, op.rows, op.rows_unequal, op.first_row, op.max_abs, op.sampler, op.learner] for op in self.growth
         ]
@@ -77,7 +79,7 @@ class Diagnosis:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """audit/difference.json: plain values, null for what is not finite."""
+        """The content of audit/difference.json: plain values; numbers that are not finite become null."""
         fields = asdict(self) | {"mismatch": self.mismatch.metrics(), "first": self.first, "tables": self.tables()}
         return {name: to_json(value) for name, value in fields.items()}
 

@@ -1,38 +1,36 @@
-"""Traces of one episode compared op by op: in order of execution, the first op whose results differ had equal inputs,
-so it is the cause, or its weights are."""
+"""Compares traces of one episode op by op. In order of execution, the first op whose results differ had equal inputs,
+so the op or its weights are the cause."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
 from rl.audit.diagnosis import trace
 from rl.audit.diagnosis.trace import Entry, Trace
+from rl.step.identity import unequal_bits
 from rollout.record.episode import Episode
 
 
 @dataclass(frozen=True)
 class OpDifference:
-    """How far the results of one op are apart in two traces."""
+    """How much the results of one op differ between the sampler's trace and the learner's."""
 
-    name: str
-    op: str  # "" for an activation that is no op's own result
-    rows: int
+    name: str  # of the entry in both traces, as "layers.1.mlp (moe_combine)"
+    op: str  # name in `kernels.ops`; "" for an activation that torch computed between ops
+    rows: int  # rows compared
     rows_unequal: int
-    first_row: int  # -1 where all are equal
-    max_abs: float
-    sampler: str  # what ran, and over how many rows in the call that computed the first row that differs
+    first_row: int  # first row that differs; -1 where all are equal
+    max_abs: float  # largest absolute difference
+    sampler: str  # the function that ran, and over how many rows in the call that computed `first_row`
     learner: str
-    rows_in_call: tuple[int, int]  # those numbers: sampler's, learner's
+    rows_in_call: tuple[int, int]  # these numbers of rows: (sampler's, learner's)
 
 
 class Traces:
-    """One episode's four traces: as it ran, beside the episodes of its batch, and by itself."""
+    """Four traces of one episode: of sampler and learner, each with the episodes that ran beside it and alone."""
 
     def __init__(
         self,
@@ -43,7 +41,8 @@ class Traces:
         micro_batch: int,
         classes: TokenClasses,
     ) -> None:
-        """``index``: of the episode; ``micro_batch``: episodes in one of the learner's forward passes."""
+        """``sampling``, ``learning``: the sampler's and the learner's model; ``index``: which of ``episodes`` is
+        traced; ``micro_batch``: episodes in one of the learner's forward passes."""
         begin = index - index % micro_batch
         alone = [episodes[index]]
         self.sampler = trace.sampler(sampling, episodes, index, classes)
@@ -52,7 +51,8 @@ class Traces:
         self.learner_alone = trace.learner(learning, alone, 0, classes)
 
     def depends_on(self) -> dict[str, str]:
-        """What a difference hangs on: comparison -> name of the first op that differs in it, "" for none."""
+        """Pair of traces -> name of the first op that differs between them, "" for none. Shows whether a difference
+        depends on the episodes beside this one, or on cuts and the cache."""
         pairs = {
             "sampler as run, learner as run": (self.sampler, self.learner),
             "sampler alone, sampler as run": (self.sampler_alone, self.sampler),
@@ -64,7 +64,7 @@ class Traces:
 
 
 def compare_traces(sampler: Trace, learner: Trace) -> list[OpDifference]:
-    """Every entry that both traces have at the same rows, in the learner's order of execution."""
+    """The differences of all entries that both traces have, with equal shapes, in the learner's order of execution."""
     out = []
     for name, learned in learner.entries.items():
         sampled = sampler.entries.get(name)
@@ -73,7 +73,7 @@ def compare_traces(sampler: Trace, learner: Trace) -> list[OpDifference]:
         a, b = sampled.rows, learned.rows
         if a.shape != b.shape:
             continue
-        unequal = unequal_values(a, b).any(1)
+        unequal = unequal_bits(a, b).any(1)
         first = int(unequal.nonzero()[0]) if unequal.any() else -1
         row = max(first, 0)
         rows_in_call = sampled.calls[row], learned.calls[row]
@@ -94,13 +94,8 @@ def compare_traces(sampler: Trace, learner: Trace) -> list[OpDifference]:
 
 
 def first_unequal(differences: Sequence[OpDifference]) -> OpDifference | None:
+    """The first entry with an unequal row; None without one."""
     return next((one for one in differences if one.rows_unequal), None)
-
-
-def unequal_values(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors of one type differ in bits; bool, same shape."""
-    as_integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.view(as_integers) != b.view(as_integers)
 
 
 def _ran(entry: Entry, rows: int) -> str:

@@ -1,4 +1,4 @@
-"""Guesses at the cause of a difference, each with the fact that it was made from; the likeliest first."""
+"""Likely causes of a difference between sampler and learner, each with the fact that points to it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from kernels import dispatch, ops
 from model.backbone.transformer import InteractionModel
 from model.weights.checkpoint import weights_digest
-from rl.audit.diagnosis.differences import OpDifference, Traces, first_unequal, unequal_values
+from rl.audit.diagnosis.differences import OpDifference, Traces, first_unequal
+from rl.step.identity import unequal_bits
 from rollout.record.episode import Episode
 
 FEW_ROWS = 8
-"""Below so many rows torch's own fp32 linear takes other paths on the CPUs tried (tests/model/test_identity.py)."""
+"""With fewer rows than this, torch's fp32 linear took another code path on the CPUs tried
+(tests/model/test_identity.py)."""
 
 
 def suspects(
@@ -25,8 +27,9 @@ def suspects(
     growth: Sequence[OpDifference],
     depends_on: Mapping[str, str],
 ) -> list[str]:
-    """``model``: the learner's; ``sampling``: the sampler's, where that is another object. ``growth``: of sampler and
-    learner as run; ``depends_on``: of all four traces (`Traces.depends_on`)."""
+    """The likely causes as sentences, the likeliest first. ``model``: the learner's; ``sampling``: the sampler's, where
+    that is another object. ``growth``: sampler and learner compared as they ran; ``depends_on``: from
+    `Traces.depends_on`."""
     out = [] if sampling is None else unequal_weights(sampling, model)
     if (now := weights_digest(model)) != episode.weights_digest:
         out.append(f"weights that changed between sampling and learning (digest {episode.weights_digest}, now {now})")
@@ -97,11 +100,11 @@ def _order_of_experts(first: OpDifference, traces: Traces) -> list[str]:
 
 
 def unequal_weights(sampling: InteractionModel, learning: InteractionModel) -> list[str]:
-    """In which parameters the two models differ, a sentence each."""
+    """A sentence for each parameter in which the two models differ."""
     out = []
     for (name, sampled), learned in zip(sampling.named_parameters(), learning.parameters(), strict=True):
         a, b = sampled.detach(), learned.detach()
-        unequal = unequal_values(a, b)
+        unequal = unequal_bits(a, b)
         if count := int(unequal.sum()):
             where = tuple(unequal.nonzero()[0].tolist())
             one_ulp = count == 1 and bool(torch.nextafter(a[where], b[where]) == b[where])

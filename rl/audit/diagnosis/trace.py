@@ -1,11 +1,10 @@
-"""What one episode's rows were at every op, in the ways in which sampler and learner compute them.
+"""Records the results of every op for one episode's rows, computed as the sampler or as the learner computes them.
 
-`sampler` feeds the episodes as their sessions were fed, in lockstep, each row through the cache; `learner` packs them
-as the learner does, under autograd. Both keep the rows of one episode only, so that a trace is a few dozen megabytes
-whatever ran beside it. An op is named by the parameters it reads ("layers.1.mlp.experts.down_proj (expert_linear)"),
-or, where it reads none, by the block it stands in ("layers.1.mlp (moe_combine)"); the activations that the model itself
-names ("layers.1.mlp") are entries too, for what torch computes between the ops.
-"""
+`sampler` feeds all episodes to sessions in lockstep, with a cache; `learner` packs them into one forward pass, under
+autograd. Both keep the rows of one episode only, so that a trace has a few dozen megabytes whatever ran beside it. An
+op is named by the parameters it reads ("layers.1.mlp.experts.down_proj (expert_linear)"), or, where it reads none, by
+the block it stands in ("layers.1.mlp (moe_combine)"); the activations that the model itself names ("layers.1.mlp") are
+entries too, for what torch computes between the ops."""
 
 from __future__ import annotations
 
@@ -33,14 +32,16 @@ LOGPROB, DIGEST = "log-prob", "row digest"
 
 @dataclass
 class Entry:
-    """One op, or one activation named by the model, at the T rows of an episode (at its N sampled tokens in the head;
-    at its audio rows in the audio tower)."""
+    """The results of one op, or one activation named by the model, for an episode: at its T rows, at its N sampled
+    tokens for ops of the head, or at its audio rows for ops of the audio tower."""
 
-    op: str  # name in `kernels.ops`; "" for what is no op's result
-    function: str
-    pieces: list[Tensor] = field(default_factory=list)  # each [rows, width], of one call
-    calls: list[int] = field(default_factory=list)  # rows of the whole call that each row was computed in
-    weights: list[Tensor] = field(default_factory=list)  # of moe_combine: [rows, J], what it weighed by
+    op: str  # name in `kernels.ops`; "" for an activation that torch computed between ops
+    function: str  # module and name of the function that ran
+    pieces: list[Tensor] = field(default_factory=list)  # one for each call, [rows, width]
+    calls: list[int] = field(
+        default_factory=list
+    )  # for each row, the number of rows in its call, all episodes together
+    weights: list[Tensor] = field(default_factory=list)  # for moe_combine: the weights of the J experts, [rows, J]
 
     @property
     def rows(self) -> Tensor:
@@ -48,7 +49,7 @@ class Entry:
 
 
 class Trace:
-    """Owns the entries, in order of execution."""
+    """Owns the entries of one episode, in order of execution."""
 
     def __init__(self, model: InteractionModel) -> None:
         named = [*model.named_parameters(), *model.named_buffers()]
@@ -58,11 +59,12 @@ class Trace:
         self._rows, self._kept, self._audio = 0, slice(0, 0), slice(0, 0)
 
     def begin(self, rows: int, kept: slice, audio: slice) -> None:
-        """Of a call over ``rows`` rows the ``kept`` ones enter the trace; ``audio``: which of the call's audio rows
-        these are."""
+        """Announces a call over ``rows`` rows of all episodes. ``kept``: the traced episode's rows among them;
+        ``audio``: its audio rows among the call's audio rows."""
         self._rows, self._kept, self._audio = rows, kept, audio
 
     def see(self, call: Call) -> None:
+        """Adds the results of an op."""
         if call.op in ("sample", "logprob"):  # their results are added as log-prob and digest
             return
         place = self._place(call)
@@ -72,12 +74,12 @@ class Trace:
             self._keep(f"{place} ({call.op}){suffix}", call.op, call.function, result, weights)
 
     def activations(self, captured: Capture) -> None:
-        """Adds what the model named in one call, in the place where it was computed: `forward` calls `append`."""
+        """Adds activations that the model named, as (name, values [rows, width])."""
         for name, value in captured:
             self._keep(name, "", "", value, None)
 
     def add(self, name: str, values: Tensor) -> None:
-        """values [rows] of this call."""
+        """Adds ``values`` [rows] of this call."""
         self._keep(name, "", "", values, None)
 
     def _keep(self, name: str, op: str, function: str, value: Tensor, weights: Tensor | None) -> None:
@@ -135,20 +137,20 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 @torch.no_grad()
-def sampler(model: InteractionModel, episodes: Sequence[Episode], mine: int, classes: TokenClasses) -> Trace:
-    """Episode ``mine``, replayed beside the others: micro-turn by micro-turn, each sampling step one call, as in
-    `SessionEngine.append` when all sessions began together. Draws with the episodes' own keys."""
+def sampler(model: InteractionModel, episodes: Sequence[Episode], index: int, classes: TokenClasses) -> Trace:
+    """Traces ``episodes[index]`` replayed beside the others, micro-turn by micro-turn: each sampling step is one call,
+    as in `SessionEngine.append` when all sessions begin together. Tokens are drawn with the episodes' own keys."""
     trace, state = Trace(model), _state(model, episodes)
     slots = [state.open() for _ in episodes]
-    every, fed = Inputs.cat(episodes, model.audio_token_id), [0] * len(episodes)
+    inputs_of_all, fed = Inputs.cat(episodes, model.audio_token_id), [0] * len(episodes)
     for chunk, turn in _turns(episodes):
         spans = [(e, fed[e], position) for e, position in turn]
         lengths = [end - first for _, first, end in spans]
         segments = state.extend([slots[e] for e, _ in turn], lengths)
-        inputs = every.part(spans, segments)
+        inputs = inputs_of_all.part(spans, segments)
         for e, position in turn:
             fed[e] = position
-        at = next((i for i, (e, _) in enumerate(turn) if e == mine), len(turn))
+        at = next((i for i, (e, _) in enumerate(turn) if e == index), len(turn))
         rows = _part(lengths, at)
         trace.begin(sum(lengths), rows, _inside(inputs, rows))
         with observed(trace.see):
@@ -177,15 +179,15 @@ def _draw(
     trace.add(DIGEST, digest)
 
 
-def learner(model: InteractionModel, episodes: Sequence[Episode], mine: int, classes: TokenClasses) -> Trace:
-    """Episode ``mine`` as the learner computes it in one forward pass with the others, under autograd."""
+def learner(model: InteractionModel, episodes: Sequence[Episode], index: int, classes: TokenClasses) -> Trace:
+    """Traces ``episodes[index]`` as the learner computes it, in one forward pass with the others under autograd."""
     trace, batch = Trace(model), collate(episodes, model.audio_token_id)
-    rows = _part([int(e.text.sampled_at[-1]) for e in episodes], mine)
+    rows = _part([int(e.text.sampled_at[-1]) for e in episodes], index)
     trace.begin(len(batch.inputs.tokens), rows, _inside(batch.inputs, rows))
     with observed(trace.see):
         hidden = model(batch.inputs, None, _Activations(trace))
         sampled = [len(e.text.sampled_at) for e in episodes]
-        trace.begin(len(batch.row), _part(sampled, mine), slice(0, 0))
+        trace.begin(len(batch.row), _part(sampled, index), slice(0, 0))
         logits = model.logits(hidden[batch.row])
         logprob, _, digest = classes.logprob(logits, batch.target, batch.row_class, episodes[0].temperature)
         trace.add(LOGPROB, logprob)

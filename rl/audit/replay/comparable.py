@@ -1,8 +1,7 @@
-"""Whether the learner can say anything of a saved episode at all.
+"""Whether a saved episode can be compared with the learner.
 
-Its contract must be this program's, its weights those of the checkpoint (their digest is taken anew from the file), its
-temperature the recipe's; and its tokens, positions and masks must be those that a session makes of its audio and its
-actions.
+Its contract must be this program's, its weights those of the checkpoint (by a digest computed again from the file), its
+temperature the recipe's, and its tokens, positions and masks those that a session makes from its audio and actions.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ DTYPES = {
 
 
 def other_contract(episode: Episode) -> tuple[Reason, str] | None:
+    """The reason and a sentence when the episode was sampled under another contract than this program's; else None."""
     contract_id = dispatch.contract_id()
     if episode.contract_id == contract_id:
         return None
@@ -40,7 +40,7 @@ def other_contract(episode: Episode) -> tuple[Reason, str] | None:
 def incomparable(
     episode: Episode, digest: str, vocabulary: Vocabulary, config: TrainConfig
 ) -> tuple[Reason, str] | None:
-    """Why the learner with the weights ``digest`` can say nothing of the episode, or None."""
+    """Why the episode cannot be compared with the learner with weights ``digest``: a reason and a sentence, or None."""
     if other := other_contract(episode):
         return other
     if episode.weights_digest != digest:

@@ -1,8 +1,8 @@
-"""Scores a run's saved episodes once more: the learner's forward pass, the weights of the checkpoint that sampled them.
+"""Re-scores a run's saved episodes: computes the learner's log-probs again, from the checkpoint that sampled them.
 
-An episode that cannot be compared (`rl.audit.replay.comparable`) gets no log-probs and enters no count: other inputs
-are not a mismatch. Every checkpoint of the run is held against its manifest first, its optimizer's state included,
-which a resumed run would go on from.
+An episode that cannot be compared (`rl.audit.replay.comparable`) gets no log-probs and enters no count, because other
+inputs are not a mismatch. First, every checkpoint of the run is compared with its manifest, including the optimizer's
+state, from which a resumed run would go on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.document import Reason
 from rl.audit.records import Records
 from rl.audit.replay.comparable import incomparable, other_contract
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import Evidence, Mismatch, compare, unequal_bits
 from rollout.record.episode import Episode, load_episodes
 from rollout.turn.vocabulary import Vocabulary
@@ -32,9 +32,9 @@ class CheckedEpisode:
 
     step: int
     episode: Episode
-    why_not: tuple[Reason, str] | None = None  # not comparable
+    why_not: tuple[Reason, str] | None = None  # why it cannot be compared; None if it can
     logprob: Tensor | None = None  # fp32 [N], the learner's; None where nothing was re-scored
-    digest: Tensor | None = None  # int64 [N]
+    digest: Tensor | None = None  # int64 [N], the learner's row digests
 
     @property
     def state(self) -> str:
@@ -72,9 +72,9 @@ class CheckedStep:
 
     step: int
     episodes: list[CheckedEpisode]
-    weights_digest: str | None  # of the checkpoint's weights, taken now; None if there is no usable checkpoint
-    packs_digest: str | None = None  # of the packed copies that these weights give here (`model.weights.packs`)
-    diagnosis: Diagnosis | None = None  # of its first difference
+    weights_digest: str | None  # of the checkpoint's weights, computed now; None if there is no usable checkpoint
+    packs_digest: str | None = None  # of the packed copies of these weights, made now (`model.weights.packs`)
+    diagnosis: Diagnosis | None = None  # of the step's first difference
 
     @property
     def mismatch(self) -> Mismatch:
@@ -82,9 +82,9 @@ class CheckedStep:
 
 
 def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedStep]:
-    """Every step with saved episodes, in order; notes gaps in ``records.gaps`` and checkpoints that are not as they
-    were saved in ``records.unsound``. ``at_most``: re-score no more episodes than that, an equal share of each
-    step's."""
+    """Re-scores every step with saved episodes, in order. Adds gaps to ``records.gaps``, and checkpoints that are not
+    as they were saved to ``records.damaged_checkpoints``. ``at_most``: most episodes to re-score, an equal share of
+    each step."""
     _check_checkpoints(records)
     share = None if at_most is None else max(1, at_most // max(1, len(records.episodes)))
     for step in sorted(records.episodes):
@@ -101,7 +101,7 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
         vocabulary = Vocabulary.build(model.vocab)
         checked = [CheckedEpisode(step, e, incomparable(e, digest, vocabulary, records.config)) for e in episodes]
         places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
-        scored = _score(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
+        scored = _with_learner_logprobs(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
         for i, one in zip(places, scored, strict=True):
             checked[i] = one
         left = sum(one.state == "not_rescored" for one in checked)
@@ -148,7 +148,7 @@ def _check_checkpoints(records: Records) -> None:
         try:
             manifest.check(folder, recipe=records.recipe_text)
         except manifest.CheckpointError as error:
-            records.unsound.append(f"The checkpoint of step {step} is not as the run saved it: {error}.")
+            records.damaged_checkpoints.append(f"The checkpoint of step {step} is not as the run saved it: {error}.")
     if without:
         records.gaps.append(f"Without a manifest, so that damage to their files is not seen: {', '.join(without)}.")
 
@@ -168,14 +168,14 @@ def _policy(records: Records, step: int) -> InteractionModel | None:
 
 
 @torch.inference_mode()
-def _score(
+def _with_learner_logprobs(
     model: InteractionModel, vocabulary: Vocabulary, seen: Sequence[CheckedEpisode], micro_batch: int
 ) -> Iterator[CheckedEpisode]:
     """By the row contract the number of episodes in a pass does not enter the result."""
     for first in range(0, len(seen), micro_batch):
         some = seen[first : first + micro_batch]
         batch = collate([one.episode for one in some], model.audio_token_id)
-        logprob, _, digest = score_choices(model, batch, vocabulary.classes, some[0].episode.temperature)
+        logprob, _, digest = choice_logprobs(model, batch, vocabulary.classes, some[0].episode.temperature)
         lengths = [len(one.episode.text.chunk) for one in some]
         for one, p, d in zip(some, logprob.cpu().split(lengths), digest.cpu().split(lengths), strict=True):
             yield replace(one, logprob=p, digest=d)

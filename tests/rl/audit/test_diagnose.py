@@ -19,7 +19,6 @@ from kernels import dispatch
 from kernels.layout import PackedLinear
 from kernels.reference import attention as reference_attention
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from rl.audit.diagnosis import trace
 from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.diagnosis.differences import compare_traces
@@ -32,19 +31,15 @@ from rollout.engines.embedded import SessionEngine
 from rollout.record.episode import Episode
 from rollout.seeds import session_key
 from rollout.turn.observation import audio_observations
-from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
+from tests.support.models import VOCABULARY, fresh_model
 
 CHUNKS = 16  # about 110 rows: past the first split of keys
-VOCABULARY = Vocabulary.build(256)
 
 
 @pytest.fixture
 def model() -> InteractionModel:
-    model = InteractionModel(preset("tiny"))
-    model.init_weights(5)
-    model.pack()
-    return model
+    return fresh_model(seed=5)
 
 
 def sampled(model: InteractionModel) -> list[Episode]:
@@ -165,41 +160,46 @@ def test_one_ulp_of_one_weight(model: InteractionModel) -> None:
         row, column = divmod(int(weight.abs().argmax()), weight.shape[1])  # the ulp of a small one may be lost in sums
         weight[row, column] = torch.nextafter(weight[row, column], torch.tensor(torch.inf))
     model.repack()
-    found = explained(model, episodes, sampling)
-    assert found.first is not None and found.first.name == "layers.2.self_attn.o_proj (linear)"
+    diagnosis = explained(model, episodes, sampling)
+    assert diagnosis.first is not None and diagnosis.first.name == "layers.2.self_attn.o_proj (linear)"
     assert (
         f"one weight differs: model.language_model.layers.2.self_attn.o_proj.weight[{row}, {column}], by one ulp"
-        in found.suspects
+        in diagnosis.suspects
     )
-    assert not any(op.rows_unequal for op in found.growth if op.name.startswith(("embed", "layers.0", "layers.1")))
+    assert not any(op.rows_unequal for op in diagnosis.growth if op.name.startswith(("embed", "layers.0", "layers.1")))
     # Without the sampler's model the replay cannot show it, but the digest does.
     assert any("weights that changed between sampling and learning" in s for s in explained(model, episodes).suspects)
 
 
 def test_experts_in_another_order(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty(monkeypatch, model, 1, "mlp", "moe_combine", swapped_experts)
-    found = explained(model, sampled(model))
-    assert found.first is not None and found.first.name == "layers.1.mlp (moe_combine)"
+    diagnosis = explained(model, sampled(model))
+    assert diagnosis.first is not None and diagnosis.first.name == "layers.1.mlp (moe_combine)"
     assert any(
         s.startswith("experts of layers.1.mlp combined in another order: [1, 0, 2] of each row's list in the learner")
-        for s in found.suspects
+        for s in diagnosis.suspects
     )
 
 
 def test_another_attention_split(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty(monkeypatch, model, 3, "self_attn", "attention", other_split)
-    found = explained(model, sampled(model))
-    assert found.first is not None and found.first.name == "layers.3.self_attn (attention)"
-    assert found.first.first_row >= 32  # one split holds all earlier keys on both sides
-    assert any("cuts the keys differently: no row before 3" in s and "split has 64 keys" in s for s in found.suspects)
+    diagnosis = explained(model, sampled(model))
+    assert diagnosis.first is not None and diagnosis.first.name == "layers.3.self_attn (attention)"
+    assert diagnosis.first.first_row >= 32  # one split holds all earlier keys on both sides
+    assert any(
+        "cuts the keys differently: no row before 3" in s and "split has 64 keys" in s for s in diagnosis.suspects
+    )
 
 
 def test_naive_matmul_on_one_layer(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty(monkeypatch, model, 1, "self_attn", "linear", naive_linear)
-    found = explained(model, sampled(model))
-    assert found.first is not None and found.first.name == "layers.1.self_attn.q_proj+k_proj+v_proj+r_proj (linear)"
-    assert any("linear ran on" in s and "naive_linear" in s for s in found.suspects)
-    assert any("depends on the number of rows" in s and "< 8 in the sampler" in s for s in found.suspects)
+    diagnosis = explained(model, sampled(model))
+    assert (
+        diagnosis.first is not None
+        and diagnosis.first.name == "layers.1.self_attn.q_proj+k_proj+v_proj+r_proj (linear)"
+    )
+    assert any("linear ran on" in s and "naive_linear" in s for s in diagnosis.suspects)
+    assert any("depends on the number of rows" in s and "< 8 in the sampler" in s for s in diagnosis.suspects)
 
 
 def test_the_check_raises_with_what_a_diagnosis_needs(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from tests.kernels.contract import uneven
 
 def test_ratios_are_cut_at_the_cap_only() -> None:
     weights = [torch.tensor([1.0, -2.0]), torch.tensor([3.0])]
-    found = baseline.truncated(weights, [torch.tensor([0.5, 5.0]), torch.tensor([1.5])])
-    assert torch.equal(torch.cat(found), torch.tensor([0.5, -2.0 * baseline.CAP, 4.5]))
+    result = baseline.truncated(weights, [torch.tensor([0.5, 5.0]), torch.tensor([1.5])])
+    assert torch.equal(torch.cat(result), torch.tensor([0.5, -2.0 * baseline.CAP, 4.5]))
 
 
 @pytest.mark.slow

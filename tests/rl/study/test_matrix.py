@@ -27,7 +27,7 @@ from rl.step.gradient import gradient_of
 from rl.step.identity import Evidence, NotEqualError, check_identity
 from rl.study import lesson, matrix, variants
 from rl.study.lesson import completions
-from rl.study.variants import Variant, _scatter, whole
+from rl.study.variants import Variant, _scatter, uncached
 from rollout.record.episode import Episode
 from rollout.turn.action import CHUNK_SAMPLES, Action
 from rollout.turn.observation import Observation
@@ -90,7 +90,7 @@ def tokens(folder: Path) -> list[Episode]:
 
 
 def cells(variant: Variant, tokens: list[Episode]) -> list[matrix.Comparison]:
-    return list(matrix.comparisons(variant, ITEMS, tokens, whole(variant, tokens, len(tokens))))
+    return list(matrix.comparisons(variant, ITEMS, tokens, uncached(variant, tokens, len(tokens))))
 
 
 @pytest.mark.usefixtures("naive_linear")
@@ -111,11 +111,11 @@ def test_nothing_of_ours_changes_a_bit_and_naive_torch_does(
     ]  # fmt: skip
     theirs = {(c.axis, c.setting): c.mismatch for c in cells(Variant.load("naive torch", folder, dtype), tokens)}
     assert theirs.keys() == {(c.axis, c.setting) for c in ours}
-    for found in (
+    for mismatch in (
         theirs["chunk cuts", "1 rows a call against all"],
         theirs["engine session", "sampler against learner"],
     ):
-        assert found.num_unequal and found.rows_unequal and found.max_abs > 0 and found.k3_sum >= 0
+        assert mismatch.num_unequal and mismatch.rows_unequal and mismatch.max_abs > 0 and mismatch.k3_sum >= 0
 
 
 @pytest.mark.usefixtures("naive_linear")
@@ -137,15 +137,15 @@ def test_naive_torch_cannot_pass_for_exact(folder: Path) -> None:
 def test_samplings_that_part_count_from_where_they_part(tokens: list[Episode]) -> None:
     one = tokens[0]
     n = len(one.text.sampled_at)
-    assert matrix.sampled_apart([one], [one]).num_unequal == 0
+    assert matrix.compare_samplings([one], [one]).num_unequal == 0
     other = one.tokens.clone()
     other[one.text.sampled_at[n - 3]] += 1
     logprob = one.text.logprob.clone()
     logprob[0] = torch.nextafter(logprob[0], torch.tensor(0.0))
     logprob[n - 1] += 1  # after the parting: no number of a comparison
-    found = matrix.sampled_apart([with_text(replace(one, tokens=other), logprob=logprob)], [one])
-    assert (found.num_tokens, found.num_unequal, found.rows_unequal) == (n, 4, 3)
-    assert 0 < found.max_abs < 1e-5
+    mismatch = matrix.compare_samplings([with_text(replace(one, tokens=other), logprob=logprob)], [one])
+    assert (mismatch.num_tokens, mismatch.num_unequal, mismatch.rows_unequal) == (n, 4, 3)
+    assert 0 < mismatch.max_abs < 1e-5
 
 
 def test_scattered_pages_lie_elsewhere(folder: Path) -> None:
@@ -168,15 +168,15 @@ def test_completions_of_ours_are_one_under_any_load(folder: Path, monkeypatch: p
     ours = completions(Variant.load("ours", folder, torch.float32), heard, others, 40)
     assert (ours.count, ours.distinct, ours.distinct_rows, ours.chunks) == (40, 1, 1, 6)
     # One session brings few rows and two bring many, for `naive_linear`; both come among forty.
-    monkeypatch.setattr(lesson, "MOST_TOGETHER", 2)
-    monkeypatch.setattr(lesson, "MOST_OTHERS", 0)
+    monkeypatch.setattr(lesson, "MAX_TOGETHER", 2)
+    monkeypatch.setattr(lesson, "MAX_OTHERS", 0)
     theirs = completions(Variant.load("naive torch", folder, torch.float32), heard, others, 40)
     assert theirs.count == 40 and theirs.distinct_rows > 1 and theirs.distinct >= 1
 
 
 @pytest.mark.slow
 def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, small in (("GROUPS", 1), ("ROLLOUTS", 2), ("MOST_TOGETHER", 2), ("MOST_OTHERS", 1), ("LONG", 1)):
+    for name, small in (("GROUPS", 1), ("ROLLOUTS", 2), ("MAX_TOGETHER", 2), ("MAX_OTHERS", 1), ("LONG", 1)):
         monkeypatch.setattr(lesson, name, small)
     result = matrix.run(
         folder, tmp_path, episodes=2, completions=2, long_completions=0, rounds=1, dtypes=[torch.float32]

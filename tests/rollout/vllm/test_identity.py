@@ -19,7 +19,7 @@ from kernels import ops
 from kernels.errors import MetronomeError
 from model.backbone.state import ContextFull
 from model.backbone.transformer import InteractionModel
-from rl.step.batch import collate, score_choices
+from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
@@ -94,7 +94,7 @@ def against_learner(model: InteractionModel, sessions: list[Session], vocabulary
     episodes = [record(session) for session in sessions]
     batch = collate(episodes, model.audio_token_id)
     with torch.no_grad():
-        logprob, _, digest = score_choices(model, batch, vocabulary.classes, 1.0)
+        logprob, _, digest = choice_logprobs(model, batch, vocabulary.classes, 1.0)
     result = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
     return result.num_tokens, result.num_unequal, result.rows_unequal
 

@@ -22,5 +22,5 @@ def test_vllm_samples_what_the_learner_scores_in_both_types(tmp_path: Path) -> N
     for dtype in (torch.float32, torch.bfloat16):
         variant = Variant.load("ours", tmp_path / "model", dtype)
         many, single = (matrix.sampled(variant, "vllm", items, slots) for slots in (2, 1))
-        for result in (matrix.sampled_apart(many, single), matrix.learner_apart(variant, many)):
+        for result in (matrix.compare_samplings(many, single), matrix.compare_with_learner(variant, many)):
             assert (result.num_unequal, result.rows_unequal) == (0, 0) and result.num_tokens > 100

@@ -1,4 +1,4 @@
-"""What the rules say of a stored episode, as plain values for whoever prints or draws it."""
+"""The rules' score of an episode read from a file, as plain values for `rollout.show`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import yaml
 
 from kernels.errors import MetronomeError
 from model.program.recipe import read_recipe
-from reward.score import score
+from reward.score import score_stored
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 
 
 @dataclass(frozen=True)
-class _Constants:
-    """The part of a run's recipe that is read here."""
+class _ScenarioRecipe:
+    """The part of a run's recipe that scoring needs."""
 
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
 
 
-def told(episode: Episode, run: Path) -> dict[str, Any] | None:
-    """{"score", "rewards": sum by axis, "events": [{"chunk", "kind", "outcome", "due", "rewards"}]}; None where the
-    rules do not know the family or cannot read the facts. ``run``: its folder, whose recipe may name other families
-    and other constants than the defaults. Raises MetronomeError when that recipe cannot be read."""
-    scenarios = families(run)
-    try:
-        judged = score(episode.family, episode.facts, episode.actions, scenarios)
-    except (KeyError, ValueError, TypeError, IndexError):
+def explain(episode: Episode, run: Path) -> dict[str, Any] | None:
+    """``{"score", "rewards": {axis: sum}, "events": [{"chunk", "kind", "outcome", "due", "rewards"}]}``, or None where
+    no rules can score the episode (`score_stored`).
+
+    ``run``: the folder of the run that saved the episode. Its recipe may name other families and other constants than
+    the defaults. Raises MetronomeError when that recipe cannot be read."""
+    judged = score_stored(episode, families(run))
+    if judged is None:
         return None
     return {
         "score": judged.value,
@@ -57,4 +57,4 @@ def families(run: Path) -> ScenarioConfig:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise MetronomeError(f"{path}: no recipe of a run with its families ({error!r})") from error
     text = yaml.safe_dump({"scenarios": fields})
-    return read_recipe("rollout.show", "", _Constants, ["--config", text]).config.scenarios
+    return read_recipe("rollout.show", "", _ScenarioRecipe, ["--config", text]).config.scenarios
