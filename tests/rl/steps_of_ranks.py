@@ -39,7 +39,7 @@ def gradient(of: Learner, rank: int, step: int) -> list[Tensor]:
 
 
 def take(of: Learner, parameters: list[Tensor]) -> None:
-    of.step(Gradient(tuple(parameters), *[torch.zeros(1)] * 4))
+    of.step(Gradient(tuple(parameters), *[torch.zeros(1)] * 3))
 
 
 def take_means() -> None:

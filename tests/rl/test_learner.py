@@ -120,7 +120,7 @@ def test_gradient_that_is_not_finite_is_an_error_and_no_step(model: InteractionM
     gradient[5].view(-1)[7] = value
     name = [name for name, _ in model.named_parameters()][5]
     with pytest.raises(MetronomeError, match=rf"gradient of step 0 is not finite \(that of {re.escape(name)}\)"):
-        learner.step(Gradient(tuple(gradient), *[torch.zeros(1)] * 4))
+        learner.step(Gradient(tuple(gradient), *[torch.zeros(1)] * 3))
     assert weights_digest(model) == before and learner.taken == 0
 
 
