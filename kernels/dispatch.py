@@ -1,7 +1,8 @@
 """Which backend runs the ops, chosen once at start, and the contract id that stamps what it produced.
 
-``METRONOME_BACKEND`` picks ``cpu`` (default), ``triton`` (GPUs) or ``reference``. An unknown name, a missing native
-library, or a machine without the needed instructions or GPU raises; there is no silent fallback.
+``METRONOME_BACKEND``, or a recipe's ``placement.device``, picks ``cpu`` (default), ``triton`` (GPUs) or ``reference``.
+An unknown name, a missing native library, or a machine without the needed instructions or GPU raises; there is no
+silent fallback.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml -m rl.minimal --config configs/quickstart.yaml
 
 It ends with the very weights of `rl.train` on the same recipe and number of processes, and prints their digest. Left
-out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers, vLLM, learned
-rewards and the distance from a reference policy.
+out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers, vLLM, and checks of
+a recipe's ranges. Refused: learned rewards, distance from a reference policy, bf16 (which needs fp32 masters).
 
 Why there is no importance ratio, no clipping of one and no second step on a batch: sampler and learner are one
 function, so the ratio is exactly 1, and the `check` below stops the run where it would not be.
@@ -23,6 +23,7 @@ import torch
 
 from kernels import ops
 from kernels.adamw import AdamW
+from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.placement import Placement
 from model.weights.checkpoint import weights_digest
@@ -49,6 +50,8 @@ from rollout.world.speech import SpeechBank
 def main(arguments: list[str] | None = None) -> None:
     config, _, _ = parse(arguments)
     Placement.enter(config.placement, config.model.dtype)
+    if config.rl.reference_weight or config.source.models or config.model.dtype != "float32":
+        raise MetronomeError("rl.minimal knows fp32 and the rules' rewards only; use rl.train")
     ranks.join()
     digest = train(config)
     if ranks.rank() == 0:

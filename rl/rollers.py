@@ -19,7 +19,6 @@ from rollout.engines.roller import InProcess, Roller
 from rollout.engines.workers.pool import WorkerPool
 from rollout.engines.workers.task import Setup
 from rollout.turn.vocabulary import Vocabulary
-from rollout.world.speech import DEFAULT_FOLDER
 
 
 def check_workers(config: TrainConfig) -> None:
@@ -82,7 +81,7 @@ def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Rolle
     setup = Setup(
         config=model.config,
         dtype=model.dtype,
-        speech_dir=str(Path(DEFAULT_FOLDER if config.speech_dir is None else config.speech_dir).absolute()),
+        speech_dir=None if config.speech_dir is None else str(Path(config.speech_dir).absolute()),
         scenarios=config.scenarios,
         slots=math.ceil(plays_of_a_step(config) / rollout.workers),
         max_tokens=rollout.max_tokens,

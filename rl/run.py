@@ -124,6 +124,7 @@ class Run:
         diagnosis = next(one for one in ranks.gather(own) if one is not None)
         self.folder.write_json(DIFFERENCE, diagnosis.to_json())
         self.audit()
+        self.tracker.close()
         return NotEqualError(f"{error} {diagnosis.sentence()}", error.evidence)
 
     def begin(self) -> tuple[Learner, Progress]:

@@ -18,9 +18,13 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from kernels.errors import MetronomeError
+from model.placement import Placement
 from rl.audit.compare import compare_runs
 from rl.audit.document import Report
+from rl.audit.records import read
 from rl.audit.report import audit, statement
 
 STATUS = {"identical": 0, "different": 1, "not_comparable": 2}
@@ -42,16 +46,25 @@ def main(arguments: list[str] | None = None) -> None:
         report: Report = compare_runs(first, second, out)
     else:
         out = given.run / "audit"
+        enter_placement(given.run)
         report = audit(given.run)
     print(statement(report, out))
     if given.fail_on:
         fail(report)
 
 
+def enter_placement(run: Path) -> None:
+    """A run on a GPU is audited on one where there is one; elsewhere its episodes are of another contract."""
+    config = read(run).config if run.is_dir() else None
+    if config is not None and config.placement.device == "cuda" and torch.cuda.is_available():
+        Placement.enter(config.placement, config.model.dtype)
+
+
 def measure(given: Path, out: Path | None) -> None:
     """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
+    enter_placement(run)
     from rl.study import matrix  # with all that it measures against: only where it is asked for
 
     print("\n\n".join(table.text() for table in matrix.run(folder, out or run / "audit").tables))

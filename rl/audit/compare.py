@@ -181,13 +181,16 @@ class _Episodes:
                 continue
             self.compared += 1
             tensors_x, tensors_y = tensors(x), tensors(y)
-            differs = [f for f in tensors_x if f not in tensors_y or not _same(tensors_x[f], tensors_y[f])]
+            differs = [
+                f for f in tensors_x | tensors_y
+                if f not in tensors_x or f not in tensors_y or not _same(tensors_x[f], tensors_y[f])
+            ]  # fmt: skip
             differs += [f for f in ("seed", "temperature", "weights_digest") if getattr(x, f) != getattr(y, f)]
             self.unequal += bool(differs)
             for field in differs:
                 self.fields[field] = self.fields.get(field, 0) + 1
             other_inputs = {"tokens", "codes"} | {f for f in tensors_x if f.endswith((".sampled_at", ".row_class"))}
-            if other_inputs & set(differs):
+            if other_inputs & set(differs) or x.streams.keys() != y.streams.keys():
                 continue  # nothing to count
             for stream, one in x.streams.items():
                 other = y.streams[stream]

@@ -183,9 +183,9 @@ class Learner:
                 f"{folder}: holds no learner state that can be read ({error}). Resume from another checkpoint, or "
                 "start anew."
             ) from error
-        if (found := weights_digest(self.model)) != digest:
+        if (present := weights_digest(self.model)) != digest:
             raise MetronomeError(
-                f"{folder}: the learner's state belongs to weights {digest}, the model beside it has {found}. Resume "
+                f"{folder}: the learner's state belongs to weights {digest}, the model beside it has {present}. Resume "
                 "from another checkpoint, or start anew."
             )
         for i, master in enumerate(self._masters):
@@ -201,10 +201,10 @@ class Learner:
                 self._adamw.moments(parameter)["taken"] = taken
         self.taken = taken
         self._publish()
-        if (found := weights_digest(self.model)) != digest:
+        if (present := weights_digest(self.model)) != digest:
             raise MetronomeError(
-                f"{folder}: the masters in {OPTIMIZER} round to weights {found}, not to {digest}. Resume from another "
-                "checkpoint, or start anew."
+                f"{folder}: the masters in {OPTIMIZER} round to weights {present}, not to {digest}. Resume from "
+                "another checkpoint, or start anew."
             )
 
     def _parts(self, master: Tensor, moment: str | None) -> tuple[Tensor, slice] | None:

@@ -68,19 +68,19 @@ def agree(what: str, value: str) -> None:
         raise RuntimeError(f"{what} differs between ranks: {values}; the run cannot go on")
 
 
-def sum_in_order(mine: Tensor) -> Tensor:
+def sum_in_order(own: Tensor) -> Tensor:
     """The ranks' tensors added in rank order, so that every rank holds the same bits; [n] -> [n].
 
     Each rank adds one slice for all, then the slices are gathered: a rank receives about twice its tensor, however
     many ranks there are. Which rank adds an element does not enter its sum."""
     if world() == 1:
-        return mine
-    slice_size = -(-len(mine) // world())
-    padded = torch.nn.functional.pad(mine, (0, slice_size * world() - len(mine)))
+        return own
+    slice_size = -(-len(own) // world())
+    padded = torch.nn.functional.pad(own, (0, slice_size * world() - len(own)))
     received = torch.empty_like(padded)
     dist.all_to_all_single(received, padded)
     total, *rest = received.view(world(), slice_size)
     for part in rest:
         total += part
     dist.all_gather_into_tensor(padded, total)
-    return padded[: len(mine)]
+    return padded[: len(own)]

@@ -68,6 +68,8 @@ def token_weights(
     ``episodes``: this rank's, ``config.rollouts`` of each scenario one after another. ``acting`` [sources, episodes]:
     the rewards to learn from. ``log_ratio``: for each episode fp32 [N_e], as `rl.reference` gives it; empty without a
     reference. ``scales``: as the step before left them. Raises MetronomeError for a reward that is not finite."""
+    if any(len(rewards) != len(episodes) for rewards in acting):
+        raise ValueError(f"{[len(r) for r in acting]} rewards of the sources for {len(episodes)} episodes")
     advantages = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]
     terms: dict[str, Term] = {}
     parts: list[tuple[str, int, Tensor, float]] = []  # for each group: term, first episode, advantages, weight

@@ -2,7 +2,7 @@
 
 Tensors: a rank adds its micro-batches in their order, then the ranks' sums are added in rank order. So the number of
 ranks and ``rl.micro_batch`` are part of a recipe's result. Numbers (means of rewards and metrics, sums of squares) are
-added exactly and rounded once (`math.fsum`): for these no order exists.
+added exactly and rounded once a rank (`math.fsum`): for these no order exists.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def over_ranks(tensor: Tensor) -> Tensor:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean of all ranks' values, rounded once; 0 when there are none."""
-    everyone = [value for part in ranks.gather(list(values)) for value in part]
-    return fsum(everyone) / len(everyone) if everyone else 0.0
+    """The mean of all ranks' values, [n] each; 0 when there are none."""
+    own = list(values)
+    sums, counts = zip(*ranks.gather((fsum(own), len(own))), strict=True)
+    return fsum(sums) / total if (total := sum(counts)) else 0.0

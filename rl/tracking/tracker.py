@@ -113,8 +113,8 @@ class _Thread:
                 else:
                     tracker.log(item)
             tracker.finish()
-        # Broad on purpose, and the only such place: what a tracking library may raise is open-ended, and none of it is
-        # a reason to lose a training run.
+        # Broad on purpose: what a tracking library may raise is open-ended, and none of it is a reason to lose a
+        # training run.
         except Exception as error:
             text = f"tracking: {self._kind} failed, off from here on: {type(error).__name__}: {error}"
             warnings.warn(text, stacklevel=1)

@@ -30,7 +30,6 @@ from rollout.play import Play
 from rollout.record.episode import pack_episodes
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.vocabulary import Vocabulary
-from rollout.world.speech import DEFAULT_FOLDER
 
 IDLE_S = 5.0
 SIZES = (1, 2)  # numbers of workers of the pools
@@ -79,7 +78,7 @@ def pool_of(model: InteractionModel, workers: int, cores: int) -> WorkerPool:
     setup = Setup(
         config=model.config,
         dtype=model.dtype,
-        speech_dir=str(DEFAULT_FOLDER),
+        speech_dir=None,
         scenarios=ScenarioConfig(),
         slots=-(-GROUPS * ROLLOUTS // workers),
         max_tokens=MAX_TOKENS,

@@ -136,6 +136,8 @@ def _names(item: Mapping[str, Any]) -> list[str]:
 
 
 def _unpack(item: Mapping[str, Any], content: Mapping[str, Tensor]) -> Episode:
+    if TEXT not in item["streams"]:
+        raise ValueError(f"an episode without the stream {TEXT}")
     streams = {
         name: Stream(**{field.name: content[f"{name}.{field.name}"] for field in fields(Stream)})
         for name in item["streams"]

@@ -31,11 +31,14 @@ def find_family(name: str) -> AnyFamily:
     if not colon:
         raise MetronomeError(f"no scenario family is called {name!r}. {forms}")
     try:
-        family = getattr(import_module(module), attribute, None)
+        members = vars(import_module(module))
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and what it imports is not
         raise MetronomeError(f"scenario family {name!r}: there is no module {error.name!r}. {forms}") from error
+    if attribute not in members:
+        raise MetronomeError(f"scenario family {name!r}: {module} has no {attribute}. {forms}")
+    family = members[attribute]
     if not isinstance(family, Family):
         raise MetronomeError(f"scenario family {name!r}: {attribute} in {module} is {family!r}, no Family. {forms}")
     return family

@@ -55,7 +55,9 @@ def incomparable(
 
 def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int) -> tuple[Reason, str] | None:
     """Compares the episode with the sequence that a session makes of the same audio and actions."""
-    if wrong := [name for name, tensor in tensors(episode).items() if tensor.dtype != DTYPES.get(name)]:
+    if unknown := sorted(tensors(episode).keys() - DTYPES.keys()):
+        return Reason.TOKENS, f"it has {', '.join(unknown)}, which this program does not score"
+    if wrong := [name for name, tensor in tensors(episode).items() if tensor.dtype != DTYPES[name]]:
         return Reason.TOKENS, f"its {', '.join(wrong)} are of other types than a session's"
     if episode.codes.numel() and int(episode.codes.max()) >= MEL_BINS:
         return Reason.TOKENS, f"its audio has codes above {MEL_BINS - 1}"

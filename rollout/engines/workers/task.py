@@ -34,7 +34,7 @@ class Setup:
 
     config: InklingConfig
     dtype: torch.dtype
-    speech_dir: str
+    speech_dir: str | None  # None is the set shipped with the program
     scenarios: ScenarioConfig
     slots: int  # sessions open at once
     max_tokens: int  # context of each, in rows

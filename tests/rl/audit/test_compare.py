@@ -106,3 +106,11 @@ def test_the_command(run: Path, other: Path, tmp_path: Path, capsys: pytest.Capt
         main(["--compare", str(run), str(tmp_path / "nothing")])
     with pytest.raises(MetronomeError, match="go together"):
         main(["--checkpoint", str(run)])
+
+
+def test_a_stream_that_only_one_run_has_is_a_difference_both_ways(run: Path, other: Path) -> None:
+    tamper(first_file(other), lambda e: replace(e, streams={**e.streams, "voice": e.text}))
+    for a, b in ((run, other), (other, run)):
+        report = compared(a, b)
+        assert (report["verdict"], report["episodes_unequal"]) == ("different", 1)
+        assert report["episode_fields"].keys() >= {"voice.logprob", "voice.digest"}
