@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_the_command(run: Path, other: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_stream_that_only_one_run_has_is_a_difference_both_ways(run: Path, other: Path) -> None:
-    tamper(first_file(other), lambda e: replace(e, streams={**e.streams, "voice": e.text}))
+    tamper(first_file(other), lambda e: replace(e, streams={**e.streams, "voice": deepcopy(e.text)}))
     for a, b in ((run, other), (other, run)):
         report = compared(a, b)
         assert (report["verdict"], report["episodes_unequal"]) == ("different", 1)
