@@ -71,7 +71,6 @@ def train(config: TrainConfig) -> str:
         tokens = sum(ranks.gather(sum(len(one.text.chunk) for one in shown)))
         likelihood = [torch.full((len(one.text.chunk),), 1.0 / tokens) for one in shown]
         supervised.step(gradient_of(model, shown, likelihood, vocabulary.classes, 1.0, micro_batch))
-
     engine = SessionEngine.of(model, config.rollout, plays_of_a_step(config))
     source = RewardSource.load(config.scenarios, config.source)
     optimizer = Optimizer(model, config.rl.optim, config.rl.steps)

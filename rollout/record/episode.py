@@ -26,7 +26,7 @@ from rollout.turn.action import Action, Mode
 TEXT = "text"
 """Name of the stream of mode and text tokens. A voice will be another stream."""
 
-FORMAT = "2"
+FORMAT = 2
 """Version of the episode file format. (Version 1 had no streams.)"""
 
 
@@ -95,7 +95,7 @@ def tensors(episode: Episode) -> dict[str, Tensor]:
 
 
 def pack_episodes(episodes: Sequence[Episode]) -> bytes:
-    """Episodes in safetensors' format; `unpack_episodes` reads them back."""
+    """Episodes in safetensors' format; equal episodes give equal bytes. `unpack_episodes` reads them back."""
     content = {f"{i}.{name}": t.contiguous() for i, e in enumerate(episodes) for name, t in tensors(e).items()}
     header = [
         {
@@ -111,7 +111,8 @@ def pack_episodes(episodes: Sequence[Episode]) -> bytes:
         }
         for e in episodes
     ]
-    return safetensors.torch.save(content, metadata={"format": FORMAT, "episodes": json.dumps(header)})
+    # One key of metadata: safetensors writes several in an order that changes from call to call.
+    return safetensors.torch.save(content, metadata={"episodes": json.dumps({"format": FORMAT, "episodes": header})})
 
 
 def unpack_episodes(data: bytes) -> list[Episode]:
@@ -119,13 +120,16 @@ def unpack_episodes(data: bytes) -> list[Episode]:
     try:
         content: dict[str, Any] = safetensors.torch.load(data)
         size = int.from_bytes(data[:8], "little")  # of the JSON header that follows, with the metadata in it
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-        header = json.loads(metadata["episodes"])
-        if (version := metadata.get("format", "1")) != FORMAT:
+        stored = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["episodes"])
+        version = 1 if isinstance(stored, list) else stored["format"]
+        if version != FORMAT:
             raise ValueError(
                 f"it is of format {version}, this program reads {FORMAT}; only the version that wrote it can read it"
             )
-        return [_unpack(item, {name: content[f"{i}.{name}"] for name in _names(item)}) for i, item in enumerate(header)]
+        return [
+            _unpack(item, {name: content[f"{i}.{name}"] for name in _names(item)})
+            for i, item in enumerate(stored["episodes"])
+        ]
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from kernels.errors import MetronomeError
 from rollout.engines.workers.task import PlayRequest, Reply, Task, check_episode, seal, task_boundaries, unseal
@@ -95,14 +95,26 @@ def test_a_cut_file_is_no_episodes() -> None:
             unpack_episodes(wrong)
 
 
+def test_equal_episodes_are_equal_bytes() -> None:
+    """Two keys of metadata would come in either order (the control)."""
+    assert len({pack_episodes([EPISODE]) for _ in range(40)}) == 1
+    content = {"tokens": EPISODE.tokens}
+    assert len({save(content, metadata={"a": "1", "b": "2"}) for _ in range(40)}) == 2
+
+
 def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "episodes.safetensors"
     save_episodes(path, [EPISODE])
     assert unequal_fields(load_episodes(path)[0], EPISODE) == set()
     old = {"tokens": EPISODE.tokens, **{f"0.{name}": tensor for name, tensor in vars(EPISODE.text).items()}}
-    for metadata, says in (({}, "format 1, this program reads 2"), ({"format": "3"}, "format 3, this program reads 2")):
-        save_file(old, path, metadata={"episodes": "[{}]"} | metadata)
-        with pytest.raises(MetronomeError, match=f"{says}.*Roll the episodes out again"):
+    for stored, says in (
+        ("[{}]", "format 1, this program reads 2"),
+        ('{"format": 3}', "format 3, this program reads 2"),
+    ):
+        save_file(old, path, metadata={"episodes": stored})
+        with pytest.raises(
+            MetronomeError, match=f"format {version}, this program reads 2.*Roll the episodes out again"
+        ):
             load_episodes(path)
 
 
