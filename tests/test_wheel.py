@@ -19,7 +19,8 @@ def expected() -> set[str]:
     git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *PACKAGES, "configs"]
     listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     recipes = {f"model/{name}" for name in listed if name.startswith("configs/") and name.endswith(".yaml")}
-    return recipes | LIBRARIES | {name for name in listed if not name.startswith("configs/")}
+    documents = {name for name in listed if name.endswith(".md")}  # for readers of the repository
+    return recipes | LIBRARIES | {name for name in listed if not name.startswith("configs/")} - documents
 
 
 def contents(folder: Path, project: str) -> set[str]:
