@@ -57,11 +57,12 @@ def read_recipe(
     if resumes:
         resume_help = "go on from the run's newest finished checkpoint"
         parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
-    given = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    spelled = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    given = with_shipped(spelled)
     parts = _open_parts(kind)
     parser.add_class_arguments(_closed(kind, {name: p.schema(_content(given, name)) for name, p in parts.items()}))
     try:
-        parsed = parser.parse_args(with_shipped(given))
+        parsed = parser.parse_args(given)
     except jsonargparse.ArgumentError as error:
         raise MetronomeError(f"recipe: {error}. `python -m {command} --help` lists every field and its type") from error
     resume = bool(parsed.pop("resume")) if resumes else False
@@ -94,12 +95,20 @@ def _content(arguments: Sequence[str], part: str) -> dict[str, Any]:
     for name, value in _options(arguments):
         try:
             if name == "config":
-                content |= yaml.safe_load(Path(value).read_text(encoding="utf-8"))[part]
+                content |= yaml.safe_load(_file_or_text(value))[part]
             elif name.startswith(f"{part}."):
                 content[name.removeprefix(f"{part}.")] = yaml.safe_load(value)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
             continue
     return content
+
+
+def _file_or_text(value: str) -> str:
+    """What ``--config`` gives the parser: the content of a file, or a recipe's text itself."""
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except OSError:
+        return value
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from reward import hacks
+from reward.explain import families
 from reward.score import score
 from reward.source import RewardSource
 from reward.study.timeline import timeline
+from rl.train import parse
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import LISTEN, Action, speak
@@ -104,3 +106,11 @@ def test_the_readme_s_reward_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "--eval.scenarios", "1", "--scenarios.families", families, "--rl.axis_weights", weights)  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "brevity/metrics.jsonl").read_text().splitlines()]
     assert all(record["reward/brevity"] < 0 for record in records)
+
+
+def test_an_own_familys_run_can_be_shown(tmp_path: Path) -> None:
+    """`rollout.show` reads the families from the run's recipe, which it hands on as text."""
+    recipe = parse(["--config", str(ROOT / "tests/examples/confide.yaml")])[2]
+    (tmp_path / "config.yaml").write_text(recipe)
+    assert list(families(tmp_path).members) == list(parse(["--config", recipe])[0].scenarios.members)
+    assert "confide" in families(tmp_path).members

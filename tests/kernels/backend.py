@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from kernels import ops as _ops
 from kernels.layout import PagedKV
+from kernels.tools.row_contract import same
 
 DEVICE_VARIABLE = "METRONOME_TEST_DEVICE"
 NATIVE = os.environ.get("METRONOME_BACKEND", "cpu") == "cpu"
@@ -62,7 +63,7 @@ def there(op: Callable[..., Any]) -> Callable[..., Any]:
         written: list[tuple[torch.Tensor, torch.Tensor]] = []
         result = op(*(_to(x, written) for x in args), **{name: _to(x, written) for name, x in kwargs.items()})
         for mine, other in written:
-            if not mine.requires_grad and not _same_bits(mine, other.cpu()):
+            if not mine.requires_grad and not same(mine, other.cpu()):
                 mine.copy_(other)
         return _back(result)
 
@@ -87,11 +88,6 @@ def _to(x: Any, written: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
     if isinstance(x, PagedKV):
         return PagedKV(_to(x.key, written), _to(x.value, written), _to(x.table, written))
     return x  # a number, segments, or a pack, which is on the device already
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Unlike torch.equal: -0 is not +0, and a NaN is like itself."""
-    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
 
 
 def _back(x: Any) -> Any:
