@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from model.program.reading import to_json
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -25,6 +28,12 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Writes ``value`` as JSON, atomically. Raises MetronomeError for NaN and infinities, before anything is
+    written."""
+    write_whole(path, to_json(value, indent).encode())
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Recipes: typed frozen dataclasses, read from YAML and dotted overrides. Unknown keys are errors.
+"""Recipes: typed frozen dataclasses, read from YAML and dotted overrides. Unknown keys and values out of range
+(`model.program.ranges`) are errors.
 
 The fields of one part of a recipe may depend on its content (`OpenConfig`): those of scenarios depend on their
 families.
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, get_type_hints
 
 import jsonargparse
-import yaml
 
 from kernels.errors import MetronomeError
-from model.program import shipped
+from model.program import ranges, shipped
+from model.program.reading import MOST_RECIPE_BYTES, UnreadableError, parse_yaml, read_text
+
+jsonargparse.set_loader("yaml", parse_yaml, exceptions=(UnreadableError,))
 
 Config = TypeVar("Config")
 
@@ -50,7 +53,7 @@ def read_recipe(
 ) -> Recipe[Config]:
     """Parses the recipe of class ``kind`` from ``arguments`` (default: the command line). ``command`` ("rl.train") is
     its module's name for messages; ``resumes`` adds the option ``--resume``. ``--help`` prints every field. Raises
-    MetronomeError for an unknown key or a wrong type."""
+    MetronomeError, in one line, for an unknown key, a wrong type or a value out of its range."""
     parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
     help_text = f"recipe: a YAML file, or one that comes with the program ({', '.join(shipped.names())})"
     parser.add_argument("--config", action="config", help=help_text)
@@ -59,16 +62,23 @@ def read_recipe(
         parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
     spelled = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     given = with_shipped(spelled)
+    for _, value in (option for option in _options(given) if option[0] == "config"):
+        parse_yaml(_file_or_text(value), "recipe" if "\n" in value else value)
     parts = _open_parts(kind)
-    parser.add_class_arguments(_closed(kind, {name: p.schema(_content(given, name)) for name, p in parts.items()}))
+    closed = _closed(kind, {name: p.schema(_content(given, name)) for name, p in parts.items()})
+    parser.add_class_arguments(closed)
     try:
         parsed = parser.parse_args(given)
     except jsonargparse.ArgumentError as error:
-        raise MetronomeError(f"recipe: {error}. `python -m {command} --help` lists every field and its type") from error
+        problem = " ".join(str(error).split()).rstrip(".")
+        raise MetronomeError(
+            f"recipe: {problem}. `python -m {command} --help` lists every field and its type"
+        ) from error
     resume = bool(parsed.pop("resume")) if resumes else False
     parsed.pop("config")
     text = parser.dump(parsed, skip_unset=False)
     read = vars(parser.instantiate(parsed))
+    ranges.check(closed(**read))
     return Recipe(kind(**read | {name: p.from_schema(read[name]) for name, p in parts.items()}), resume, text)
 
 
@@ -86,7 +96,7 @@ def _closed(kind: type[Any], schemas: dict[str, type[Any]]) -> type[Any]:
     types = get_type_hints(kind) | schemas
     defaults = {f.name: (f.default, schemas.get(f.name, f.default_factory)) for f in fields(kind)}
     members = [(name, types[name], field(default=d, default_factory=f)) for name, (d, f) in defaults.items()]
-    return make_dataclass(kind.__name__, members, frozen=True)
+    return make_dataclass(kind.__name__, members, frozen=True, namespace={"__module__": kind.__module__})
 
 
 def _content(arguments: Sequence[str], part: str) -> dict[str, Any]:
@@ -95,20 +105,18 @@ def _content(arguments: Sequence[str], part: str) -> dict[str, Any]:
     for name, value in _options(arguments):
         try:
             if name == "config":
-                content |= yaml.safe_load(_file_or_text(value))[part]
+                content |= parse_yaml(_file_or_text(value))[part]
             elif name.startswith(f"{part}."):
-                content[name.removeprefix(f"{part}.")] = yaml.safe_load(value)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+                content[name.removeprefix(f"{part}.")] = parse_yaml(value)
+        except (UnreadableError, KeyError, TypeError, ValueError):
             continue
     return content
 
 
 def _file_or_text(value: str) -> str:
     """What ``--config`` gives the parser: the content of a file, or a recipe's text itself."""
-    try:
-        return Path(value).read_text(encoding="utf-8")
-    except OSError:
-        return value
+    is_file = len(value) < ranges.LONGEST_TEXT and "\n" not in value and Path(value).is_file()
+    return read_text(Path(value), MOST_RECIPE_BYTES) if is_file else value
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,90 @@
+"""Checks of output paths before the work whose results they shall hold: whatever can be found out at the start is.
+
+In a recipe the type says it, and `model.program.ranges.check` tries the path: ``json: Annotated[str, OutputFile()]``.
+Commands with plain options call `check_file` and `check_folder`. Trying a path writes an empty file beside it, or in
+the nearest folder above it that exists, and removes it at once.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import MetronomeError
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that a command will write; ``beside``: endings of further files that get its name."""
+
+    beside: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return "file"
+
+    def problem(self, value: Any) -> str | None:
+        """As `model.program.ranges.Limit.problem`."""
+        return problem_of_file(str(value), self.beside)
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that a command will make or write into."""
+
+    def __repr__(self) -> str:
+        return "folder"
+
+    def problem(self, value: Any) -> str | None:
+        """As `model.program.ranges.Limit.problem`."""
+        return problem_of_folder(str(value))
+
+
+def check_file(option: str, path: str | Path | None, beside: tuple[str, ...] = ()) -> None:
+    """Raises MetronomeError, naming the option, when the file cannot be written; None is no path. ``beside``: as in
+    `OutputFile`."""
+    if path is not None and (problem := problem_of_file(str(path), beside)):
+        raise MetronomeError(f"{option} {str(path)!r}: {problem}")
+
+
+def check_folder(option: str, path: str | Path | None) -> None:
+    """Raises MetronomeError, naming the option, when the folder cannot be made or written into; None is no path."""
+    if path is not None and (problem := problem_of_folder(str(path))):
+        raise MetronomeError(f"{option} {str(path)!r}: {problem}")
+
+
+def problem_of_file(text: str, beside: tuple[str, ...] = ()) -> str | None:
+    """Why the file ``text`` cannot be written, and what to give instead; None when it can."""
+    if not text or "\0" in text:
+        return "give the path of a file"
+    path = Path(text)
+    if text.endswith("/") or path.is_dir():
+        return "it is a folder; give the path of a file"
+    if path.suffix in beside:
+        return f"a file of that name is written beside it; give a name with another ending than {path.suffix}"
+    for one in (path, *(path.with_suffix(ending) for ending in beside)):
+        if os.path.lexists(one) and not one.is_file():
+            return f"{one} is there and no regular file; give another path"
+    return _problem_in(path.parent)
+
+
+def problem_of_folder(text: str) -> str | None:
+    """Why the folder ``text`` cannot be made or written into, and what to give instead; None when it can."""
+    if not text or "\0" in text:
+        return "give the path of a folder"
+    return _problem_in(Path(text))
+
+
+def _problem_in(folder: Path) -> str | None:
+    """Why no file can be made in a folder, or in what will be one."""
+    try:
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        if not folder.is_dir():
+            return f"{folder} is no folder; give another path"
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".try."):
+            return None
+    except OSError as error:
+        return f"{folder} cannot be written into ({error.strerror}); give another path"

@@ -1,0 +1,23 @@
+"""Weights that are not finite are no result: they are neither saved nor loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kernels.errors import MetronomeError
+
+
+class NotFiniteError(MetronomeError):
+    """NaN or infinity where there must be numbers."""
+
+
+def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]], remedy: str) -> None:
+    """Raises NotFiniteError for the first of the named ``tensors`` with a value that is not finite. ``what`` has them,
+    such as "checkpoint runs/a/model"; ``remedy``: what to do."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise NotFiniteError(f"{what}: {count:,} of {tensor.numel():,} values of {name} are not finite: {remedy}")
