@@ -14,6 +14,7 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 from kernels.errors import MetronomeError
@@ -47,7 +48,7 @@ class Range:
             return f"give a number from {self!r}"
         # written so that NaN, which compares as false, is outside
         inside = self.low < value <= self.high if self.open_low else self.low <= value <= self.high
-        return None if inside else f"give a number from {self!r}" if not self.open_low else f"give a number {self!r}"
+        return None if inside else f"give a number {'' if self.open_low else 'from '}{self!r}"
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Ascending:
         return "in ascending order" + (", each once" if self.strictly else "")
 
     def problem(self, value: Any) -> str | None:
-        pairs = zip(value, value[1:], strict=False)
-        ordered = all(a < b if self.strictly else a <= b for a, b in pairs)
+        ordered = all(a < b if self.strictly else a <= b for a, b in pairwise(value))
         return None if ordered else f"give numbers {self!r}"
 
 
@@ -141,7 +141,7 @@ def number(kind: type[int] | type[float], limit: Range) -> Callable[[str], float
         if value is None or limit.problem(value):
             whole = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(
-                f"{shown(text)} is not {whole} {'' if limit.open_low else 'from '}{limit!r}"
+                f"{shown(text)}: give {whole} {'' if limit.open_low else 'from '}{limit!r}"
             )
         return value
 

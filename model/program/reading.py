@@ -2,8 +2,8 @@
 have written is read here.
 
 - Text is UTF-8, whatever the locale, with or without a byte-order mark; another encoding is named in the error.
-- JSON is what the standard allows: no NaN, no number beyond 64 bits or fp64, no key twice, no lone surrogate. Lines of a
-  JSON-lines file end with ``\\n`` and nothing else (U+2028 may stand inside a string).
+- JSON is what the standard allows: no NaN, no number beyond 64 bits or fp64, no key twice, no lone surrogate. Lines of
+  a JSON-lines file end with ``\\n`` and nothing else (U+2028 may stand inside a string).
 - YAML has JSON's values and nothing that refers to itself. Words stay words: only ``true`` and ``false`` are truth
   values, and only ``null`` and ``~`` are null (YAML 1.2's core schema).
 - Nothing is nested deeper than `DEEPEST`.
@@ -34,6 +34,9 @@ MOST_RECIPE_BYTES = 1 << 20
 MOST_VALUES = 100_000
 """Most values of a YAML text."""
 INT64 = 2**63
+
+MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+"""First bytes of other encodings, the longer ones first."""
 
 Kind = TypeVar("Kind")
 
@@ -66,11 +69,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 def decode(data: bytes, where: str | Path = "") -> str:
     """UTF-8 as text, without a byte-order mark. Raises UnreadableError for another encoding, and names it where the
     bytes tell."""
-    for mark, name in (
-        (codecs.BOM_UTF32_LE, "UTF-32"),
-        (codecs.BOM_UTF16_LE, "UTF-16"),
-        (codecs.BOM_UTF16_BE, "UTF-16"),
-    ):
+    for mark, name in MARKS:
         if data.startswith(mark):
             raise UnreadableError(where, f"is {name}; save it as UTF-8 (iconv -f {name} -t UTF-8)")
     try:
@@ -195,7 +194,7 @@ def parse_yaml(text: str, where: str | Path = "") -> Any:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's plain words and numbers, and no key twice."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, an instance's by its base
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
@@ -220,8 +219,8 @@ _plain(
 _plain("null", r"^(null|Null|NULL|~|)$", "nN~\0")
 _plain("merge", r"^<<$", "<")
 _Loader.yaml_implicit_resolvers[""] = [("tag:yaml.org,2002:null", re.compile(r"^$"))]
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(_digits(loader.construct_scalar(node))))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _yaml_float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(_digits(node.value)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: _yaml_float(node.value))
 
 
 def _digits(text: str) -> str:

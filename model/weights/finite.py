@@ -19,5 +19,5 @@ def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]], remedy: str) 
     such as "checkpoint runs/a/model"; ``remedy``: what to do."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
+            count = int(torch.count_nonzero(~torch.isfinite(tensor)))
             raise NotFiniteError(f"{what}: {count:,} of {tensor.numel():,} values of {name} are not finite: {remedy}")
