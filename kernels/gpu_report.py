@@ -9,7 +9,11 @@ This module reads files only; it knows nothing of ops or models.
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("kernels.gpu_report")
+
 import json
 import statistics
 import sys
@@ -18,6 +22,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from kernels.errors import MetronomeError
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import check_file
+from model.program.reading import read_json
 
 SCHEMA = "metronome.gpu/1"
 
@@ -217,27 +227,27 @@ def readme(report: Report) -> str:
     return "\n".join([head, "| --- | --- |", *rest])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.gpu_report", description=(__doc__ or "").split("\n")[0])
+def parser() -> Parser:
+    parser = Parser("kernels.gpu_report", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="the report")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="make FILE of what the parts wrote to FOLDER")
     parser.add_argument("--golden", type=Path, metavar="JSON", help="with --collect: a CPU's fingerprint")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     if given.collect is None:
         try:
-            report = json.loads(given.file.read_text())
-            print(readme(report))
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            parser.exit(2, f"error: {given.file}: cannot be read as a report of .ci/gpu ({error!r})\n")
+            print(readme(read_json(given.file)))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise MetronomeError(f"{given.file}: cannot be read as a report of .ci/gpu ({error!r})") from error
         return
+    check_file("FILE", given.file)
     report = collect(given.collect, given.golden)
-    given.file.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(given.file, report, indent=1)
     print(table(report))
     if bad := failed(report):
         print(f"FAILED: {', '.join(bad)}")
         sys.exit(1)
     print("all that was compared is equal")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rl.fingerprint")
 
-import argparse
 import hashlib
 import json
 import sys
@@ -32,7 +31,9 @@ from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.errors import MetronomeError
-from model.program.files import write_whole
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
 from model.senses.audio import DMel
 from reward.source import RewardSource
 from rl.config import TrainConfig
@@ -136,12 +137,16 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
     return next((name for name in names if one.get(name) != other.get(name)), None)
 
 
+def parser() -> Parser:
+    parser = Parser("rl.fingerprint", __doc__)
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the digests to FILE")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier FILE")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Raises SystemExit with status 1 when ``--against`` differs, MetronomeError for a file that cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m rl.fingerprint", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the digests to FILE")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier FILE")
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     earlier = None if given.against is None else _read(given.against)
     ranks.join()
     if ranks.world() != 1:
@@ -151,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         ranks.leave()
     if given.json is not None:
-        write_whole(given.json, (json.dumps(current, indent=2) + "\n").encode())
+        write_json(given.json, current)
     print(f"contract {current['contract_id']}, {current['instruction_set']}, {current['processor']}")
     for name, digest in current["stages"].items():
         print(f"{name:38s} {digest}")
