@@ -20,7 +20,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("reward.train")
 
 import json
-import math
 import os
 import pickle
 import re
@@ -28,7 +27,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -38,8 +37,11 @@ from kernels import dispatch
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
-from model.config import preset
+from model.config import Preset, preset
 from model.program.files import write_whole
+from model.program.folders import RunName
+from model.program.outputs import OutputFolder
+from model.program.ranges import FilePath, Names, Range, Seed, Weight
 from model.program.recipe import read_recipe
 from model.program.startup import import_deepspeed, prepare_process
 from model.tokenizer import load_tokenizer
@@ -57,22 +59,23 @@ deleted."""
 class BackboneRecipe:
     """Where the backbone's weights come from."""
 
-    checkpoint: str | None = None  # a policy's folder in transformers' format; None: fresh weights of the preset
-    preset: str = "tiny"
+    checkpoint: FilePath | None = None  # a policy's folder in transformers' format; None: fresh weights of the preset
+    preset: Preset = "tiny"
 
 
 @dataclass(frozen=True)
 class RewardTrainConfig:
     """The recipe of `reward.train`."""
 
-    name: str = "reward_timing"
-    runs: str = "runs"  # folder that holds run folders
-    seed: int = 0
-    axes: tuple[str, ...] = ("timing",)  # axes of reward, a head for each on one backbone
-    pairs: str = "runs/reward_pairs"  # data set made by reward.pairs
+    name: Annotated[str, RunName()] = "reward_timing"
+    runs: Annotated[str, OutputFolder()] = "runs"  # folder that holds run folders
+    seed: Seed = 0
+    axes: Names = ("timing",)  # axes of reward, a head for each on one backbone
+    pairs: FilePath = "runs/reward_pairs"  # data set made by reward.pairs
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
-    margin_scale: float = 1.0  # the loss subtracts margin_scale * margin; 0 turns margins off
-    rationality: float | None = None  # if given, margins make soft labels instead (reward.learned.graded)
+    margin_scale: Weight = 1.0  # the loss subtracts margin_scale * margin; 0 turns margins off
+    # If given, margins make soft labels instead (reward.learned.graded).
+    rationality: Annotated[float, Range(1e-6, 1e6)] | None = None
     trainer: dict[str, Any] = field(default_factory=dict)  # any field of trl.RewardConfig
 
 
@@ -184,8 +187,6 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
     prepare_process()
     if wrong := sorted(config.trainer.keys() & (FIXED_FIELDS.keys() | {"output_dir"})):
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
-    if config.rationality is not None and not 0 < config.rationality < math.inf:
-        raise MetronomeError(f"recipe: rationality is {config.rationality}; give a positive number, or null")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
     if "wandb" in str(config.trainer.get("report_to")):
         folder.mkdir(parents=True, exist_ok=True)

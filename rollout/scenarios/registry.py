@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.program.ranges import Length, Text
 from model.program.recipe import OpenConfig
 from rollout.scenarios.family import AnyFamily, Family
 from rollout.world.base import Facts, Scenario, Script, User
@@ -18,6 +19,9 @@ from rollout.world.speech import SpeechBank, Split
 
 SHIPPED = {"timespeak": "reward.rules.timespeak:TIMESPEAK", "turn_taking": "reward.rules.turn_taking:TURN_TAKING"}
 """Short names of the shipped families. They are imported when used, because package reward imports this one."""
+
+
+Families = Annotated[tuple[Annotated[str, Text()], ...], Length(1, 100)]
 
 
 @cache
@@ -51,7 +55,7 @@ class ScenarioConfig(OpenConfig):
     scenarios: {families: [timespeak, my.module:FAMILY], timespeak: {chunks: 40}}
     """
 
-    families: tuple[str, ...] = tuple(SHIPPED)  # short names or package.module:NAME; scenarios alternate in this order
+    families: Families = tuple(SHIPPED)  # short names or package.module:NAME; scenarios alternate in this order
     settings: Mapping[str, Any] = field(default_factory=dict)  # by `Family.name`; a family left out has its defaults
 
     @property
@@ -118,16 +122,21 @@ class ScenarioConfig(OpenConfig):
     def schema(self, content: Mapping[str, Any]) -> type[Any]:
         named = content.get("families")
         families = tuple(named) if isinstance(named, list) and all(isinstance(n, str) for n in named) else self.families
-        config = replace(self, families=families)
-        settings = [
-            (name, family.settings, field(default_factory=partial(config.settings_of, name)))
-            for name, family in config.members.items()
-        ]
-        return make_dataclass(
-            "Scenarios", [("families", tuple[str, ...], field(default=families)), *settings], frozen=True
-        )
+        return _schema(families, tuple(self.settings.items()))
 
     @classmethod
     def from_schema(cls, read: Any) -> ScenarioConfig:
         families = tuple(read.families)
         return cls(families, {name: getattr(read, name) for name in cls(families).members})
+
+
+@cache
+def _schema(families: tuple[str, ...], settings: tuple[tuple[str, Any], ...]) -> type[Any]:
+    """The dataclass of a recipe's part with these families; ``settings``: their defaults where not the family's own."""
+    config = ScenarioConfig(families, dict(settings))
+    members = [
+        (name, family.settings, field(default_factory=partial(config.settings_of, name)))
+        for name, family in config.members.items()
+    ]
+    named = ("families", Families, field(default=families))
+    return make_dataclass("Scenarios", [named, *members], frozen=True)
