@@ -47,6 +47,7 @@ from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
+from rollout.turn.grammar import check_context
 from rollout.world.speech import SpeechBank
 
 FIRST_UNSEEN_SCENARIO = 5_000_000
@@ -80,6 +81,8 @@ class EvaluateConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.evaluate", "Evaluate reward models.", EvaluateConfig, arguments).config
+    unseen = config.unseen
+    check_context("unseen.max_tokens", unseen.max_tokens, config.scenarios.most_chunks, unseen.words_per_chunk)
     models = {folder: RewardModel.load(folder) for folder in config.models}
     report: dict[str, float | int | str] = {"contract_id": dispatch.contract_id()}
     curves: dict[str, Reliability] = {}

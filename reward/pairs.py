@@ -54,6 +54,7 @@ from rollout.play import Play, play
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator, preference_seed
+from rollout.turn.grammar import check_context
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank, Split
@@ -128,6 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
     if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
+    chunks, rollouts = config.scenarios.most_chunks, config.rollouts
+    if rollouts.policies:
+        check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk)
     start = time.perf_counter()
     maker = PairMaker(config)
     splits = {"train": maker.split("train"), "held_out": maker.split("held_out")}

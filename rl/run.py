@@ -34,6 +34,7 @@ from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, start_roller
+from rl.room import check_fits
 from rl.step import loop
 from rl.step.advantage import RunningScale
 from rl.step.credit import Scales
@@ -86,6 +87,7 @@ class Run:
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
         check_workers(config)
+        check_fits(config)
         check_tracking(config.tracking)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config

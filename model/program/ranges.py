@@ -92,6 +92,19 @@ class Distinct:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """Mappings whose fields have the limits of ``limits``, by name; others may be anything."""
+
+    limits: Mapping[str, Limit]
+
+    def __repr__(self) -> str:
+        return f"with limits for {', '.join(self.limits)}"
+
+    def problem(self, value: Any) -> str | None:
+        return None  # each field is looked at by itself, under its own name
+
+
+@dataclass(frozen=True)
 class Ascending:
     """Lists in ascending order, such as a (least, most) pair; ``strictly``: no two equal."""
 
@@ -147,9 +160,10 @@ def _within(name: str, value: Any, hint: Any, leave_out: tuple[type, ...]) -> It
         yield from problems(value, f"{name}.", leave_out)
     elif isinstance(value, Mapping):
         of = arguments[1] if len(arguments) == 2 else Any
+        limits = next((limit.limits for limit in limits_of(hint) if isinstance(limit, Fields)), {})
         for key, one in value.items():
             yield from _problems(f"{name} (a key)", key, str, leave_out)
-            yield from _problems(f"{name}.{key}", one, of, leave_out)
+            yield from _problems(f"{name}.{key}", one, Annotated[of, limits.get(key)], leave_out)
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         each = arguments if arguments and arguments[-1] is not ... and len(arguments) == len(value) else None
         for i, one in enumerate(value):

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from kernels.errors import MetronomeError
 from model.program import ranges, shipped
 from model.program.outputs import OutputFile, OutputFolder
-from model.program.reading import UnreadableError, parse_yaml, read_text
+from model.program.reading import DEEPEST, UnreadableError, parse_yaml, read_text
 
 MOST_BYTES = 1 << 18
 """Of a recipe's file: some hundred times as many as the longest that is saved with a run."""
@@ -100,9 +100,8 @@ def read_recipe(
     parts = _open_parts(kind)
     try:
         tree, resume = _tree(given, resumes)
-        contents = {name: _plain_content(tree.get(name)) for name in parts}
         of: Any = kind
-        closed = _closed(of, tuple((name, part.schema(contents[name])) for name, part in parts.items()))
+        closed = _closed(of, tuple((name, _schema(name, part, tree)) for name, part in parts.items()))
         whole = _defaults(closed)
         _merge(whole, _resolved(tree, closed, ""))
         read = _instance(closed, whole)
@@ -195,16 +194,23 @@ def _set(tree: dict[str, Any], name: str, text: str) -> None:
     except UnreadableError:
         value = None
     new: Any = value if isinstance(value, dict) else _Given(text)
-    for part in reversed(name.split(".")):
+    parts = name.split(".")
+    if len(parts) > DEEPEST:
+        raise _NoRecipeError(f"there is no field {ranges.shown(name)}")
+    for part in reversed(parts):
         new = {part: new}
     _merge(tree, new)
 
 
-def _plain_content(part: Any) -> dict[str, Any]:
-    """A part of the tree with every option's value read as YAML; nothing where it has no fields."""
-    if not isinstance(part, dict):
-        return {}
-    return {name: value.as_yaml(name) if isinstance(value, _Given) else value for name, value in part.items()}
+def _schema(name: str, part: OpenConfig, tree: Mapping[str, Any]) -> type[Any]:
+    """What `OpenConfig.schema` gives for the content of the part ``name``, every option's value read as YAML."""
+    content = tree.get(name)
+    content = content if isinstance(content, dict) else {}
+    plain = {n: v.as_yaml(f"{name}.{n}") if isinstance(v, _Given) else v for n, v in content.items()}
+    try:
+        return part.schema(plain)
+    except MetronomeError as error:
+        raise MetronomeError(f"recipe: {name}: {error}") from None
 
 
 def _open_parts(kind: type[Any]) -> dict[str, OpenConfig]:
@@ -240,7 +246,7 @@ def _resolved(value: Any, hint: Any, name: str) -> Any:
     that the dataclasses in ``hint`` do not have."""
     hint, may_be_null = ranges.bare(hint)
     if isinstance(value, _Given):
-        is_text = hint is str or get_origin(hint) is Literal
+        is_text = hint is str or (get_origin(hint) is Literal and all(isinstance(one, str) for one in get_args(hint)))
         value = value.as_text(name) if is_text else value.as_yaml(name)
         if is_text and may_be_null and value == "null":
             value = None
@@ -286,10 +292,11 @@ def _type_at(hint: Any, location: Sequence[str | int]) -> Any:
         kind = ranges.bare(hint)[0]
         arguments = get_args(kind)
         if known := ranges.hints_of(kind):
-            hint = known[str(at)]
+            hint = known.get(str(at), Any)
+        elif isinstance(at, int):
+            hint = arguments[at if at < len(arguments) and arguments[-1] is not ... else 0] if arguments else Any
         else:
-            fixed = isinstance(at, int) and arguments[-1] is not ... and at < len(arguments)
-            hint = arguments[int(at)] if fixed else arguments[0] if isinstance(at, int) else arguments[1]
+            hint = arguments[1] if len(arguments) == 2 else Any
     return hint
 
 

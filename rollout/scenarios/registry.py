@@ -32,7 +32,7 @@ def find_family(name: str) -> AnyFamily:
         f"Choose one of {', '.join(SHIPPED)}, or name your own as package.module:NAME, where NAME is a "
         "`rollout.scenarios.family.Family` and the module can be imported (PYTHONPATH)"
     )
-    if not colon:
+    if not colon or not all(part.isidentifier() for part in module.split(".")):
         raise MetronomeError(f"no scenario family is called {name!r}. {forms}")
     try:
         members = vars(import_module(module))
@@ -77,6 +77,11 @@ class ScenarioConfig(OpenConfig):
         """The union of all families' axes of reward, in the families' order."""
         return tuple(dict.fromkeys(axis for family in self.members.values() for axis in family.axes))
 
+    @property
+    def most_chunks(self) -> int:
+        """Length of the longest episode of any family."""
+        return max(int(self.settings_of(name).chunks) for name in self.members)
+
     def family(self, name: str) -> AnyFamily:
         """The family of that name. Raises ValueError when the recipe has none."""
         members = self.members
@@ -90,7 +95,12 @@ class ScenarioConfig(OpenConfig):
 
     def scenario(self, family: str, split: Split, seed: int, bank: SpeechBank) -> Scenario:
         """The scenario with id "family/split/seed": a pure function of the arguments and this config."""
-        made: Scenario = self.family(family).make(split, seed, bank, self.settings_of(family))
+        settings = self.settings_of(family)
+        made: Scenario = self.family(family).make(split, seed, bank, settings)
+        if made.chunks > settings.chunks:
+            raise MetronomeError(
+                f"family {family!r} made a scenario of {made.chunks} chunks: its settings say {settings.chunks} at most"
+            )
         return made
 
     def in_turn(self, index: int, split: Split, seed: int, bank: SpeechBank) -> Scenario:
