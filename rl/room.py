@@ -24,10 +24,8 @@ def check_fits(config: TrainConfig) -> None:
     rollout, path = config.rollout, config.model.checkpoint
     shape = preset(config.model.preset) if path is None else checkpoint.config_of(path)
     check_context("rollout.max_tokens", rollout.max_tokens, config.scenarios.most_chunks, rollout.words_per_chunk)
-    rows, positions = (
-        context_rows(config.scenarios.most_chunks, rollout.words_per_chunk),
-        shape.text_config.max_position_embeddings,
-    )
+    rows = context_rows(config.scenarios.most_chunks, rollout.words_per_chunk)
+    positions = shape.text_config.max_position_embeddings
     if rows > positions:
         raise MetronomeError(
             f"recipe: the chunks of scenarios: the longest episode takes up to {rows} tokens, and the model knows "

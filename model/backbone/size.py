@@ -11,6 +11,9 @@ from transformers import InklingConfig
 
 from model.backbone.transformer import InteractionModel
 
+UNPACKED = ("embed", "conv", "rel_logits_proj")
+"""Parts of the names of matrices that the forward reads as they are."""
+
 
 def empty(config: InklingConfig, dtype: torch.dtype) -> InteractionModel:
     """The model without memory for its weights (meta device)."""
@@ -20,7 +23,8 @@ def empty(config: InklingConfig, dtype: torch.dtype) -> InteractionModel:
 
 def model_bytes(model: InteractionModel) -> int:
     """The weights, and the packed copies of its matrices (`model.weights.packs`)."""
-    packed = [w for name, w in model.named_parameters() if w.ndim >= 2 and "embed" not in name and "conv" not in name]
+    named = model.named_parameters()
+    packed = [w for name, w in named if w.ndim >= 2 and not any(part in name for part in UNPACKED)]
     return sum(w.nbytes for w in model.parameters()) + sum(w.nbytes for w in packed)
 
 
