@@ -6,6 +6,8 @@ not built; presets give its config a small size that nothing reads.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 from transformers import InklingConfig, InklingTextConfig
@@ -17,7 +19,8 @@ MEL_CHANNELS = 80
 MEL_BINS = 16
 AUDIO_TOKEN_ID = 2
 
-PRESETS = ("nano", "tiny", "base", "inkling_small")
+Preset = Literal["nano", "tiny", "base", "inkling_small"]
+PRESETS: tuple[str, ...] = get_args(Preset)
 
 
 def preset(name: str) -> InklingConfig:

@@ -7,7 +7,6 @@ Owns everything that lasts as long as the run: its folder, what the user sees, t
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +34,7 @@ from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, start_roller
+from rl.room import check_fits
 from rl.step import loop
 from rl.step.advantage import RunningScale
 from rl.step.credit import Scales
@@ -44,6 +44,7 @@ from rl.tracking.settings import check as check_tracking
 from rl.tracking.tracker import Tracker
 from rl.warmstart import warm_start
 from rollout.record.episode import save_episodes
+from rollout.seeds import FIRST_DEMONSTRATION_SEED, SEEDS_PER_RUN
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
@@ -86,6 +87,7 @@ class Run:
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
         check_workers(config)
+        check_fits(config)
         check_tracking(config.tracking)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config
@@ -272,9 +274,9 @@ class Run:
 
 
 def check_shares(config: TrainConfig) -> None:
-    """Raises MetronomeError when a process would have nothing to do, or a group nothing to be compared with, or
-    distance a negative cost, or the policy would not be sampled from."""
-    if not 0 < config.rollout.temperature < math.inf:
+    """Raises MetronomeError for a setting that does not fit the others: a process would have nothing to do, scenarios
+    would come twice, an axis is not rewarded, or the policy would not be sampled from."""
+    if config.rollout.temperature == 0:
         raise MetronomeError(
             f"rollout.temperature is {config.rollout.temperature}: RL needs a number above 0. At 0 the sampler takes "
             "the most likely token, which is no sample of the policy whose log-probs are learned from"
@@ -282,15 +284,17 @@ def check_shares(config: TrainConfig) -> None:
     for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
         if count < ranks.world():
             raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
-    if config.rl.reference_weight < 0:
-        raise MetronomeError(f"rl.reference_weight is {config.rl.reference_weight}: the cost of a nat, 0 or more")
+    for name, steps, each, seeds in (
+        ("rl.steps", config.rl.steps, config.rl.groups, FIRST_DEMONSTRATION_SEED),
+        ("warmstart.steps", config.warmstart.steps, config.warmstart.episodes, SEEDS_PER_RUN),
+    ):
+        if steps * each > seeds:
+            raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
     if wrong := sorted(config.rl.axis_weights.keys() - set(config.scenarios.axes)):
         raise MetronomeError(
             f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on "
             f"{', '.join(config.scenarios.axes)}"
         )
-    if config.rl.rollouts < 2:
-        raise MetronomeError(f"rl.rollouts is {config.rl.rollouts}: advantages compare the rollouts of a group, give 2")
 
 
 def build_model(config: TrainConfig) -> InteractionModel:

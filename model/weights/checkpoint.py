@@ -95,6 +95,11 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionMod
     return model
 
 
+def config_of(folder: Path | str) -> InklingConfig:
+    """The config of the model in ``folder``. Raises CheckpointError when there is none, or of another architecture."""
+    return InklingConfig(**_stored_config(Path(folder)))
+
+
 def load_into(model: InteractionModel, folder: Path | str) -> None:
     """Fills ``model`` with the weights in ``folder`` and packs them. Raises CheckpointError as `load` does, and when
     the configs differ, naming the fields."""

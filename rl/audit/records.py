@@ -134,7 +134,7 @@ def read(path: Path) -> Records:
 
 def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
     try:
-        return read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)]).config
+        return read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)], past=True).config
     except (MetronomeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         gaps.append(f"This program cannot read the run's recipe ({first}): episodes cannot be re-scored or judged.")
