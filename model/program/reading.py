@@ -144,8 +144,8 @@ def read_record(path: Path, kind: type[Kind]) -> Kind:
 
 
 def as_record(text: str, kind: type[Kind], where: str | Path = "") -> Kind:
-    """JSON text as a value of the type ``kind``: a dataclass, a TypedDict, or what is made of them, lists, mappings and
-    plain types. Nothing is converted but whole numbers to floats and lists to tuples; a dataclass's ranges
+    """JSON text as a value of the type ``kind``: a dataclass, or what is made of them, lists, mappings and plain
+    types. Nothing is converted but whole numbers to floats and lists to tuples; a dataclass's ranges
     (`model.program.ranges`) hold. Keys beyond those of ``kind`` are ignored. Raises UnreadableError for the first field
     that is missing, of another type or out of its range, and as `parse_json` does."""
     parse_json(text, where)
