@@ -52,7 +52,7 @@ class Finding:
 
 def collect(folder: Path, golden: Path | None) -> Report:
     """What lies in ``folder``: parts.jsonl, one JSON file a part, tests.xml. ``golden``: a CPU's fingerprint."""
-    parts = [json.loads(line) for line in _text(folder / "parts.jsonl").splitlines()]
+    parts = [json.loads(line) for line in _text(folder / "parts.jsonl").split("\n") if line.strip()]
     report: Report = {"schema": SCHEMA, "parts": parts, "card": _text(folder / "card.csv").strip()}
     for name in ("machine", "variants", "quickstart", "audit", "again", "resumed", "crossing", "fingerprint", "longer"):
         report[name] = _json(folder / f"{name}.json")
@@ -70,14 +70,14 @@ def collect(folder: Path, golden: Path | None) -> Report:
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8-sig") if path.is_file() else ""
 
 
 def _json(path: Path) -> Any:
     """None for a file that is not there or that its part could not finish."""
     try:
         return json.loads(_text(path) or "null")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -223,14 +223,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="make FILE of what the parts wrote to FOLDER")
     parser.add_argument("--golden", type=Path, metavar="JSON", help="with --collect: a CPU's fingerprint")
     given = parser.parse_args(arguments)
-    if given.collect is None:
-        try:
-            report = json.loads(given.file.read_text())
-            print(readme(report))
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            parser.exit(2, f"error: {given.file}: cannot be read as a report of .ci/gpu ({error!r})\n")
-        return
-    report = collect(given.collect, given.golden)
+    read = given.file if given.collect is None else given.collect
+    try:
+        if given.collect is None:
+            print(readme(json.loads(given.file.read_text(encoding="utf-8-sig"))))
+            return
+        report = collect(given.collect, given.golden)
+    # What a file of another form may raise: here nothing of `model.program.reading` can be imported.
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, xml.ParseError) as error:
+        parser.exit(2, f"error: {read}: cannot be read as a report of .ci/gpu ({error!r:.300})\n")
     given.file.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     if bad := failed(report):

@@ -181,12 +181,15 @@ def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
         codes=content["codes"],
         streams=streams,
     )
-    _check_tensors(episode)
+    if single := [name for name, tensor in tensors(episode).items() if not tensor.ndim]:
+        raise ValueError(f"{single[0]} of an episode is a single number")
     return episode
 
 
-def _check_tensors(episode: Episode) -> None:
-    """Raises ValueError for tensors that are of other types or shapes than an episode's, or that point outside it."""
+def check_tensors(episode: Episode) -> None:
+    """Raises ValueError for tensors of other types or shapes than an episode's, and for samples that lie outside it.
+    Files with such episodes can be read all the same: the audit says what is wrong with them, and that nothing can be
+    compared (`rl.audit.replay.comparable`)."""
     for name, tensor in tensors(episode).items():
         if tensor.dtype != _DTYPES[name.rpartition(".")[2]] or tensor.ndim != (2 if name == "codes" else 1):
             raise ValueError(f"{name} of an episode is {tensor.dtype} {list(tensor.shape)}")
