@@ -143,10 +143,10 @@ def read_record(path: Path, kind: type[Kind]) -> Kind:
     return as_record(read_text(path), kind, path)
 
 
-def as_record(text: str, kind: type[Kind], where: str | Path = "") -> Kind:
+def as_record(text: str, kind: type[Kind], where: str | Path = "", ranges: bool = True) -> Kind:
     """JSON text as a value of the type ``kind``: a dataclass, or what is made of them, lists, mappings and plain
-    types. Nothing is converted but whole numbers to floats and lists to tuples; a dataclass's ranges
-    (`model.program.ranges`) hold. Keys beyond those of ``kind`` are ignored. Raises UnreadableError for the first field
+    types. Nothing is converted but whole numbers to floats and lists to tuples; with
+    ``ranges``, those of a dataclass hold (`model.program.ranges`). Keys beyond those of ``kind`` are ignored. Raises UnreadableError for the first field
     that is missing, of another type or out of its range, and as `parse_json` does."""
     parse_json(text, where)
     try:
@@ -156,7 +156,7 @@ def as_record(text: str, kind: type[Kind], where: str | Path = "") -> Kind:
         at = ".".join(map(str, first["loc"]))
         problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
         raise UnreadableError(where, f"{_short(at, 80) or 'its content'}: {problem}") from None
-    for name, inner, problem in problems(value) if is_dataclass(value) else ():
+    for name, inner, problem in problems(value) if ranges and is_dataclass(value) else ():
         raise UnreadableError(where, f"{_short(name, 80)} is {shown(inner)}: {problem}")
     return value
 
