@@ -14,7 +14,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("kernels.gpu_report")
 
-import json
 import statistics
 import sys
 import xml.etree.ElementTree as xml
@@ -27,7 +26,7 @@ from kernels.errors import MetronomeError
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import check_file
-from model.program.reading import read_json
+from model.program.reading import UnreadableError, read_json, read_json_lines, read_text
 
 SCHEMA = "metronome.gpu/1"
 
@@ -62,7 +61,7 @@ class Finding:
 
 def collect(folder: Path, golden: Path | None) -> Report:
     """What lies in ``folder``: parts.jsonl, one JSON file a part, tests.xml. ``golden``: a CPU's fingerprint."""
-    parts = [json.loads(line) for line in _text(folder / "parts.jsonl").splitlines()]
+    parts = [part for _, part in read_json_lines(folder / "parts.jsonl")]
     report: Report = {"schema": SCHEMA, "parts": parts, "card": _text(folder / "card.csv").strip()}
     for name in ("machine", "variants", "quickstart", "audit", "again", "resumed", "crossing", "fingerprint", "longer"):
         report[name] = _json(folder / f"{name}.json")
@@ -80,14 +79,14 @@ def collect(folder: Path, golden: Path | None) -> Report:
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def _json(path: Path) -> Any:
     """None for a file that is not there or that its part could not finish."""
     try:
-        return json.loads(_text(path) or "null")
-    except json.JSONDecodeError:
+        return read_json(path)
+    except UnreadableError:
         return None
 
 
@@ -237,14 +236,16 @@ def parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
-    if given.collect is None:
-        try:
+    read = given.file if given.collect is None else given.collect
+    if given.collect is not None:
+        check_file("FILE", given.file)
+    try:
+        if given.collect is None:
             print(readme(read_json(given.file)))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise MetronomeError(f"{given.file}: cannot be read as a report of .ci/gpu ({error!r})") from error
-        return
-    check_file("FILE", given.file)
-    report = collect(given.collect, given.golden)
+            return
+        report = collect(given.collect, given.golden)
+    except (ValueError, LookupError, TypeError, AttributeError, xml.ParseError) as error:
+        raise MetronomeError(f"{read}: cannot be read as a report of .ci/gpu ({error!r:.300})") from error
     write_json(given.file, report, indent=1)
     print(table(report))
     if bad := failed(report):

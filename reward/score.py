@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from kernels.errors import MetronomeError
 from model.program.ranges import Probability, Range
+from model.program.reading import UnreadableError
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
@@ -52,6 +53,7 @@ def score(family: str, facts: Mapping[str, Any], actions: Sequence[Action], scen
 def score_stored(episode: Episode, scenarios: ScenarioConfig) -> Score | None:
     """The score of an episode that comes from a file; None where its facts are not what its family's scorer reads."""
     try:
+        scenarios.stored_facts(episode.facts)
         return score(episode.family, episode.facts, episode.actions, scenarios)
-    except (KeyError, ValueError, TypeError, IndexError):
+    except (UnreadableError, KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError):
         return None

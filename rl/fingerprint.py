@@ -18,9 +18,9 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("rl.fingerprint")
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from kernels.errors import MetronomeError
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
+from model.program.reading import UnreadableError, read_record
 from model.senses.audio import DMel
 from reward.source import RewardSource
 from rl.config import TrainConfig
@@ -162,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:38s} {digest}")
     if earlier is None:
         return
-    processor = earlier.get("processor", "another machine")
+    processor = earlier["processor"]
     if earlier["contract_id"] != current["contract_id"]:
         print(f"not comparable: {given.against} is of contract {earlier['contract_id']}")
         sys.exit(1)
@@ -175,11 +176,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored["contract_id"], str) or not isinstance(stored["stages"], dict):
-            raise ValueError("contract_id or stages is of another type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return asdict(read_record(path, _Fingerprint))
+    except UnreadableError as error:
         raise MetronomeError(
-            f"{path}: cannot be read as a fingerprint ({error}); name one that `python -m rl.fingerprint --json` wrote"
+            f"{path}: cannot be read as a fingerprint ({error.problem}); name one that `python -m rl.fingerprint "
+            "--json` wrote"
         ) from error
-    return stored
+
+
+@dataclass(frozen=True)
+class _Fingerprint:
+    """What is read of a file of `fingerprint`."""
+
+    contract_id: str
+    stages: dict[str, str]
+    processor: str = "another machine"

@@ -6,13 +6,12 @@ Owns everything that lasts as long as the run: its folder, what the user sees, t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 
@@ -20,6 +19,9 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
+from model.program.files import write_json
+from model.program.ranges import Range
+from model.program.reading import UnreadableError, read_record
 from model.weights import checkpoint
 from reward.source import RewardSource
 from rl import watch
@@ -36,7 +38,6 @@ from rl.reference import Reference
 from rl.rollers import check_workers, start_roller
 from rl.room import check_fits
 from rl.step import loop
-from rl.step.advantage import RunningScale
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch, NotEqualError
 from rl.tracking.samples import samples
@@ -67,12 +68,12 @@ class DifferentError(MetronomeError):
 class Progress:
     """What a checkpoint remembers of the run so far; every number is a total since the run's start."""
 
-    step: int  # finished RL steps
+    step: Annotated[int, Range(0, 10**9)]  # finished RL steps
     before: HeldOut  # after warm start
     mismatch: Mismatch
-    wall_s: float
+    wall_s: Annotated[float, Range(0, 10**10)]
     reward_models: tuple[str, ...]  # digest of each one's weights
-    processes: int  # that sum the gradients; another number sums them in another order
+    processes: Annotated[int, Range(1, 10**6)]  # that sum the gradients; another number sums them in another order
     stopped: bool = False  # by the watch over learned rewards
     scales: Scales = field(default_factory=dict)  # of the advantages (`rl.step.credit`)
 
@@ -316,19 +317,15 @@ def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
         learner.save(path)
         if ranks.rank() == 0:
             checkpoint.save(learner.model, path / "model")
-            (path / PROGRESS).write_text(json.dumps(asdict(progress)))
+            write_json(path / PROGRESS, asdict(progress))
 
 
 def load_progress(path: Path) -> Progress:
     try:
-        fields: dict[str, Any] = json.loads((path / PROGRESS).read_text())
-        records = {"before": HeldOut(**fields["before"]), "mismatch": Mismatch(**fields["mismatch"])}
-        records["scales"] = {name: RunningScale(**scale) for name, scale in fields["scales"].items()}
-        return Progress(**{**fields, **records, "reward_models": tuple(fields["reward_models"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MetronomeError(
-            f"{path / PROGRESS}: cannot be read ({error}). Delete this checkpoint to resume from the one before."
-        ) from error
+        return read_record(path / PROGRESS, Progress)
+    except UnreadableError as error:
+        remedy = "Delete this checkpoint to resume from the one before."
+        raise MetronomeError(f"{path / PROGRESS}: cannot be read ({error.problem}). {remedy}") from error
 
 
 def describe(result: dict[str, float]) -> str:

@@ -32,7 +32,7 @@ from rich.text import Text
 from kernels.errors import MetronomeError
 from model.program.arguments import Parser
 from model.program.ranges import Range, number
-from rollout.record.episode import Episode, load_episodes
+from rollout.record.episode import Episode, check_tensors, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.turn.action import Mode
 
@@ -93,6 +93,7 @@ def look(episode: Episode, file: Path) -> View:
     module, name = VERDICT_FUNCTION.split(":")
     judge: Callable[[Episode, Path], dict[str, Any] | None] = getattr(importlib.import_module(module), name)
     try:
+        check_tensors(episode)
         return View(episode, moments(episode), judge(episode, file.resolve().parent.parent))
     except ValueError as error:
         raise MetronomeError(f"{file}: {error}. Roll the episodes out again, or delete the file.") from error

@@ -24,8 +24,6 @@ Unknown keys are errors; every error names file and line.
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,8 @@ import numpy as np
 import soundfile
 
 from kernels.errors import MetronomeError
+from model.program.ranges import shown
+from model.program.reading import one_line, read_json_lines
 from model.senses.audio import SAMPLE_RATE_HZ
 from reward.learned.preference import Preference, Stretch
 from rollout.record.transcript import from_audio
@@ -53,17 +53,11 @@ def read_labels(
     """The file's preferences of one split, for the families of ``scenarios``. Raises MetronomeError, naming the line,
     for a file that does not have the format above; lines of both splits are checked. ``words_per_chunk``: most words
     that an action may say."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MetronomeError(f"{path}: cannot be read as a file of labels ({error})") from None
     seen: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
     preferences = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, label in read_json_lines(path):
         where = f"{path}, line {number}"
-        label = _label(where, line, scenarios)
+        _check_label(where, label, scenarios)
         earlier, before = seen.setdefault((label["id"], label["axis"]), (number, label))
         if earlier != number:
             _agree(where, label, earlier, before)
@@ -88,18 +82,12 @@ def read_labels(
     return preferences
 
 
-def _label(where: str, line: str, scenarios: ScenarioConfig) -> dict[str, Any]:
-    try:
-        label = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise MetronomeError(f"{where}: no JSON object ({error.msg})") from None
-    if not isinstance(label, dict):
-        raise MetronomeError(f"{where}: a JSON object is needed, not {type(label).__name__}")
+def _check_label(where: str, label: dict[str, Any], scenarios: ScenarioConfig) -> None:
     if wrong := sorted(NEEDED - label.keys()):
         raise MetronomeError(f"{where}: {', '.join(wrong)} is missing")
     if wrong := sorted(label.keys() - NEEDED - OPTIONAL):
         raise MetronomeError(
-            f"{where}: unknown key {', '.join(wrong)}; known are {', '.join(sorted(NEEDED | OPTIONAL))}"
+            f"{where}: unknown key {one_line(', '.join(wrong)[:80])}; known are {', '.join(sorted(NEEDED | OPTIONAL))}"
         )
     axes = {name: family.axes for name, family in scenarios.members.items()}
     for name, choices in (
@@ -109,15 +97,14 @@ def _label(where: str, line: str, scenarios: ScenarioConfig) -> dict[str, Any]:
         ("split", SPLITS),
     ):
         if name in label and label[name] not in choices:
-            raise MetronomeError(f"{where}: {name} is {label[name]!r}; choose one of {', '.join(choices)}")
+            raise MetronomeError(f"{where}: {name} is {shown(label[name])}; choose one of {', '.join(choices)}")
     if not isinstance(label["id"], str) or not label["id"]:
-        raise MetronomeError(f"{where}: id must be a text, not {label['id']!r}")
+        raise MetronomeError(f"{where}: id must be a text, not {shown(label['id'])}")
     margin = label.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
-        raise MetronomeError(f"{where}: margin is {margin!r}; a finite number of at least 0 is needed")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin < 0:
+        raise MetronomeError(f"{where}: margin is {shown(margin)}; a finite number of at least 0 is needed")
     if label["first"] == label["second"]:
         raise MetronomeError(f"{where}: first and second are the same conversation")
-    return label
 
 
 def _agree(where: str, label: dict[str, Any], earlier: int, before: dict[str, Any]) -> None:
@@ -150,7 +137,9 @@ def _conversation(where: str, folder: Path, side: str, value: Any) -> tuple[np.n
         except (TypeError, ValueError):
             action = None
         if action is None or action.mode is Mode.DELEGATE or not all(isinstance(word, str) for word in action.words):
-            raise MetronomeError(f'{where}, {side}, action {k}: {entry!r} is neither ["listen"] nor ["speak", word, …]')
+            raise MetronomeError(
+                f'{where}, {side}, action {k}: {shown(entry)} is neither ["listen"] nor ["speak", word, …]'
+            )
         actions.append(action)
     if not actions:
         raise MetronomeError(f"{where}, {side}: the conversation is empty")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, make_dataclass, replace
 from functools import cache, partial
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 
 from kernels.errors import MetronomeError
 from model.program.ranges import Length, Text
+from model.program.reading import as_record, to_json
 from model.program.recipe import OpenConfig
 from rollout.scenarios.family import AnyFamily, Family
 from rollout.world.base import Facts, Scenario, Script, User
@@ -117,6 +118,15 @@ class ScenarioConfig(OpenConfig):
     def facts(self, fields: Mapping[str, Any]) -> Facts:
         """The inverse of `Facts.to_json`, for facts of any of the families."""
         read: Facts = self.family(fields["family"]).facts(fields)
+        return read
+
+    def stored_facts(self, fields: Mapping[str, Any]) -> Facts:
+        """`facts` of a file, whose types and ranges are checked. Raises MetronomeError and whatever a family raises for
+        fields that are not its own."""
+        read = self.facts(fields)
+        kind: Any = type(read)
+        if is_dataclass(kind):
+            as_record(to_json(dict(fields)), cast(type[Any], kind), "facts")
         return read
 
     def expert(

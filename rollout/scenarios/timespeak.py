@@ -23,7 +23,7 @@ from model.program.ranges import Ascending, Few, Length, Probability, Range, Sec
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, CHUNKS_PER_SECOND, LISTEN, Action, speak
 from rollout.turn.observation import Observation
-from rollout.world.base import Mistakes, Scenario, Span, User
+from rollout.world.base import ChunkIndex, Mistakes, Scenario, Span, User
 from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
 from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split, pick
 
@@ -76,14 +76,14 @@ class TimespeakFacts:
     """What happened on the user's side. Example: "four seconds" spoken in chunks 2 to 8, stopped at chunk 45:
     ``TimespeakFacts(60, "four", 20, 2, 5, 8, 41, 45)``."""
 
-    chunks: int
+    chunks: ChunkIndex
     number: str  # the word to repeat
-    interval: int  # chunks between reminders
-    request_start: int  # chunk with the first sample of the user's first word, filler included
-    number_end: int  # chunk with the number's last sample
-    request_end: int  # chunk with the request's last sample
-    stop_start: int | None  # chunk with the stop's first sample, None if the user never said it
-    stop_end: int | None  # chunk with its last sample
+    interval: ChunkIndex  # chunks between reminders
+    request_start: ChunkIndex  # chunk with the first sample of the user's first word, filler included
+    number_end: ChunkIndex  # chunk with the number's last sample
+    request_end: ChunkIndex  # chunk with the request's last sample
+    stop_start: ChunkIndex | None  # chunk with the stop's first sample, None if the user never said it
+    stop_end: ChunkIndex | None  # chunk with its last sample
     reminder: str = REMINDER
 
     def to_json(self) -> dict[str, Any]:

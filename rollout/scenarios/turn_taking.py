@@ -24,7 +24,7 @@ from model.program.ranges import Ascending, Probability, Range, SecondsPair, Som
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
 from rollout.turn.observation import Observation
-from rollout.world.base import Mistakes, Scenario, Span, User
+from rollout.world.base import ChunkIndex, Mistakes, Scenario, Span, User
 from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
 from rollout.world.speech import Clip, SpeechBank, Split, pick
 
@@ -72,9 +72,11 @@ class TurnTakingConfig:
 class Turn:
     """One turn of the user, in chunk indices."""
 
-    start: int  # chunk with its first sample
-    pauses: tuple[tuple[int, int], ...]  # first and last chunk that hold no speech at all, for every pause
-    end: int  # chunk with its last sample
+    start: ChunkIndex  # chunk with its first sample
+    pauses: tuple[
+        tuple[ChunkIndex, ChunkIndex], ...
+    ]  # first and last chunk that hold no speech at all, for every pause
+    end: ChunkIndex  # chunk with its last sample
     interrupts: bool  # whether the model was speaking in the chunk before `start`
 
 
@@ -83,7 +85,7 @@ class TurnTakingFacts:
     """What happened on the user's side. Example: ``TurnTakingFacts(60, (Turn(2, ((10, 13),), 24, False), Turn(29, (),
     40, True)))``: the user interrupted the reply to its first turn at chunk 29."""
 
-    chunks: int
+    chunks: ChunkIndex
     turns: tuple[Turn, ...]
     reply: tuple[str, ...] = REPLY
 

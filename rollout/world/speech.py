@@ -10,12 +10,11 @@ file stops a run at its start. This module knows nothing of scenarios.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -23,6 +22,8 @@ from numpy.typing import NDArray
 
 from kernels import exact
 from kernels.errors import MetronomeError
+from model.program.ranges import shown
+from model.program.reading import UnreadableError, read_json_lines
 from model.senses.audio import SAMPLE_RATE_HZ
 
 Split = Literal["train", "held_out"]
@@ -92,12 +93,11 @@ class SpeechBank:
         manifest = folder / MANIFEST
         if not manifest.is_file():
             raise SpeechError(f"speech folder {folder} has no {MANIFEST}: write one object a line, {_EXAMPLE}")
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-        clips = tuple(
-            _read_clip(folder, *_parse_line(manifest, number, line))
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        )
+        try:
+            entries = [_parse(f"{manifest}, line {number}", entry) for number, entry in read_json_lines(manifest)]
+        except UnreadableError as error:
+            raise SpeechError(f"{error}: write one object a line, {_EXAMPLE}") from None
+        clips = tuple(_read_clip(folder, *entry) for entry in entries)
         if not clips:
             raise SpeechError(f"{manifest} lists no recordings: write one object a line, {_EXAMPLE}")
         return cls(folder, clips)
@@ -160,21 +160,16 @@ def _is_filler(words: tuple[str, ...]) -> bool:
 _EXAMPLE = '{"file": "four.flac", "text": "four", "seconds": 0.802}'
 
 
-def _parse_line(manifest: Path, number: int, line: str) -> tuple[str, str, float]:
-    where = f"{manifest}, line {number}"
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SpeechError(f"{where}: no JSON object ({error.msg}): write {_EXAMPLE}") from error
-    if not isinstance(entry, dict) or not {"file", "text", "seconds"} <= entry.keys():
+def _parse(where: str, entry: dict[str, Any]) -> tuple[str, str, float]:
+    if not {"file", "text", "seconds"} <= entry.keys():
         raise SpeechError(f"{where}: needs the keys file, text and seconds: write {_EXAMPLE}")
     file, text, seconds = entry["file"], entry["text"], entry["seconds"]
     if not isinstance(file, str) or not isinstance(text, str) or not normalise(text):
         raise SpeechError(f"{where}: file and text must be strings and text must hold a word: write {_EXAMPLE}")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
-        raise SpeechError(f"{where}: seconds must be a positive number, not {seconds!r}: write {_EXAMPLE}")
-    if Path(file).is_absolute() or ".." in Path(file).parts:
-        raise SpeechError(f"{where}: file {file!r} lies outside the speech folder: give a path inside it")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
+        raise SpeechError(f"{where}: seconds must be a positive number, not {shown(seconds)}: write {_EXAMPLE}")
+    if not file.isprintable() or Path(file).is_absolute() or ".." in Path(file).parts:
+        raise SpeechError(f"{where}: file {shown(file)} lies outside the speech folder: give a path inside it")
     return file, text, float(seconds)
 
 

@@ -87,8 +87,8 @@ def test_a_whole_folder_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", "line 2: no JSON object"),
-        ('["a.flac"]', "line 2: needs the keys"),
+        ("{not json", "line 2: is not JSON"),
+        ('["a.flac"]', "line 2: must be a JSON object"),
         ({"file": "a.flac", "text": "four"}, "line 2: needs the keys"),
         ({"file": "a.flac", "text": "...", "seconds": 1.0}, "line 2: file and text"),
         ({"file": 3, "text": "four", "seconds": 1.0}, "line 2: file and text"),
