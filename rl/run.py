@@ -31,6 +31,7 @@ from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
+from rl.ignored import check_read
 from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
@@ -86,6 +87,7 @@ class Run:
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
         check_workers(config)
+        check_read(config)
         check_tracking(config.tracking)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config
