@@ -40,6 +40,10 @@ class VllmEngine:
         prefill_tokens: int = 2048,
         pages: int | None = None,
     ) -> None:
+        sizes = {"slots": slots, "max_tokens": max_tokens, "prefill_tokens": prefill_tokens, "pages": pages}
+        for name, size in sizes.items():
+            if size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"VllmEngine: {name} is {size!r}; it must be a whole number (int), at least 1")
         self.grammar = Grammar(vocabulary, words_per_chunk)
         self.core = shared_core(
             model,
