@@ -138,7 +138,7 @@ class SessionEngine:
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """See `Engine.append`."""
-        check_append(self, sessions, observations)
+        check_append(self.check, sessions, observations)
         if any(self._sharing[s.slot] > 1 for s in sessions):
             self._unshare(sessions, [o.audio.numpy().tobytes() for o in observations])
         audio = {s.slot: (s.last_samples, o.audio) for s, o in zip(sessions, observations, strict=True)}

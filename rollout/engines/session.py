@@ -3,9 +3,9 @@ the same one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from model.senses.audio import HOP, WINDOW
 from rollout.record.episode import TEXT, Episode, Stream
 from rollout.turn.action import Action
 from rollout.turn.observation import Observation, check_observation
-
-if TYPE_CHECKING:
-    from rollout.engines.engine import Engine
 
 COLDEST, HOTTEST = 1e-6, 1e6
 """Temperatures above 0 that a policy may have: fp32 divides logits by them and stays finite."""
@@ -143,14 +140,17 @@ def check_turn(
         )
 
 
-def check_append(engine: Engine, sessions: Sequence[Session], observations: Sequence[Observation]) -> None:
-    """Checks the arguments of `Engine.append`, before any session is changed, and raises what it says."""
+def check_append(
+    check: Callable[[Session, Observation], None], sessions: Sequence[Session], observations: Sequence[Observation]
+) -> None:
+    """Checks the arguments of `Engine.append`, before any session is changed, and raises what it says. ``check``: the
+    engine's own (`Engine.check`)."""
     if len(observations) != len(sessions):
         raise ValueError(f"append: {len(observations)} observations for {len(sessions)} sessions")
     if len({id(session) for session in sessions}) != len(sessions):
         raise ValueError("append: a session comes twice in one call")
     for session, observation in zip(sessions, observations, strict=True):
-        engine.check(session, observation)
+        check(session, observation)
 
 
 def _shown(value: object) -> str:

@@ -109,7 +109,7 @@ class VllmEngine:
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """See `Engine.append`."""
-        check_append(self, sessions, observations)
+        check_append(self.check, sessions, observations)
         parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.last_samples, o.audio)]
         samples = torch.cat(parts).view(len(sessions), -1)
         codes = self.dmel.stream_codes(samples)
