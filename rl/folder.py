@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
-from model.program.files import write_whole
+from model.program.exhausted import naming
+from model.program.files import replace_folder, write_whole
 from model.program.reading import UnreadableError, lines, parse_line, read_bytes, read_text
 from model.weights import manifest
 from rl.learner import ranks
@@ -111,20 +111,22 @@ class RunFolder:
         becomes checkpoints/step_NNNNNN, with a manifest. ``step``: number of finished steps, at which a resumed run
         goes on."""
         final = self.checkpoint_path(step)
-        partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
-        if ranks.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        ranks.gather(None)
-        yield partial
-        ranks.gather(None)
-        if ranks.rank() == 0:
-            manifest.write(partial, final.name, self._recipe)
-            _flush(partial)
-            if final.exists():
-                final.rename(old)
-            partial.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
+        partial = final.with_name(f".{final.name}.partial")
+        try:
+            with naming(final):
+                if ranks.rank() == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                ranks.gather(None)
+                yield partial
+                ranks.gather(None)
+                if ranks.rank() == 0:
+                    manifest.write(partial, final.name, self._recipe)
+                    replace_folder(partial, final)
+        except BaseException:
+            if ranks.rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         ranks.gather(None)
 
     def checkpoint_path(self, step: int) -> Path:
@@ -184,11 +186,3 @@ def _read_lines(path: Path) -> list[bytes]:
 
 def _step(line: bytes) -> int:
     return int(parse_line(line, "metrics.jsonl")["step"])
-
-
-def _flush(folder: Path) -> None:
-    """Has the disk hold the files of a folder before its name says that they are complete."""
-    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

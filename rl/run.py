@@ -32,6 +32,7 @@ from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
+from rl.ignored import check_read
 from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
@@ -89,6 +90,7 @@ class Run:
         check_shares(config)
         check_workers(config)
         check_fits(config)
+        check_read(config)
         check_tracking(config.tracking)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kernels.errors import MetronomeError
 from rollout.engines.engine import Engine
 from rollout.engines.session import Session
 from rollout.record.episode import Episode
@@ -38,7 +39,7 @@ def play(engine: Engine, plays: Sequence[Play], seed: int, temperature: float = 
 
     Rollouts of one scenario that start at the same time are forks of one session, which an engine may compute once as
     long as their inputs and tokens agree. By the row contract of `kernels.ops` neither that nor the number of sessions
-    changes a bit. Raises what the engine raises."""
+    changes a bit. Raises what the engine raises, and MetronomeError when others hold all of its sessions."""
     waiting = list(enumerate(plays))[::-1]
     running: list[_Running] = []
     done: dict[int, Episode] = {}
@@ -51,6 +52,8 @@ def play(engine: Engine, plays: Sequence[Play], seed: int, temperature: float = 
             session = engine.fork(started[name], key) if name in started else engine.open(key, temperature)
             started.setdefault(name, session)
             running.append(_Running(index, item.scenario.user(), session))
+        if not running:
+            raise MetronomeError(f"{len(waiting)} rollouts wait for a session, but others hold all; close some first")
         observations = [one.user.next_chunk(one.last_action) for one in running]
         for one, action in zip(running, engine.append([one.session for one in running], observations), strict=True):
             one.last_action = action

@@ -1,4 +1,7 @@
-"""Atomic writes: a file or folder appears complete or not at all. All packages write through this module."""
+"""Atomic writes: a file or folder appears complete or not at all. All packages write through this module.
+
+A write that fails, on a full disk for instance, leaves the older file or folder whole and nothing of its own; its error
+names the path (`model.program.exhausted`)."""
 
 from __future__ import annotations
 
@@ -10,24 +13,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from model.program.exhausted import naming
 from model.program.reading import to_json
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes ``data`` to ``path`` atomically, through a temporary file beside it: readers see the old file or the new
     one. Makes missing parent folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -40,18 +45,38 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to ``path``, replacing an older folder, when the block ends without an
     exception; it is deleted otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            replace_folder(temporary, path)
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames the finished folder ``new`` to ``path``, beside it, when the disk holds all of its files; deletes an
+    older folder of that name, which is put back if the renaming fails."""
+    for one in [p for p in new.rglob("*") if p.is_file()] + [new]:
+        handle = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # some disks say only now that they are full
+        finally:
+            os.close(handle)
+    if not path.exists():
+        new.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            path.rename(old / path.name)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        path.rename(old / path.name)
+        new.rename(path)
+    except BaseException:
+        if not path.exists():
+            (old / path.name).rename(path)
+        raise
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        if path.exists():
+            shutil.rmtree(old)

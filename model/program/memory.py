@@ -5,6 +5,7 @@ Linux only, as the kernels are; limits of containers are read from control group
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import torch
@@ -18,10 +19,15 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUPS) -> int:
-    """Bytes that this process can still take: the least of the machine's free memory and what the limit of each of its
-    control groups leaves. File caches count as free, since the kernel drops them on demand."""
+    """Bytes that this process can still take: the least of the machine's free memory and what its own limit (``ulimit
+    -v``) and that of each of its control groups leave. File caches count as free, since the kernel drops them on
+    demand."""
     machine = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
     left = [1024 * int(machine.split()[1])]
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit_bytes != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        left.append(limit_bytes - pages * resource.getpagesize())
     own = Path("/proc/self/cgroup").read_text().split("0::", 1)[-1].strip().lstrip("/")
     for group in [groups / own, *(groups / own).parents]:
         limit = group / "memory.max"

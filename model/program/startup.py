@@ -1,13 +1,16 @@
 """Start and end of every command: `run_command`.
 
 It checks Python, our `kernels` package and the native library, prepares the process, runs the command, and turns a
-`MetronomeError` (something that a user can mend) into one line and exit status 2. Other exceptions are bugs and keep
-their traceback. Nothing of the project is imported before the checks have passed, because another package called
-`kernels` may come first on the path.
+`MetronomeError` (something that a user can mend) into one line and exit status 2, and so what the machine ran out of
+or does not allow (`model.program.exhausted`). Other exceptions are bugs and keep their traceback.
+
+Nothing of the project is imported before the checks have passed, because another package called `kernels` may come
+first on the path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -114,11 +117,15 @@ def run_command(module: str) -> NoReturn:
     try:
         check_native()
         importlib.import_module(module).main()
+        sys.stdout.flush()
     except (StartupError, errors.MetronomeError) as error:
         fail(str(error))
-    except RuntimeError as error:
+    except Exception as error:
         if not _lost_a_process(error):
-            raise
+            problem = importlib.import_module("model.program.exhausted").sentence(error)
+            if problem is None:
+                raise
+            fail(problem)
         # The one that ended has said why, or is about to; this message is only read when it could not.
         time.sleep(2 * RANK_DELAY_S)
         fail(f"another process of this run ended unexpectedly ({str(error).splitlines()[0]})")
@@ -127,10 +134,14 @@ def run_command(module: str) -> NoReturn:
     sys.exit(0)
 
 
-def _lost_a_process(error: RuntimeError) -> bool:
+def _lost_a_process(error: Exception) -> bool:
     """Whether gloo raised ``error`` because the other end of a connection is gone."""
     text = str(error)
-    return "gloo" in text and ("Connection closed by peer" in text or "Connection reset by peer" in text)
+    return (
+        isinstance(error, RuntimeError)
+        and "gloo" in text
+        and ("Connection closed by peer" in text or "Connection reset by peer" in text)
+    )
 
 
 def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
@@ -142,10 +153,16 @@ def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(RANK_DELAY_S)
-    sys.stdout.flush()
-    print(f"error: {message}" if rank == 0 else f"error (process {rank}): {message}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, or nobody reads: Python would try again at its end, and say so
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+    with contextlib.suppress(OSError):
+        print(f"error: {message}" if rank == 0 else f"error (process {rank}): {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
-        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        with contextlib.suppress(OSError):  # the disk that is full may be this one
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     sys.exit(status)

@@ -28,6 +28,9 @@ from model.config import MEL_BINS, MEL_CHANNELS
 SAMPLE_RATE_HZ = 16000
 HOP = 800  # samples from one frame to the next: 50 ms
 WINDOW = 1600  # samples in a frame's analysis window
+LOUDEST = 100.0
+"""Largest sample that is taken for sound, where a microphone's full scale is 1: well above any mixture, and well below
+16-bit samples that were not divided by 32768."""
 LOG10_MIN, LOG10_MAX = -7, 2  # centres of the first and the last bin
 
 
@@ -55,6 +58,8 @@ class DMel(DMelTables):
 
     def codes_and_mels(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """As `stream_codes`, with the mel values that the codes come from: (uint8 [S, n, 80], fp64 [S, n, 80])."""
+        if samples.ndim != 2:
+            raise ValueError(f"dMel: got samples {list(samples.shape)}; need one session a row")
         count = samples.shape[1]
         if samples.dtype != torch.float32 or count % HOP or count <= WINDOW - HOP:
             raise ValueError(

@@ -29,10 +29,10 @@ from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from model.senses.audio import HOP, WINDOW, DMel
 from model.weights import checkpoint
-from rollout.engines.session import Session, check_append, check_temperature
+from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
 from rollout.seeds import token_key
 from rollout.turn.action import Action
-from rollout.turn.grammar import Grammar, row_class
+from rollout.turn.grammar import Grammar, context_chunks, row_class
 from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 
@@ -74,7 +74,7 @@ class SessionEngine:
         self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=max_rows)
         self.weights_digest = checkpoint.weights_digest(model)
         self._sharing = [0] * slots  # number of open sessions in each slot
-        self._open = 0  # number of open sessions
+        self._opened: set[Session] = set()  # those that are open
         self._rows = 0  # rows computed so far
         self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
 
@@ -92,49 +92,53 @@ class SessionEngine:
     @property
     def free(self) -> int:
         # Open sessions, not slots: a fork shares a slot at first, but may need one of its own from the next token on.
-        return self.state.slots - self._open
+        return self.state.slots - len(self._opened)
+
+    @property
+    def max_chunks(self) -> int:
+        return context_chunks(self.state.max_tokens, self.grammar.words_per_chunk)
 
     def publish(self) -> None:
         """See `Engine.publish`. Sessions must be closed because their KV cache was computed with the old weights."""
-        if self._open:
-            raise MetronomeError(f"weights were changed under {self._open} open sessions; close them before publishing")
+        if self._opened:
+            raise MetronomeError(
+                f"weights were changed under {len(self._opened)} open sessions; close them before publishing"
+            )
         self.model.repack()
         self.weights_digest = checkpoint.weights_digest(self.model)
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
         """See `Engine.open`."""
+        check_key(key)
         check_temperature(temperature)
         self._check_free()
-        return self._register(
-            Session(
-                slot=self.state.open(),
-                key=key,
-                temperature=temperature,
-                weights_digest=self.weights_digest,
-                tokens=[self.vocabulary.bos],
-                last_samples=torch.zeros(WINDOW - HOP),
-            )
-        )
+        slot = self.state.open()
+        return self._register(Session.begin(slot, key, temperature, self.weights_digest, self.vocabulary.bos))
 
     def fork(self, session: Session, key: int) -> Session:
         """See `Engine.fork`. Costs nothing until origin and fork differ."""
-        session.check_open()
+        check_key(key)
+        check_own(session, self._opened)
         self._check_free()
         return self._register(session.forked(session.slot, key))
 
     def close(self, session: Session) -> None:
         """See `Engine.close`."""
-        session.check_open()
+        check_own(session, self._opened)
         session.closed = True
-        self._open -= 1
+        self._opened.remove(session)
         self._sharing[session.slot] -= 1
         if not self._sharing[session.slot]:
             self.state.close(session.slot)
 
+    def check(self, session: Session, observation: Observation) -> None:
+        """See `Engine.check`."""
+        check_turn(session, observation, self._opened, self.grammar.max_rows, self.state.max_tokens)
+
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """See `Engine.append`."""
-        check_append(sessions, observations, self.grammar.max_rows, self.state.max_tokens)
+        check_append(self.check, sessions, observations)
         if any(self._sharing[s.slot] > 1 for s in sessions):
             self._unshare(sessions, [o.audio.numpy().tobytes() for o in observations])
         audio = {s.slot: (s.last_samples, o.audio) for s, o in zip(sessions, observations, strict=True)}
@@ -154,7 +158,7 @@ class SessionEngine:
 
     def stats(self) -> dict[str, float | int]:
         return {
-            "sessions_open": self._open,
+            "sessions_open": len(self._opened),
             "sessions_free": self.free,
             "slots_used": self.state.open_slots,
             "rows": self._rows,
@@ -168,7 +172,7 @@ class SessionEngine:
 
     def _register(self, session: Session) -> Session:
         self._sharing[session.slot] += 1
-        self._open += 1
+        self._opened.add(session)
         return session
 
     def _sample_turns(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:

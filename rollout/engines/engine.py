@@ -26,29 +26,41 @@ class Engine(Protocol):
     def free(self) -> int:
         """How many more sessions can be opened now."""
 
+    @property
+    def max_chunks(self) -> int:
+        """How many micro-turns a session can surely have, whatever is said in them."""
+
     def publish(self) -> None:
         """Starts to use the model's present weights. Raises MetronomeError while sessions are open."""
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
         """A new, empty session. ``key``: its 64-bit sampling key (`rollout.seeds.session_key`); ``temperature``: of its
-        policy, 0 for greedy. Raises ValueError unless the temperature is finite and >= 0, MetronomeError when no
-        session is free."""
+        policy, 0 for greedy. Raises ValueError for another key or temperature (`check_key`, `check_temperature` in
+        `rollout.engines.session`), MetronomeError when no session is free."""
 
     def fork(self, session: Session, key: int) -> Session:
         """A new session with the same history and temperature, and its own key. It gives the bits of a session that was
         opened separately and had this history. An engine may compute an origin and its forks once, as long as inputs
-        and sampled tokens agree. Raises ValueError for a closed session, MetronomeError when none is free."""
+        and sampled tokens agree. Raises ValueError for what is no key, for a closed session and for another engine's,
+        MetronomeError when none is free."""
+
+    def check(self, session: Session, observation: Observation) -> None:
+        """Whether ``append`` would take the observation for the session now; changes nothing. Raises ValueError for a
+        session that is closed or another engine's and for audio that is no sound, MissingSenseError for an input that
+        the model cannot take (`rollout.turn.observation.check_observation`), ContextFull when the context is too
+        small."""
 
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """Runs one micro-turn of each session: ``observations[i]`` is the input of ``sessions[i]``; returns their
         actions. The sampled tokens, log-probs and row digests are added to the sessions' records.
 
-        Raises, before any session changes, ValueError when the two differ in number, audio is not finite, or a session
-        is closed or repeated; MissingSenseError for an input that the model cannot take; ContextFull when a context is
-        too small. After any other error the sessions of the call are closed, since they end inside a micro-turn."""
+        Raises, before any session changes, ValueError when the two differ in number or a session is repeated, and what
+        ``check`` raises. After any other error the sessions of the call are closed, since they end inside a
+        micro-turn."""
 
     def close(self, session: Session) -> None:
-        """Frees the session's memory; its record stays readable. Raises ValueError when it is closed already."""
+        """Frees the session's memory; its record stays readable. Raises ValueError when it is closed already or another
+        engine's."""
 
     def stats(self) -> dict[str, float | int]:
         """Counters for people to read. Their names differ between engines."""

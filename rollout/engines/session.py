@@ -3,8 +3,7 @@ the same one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -13,14 +12,19 @@ from torch import Tensor
 
 from kernels import dispatch
 from model.backbone.state import ContextFull
+from model.senses.audio import HOP, WINDOW
 from rollout.record.episode import TEXT, Episode, Stream
 from rollout.turn.action import Action
-from rollout.turn.observation import Observation, check_senses
+from rollout.turn.observation import Observation, check_observation
+
+COLDEST, HOTTEST = 1e-6, 1e6
+"""Temperatures above 0 that a policy may have: fp32 divides logits by them and stays finite."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
-    """One open sequence. The model has computed ``tokens[:computed]``; the rest are prefilled with the next chunk."""
+    """One open sequence. The model has computed ``tokens[:computed]``; the rest are prefilled with the next chunk. A
+    session is equal to itself only: by that its engine knows it (`check_own`)."""
 
     slot: int  # in the engine's state; sessions that have the same past may share it
     key: int  # 64-bit sampling key (rollout.seeds.session_key)
@@ -38,15 +42,15 @@ class Session:
     hidden: list[Tensor] = field(default_factory=list)  # [D] a sampled token, if the engine keeps them
     closed: bool = False
 
+    @staticmethod
+    def begin(slot: int, key: int, temperature: float, weights_digest: str, bos: int) -> Session:
+        """An empty session, before its first chunk; ``bos``: the token that every session begins with."""
+        return Session(slot, key, temperature, weights_digest, [bos], torch.zeros(WINDOW - HOP))
+
     def forked(self, slot: int, key: int) -> Session:
         """A copy of the record so far with its own slot and sampling key."""
         lists: dict[str, Any] = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
         return replace(self, slot=slot, key=key, **lists)
-
-    def check_open(self) -> None:
-        """Raises ValueError for a closed session."""
-        if self.closed:
-            raise ValueError("the session is closed; open or fork another")
 
     def record_token(self, token: int, row_class: int, logprob: float, digest: int) -> None:
         """Adds one sampled token: its class (`model.logprob`), log-prob in nats and digest of the log-prob row."""
@@ -95,28 +99,62 @@ class Session:
         )
 
 
+def check_key(key: int) -> None:
+    """Raises ValueError unless the key is a whole number of 64 bits: an ``int``, no number of another library."""
+    if type(key) is not int or not 0 <= key < 2**64:
+        raise ValueError(f"a session's key is a whole number (int) from 0 to 2**64 - 1, not {_shown(key)}")
+
+
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless the temperature is finite and >= 0."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"open: temperature is {temperature}; it must be a number >= 0 (0 is greedy)")
+    """Raises ValueError unless the temperature is a plain number, 0 or from `COLDEST` to `HOTTEST`."""
+    number = type(temperature) in (int, float)
+    if not number or not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
+        raise ValueError(
+            f"open: temperature is {_shown(temperature)}; it must be 0 (greedy), or a number from {COLDEST:g} to "
+            f"{HOTTEST:g}"
+        )
+
+
+def check_own(session: Session, opened: Collection[Session]) -> None:
+    """Raises ValueError for a session that is closed, or that is none of those which the engine has ``opened``: another
+    engine's, or a copy."""
+    if not isinstance(session, Session):
+        raise ValueError(f"an engine's methods take its sessions, not {type(session).__name__}")
+    if session.closed:
+        raise ValueError("the session is closed; open or fork another")
+    if session not in opened:
+        raise ValueError("the session is not this engine's own: only the engine that opened it can use it")
+
+
+def check_turn(
+    session: Session, observation: Observation, opened: Collection[Session], max_rows: int, max_tokens: int
+) -> None:
+    """What `Engine.check` checks. ``opened``: the engine's open sessions; a micro-turn has up to ``max_rows`` rows, a
+    context ``max_tokens``."""
+    check_own(session, opened)
+    check_observation(observation)
+    if max_tokens - session.computed < max_rows:
+        raise ContextFull(
+            f"session in slot {session.slot} holds {session.computed} of at most {max_tokens} tokens; another "
+            f"micro-turn may need {max_rows}. Close it, or make the engine with more max_tokens"
+        )
 
 
 def check_append(
-    sessions: Sequence[Session], observations: Sequence[Observation], max_rows: int, max_tokens: int
+    check: Callable[[Session, Observation], None], sessions: Sequence[Session], observations: Sequence[Observation]
 ) -> None:
-    """Checks the arguments of `Engine.append`, before any session is changed. A micro-turn has up to ``max_rows`` rows,
-    a context ``max_tokens``. Raises ValueError when observations and sessions differ in number or a session is closed
-    or repeated, MissingSenseError for an input that the model cannot take, ContextFull for a full context."""
+    """Checks the arguments of `Engine.append`, before any session is changed, and raises what it says. ``check``: the
+    engine's own (`Engine.check`)."""
     if len(observations) != len(sessions):
         raise ValueError(f"append: {len(observations)} observations for {len(sessions)} sessions")
-    for observation in observations:
-        check_senses(observation)
     if len({id(session) for session in sessions}) != len(sessions):
         raise ValueError("append: a session comes twice in one call")
-    for session in sessions:
-        session.check_open()
-        if max_tokens - session.computed < max_rows:
-            raise ContextFull(
-                f"session in slot {session.slot} holds {session.computed} of at most {max_tokens} tokens; another "
-                f"micro-turn may need {max_rows}. Close it, or make the engine with more max_tokens"
-            )
+    for session, observation in zip(sessions, observations, strict=True):
+        check(session, observation)
+
+
+def _shown(value: object) -> str:
+    """A value of any type, for an error's one line."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return f"{type(value).__name__} {str(value)[:40]!r}" if not isinstance(value, int | float) else str(value)

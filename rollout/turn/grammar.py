@@ -63,6 +63,15 @@ def check_context(field: str, max_tokens: int, chunks: int, words_per_chunk: int
         )
 
 
+def context_chunks(rows: int, words_per_chunk: int) -> int:
+    """The most micro-turns that fit in a context of ``rows``, whatever is said: the inverse of `context_rows`.
+
+    >>> context_chunks(context_rows(12, 1), 1), context_chunks(context_rows(12, 1) - 1, 1)
+    (12, 11)
+    """
+    return (rows - 1) // max_rows(words_per_chunk)
+
+
 def chunk_starts(tokens: Sequence[int], audio: int) -> list[int]:
     """Index of each chunk's first audio row in a sequence of whole micro-turns; ``audio`` is the audio token's id.
 

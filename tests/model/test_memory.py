@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,16 @@ def test_the_containers_limit_counts(tmp_path: Path) -> None:
     (groups / "memory.current").write_text("700000\n")
     (groups / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
     assert memory.available_bytes(meminfo, groups) == 400_000
+
+
+def test_the_process_own_limit_counts(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemAvailable: 999999999999 kB\n")
+    code = (
+        "import sys, resource; from pathlib import Path; import torch; from model.program import memory;"
+        f"read = lambda: memory.available_bytes(Path({str(meminfo)!r}), Path('/nowhere'));"
+        "before = read(); resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30)); print(before, read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before == 999999999999 * 1024 and 0 < after < 16 << 30

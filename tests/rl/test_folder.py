@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernels.errors import MetronomeError
+from model.program.exhausted import sentence
 from rl import folder as folder_module
 from rl.folder import RunFolder
 
@@ -162,12 +164,26 @@ def test_the_newest_finished_checkpoint_counts(tmp_path: Path) -> None:
 
 def test_an_unfinished_checkpoint_is_begun_anew(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "")
-    with pytest.raises(Crash), run.checkpoint(5) as path:
-        (path / "stale").write_text("")
-        raise Crash
+    left = run.checkpoint_path(5).with_name(".step_000005.partial")  # by a process that was killed
+    left.mkdir(parents=True)
+    (left / "stale").write_text("")
     with run.checkpoint(5) as path:
+        assert path == left
         (path / "weights").write_text("new")
     assert sorted(p.name for p in run.latest_checkpoint()[1].iterdir()) == ["manifest.json", "weights"]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "a", "")
+    with run.checkpoint(5) as path:
+        (path / "weights").write_text("old")
+    for step in (5, 10):
+        with pytest.raises(OSError) as error, run.checkpoint(step) as path:
+            (path / "weights").write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert (sentence(error.value) or "").startswith(f"{run.checkpoint_path(step)}: No space left on device")
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step_000005"]
+    assert (run.checkpoint_to_resume()[1] / "weights").read_text() == "old"
 
 
 def test_a_checkpoint_taken_again_replaces_the_old_one_only_when_finished(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,12 @@ import torch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from rollout.bench.overhead import heap_bytes
-from rollout.engines.embedded import SessionEngine
 from rollout.engines.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
 from rollout.turn.action import CHUNK_SAMPLES
-from rollout.turn.grammar import context_rows
-from rollout.turn.observation import MissingSenseError, Observation
-from rollout.turn.vocabulary import Vocabulary
+from rollout.turn.observation import Observation
 from tests.support.models import fresh_model
+from tests.support.services import MAX_CHUNKS, make_service, record
 from tests.support.sessions import sound
-
-MAX_CHUNKS = 12
-RECORD = ("tokens", "sampled", "logprob", "digest", "actions")
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +29,7 @@ def model() -> InteractionModel:
 
 @pytest.fixture
 def make(model: InteractionModel) -> Callable[..., Service]:
-    def build(slots: int = 3, idle_chunks: int = 4) -> Service:
-        engine = SessionEngine(
-            model, Vocabulary.build(model.vocab), slots=slots, max_tokens=context_rows(MAX_CHUNKS, 1)
-        )
-        return Service(engine, max_chunks=MAX_CHUNKS, idle_chunks=idle_chunks)
-
-    return build
-
-
-def record(client: Client) -> list[object]:
-    return [getattr(client.session, name) for name in RECORD]
+    return partial(make_service, model)
 
 
 def test_clients_hear_what_they_offered(make: Callable[..., Service]) -> None:
@@ -106,25 +91,6 @@ def test_chunks_twice_or_out_of_order_are_refused(make: Callable[..., Service]) 
     assert record(client) == record(twin)  # nothing refused was heard
 
 
-@pytest.mark.parametrize(
-    ("chunk", "says"),
-    [
-        (replace(sound(0), audio=torch.full((CHUNK_SAMPLES,), torch.nan)), "not finite"),
-        (replace(sound(0), audio=sound(0).audio / 0), "not finite"),
-        (replace(sound(0), events=("hello",)), "no rows for them"),
-    ],
-)
-def test_what_cannot_be_heard_concerns_its_own_client(
-    make: Callable[..., Service], chunk: Observation, says: str
-) -> None:
-    service = make()
-    client, other = service.open(1), service.open(2)
-    with pytest.raises((ValueError, MissingSenseError), match=says):
-        service.offer(client, 0, chunk)
-    service.offer(client, 0, sound(0))
-    assert list(service.tick()) == [client, other]
-
-
 def test_more_clients_than_room_are_told_so(make: Callable[..., Service]) -> None:
     service = make(slots=2)
     first, _ = service.open(1), service.open(2)
@@ -177,11 +143,6 @@ def test_an_engine_error_ends_the_sessions_it_touched(
     fresh = service.open(1)
     service.offer(fresh, 0, sound(0))
     assert list(service.tick()) == [fresh]
-
-
-def test_limits_must_be_numbers_that_limit(make: Callable[..., Service]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        Service(make().engine, max_chunks=0)
 
 
 def resident_bytes() -> int:

@@ -1,5 +1,6 @@
 """Sessions: the same bits whatever runs beside them, forked or separate, and the learner's own forward agrees."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -19,6 +20,7 @@ from rollout.record.episode import Episode, concatenate
 from rollout.record.transcript import write_transcript
 from rollout.seeds import session_key
 from rollout.turn.action import CHUNK_SAMPLES, Mode
+from rollout.turn.grammar import context_rows
 from rollout.turn.observation import Observation, audio_observations
 from rollout.turn.vocabulary import Vocabulary
 from tests.support import sessions
@@ -194,6 +196,44 @@ def test_sessions_of_several_temperatures_share_a_call(model: InteractionModel) 
             engine.open(0, wrong)
 
 
+def test_a_session_is_its_own_engines_only(model: InteractionModel) -> None:
+    """Refused before anything changes: another engine's session, a copy, and one whose slot has another now."""
+    engine, other = make_engine(model, slots=2), make_engine(model, slots=2)
+    mine, theirs, past = engine.open(1), other.open(1), engine.open(2)
+    copied = copy.copy(past)
+    engine.close(past)
+    second = engine.open(3)
+    assert second.slot == copied.slot and not copied.closed
+    for stranger in (theirs, copied, copy.deepcopy(mine), dataclasses.replace(mine)):
+        for use in (
+            lambda one: engine.append([mine, one], [sound(0, 0)] * 2),
+            lambda one: engine.check(one, sound(0, 0)),
+            lambda one: engine.fork(one, 9),
+            engine.close,
+        ):
+            with pytest.raises(ValueError, match="not this engine's own"):
+                use(stranger)
+    for nothing in (None, 0, "session", mine.tokens):
+        with pytest.raises(ValueError, match=r"takes? its sessions, not"):
+            engine.append([nothing], [sound(0, 0)])  # type: ignore[list-item]
+    assert (mine.chunks, theirs.chunks, second.chunks, engine.free, other.free) == (0, 0, 0, 0, 1)
+    talk(engine, {0: mine, 1: second}, range(2))  # the control
+    talk(other, {0: theirs}, range(2))
+    assert same(record(mine), record(theirs))
+
+
+def test_a_session_can_have_as_many_chunks_as_its_engine_says(model: InteractionModel) -> None:
+    engine = make_engine(model, words_per_chunk=1, max_tokens=context_rows(3, 1))
+    assert engine.max_chunks == 3
+    assert make_engine(model, words_per_chunk=1, max_tokens=context_rows(3, 1) - 1).max_chunks == 2
+    sessions = {i: engine.open(i) for i in range(8)}
+    talk(engine, sessions, range(3))
+    longest = max(len(session.tokens) for session in sessions.values())
+    assert longest == context_rows(3, 1), "one of them spoke in every chunk"
+    with pytest.raises(ContextFull):
+        talk(engine, {i: s for i, s in sessions.items() if len(s.tokens) == longest}, range(1))
+
+
 def test_context_limit_is_an_error_and_moves_nothing(model: InteractionModel) -> None:
     engine = make_engine(model, max_tokens=20)
     session = engine.open(0)
@@ -212,7 +252,7 @@ def test_bad_audio_closed_sessions_and_full_engines_are_errors(model: Interactio
         engine.append([session], [])
     with pytest.raises(ValueError, match="twice"):
         engine.append([session, session], [sound(0, 0)] * 2)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="not finite"):
         engine.append([session], audio_observations(torch.full((1, CHUNK_SAMPLES), torch.nan)))
     for one_more in (lambda: engine.open(1), lambda: engine.fork(session, 1)):
         with pytest.raises(MetronomeError, match="all 1 slots are open"):

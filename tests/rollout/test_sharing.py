@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from torch import Tensor
 
+from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from rollout.bench.sharing import UnsharedEngine
 from rollout.engines.embedded import SessionEngine
@@ -70,6 +71,16 @@ def test_groups_played_together_equal_separate_sessions(model: InteractionModel,
     assert shared.stats()["rows"] < 0.9 * apart.stats()["rows"]
     assert len({tuple(e.tokens.tolist()) for e in ours}) > len(items)  # they did part
     assert shared.free == slots and shared.state.open_slots == 0
+
+
+def test_rollouts_without_a_session_are_not_waited_for(model: InteractionModel) -> None:
+    item = ScenarioConfig().in_turn(0, "train", 0, SpeechBank.open())
+    engine = make_engine(model, slots=1)
+    held_by_another = engine.open(0)
+    with pytest.raises(MetronomeError, match="1 rollouts wait for a session, but others hold all"):
+        play(engine, [Play(item, 0)], 3)
+    engine.close(held_by_another)
+    assert len(play(engine, [Play(item, 0)], 3)) == 1  # the control
 
 
 def test_sessions_that_wrongly_stay_together_differ(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ import torch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.senses.audio import HOP, WINDOW, DMel
-from rollout.engines.session import Session, check_append, check_temperature
+from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
 from rollout.engines.vllm.core import shared_core
 from rollout.turn.action import Action
-from rollout.turn.grammar import Grammar, chunk_starts, row_class
+from rollout.turn.grammar import Grammar, chunk_starts, context_chunks, row_class
 from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 
@@ -40,6 +40,10 @@ class VllmEngine:
         prefill_tokens: int = 2048,
         pages: int | None = None,
     ) -> None:
+        sizes = {"slots": slots, "max_tokens": max_tokens, "prefill_tokens": prefill_tokens, "pages": pages}
+        for name, size in sizes.items():
+            if size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"VllmEngine: {name} is {size!r}; it must be a whole number (int), at least 1")
         self.grammar = Grammar(vocabulary, words_per_chunk)
         self.core = shared_core(
             model,
@@ -55,6 +59,7 @@ class VllmEngine:
         self.dmel = DMel.build()
         self.max_tokens = max_tokens
         self.keep_hidden = keep_hidden
+        self._opened: set[Session] = set()  # this engine's, of those that are open in the core
 
     @property
     def weights_digest(self) -> str:
@@ -63,6 +68,10 @@ class VllmEngine:
     @property
     def free(self) -> int:
         return self.core.free
+
+    @property
+    def max_chunks(self) -> int:
+        return context_chunks(self.max_tokens, self.grammar.words_per_chunk)
 
     def publish(self) -> None:
         """See `Engine.publish`. Sessions must be closed because their KV cache was computed with the old weights."""
@@ -75,31 +84,32 @@ class VllmEngine:
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
         """See `Engine.open`."""
+        check_key(key)
         check_temperature(temperature)
-        return Session(
-            slot=self.core.take(),
-            key=key,
-            temperature=temperature,
-            weights_digest=self.weights_digest,
-            tokens=[self.vocabulary.bos],
-            last_samples=torch.zeros(WINDOW - HOP),
-        )
+        slot = self.core.take()
+        return self._register(Session.begin(slot, key, temperature, self.weights_digest, self.vocabulary.bos))
 
     def fork(self, session: Session, key: int) -> Session:
         """See `Engine.fork`."""
-        session.check_open()
-        return session.forked(self.core.take(), key)
+        check_key(key)
+        check_own(session, self._opened)
+        return self._register(session.forked(self.core.take(), key))
 
     def close(self, session: Session) -> None:
         """See `Engine.close`."""
-        session.check_open()
+        check_own(session, self._opened)
         self.core.drop(session.slot)
         session.closed = True
+        self._opened.remove(session)
+
+    def check(self, session: Session, observation: Observation) -> None:
+        """See `Engine.check`."""
+        check_turn(session, observation, self._opened, self.grammar.max_rows, self.max_tokens)
 
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """See `Engine.append`."""
-        check_append(sessions, observations, self.grammar.max_rows, self.max_tokens)
+        check_append(self.check, sessions, observations)
         parts = [part for s, o in zip(sessions, observations, strict=True) for part in (s.last_samples, o.audio)]
         samples = torch.cat(parts).view(len(sessions), -1)
         codes = self.dmel.stream_codes(samples)
@@ -116,6 +126,10 @@ class VllmEngine:
 
     def stats(self) -> dict[str, float | int]:
         return {"sessions_open": len(self.core.begun), "sessions_free": self.free, "steps": self.core.steps}
+
+    def _register(self, session: Session) -> Session:
+        self._opened.add(session)
+        return session
 
     def _add(self, session: Session) -> None:
         """Sends vLLM the tokens and codes that it does not have yet: at a session's first input, all."""

@@ -8,6 +8,7 @@ preemption in the middle of a turn.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import compare
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
+from rollout.engines.service import Service
 from rollout.engines.session import Session
 from rollout.record.episode import concatenate
 from rollout.seeds import session_key
@@ -256,6 +258,43 @@ def test_refusals(fp32: Embedded, engine: VllmEngine) -> None:
     engine.close(session)
     with pytest.raises(ValueError, match="closed"):
         engine.append([session], sound(0)[:1])
+    assert engine.stats()["sessions_open"] == 0
+
+
+def test_one_clients_input_is_its_own(fp32: Embedded, engine: VllmEngine) -> None:
+    """What `Service.offer` refuses for one client, by the check that `append` makes; and whose session it is."""
+    other, embedded = fp32.vllm(), SessionEngine(fp32.model, fp32.vocabulary, **SIZES)
+    assert other.core is engine.core and other is not engine
+    assert engine.max_chunks == embedded.max_chunks
+    with pytest.raises(ValueError, match="has room for"):
+        Service(engine, max_chunks=engine.max_chunks + 1)
+    service = Service(engine, max_chunks=3)
+    client, loud = service.open(1), service.open(2)
+    for key in ("1", 1.0, True, -1, 2**64):
+        with pytest.raises(ValueError, match="key is a whole number"):
+            service.open(key)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="full scale is 1"):
+        service.offer(loud, 0, Observation(torch.full((3200,), 2.4e16)))
+    strangers = (embedded.open(1), other.open(3), copy.copy(client.session))
+    for stranger in strangers:
+        for use in (
+            lambda one: engine.append([client.session, one], sound(0)[:2]),
+            lambda one: engine.fork(one, 9),
+            engine.close,
+        ):
+            with pytest.raises(ValueError, match="not this engine's own"):
+                use(stranger)
+    with pytest.raises(ValueError, match="not this engine's own"):
+        embedded.append([client.session], sound(0)[:1])
+    service.offer(client, 0, sound(0)[0])  # the control
+    assert list(service.tick()) == [client, loud]
+    alone = embedded.open(1)
+    embedded.append([alone], sound(0)[:1])
+    embedded.close(alone)
+    assert unequal([alone], [client.session]) == 0
+    other.close(strangers[1])
+    service.close(client)
+    service.close(loud)
     assert engine.stats()["sessions_open"] == 0
 
 
