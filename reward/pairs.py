@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.program.folders import locked
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from reward.learned.human import read_labels
@@ -111,6 +112,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
     if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
+    with locked(out):
+        make(config, out)
+
+
+def make(config: PairsConfig, out: Path) -> None:
+    """Makes the data set in the folder ``out`` and says what is in it. Raises MetronomeError for a split without
+    pairs."""
     start = time.perf_counter()
     maker = PairMaker(config)
     splits = {"train": maker.split("train"), "held_out": maker.split("held_out")}

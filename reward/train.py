@@ -26,6 +26,7 @@ import pickle
 import re
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.program.files import write_whole
+from model.program.folders import locate, locked
 from model.program.recipe import read_recipe
 from model.program.startup import import_deepspeed, prepare_process
 from model.tokenizer import load_tokenizer
@@ -90,14 +92,16 @@ FIXED_FIELDS: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe("reward.train", "Train a reward model.", RewardTrainConfig, arguments, resumes=True)
-    train(recipe.config, recipe.text, recipe.resume)
+    folder = locate(recipe.config.runs, recipe.config.name)
+    with locked(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        train(recipe.config, recipe.text, recipe.resume)
 
 
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     """Trains and writes the run's folder. ``recipe``: the resolved recipe as YAML, saved with the run; ``resume``: go
     on from the newest finished checkpoint. Raises MetronomeError for a recipe, data set or folder that does not fit."""
     start = time.perf_counter()
-    folder = Path(config.runs) / config.name
+    folder = locate(config.runs, config.name)
     checkpoints = folder / "checkpoints"
     earlier = _prepare_folder(folder, recipe, resume)
     _prepare_libraries(folder, config)

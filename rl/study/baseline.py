@@ -31,6 +31,7 @@ from kernels import dispatch
 from kernels.reference import naive
 from model.backbone.transformer import InteractionModel
 from model.program.files import write_whole
+from model.program.folders import locked
 from model.weights import checkpoint
 from reward.source import RewardSource
 from rl.audit.document import to_json
@@ -264,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     ranks.join()
     try:
-        run(a.checkpoint, a.out, a.steps)
+        with locked(a.out):
+            run(a.checkpoint, a.out, a.steps)
     finally:
         ranks.leave()

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from model.program.files import write_whole
+from model.program.folders import locked
 from model.weights.checkpoint import weights_digest
 from rl.audit.document import to_json
 from rl.audit.table import Cell, Table
@@ -244,12 +245,13 @@ def main(arguments: list[str] | None = None) -> None:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     a = parser.parse_args(arguments)
-    result = run(
-        a.checkpoint,
-        a.out,
-        completions=a.completions,
-        long_completions=a.long_completions,
-        rounds=a.rounds,
-        dtypes=[getattr(torch, name) for name in a.dtypes],
-    )
+    with locked(a.out):
+        result = run(
+            a.checkpoint,
+            a.out,
+            completions=a.completions,
+            long_completions=a.long_completions,
+            rounds=a.rounds,
+            dtypes=[getattr(torch, name) for name in a.dtypes],
+        )
     print("\n\n".join(table.text() for table in result.tables))
