@@ -233,14 +233,14 @@ class RunFolder:
             raise MetronomeError(f"{self.path / 'checkpoints'} holds no finished checkpoint")
         return newest
 
-    def checkpoint_to_resume(self, recipe: str = "") -> tuple[int, Path] | None:
+    def checkpoint_to_resume(self, *recipes: str) -> tuple[int, Path] | None:
         """The newest checkpoint, after comparing every file with the manifest; None for a run that was interrupted
-        before its first one, and so begins anew. ``recipe``: the run's recipe in another text. Raises CheckpointError,
-        which names the file and the checkpoint before, when a file differs, and MetronomeError when the run has records
-        but no checkpoint."""
+        before its first one, and so begins anew. ``recipes``: further texts of the run's recipe. Raises
+        CheckpointError, which names the file and the checkpoint before, when a file differs, and MetronomeError when
+        the run has records but no checkpoint."""
         newest = self.newest_checkpoint()
         if newest is not None:
-            manifest.check(newest[1], recipe=(*self.recipes(), recipe))
+            manifest.check(newest[1], recipe=(*self.recipes(), *recipes))
         elif self._metrics or (self.path / "summary.json").exists():
             raise MetronomeError(
                 f"{self.path} holds records of a run, but no finished checkpoint to go on from: put one back into "

@@ -115,6 +115,8 @@ def changes(folder: RunFolder, saved: TrainConfig, now: TrainConfig, begun: bool
         for name in before | after
         if name not in ("name", "runs") and before.get(name) != after.get(name)
     }
+    if "scenarios.families" in differs:  # settings of a family that only one has say nothing more
+        differs = {name: both for name, both in differs.items() if name in before and name in after}
     free = {*FREE, *(CHECKED if begun else ()), STEPS}
     if not saved.source.models:
         free.add("rl.evaluate_every")  # with reward models it decides what the watch over them sees
@@ -180,10 +182,10 @@ def check_contract(folder: RunFolder) -> None:
 def _meaning(config: TrainConfig) -> dict[str, Any]:
     """The recipe's fields by dotted name, what is spelled in two ways in one."""
     content = asdict(config)
-    members = config.scenarios.members
+    short = {address: name for name, address in SHIPPED.items()}
     content["scenarios"] = {
-        "families": [SHIPPED.get(family, family) for family in config.scenarios.families],
-        **{name: asdict(config.scenarios.settings_of(name)) for name in members},
+        "families": [short.get(family, family) for family in config.scenarios.families],
+        **{name: asdict(config.scenarios.settings_of(name)) for name in config.scenarios.members},
     }
     weights = config.rl.axis_weights
     content["rl"]["axis_weights"] = {axis: weights.get(axis, 1.0) for axis in {*config.scenarios.axes, *weights}}

@@ -89,7 +89,7 @@ class Run:
         if resume:  # another recipe or a damaged checkpoint is refused before anything is written over
             self.folder = RunFolder.reopen(Path(config.runs), config.name)
             saved = read_saved(self.folder, config)
-            self._newest = self.folder.checkpoint_to_resume(saved.text)
+            self._newest = self.folder.checkpoint_to_resume(saved.text, recipe)
             changed = changes(self.folder, saved.config, config, self._newest is not None)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.bank = SpeechBank.open(config.speech_dir)
