@@ -16,9 +16,11 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("reward.evaluate")
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -33,6 +35,7 @@ from scipy.stats import spearmanr
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program.files import write_whole
+from model.program.folders import locked
 from model.program.outputs import OutputFile
 from model.program.ranges import Distinct, FilePath, Length, Seed, Some, Tokens, Words
 from model.program.recipe import read_recipe
@@ -83,6 +86,14 @@ def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.evaluate", "Evaluate reward models.", EvaluateConfig, arguments).config
     unseen = config.unseen
     check_context("unseen.max_tokens", unseen.max_tokens, config.scenarios.most_chunks, unseen.words_per_chunk)
+    with ExitStack() as held:
+        for folder in sorted({os.path.realpath(one) for one in config.models}):
+            held.enter_context(locked(Path(folder)))
+        run(config)
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluates the models, stores their temperatures, and writes the results."""
     models = {folder: RewardModel.load(folder) for folder in config.models}
     report: dict[str, float | int | str] = {"contract_id": dispatch.contract_id()}
     curves: dict[str, Reliability] = {}

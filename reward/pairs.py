@@ -30,6 +30,7 @@ from typing import Annotated
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.program.folders import locked
 from model.program.outputs import OutputFolder
 from model.program.ranges import (
     Ascending,
@@ -132,6 +133,13 @@ def main(arguments: list[str] | None = None) -> None:
     chunks, rollouts = config.scenarios.most_chunks, config.rollouts
     if rollouts.policies:
         check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk)
+    with locked(out):
+        make(config, out)
+
+
+def make(config: PairsConfig, out: Path) -> None:
+    """Makes the data set in the folder ``out`` and says what is in it. Raises MetronomeError for a split without
+    pairs."""
     start = time.perf_counter()
     maker = PairMaker(config)
     splits = {"train": maker.split("train"), "held_out": maker.split("held_out")}

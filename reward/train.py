@@ -25,6 +25,7 @@ import pickle
 import re
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
 from model.program.files import write_whole
-from model.program.folders import RunName
+from model.program.folders import RunName, locate, locked
 from model.program.memory import check_room
 from model.program.outputs import OutputFolder
 from model.program.ranges import Fields, FilePath, Limit, Names, Range, Seed, Weight
@@ -122,7 +123,9 @@ FIXED_FIELDS: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe("reward.train", "Train a reward model.", RewardTrainConfig, arguments, resumes=True)
-    train(recipe.config, recipe.text, recipe.resume)
+    folder = locate(recipe.config.runs, recipe.config.name)
+    with locked(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        train(recipe.config, recipe.text, recipe.resume)
 
 
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
@@ -130,7 +133,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     on from the newest finished checkpoint. Raises MetronomeError for a recipe, data set or folder that does not fit."""
     start = time.perf_counter()
     _check_room(config)
-    folder = Path(config.runs) / config.name
+    folder = locate(config.runs, config.name)
     checkpoints = folder / "checkpoints"
     earlier = _prepare_folder(folder, recipe, resume)
     _prepare_libraries(folder, config)

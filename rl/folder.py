@@ -9,24 +9,67 @@ so no reader and no crash ever meets half a line.
 
 from __future__ import annotations
 
-import difflib
-import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from kernels.errors import MetronomeError
-from model.program.exhausted import naming
+from model.program.exhausted import naming, sentence
 from model.program.files import replace_folder, write_whole
-from model.program.reading import UnreadableError, lines, parse_line, read_bytes, read_text
+from model.program.folders import locate, locked
+from model.program.reading import (
+    UnreadableError,
+    as_record,
+    decode,
+    lines,
+    parse_line,
+    read_bytes,
+    read_record,
+    read_text,
+    to_json,
+)
 from model.weights import manifest
 from rl.learner import ranks
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STEP = re.compile(r"step_(\d{6,})")
+RECIPE = "config.yaml"
+RESUMED = "resumed.jsonl"
+"""A `Note` a line."""
+RESULTS = ("metrics.jsonl", "summary.json", "checkpoints", "episodes", "tracking", "model", RESUMED)
+"""What only a run that has begun has in its folder (``model``: a run of `reward.train`)."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """That a run went on under a changed recipe, or after it was finished."""
+
+    step: int  # finished steps from which it went on
+    changed: dict[str, tuple[Any, Any]]  # fields of the recipe -> values before and after
+    recipes: tuple[str, ...]  # texts of the recipe before: as it stood in config.yaml, and as the program read it
+    summary: dict[str, Any] | None  # the summary before, if it was finished
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """While the block runs, no other run writes into the folder: the first process locks it. Raises MetronomeError in
+    every process when another run has."""
+    with ExitStack() as held:
+        refusal = None
+        if ranks.rank() == 0:
+            try:
+                held.enter_context(locked(path))
+            except MetronomeError as error:
+                refusal = str(error)
+        if said := ranks.gather(refusal)[0]:
+            raise MetronomeError(said)
+        yield
 
 
 class RunFolder:
@@ -34,15 +77,15 @@ class RunFolder:
 
     def __init__(self, path: Path, metrics: list[bytes], recipe: str = "") -> None:
         self.path = path
-        self._recipe = recipe  # config.yaml
+        self.recipe = recipe  # config.yaml
         self._metrics = metrics  # encoded lines, each with its newline
 
     @staticmethod
     def create(runs: Path, name: str, config: str) -> RunFolder:
         """Makes a folder with config.yaml, the resolved recipe ``config``. Raises MetronomeError when ``name`` cannot
-        name a folder, or a folder of that name holds more than a config.yaml."""
-        path = _locate(runs, name)
-        taken = [p for p in (path / "metrics.jsonl", path / "summary.json", path / "checkpoints") if p.exists()]
+        name a folder, or a folder of that name holds results."""
+        path = locate(runs, name)
+        taken = [p for p in (path / result for result in RESULTS) if os.path.lexists(p)]
         if taken:
             raise MetronomeError(
                 f"{path} already holds results of a run ({taken[0].name}); go on with it by --resume, or choose "
@@ -50,49 +93,95 @@ class RunFolder:
             )
         folder = RunFolder(path, [], config)
         ranks.gather(None)  # all look before the first one writes
-        folder.write_text("config.yaml", config)
+        folder._write_recipe()
         return folder
 
     @staticmethod
-    def reopen(runs: Path, name: str, config: str) -> RunFolder:
-        """The folder of an interrupted run. Raises MetronomeError when there is none or its recipe is another one."""
-        path = _locate(runs, name)
-        saved = path / "config.yaml"
-        if not saved.is_file():
-            raise MetronomeError(f"{path} holds no run to resume (no config.yaml); start without --resume")
-        before = read_text(saved)
-        if before != config:
-            changed = [
-                line for line in difflib.unified_diff(before.splitlines(), config.splitlines(), lineterm="", n=0)
-                if line[:1] in "+-" and line[:3] not in ("+++", "---")
-            ]  # fmt: skip
+    def reopen(runs: Path, name: str) -> RunFolder:
+        """The folder of an interrupted run, which may have been moved or renamed. Raises MetronomeError when there is
+        none or its records are damaged."""
+        path = locate(runs, name)
+        if not (path / RECIPE).is_file():
+            raise MetronomeError(f"{path} holds no run to resume (no {RECIPE}); start without --resume")
+        return RunFolder(path, _read_lines(path / "metrics.jsonl"), read_text(path / RECIPE))
+
+    def recipes(self) -> tuple[str, ...]:
+        """Texts of all recipes that the run has had, today's first."""
+        return (self.recipe, *(text for note in notes(self.path) for text in note.recipes))
+
+    def go_on(self, recipe: str, read: str, step: int | None, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        """Takes ``recipe`` for the run's from here on. ``read``: config.yaml's recipe as the program has read it;
+        ``step``: finished steps from which it goes on, None where it begins anew; ``changed``: as in `Note`. The
+        summary of a run that was finished moves into the note."""
+        before, text = self.path / "summary.json", self.recipe
+        ranks.gather(None)  # all have read before the first one writes
+        self.recipe = recipe
+        if ranks.rank() > 0:
+            return
+        texts = {manifest.recipe_digest(one): one for one in (text, read)}
+        other = texts.keys() != {manifest.recipe_digest(recipe)}
+        if step is not None and (changed or other or before.is_file()):
+            kept = read_record(before, dict[str, Any]) if before.is_file() else None
+            note = Note(step, dict(changed), tuple(texts.values()), kept)
+            lines = "".join(to_json(asdict(one), None) for one in [*notes(self.path), note])
+            self.write_text(RESUMED, lines)
+            with self.writing(before.name):
+                before.unlink(missing_ok=True)
+        if text != recipe:
+            self._write_recipe()
+
+    def _write_recipe(self) -> None:
+        if ranks.rank() == 0:
+            with self.writing(RECIPE, anew=True):
+                write_whole(self.path / RECIPE, self.recipe.encode())
+
+    def check(self) -> None:
+        """Raises MetronomeError when the folder was moved away or deleted; looks in the first process only."""
+        if ranks.rank() == 0 and not (self.path / RECIPE).is_file():
             raise MetronomeError(
-                f"{saved} is the recipe of another run; resuming needs the same one. "
-                f"Changed: {'; '.join(changed[:6])}. Give the saved values, or start a new run under another --name"
+                f"{self.path} was moved or deleted while the run wrote into it (no {RECIPE}): the run ends, and writes "
+                "nothing there. Where the folder is now, --resume goes on from its newest checkpoint"
             )
-        return RunFolder(path, _read_lines(path / "metrics.jsonl"), config)
+
+    @contextmanager
+    def writing(self, name: str, anew: bool = False) -> Iterator[None]:
+        """A block that writes ``name`` in the folder. Raises MetronomeError for what the disk refuses; and, before
+        anything is written, when the folder was moved away or deleted, unless it is made ``anew``."""
+        if not anew:
+            self.check()
+        try:
+            with naming(self.path / name):
+                yield
+        except (OSError, SafetensorError) as error:
+            reason = sentence(error)
+            if reason is None:
+                raise
+            raise MetronomeError(f"{reason}; --resume goes on from the newest checkpoint") from error
 
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Writes a file, in the first process only, and returns its path."""
         path = self.path / name
         if ranks.rank() == 0:
-            write_whole(path, data)
+            with self.writing(name):
+                write_whole(path, data)
         return path
 
     def write_text(self, name: str, text: str) -> Path:
         return self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Raises ValueError for NaN and infinities, which JSON does not have."""
-        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        """Raises MetronomeError for NaN and infinities, which JSON does not have."""
+        return self.write_text(name, to_json(value))
 
     def append_metrics(self, record: Mapping[str, float | int | str]) -> None:
-        """Adds one record. Raises ValueError unless its ``step`` is larger than that of the record before."""
+        """Adds one record. Raises ValueError unless its ``step`` is larger than that of the record before,
+        MetronomeError for a value that is not finite."""
         last = _step(self._metrics[-1]) if self._metrics else -1
         if int(record["step"]) <= last:
             raise ValueError(f"metrics: step {record['step']} after step {last}")
-        self._metrics.append(json.dumps(dict(record), allow_nan=False).encode() + b"\n")
-        self.write_bytes("metrics.jsonl", b"".join(self._metrics))
+        records = [*self._metrics, to_json(dict(record), None).encode()]
+        self.write_bytes("metrics.jsonl", b"".join(records))
+        self._metrics = records
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records so far, one for each step."""
@@ -113,7 +202,7 @@ class RunFolder:
         final = self.checkpoint_path(step)
         partial = final.with_name(f".{final.name}.partial")
         try:
-            with naming(final):
+            with self.writing(str(final.relative_to(self.path))):
                 if ranks.rank() == 0:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
@@ -121,7 +210,7 @@ class RunFolder:
                 yield partial
                 ranks.gather(None)
                 if ranks.rank() == 0:
-                    manifest.write(partial, final.name, self._recipe)
+                    manifest.write(partial, final.name, self.recipe)
                     replace_folder(partial, final)
         except BaseException:
             if ranks.rank() == 0:
@@ -133,31 +222,41 @@ class RunFolder:
         """The path of the checkpoint after ``step`` finished steps, whether or not it exists."""
         return self.path / "checkpoints" / f"step_{step:06d}"
 
-    def latest_checkpoint(self) -> tuple[int, Path]:
-        """(finished steps, folder) of the newest finished checkpoint; raises MetronomeError when there is none."""
+    def newest_checkpoint(self) -> tuple[int, Path] | None:
+        """(finished steps, folder) of the newest finished checkpoint, if there is one."""
         parent = self.path / "checkpoints"
         finished = [(int(m[1]), p) for p in parent.glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
-        if not finished:
-            raise MetronomeError(f"{parent} holds no finished checkpoint to resume from; start under another --name")
-        return max(finished)
+        return max(finished) if finished else None
 
-    def checkpoint_to_resume(self) -> tuple[int, Path]:
-        """The same, after comparing every file with the manifest. Raises CheckpointError, which names the file and the
-        checkpoint before, when one differs."""
-        step, path = self.latest_checkpoint()
-        manifest.check(path, recipe=self._recipe)
-        return step, path
+    def latest_checkpoint(self) -> tuple[int, Path]:
+        """The same; raises MetronomeError when there is none."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            raise MetronomeError(f"{self.path / 'checkpoints'} holds no finished checkpoint")
+        return newest
+
+    def checkpoint_to_resume(self, *recipes: str) -> tuple[int, Path] | None:
+        """The newest checkpoint, after comparing every file with the manifest; None for a run that was interrupted
+        before its first one, and so begins anew. ``recipes``: further texts of the run's recipe. Raises
+        CheckpointError, which names the file and the checkpoint before, when a file differs, and MetronomeError when
+        the run has records but no checkpoint."""
+        newest = self.newest_checkpoint()
+        if newest is not None:
+            manifest.check(newest[1], recipe=(*self.recipes(), *recipes))
+        elif self._metrics or (self.path / "summary.json").exists():
+            raise MetronomeError(
+                f"{self.path} holds records of a run, but no finished checkpoint to go on from: put one back into "
+                "checkpoints, or start under another --name"
+            )
+        return newest
 
 
-def _locate(runs: Path, name: str) -> Path:
-    if not _NAME.fullmatch(name):
-        raise MetronomeError(
-            f"name {name!r} cannot name a run's folder; use letters, digits, '.', '_' and '-', beginning with one of "
-            "the first two"
-        )
-    if runs.exists() and not runs.is_dir():
-        raise MetronomeError(f"runs: {runs} is a file, but must be the folder that holds the runs' folders")
-    return runs / name
+def notes(path: Path) -> list[Note]:
+    """The content of `RESUMED` in a run's folder, oldest first. Raises UnreadableError when it is damaged."""
+    file = path / RESUMED
+    data = read_bytes(file) if file.is_file() else b""
+    numbered = [(f"{file}, line {number}", decode(line)) for number, line in lines(data)]
+    return [as_record(text, Note, where, ranges=False) for where, text in numbered]  # recipes have control characters
 
 
 def _read_lines(path: Path) -> list[bytes]:

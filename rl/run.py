@@ -7,11 +7,11 @@ Owns everything that lasts as long as the run: its folder, what the user sees, t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
 
@@ -19,9 +19,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
-from model.program.files import write_json
-from model.program.ranges import Range
-from model.program.reading import UnreadableError, read_record
+from model.program.folders import locked
 from model.weights import checkpoint
 from reward.source import RewardSource
 from rl import watch
@@ -36,10 +34,20 @@ from rl.ignored import check_read
 from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
+from rl.resume import (
+    PROGRESS,
+    Progress,
+    announcement,
+    changes,
+    check_contract,
+    load_progress,
+    read_saved,
+    recordings_digest,
+    save,
+)
 from rl.rollers import check_workers, start_roller
 from rl.room import check_fits
 from rl.step import loop
-from rl.step.credit import Scales
 from rl.step.identity import Mismatch, NotEqualError
 from rl.tracking.samples import samples
 from rl.tracking.settings import check as check_tracking
@@ -54,8 +62,8 @@ from rollout.world.speech import SpeechBank
 AUDITED = 240
 """Saved episodes that a run's end re-scores at most, a few seconds' worth; `python -m rl.audit` re-scores them all."""
 
-PROGRESS = "progress.json"
-"""In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
+AUDIT_WAIT_S = 600.0
+"""For an audit of the run's folder by another process, before the closing one."""
 
 DIFFERENCE = "audit/difference.json"
 """In a run's folder: why the run stopped, when sampler and learner were not equal (`rl.audit.diagnosis.diagnose`)."""
@@ -63,20 +71,6 @@ DIFFERENCE = "audit/difference.json"
 
 class DifferentError(MetronomeError):
     """A run went to its end, and its closing audit says *different*."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a checkpoint remembers of the run so far; every number is a total since the run's start."""
-
-    step: Annotated[int, Range(0, 10**9)]  # finished RL steps
-    before: HeldOut  # after warm start
-    mismatch: Mismatch
-    wall_s: Annotated[float, Range(0, 10**10)]
-    reward_models: tuple[str, ...]  # digest of each one's weights
-    processes: Annotated[int, Range(1, 10**6)]  # that sum the gradients; another number sums them in another order
-    stopped: bool = False  # by the watch over learned rewards
-    scales: Scales = field(default_factory=dict)  # of the advantages (`rl.step.credit`)
 
 
 class Run:
@@ -92,20 +86,32 @@ class Run:
         check_fits(config)
         check_read(config)
         check_tracking(config.tracking)
-        self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config
-        self.bank = SpeechBank.open(config.speech_dir)
-        self.folder = (RunFolder.reopen if resume else RunFolder.create)(Path(config.runs), config.name, recipe)
-        # A damaged checkpoint is refused before anything is written over.
-        self._newest = self.folder.checkpoint_to_resume() if resume else None
-        self.folder.write_json("environment.json", environment())
         self.display = Display(ranks.rank() == 0)
+        self._newest: tuple[int, Path] | None = None  # checkpoint to go on from
+        changed: dict[str, tuple[Any, Any]] = {}
+        if resume:  # another recipe or a damaged checkpoint is refused before anything is written over
+            self.folder = RunFolder.reopen(Path(config.runs), config.name)
+            saved = read_saved(self.folder, config)
+            self._newest = self.folder.checkpoint_to_resume(saved.text, recipe)
+            changed = changes(self.folder, saved.config, config, self._newest is not None)
+        self.source = RewardSource.load(config.scenarios, config.source)
+        self.bank = SpeechBank.open(config.speech_dir)
+        if self._newest:
+            self.check_same(load_progress(self._newest[1]), changed)
+        if not resume:
+            self.folder = RunFolder.create(Path(config.runs), config.name, recipe)
+        self.model = build_model(config, self._newest and self._newest[1] / "model")
+        self.vocabulary = Vocabulary.build(self.model.vocab)
+        self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
+        if resume:
+            self.folder.go_on(recipe, saved.text, self._newest and self._newest[0], changed)
+            if changed:
+                self.display.say(announcement(changed, self._newest[0] if self._newest else 0))
+        self.folder.write_json("environment.json", environment())
         trackers = config.tracking.trackers if ranks.rank() == 0 else ()
         tracked = replace(config.tracking, trackers=trackers)
         self.tracker = Tracker(tracked, config.name, self.folder.path, asdict(config))
-        self.model = build_model(config)
-        self.vocabulary = Vocabulary.build(self.model.vocab)
-        self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
 
     def execute(self) -> None:
         self.display.say(
@@ -136,19 +142,26 @@ class Run:
         """Warm start, its held-out result, and the first checkpoint."""
         with self.display.phase("warm start", self.config.warmstart.steps) as phase:
             for record in warm_start(self.config, self.bank, self.model, self.vocabulary):
+                self.folder.check()
                 phase.advance(record)
                 self.tracker.log(int(record["step"]), record)
-        progress = Progress(0, self.examine(), Mismatch.total([]), self.wall_s(), self.source.digests, ranks.world())
+        progress = Progress(
+            step=0,
+            before=self.examine(),
+            mismatch=Mismatch.total([]),
+            wall_s=self.wall_s(),
+            reward_models=self.source.digests,
+            processes=ranks.world(),
+            recordings=recordings_digest(self.bank),
+        )
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         save(self.folder, learner, progress)
         return learner, progress
 
-    def resume(self, step: int, path: Path) -> tuple[Learner, Progress]:
-        """Model, optimizer and progress as the checkpoint of ``step`` finished steps in ``path`` holds them; later
-        metrics are dropped."""
-        progress = load_progress(path)
-        if progress.step != step:
-            raise MetronomeError(f"{path / PROGRESS}: says step {progress.step}, in the checkpoint of step {step}")
+    def check_same(self, progress: Progress, changed: Mapping[str, Any]) -> None:
+        """Raises MetronomeError when what decides bits, beside the recipe, is not what the run began with. ``changed``:
+        the fields of the recipe that are not."""
+        check_contract(self.folder)
         if progress.reward_models != self.source.digests:
             raise MetronomeError(
                 f"source.models: other weights than the run in {self.folder.path} began with; put those back, or start "
@@ -160,6 +173,19 @@ class Run:
                 "another number sums gradients in another order and ends with other weights. Give the launcher "
                 f"--num_processes {progress.processes}, or start a new run under another --name"
             )
+        known = progress.recordings or "speech_dir" in changed
+        if known and progress.recordings != recordings_digest(self.bank):
+            raise MetronomeError(
+                f"speech_dir: other recordings than the run in {self.folder.path} began with; put those back, or start "
+                "a new run under another --name"
+            )
+
+    def resume(self, step: int, path: Path) -> tuple[Learner, Progress]:
+        """Model, optimizer and progress as the checkpoint of ``step`` finished steps in ``path`` holds them; later
+        metrics are dropped."""
+        progress = load_progress(path)
+        if progress.step != step:
+            raise MetronomeError(f"{path / PROGRESS}: says step {progress.step}, in the checkpoint of step {step}")
         checkpoint.load_into(self.model, path / "model")
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         learner.load(path)
@@ -197,7 +223,8 @@ class Run:
                     progress = replace(progress, stopped=self.alarmed(progress))
                 if rl.save_episodes_every and (done - 1) % rl.save_episodes_every == 0:
                     name = f"episodes/step_{done - 1:06d}.rank_{ranks.rank()}.safetensors"
-                    save_episodes(self.folder.path / name, result.episodes)
+                    with self.folder.writing(name):
+                        save_episodes(self.folder.path / name, result.episodes)
                 if done % rl.checkpoint_every == 0 or done == rl.steps or progress.stopped:
                     save(self.folder, learner, progress)
                 if progress.stopped:
@@ -235,7 +262,8 @@ class Run:
         fault = ""
         if ranks.rank() == 0:
             folder = self.folder.path / "audit"
-            report = audit(self.folder.path, AUDITED)
+            with locked(folder, AUDIT_WAIT_S), self.folder.writing("audit"):
+                report = audit(self.folder.path, AUDITED)
             self.display.say(statement(report, folder))
             self.tracker.artifact(folder)
             conflicts = report.not_comparable
@@ -300,34 +328,18 @@ def check_shares(config: TrainConfig) -> None:
         )
 
 
-def build_model(config: TrainConfig) -> InteractionModel:
-    """The recipe's model, its weights packed."""
+def build_model(config: TrainConfig, resumed: Path | None = None) -> InteractionModel:
+    """The recipe's model, its weights packed. ``resumed``: model folder to read instead of the recipe's checkpoint,
+    which a run needs only once."""
     dtype = getattr(torch, config.model.dtype)
     if config.model.checkpoint is None:
         model = InteractionModel(preset(config.model.preset), dtype)
         model.init_weights(config.seed)
         model.to(dispatch.device())
     else:
-        model = checkpoint.load(Path(config.model.checkpoint), dtype)
+        model = checkpoint.load(resumed or Path(config.model.checkpoint), dtype)
     model.pack()
     return model
-
-
-def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
-    """A checkpoint: model in transformers' format, optimizer state, progress."""
-    with folder.checkpoint(progress.step) as path:
-        learner.save(path)
-        if ranks.rank() == 0:
-            checkpoint.save(learner.model, path / "model")
-            write_json(path / PROGRESS, asdict(progress))
-
-
-def load_progress(path: Path) -> Progress:
-    try:
-        return read_record(path / PROGRESS, Progress)
-    except UnreadableError as error:
-        remedy = "Delete this checkpoint to resume from the one before."
-        raise MetronomeError(f"{path / PROGRESS}: cannot be read ({error.problem}). {remedy}") from error
 
 
 def describe(result: dict[str, float]) -> str:

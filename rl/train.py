@@ -3,7 +3,8 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml -m rl.train --config configs/quickstart.yaml
 
 Any field of the recipe can be given on the command line (``--rl.steps 20``); ``--resume`` goes on from the newest
-finished checkpoint of the run of that name. Every process runs this same program; the first one writes and prints.
+finished checkpoint of the run of that name, from its beginning where there is none yet (`rl.resume` says what may
+change). One run at a time writes into a folder. Every process runs this same program; the first one writes and prints.
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("rl.train")
 
 from model.placement import Placement
+from model.program.folders import locate
 from model.program.recipe import read_recipe
 from rl.config import TrainConfig
+from rl.display import Display
+from rl.folder import sole_writer
 from rl.learner import ranks
+from rl.resume import finished
 from rl.run import Run
 
 
 def main(arguments: list[str] | None = None) -> None:
     config, resume, recipe = parse(arguments)
+    folder = locate(config.runs, config.name)
     Placement.enter(config.placement, config.model.dtype)
     ranks.join()
     try:
-        Run(config, recipe, resume).execute()
+        with sole_writer(folder):
+            if resume and (said := finished(config)):
+                Display(ranks.rank() == 0).say(said)
+                return
+            Run(config, recipe, resume).execute()
     finally:
         ranks.leave()
 

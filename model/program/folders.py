@@ -1,34 +1,46 @@
 """Folders that a command writes: one rule for their names, and one writer at a time.
 
-A lock is a file beside the folder, ``runs/.quickstart.lock`` for ``runs/quickstart``, locked by ``flock``: the kernel
-frees it when its process ends, however it ends, so a lock is never stale.
+A lock is a file beside the folder, ``runs/.quickstart.lock`` for ``runs/quickstart``, locked by ``flock``; it names its
+process. The kernel frees it when its process ends, however it ends, so a lock is never stale: a file that a killed
+process left is taken over. Processes that the holder starts do not inherit it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
+from model.program.outputs import check_folder
+from model.program.ranges import shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+HOLDER = re.compile(r"process \d+ on [\w.-]+")
+POLL_S = 0.2
+
+_held: set[int] = set()
+"""Handles of the locks of this process."""
 
 
 def locate(runs: str | Path, name: str) -> Path:
-    """The folder of the run ``name``. Raises MetronomeError for a name that cannot name a folder within ``runs``, or
-    when ``runs`` is no folder."""
+    """The folder of the run ``name``. Raises MetronomeError for a name that cannot name a folder within ``runs``, and
+    when ``runs`` or the folder is no folder or cannot be written into."""
     if problem := RunName().problem(name):
-        raise MetronomeError(f"name is {name!r}: {problem}")
-    runs = Path(runs)
-    if os.path.lexists(runs) and not runs.is_dir():
-        raise MetronomeError(f"runs: {runs} is a file, but must be the folder that holds the runs' folders")
-    return runs / name
+        raise MetronomeError(f"name is {shown(name)}: {problem}")
+    check_folder("runs", runs)
+    path = Path(runs) / name
+    if os.path.lexists(path):
+        check_folder("name", path)
+    return path
 
 
 @dataclass(frozen=True)
@@ -49,43 +61,83 @@ class RunName:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     """While the block runs, no other process can lock ``folder``, which need not exist. Raises MetronomeError, naming
-    the process, when one has locked it."""
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    handle = _take(path, folder)
+    the process, when one has locked it and has not ended within ``wait_s``; and when the file system refuses."""
+    owner, made = os.getpid(), []
+    try:
+        folder = Path(os.path.realpath(folder))
+        parent = folder.parent
+        while not parent.exists():
+            made.append(parent)
+            parent = parent.parent
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path, handle = _take_beside(folder, time.monotonic() + wait_s)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MetronomeError(
+            f"{folder} cannot be locked ({reason}); give a folder on a disk that takes files"
+        ) from None
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is locked: whoever waits for it sees that it is gone
-        os.close(handle)
+        if os.getpid() == owner:  # and not a process forked from it, which has no lock
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # while it is locked: whoever waits for it sees that it is gone
+            _held.discard(handle)
+            os.close(handle)
+            with suppress(OSError):  # folders made for a lock only go with it
+                for one in made:
+                    one.rmdir()
 
 
-def _take(path: Path, folder: Path) -> int:
+def _take_beside(folder: Path, until: float) -> tuple[Path, int]:
+    """(the lock's file, its handle). Within the folder where only that can be written into, as one that is mounted."""
+    path = folder.parent / f".{folder.name}.lock"
+    try:
+        return path, _take(path, folder, until)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not folder.is_dir():
+            raise
+        return folder / ".lock", _take(folder / ".lock", folder, until)
+
+
+def _take(path: Path, folder: Path, until: float) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                _held.add(handle)
+                return handle
+            # else its holder ended between our opening and locking it, and removed it
         except BlockingIOError:
-            os.close(handle)
-            raise MetronomeError(
-                f"{folder} is being written by {_holder(path)}; wait for its end, or choose another name"
-            ) from None
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
-            return handle
-        os.close(handle)  # its holder ended between our opening and locking it, and removed it
+            if time.monotonic() >= until:
+                raise MetronomeError(
+                    f"{folder} is being written by {_holder(path)}; wait for its end, or choose another name"
+                ) from None
+            time.sleep(POLL_S)
+        finally:
+            if handle not in _held:
+                os.close(handle)
 
 
 def _holder(path: Path) -> str:
-    """The process that holds a lock, as Linux lists it; "another process" where it does not (another machine's)."""
-    try:
-        inode = str(path.stat().st_ino)
-        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
-                return f"process {fields[4]}"
-    except (OSError, IndexError):
-        pass
+    """The process that holds a lock, as it has written; "another process" while it has not."""
+    with suppress(OSError, ValueError):
+        text = path.read_text(encoding="ascii")
+        if HOLDER.fullmatch(text):
+            return text
     return "another process"
+
+
+def _close_in_child() -> None:
+    """A forked process shares its parent's locks, and would keep them when the parent has died."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -45,16 +45,17 @@ def write(folder: Path, name: str, recipe: str = "") -> None:
     files = {
         at: {"size": (folder / at).stat().st_size, "sha256": _file_digest(folder / at)} for at in sorted(_files(folder))
     }
-    content = {"format": FORMAT, "name": name, "recipe": _recipe_digest(recipe), "files": files}
+    content = {"format": FORMAT, "name": name, "recipe": recipe_digest(recipe), "files": files}
     content["digest"] = _own_digest(content)
     write_json(folder / MANIFEST, content)
 
 
-def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
+def check(folder: Path, *, part: str = "", recipe: str | tuple[str, ...] | None = None) -> None:
     """Raises CheckpointError unless ``folder`` holds exactly the files that were saved, under the name that it was
     saved as. The message names the first wrong file and the newest undamaged checkpoint before this one.
 
-    ``part``: check only this subfolder. ``recipe``: text of the recipe that it must be of; None for any."""
+    ``part``: check only this subfolder. ``recipe``: text of the recipe that it must be of, or texts of which one must
+    be its; None for any."""
     try:
         _check(folder, part, recipe)
     except _Fault as fault:
@@ -71,12 +72,13 @@ def check_loaded(folder: Path) -> None:
             return
 
 
-def _check(folder: Path, part: str, recipe: str | None) -> None:
+def _check(folder: Path, part: str, recipe: str | tuple[str, ...] | None) -> None:
     content = _read(folder)
     actual = folder.resolve().name
     if actual != content["name"] and _SERIES.fullmatch(actual):
         raise _Fault(f"it was saved as {content['name']} ({MANIFEST}): another one lies in its place")
-    if recipe is not None and content["recipe"] != _recipe_digest(recipe):
+    recipes = (recipe,) if isinstance(recipe, str) else recipe
+    if recipes is not None and content["recipe"] not in map(recipe_digest, recipes):
         raise _Fault(f"it was saved by a run of another recipe ({MANIFEST})")
     inside = f"{part}/" if part else ""
     listed = {at: entry for at, entry in content["files"].items() if at.startswith(inside)}
@@ -134,7 +136,7 @@ def _has_ours(folder: Path) -> bool:
     return isinstance(content, dict) and str(content.get("format")).startswith("metronome.")
 
 
-def _advice(folder: Path, recipe: str | None) -> str:
+def _advice(folder: Path, recipe: str | tuple[str, ...] | None) -> str:
     """What to do instead of reading ``folder``."""
     name = folder.resolve().name
     if not _SERIES.fullmatch(name):
@@ -170,8 +172,9 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _recipe_digest(recipe: str) -> str:
-    """Digest of a recipe without `LOCATION_FIELDS`, so that a run that was moved can resume."""
+def recipe_digest(recipe: str) -> str:
+    """Digest of a recipe's values without `LOCATION_FIELDS`, so that a run that was moved can resume. Order, comments
+    and the way that numbers are written do not enter it."""
     try:
         fields = parse_yaml(recipe)
     except UnreadableError:

@@ -22,6 +22,7 @@ import torch
 from kernels.errors import MetronomeError
 from model.placement import Placement
 from model.program.arguments import Parser
+from model.program.folders import locked
 from model.program.outputs import output_folder
 from rl.audit.compare import compare_runs
 from rl.audit.document import Report
@@ -44,11 +45,13 @@ def main(arguments: list[str] | None = None) -> None:
     if given.compare:
         first, second = given.compare
         out = given.out or first / "audit" / f"compare_{second.resolve().name}"
-        report: Report = compare_runs(first, second, out)
+        with locked(out):
+            report: Report = compare_runs(first, second, out)
     else:
         out = given.run / "audit"
         enter_placement(given.run)
-        report = audit(given.run)
+        with locked(out):
+            report = audit(given.run)
     print(statement(report, out))
     if given.fail_on:
         fail(report)
@@ -68,7 +71,9 @@ def measure(given: Path, out: Path | None) -> None:
     enter_placement(run)
     from rl.study import matrix  # with all that it measures against: only where it is asked for
 
-    print("\n\n".join(table.text() for table in matrix.run(folder, out or run / "audit").tables))
+    with locked(out or run / "audit"):
+        tables = matrix.run(folder, out or run / "audit").tables
+    print("\n\n".join(table.text() for table in tables))
 
 
 def parser() -> Parser:

@@ -19,6 +19,7 @@ from model.program.reading import UnreadableError, lines, parse_line, parse_yaml
 from model.program.recipe import read_recipe
 from rl.audit.document import DiagnosisSummary
 from rl.config import TrainConfig
+from rl.folder import Note, notes
 from rl.step.identity import Mismatch
 
 _EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
@@ -47,6 +48,7 @@ class Records:
     path: Path
     recipe: dict[str, Any]  # config.yaml as it stands
     recipe_text: str
+    earlier_recipes: tuple[str, ...]  # texts of those that the run had before it was resumed under another one
     config: TrainConfig | None  # the recipe parsed; None if this program cannot
     environment: dict[str, Any]  # {} if the run left none
     metrics: list[dict[str, Any]]  # a record for each step, in ascending order
@@ -109,10 +111,12 @@ def read(path: Path) -> Records:
     if not isinstance(recipe, dict):
         raise MetronomeError(f"{path / 'config.yaml'}: not a recipe; restore the file")
     gaps: list[str] = []
+    resumed = _resumed(path, gaps)
     records = Records(
         path=path,
         recipe=recipe,
         recipe_text=text,
+        earlier_recipes=tuple(text for note in resumed for text in note.recipes),
         config=_config(path / "config.yaml", gaps),
         environment=_json(path / "environment.json", gaps, "environment and contract are unknown", ENVIRONMENT),
         metrics=_metrics(path / "metrics.jsonl", gaps),
@@ -143,6 +147,23 @@ def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
         first = str(error).strip().splitlines()[0]
         gaps.append(f"This program cannot read the run's recipe ({first}): episodes cannot be re-scored or judged.")
         return None
+
+
+def _resumed(path: Path, gaps: list[str]) -> list[Note]:
+    """The notes of changed recipes that a resumed run left; what they say of its bits becomes gaps."""
+    try:
+        found = notes(path)
+    except MetronomeError as error:
+        gaps.append(f"Whether the run's recipe changed is unknown: {error}.")
+        return []
+    for note in found:
+        said = ", ".join(f"{name} from {a} to {b}" for name, (a, b) in note.changed.items())
+        if "rl.steps" in note.changed and note.step:
+            gaps.append(
+                f"The recipe changed at step {note.step} ({said}): steps before it have the learning rates of the "
+                "recipe before."
+            )
+    return found
 
 
 def _json(path: Path, gaps: list[str], otherwise: str, types: Mapping[str, type]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from kernels.reference import naive
 from model.backbone.transformer import InteractionModel
 from model.program.arguments import Parser
 from model.program.files import write_json, write_whole
+from model.program.folders import locked
 from model.program.outputs import output_folder
 from model.program.ranges import Range, number
 from model.weights import checkpoint
@@ -269,6 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = parser().parse_args(arguments)
     ranks.join()
     try:
-        run(a.checkpoint, a.out, a.steps)
+        with locked(a.out):
+            run(a.checkpoint, a.out, a.steps)
     finally:
         ranks.leave()

@@ -24,6 +24,7 @@ import torch
 
 from model.program.arguments import Parser
 from model.program.files import write_json
+from model.program.folders import locked
 from model.program.outputs import output_folder
 from model.program.ranges import Range, number
 from model.weights.checkpoint import weights_digest
@@ -250,12 +251,13 @@ def parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     a = parser().parse_args(arguments)
-    result = run(
-        a.checkpoint,
-        a.out,
-        completions=a.completions,
-        long_completions=a.long_completions,
-        rounds=a.rounds,
-        dtypes=[getattr(torch, name) for name in a.dtypes],
-    )
+    with locked(a.out):
+        result = run(
+            a.checkpoint,
+            a.out,
+            completions=a.completions,
+            long_completions=a.long_completions,
+            rounds=a.rounds,
+            dtypes=[getattr(torch, name) for name in a.dtypes],
+        )
     print("\n\n".join(table.text() for table in result.tables))

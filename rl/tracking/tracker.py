@@ -13,7 +13,6 @@ journal. Pictures and sound of lost steps stay lost.
 
 from __future__ import annotations
 
-import json
 import queue
 import re
 import secrets
@@ -23,16 +22,27 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+from kernels.errors import MetronomeError
 from model.program.files import write_whole
-from model.program.ranges import Range, shown
-from model.program.reading import UnreadableError, as_record, decode, lines, read_bytes, read_text, whole_lines
+from model.program.folders import NAME
+from model.program.reading import (
+    as_record,
+    decode,
+    lines,
+    read_bytes,
+    read_text,
+    to_json,
+    whole_lines,
+)
 from rl.tracking.settings import Metrics, Record, RunIdentity, Sampled, TrackingConfig
 
 CLOSE_TIMEOUT_S = 20.0
 FOLDER = "tracking"
-"""Subfolder of a run's folder with the journal, and the id by which trackers recognise a resumed run."""
+"""Subfolder of a run's folder with the journal, and id and name by which trackers recognise a resumed run, even if its
+folder was moved or renamed."""
+IDENTITY = re.compile(r"[0-9a-f]{8}")
 
 
 class Tracker:
@@ -45,9 +55,10 @@ class Tracker:
         if config.trackers:
             self._journal = folder / FOLDER / "journal.jsonl"
             before = self._quietly(lambda: _earlier(self._journal)) or []
-            identity = self._quietly(lambda: _identity(folder / FOLDER / "id")) or secrets.token_hex(4)
+            identity = self._quietly(lambda: _kept(folder / FOLDER / "id", secrets.token_hex(4), IDENTITY))
+            first_name = self._quietly(lambda: _kept(folder / FOLDER / "name", name, NAME))
             self._last = max((record.step for record in before), default=-1)
-            run = RunIdentity(name, identity, folder, recipe)
+            run = RunIdentity(first_name or name, identity or secrets.token_hex(4), folder, recipe)
             self._threads = [_Thread(kind, config, run, before) for kind in config.trackers]
 
     def log(self, step: int, metrics: Metrics, sampled: Sampled | None = None) -> None:
@@ -55,8 +66,7 @@ class Tracker:
         if not self._threads or step <= self._last:
             return
         self._last = step
-        line = json.dumps({"step": step, "metrics": dict(metrics)}) + "\n"
-        self._quietly(lambda: _append(self._journal, line))
+        self._quietly(lambda: _append(self._journal, to_json({"step": step, "metrics": dict(metrics)}, None)))
         for thread in self._threads:
             thread.put(Record(step, dict(metrics), sampled))
 
@@ -79,7 +89,7 @@ class Tracker:
         """What ``act`` returns; None and a warning when the disk does not let it."""
         try:
             return act()
-        except (OSError, UnreadableError) as error:
+        except (OSError, MetronomeError) as error:
             warnings.warn(f"tracking: {FOLDER}/ cannot be used: {error}", stacklevel=3)
             return None
 
@@ -126,35 +136,38 @@ class _Thread:
 
 
 def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    path.parent.mkdir(exist_ok=True)  # and not the run's folder, should that have been moved away
+    with path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
 def _earlier(journal: Path) -> list[Record]:
-    """The records of a journal; a last line that was cut short is cut away."""
+    """The records of a journal; a last line that was cut short is cut away. Raises UnreadableError for another one that
+    is no record."""
     if not journal.is_file():
         return []
     data = read_bytes(journal)
-    whole = whole_lines(data)
-    if whole != data:
-        write_whole(journal, whole)
-    written = [as_record(decode(line), _Line, f"{journal}, line {number}") for number, line in lines(whole)]
-    return [Record(one.step, one.metrics) for one in written]
+    if whole_lines(data) != data:
+        write_whole(journal, whole_lines(data))
+    entries = [
+        as_record(decode(line), _Entry, f"{journal}, line {number}") for number, line in lines(whole_lines(data))
+    ]
+    return [Record(entry.step, entry.metrics) for entry in entries]
 
 
 @dataclass(frozen=True)
-class _Line:
+class _Entry:
     """A line of the journal."""
 
-    step: Annotated[int, Range(0, 10**9)]
-    metrics: dict[str, int | float | str]
+    step: int
+    metrics: dict[str, float | int | str]
 
 
-def _identity(path: Path) -> str:
-    if not path.is_file():
-        write_whole(path, secrets.token_hex(4).encode())
-    identity = read_text(path).strip()
-    if not re.fullmatch("[A-Za-z0-9_-]{1,64}", identity):
-        raise UnreadableError(path, f"holds {shown(identity)}, which identifies no run")
-    return identity
+def _kept(path: Path, value: str, form: re.Pattern[str]) -> str:
+    """What the file holds from the run's start; ``value``, which is written there, where it holds nothing of the
+    form."""
+    if path.is_file() and form.fullmatch(kept := read_text(path)):
+        return kept
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, value.encode())
+    return value

@@ -17,7 +17,8 @@ from model.config import preset
 from model.weights import checkpoint
 from reward.source import Rewards
 from rl.config import RLConfig
-from rl.run import Run, load_progress
+from rl.resume import load_progress
+from rl.run import Run
 from rl.step.credit import token_weights
 from rl.step.gradient import gradient_of
 from rl.train import parse

@@ -21,7 +21,8 @@ from rl import run as run_module
 from rl.config import TrainConfig
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
-from rl.run import Progress, Run, build_model, save
+from rl.resume import Progress, save
+from rl.run import Run, build_model
 from rl.step.identity import Mismatch
 from rl.train import parse
 from tests.model.damage import DAMAGES, OPTIMIZER, Payload, edit_manifest
@@ -84,8 +85,10 @@ def refused(runs: Path) -> str:
 
 
 def test_an_undamaged_one_is_taken(runs: Path) -> None:
-    folder = RunFolder.reopen(runs, "whole", recipe(runs)[2])
-    step, path = folder.checkpoint_to_resume()
+    folder = RunFolder.reopen(runs, "whole")
+    newest = folder.checkpoint_to_resume()
+    assert newest is not None
+    step, path = newest
     assert (step, path.name) == (4, "step_000004")
     files = json.loads((path / manifest.MANIFEST).read_text())["files"]
     assert list(files) == [
@@ -101,7 +104,8 @@ def test_every_damage_is_refused_by_name(runs: Path, damage: Callable[[Path], No
     said = refused(runs)
     assert re.search(says, said) and "whole is step_000002: to resume from it, move step_000004 away" in said
     shutil.rmtree(runs / "whole/checkpoints/step_000004")  # which is what the message says helps
-    assert RunFolder.reopen(runs, "whole", recipe(runs)[2]).checkpoint_to_resume()[0] == 2
+    newest = RunFolder.reopen(runs, "whole").checkpoint_to_resume()
+    assert newest is not None and newest[0] == 2
 
 
 def test_a_run_that_was_moved_keeps_its_checkpoints(runs: Path) -> None:

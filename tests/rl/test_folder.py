@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from kernels.errors import MetronomeError
-from model.program.exhausted import sentence
 from rl import folder as folder_module
-from rl.folder import RunFolder
+from rl.folder import RESUMED, Note, RunFolder, notes
 
 
 def record(step: int) -> dict[str, float | int | str]:
@@ -56,9 +55,9 @@ def test_half_a_last_line_is_left_out(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for cut, kept in ((0, [0, 1]), (1, [0, 1]), (2, [0]), (7, [0]), (len(whole) - 1, [])):
         path.write_bytes(whole[: len(whole) - cut])
-        assert [r["step"] for r in RunFolder.reopen(tmp_path, "a", "seed: 0\n").metrics()] == kept, cut
+        assert [r["step"] for r in RunFolder.reopen(tmp_path, "a").metrics()] == kept, cut
     path.write_bytes(whole[:-7])
-    again = RunFolder.reopen(tmp_path, "a", "seed: 0\n")
+    again = RunFolder.reopen(tmp_path, "a")
     again.append_metrics(record(1))
     assert path.read_bytes() == whole
 
@@ -86,9 +85,9 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:
     path = run.path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + line + b'\n{"step": 2}\n')
     with pytest.raises(MetronomeError, match=f"metrics.jsonl, {says}.*restore or remove"):
-        RunFolder.reopen(tmp_path, "a", "seed: 0\n")
+        RunFolder.reopen(tmp_path, "a")
     path.write_bytes(path.read_bytes().replace(line, b'{"step": 1, "a": "\xe2\x80\xa8"}\r'))
-    assert [r["step"] for r in RunFolder.reopen(tmp_path, "a", "seed: 0\n").metrics()] == [0, 1, 2]
+    assert [r["step"] for r in RunFolder.reopen(tmp_path, "a").metrics()] == [0, 1, 2]
 
 
 def test_steps_must_grow(tmp_path: Path) -> None:
@@ -100,7 +99,7 @@ def test_steps_must_grow(tmp_path: Path) -> None:
 
 def test_values_json_has_no_words_for_are_refused(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "")
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(MetronomeError, match="reward/mean is nan"):
         run.append_metrics({"step": 0, "reward/mean": float("nan")})
     assert run.metrics() == [] and not (run.path / "metrics.jsonl").exists()
 
@@ -115,33 +114,98 @@ def test_results_are_not_overwritten(tmp_path: Path) -> None:
     assert json.loads((run.path / "metrics.jsonl").read_text()) == record(0)
 
 
-@pytest.mark.parametrize("name", ["", "../a", "a/b", ".hidden", "a b"])
-def test_names_that_are_no_folder_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(MetronomeError, match="cannot name a run's folder"):
-        RunFolder.create(tmp_path, name, "")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("result", ["summary.json", "checkpoints", "tracking", "model", "resumed.jsonl"])
+def test_no_run_begins_among_what_another_left(tmp_path: Path, result: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train.log").write_text("")  # the control: what a user has put there does not matter
+    RunFolder.create(tmp_path, "a", "")
+    (tmp_path / "a" / result).write_text("")
+    with pytest.raises(MetronomeError, match=f"already holds results of a run \\({result}"):
+        RunFolder.create(tmp_path, "a", "")
 
 
-def test_runs_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("")
-    with pytest.raises(MetronomeError, match="is a file"):
-        RunFolder.create(tmp_path / "runs", "a", "")
-
-
-def test_reopening_needs_the_same_recipe(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path, "a", "seed: 0\nsteps: 5\n").append_metrics(record(0))
-    assert RunFolder.reopen(tmp_path, "a", "seed: 0\nsteps: 5\n").metrics() == [record(0)]
-    with pytest.raises(MetronomeError, match=r"Changed: -seed: 0; \+seed: 1\."):
-        RunFolder.reopen(tmp_path, "a", "seed: 1\nsteps: 5\n")
+def test_reopening_gives_the_saved_recipe(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, "a", "seed: 0\n").append_metrics(record(0))
+    again = RunFolder.reopen(tmp_path, "a")
+    assert (again.recipe, again.metrics()) == ("seed: 0\n", [record(0)])
     with pytest.raises(MetronomeError, match="no run to resume"):
-        RunFolder.reopen(tmp_path, "b", "seed: 0\n")
+        RunFolder.reopen(tmp_path, "b")
+
+
+def test_recipes_and_summaries_before_are_kept(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "a", "steps: 4\n")
+    with run.checkpoint(4):
+        pass
+    run.write_json("summary.json", {"weights_digest": "ab"})
+    for steps in (6, 8):
+        again = RunFolder.reopen(tmp_path, "a")
+        assert again.checkpoint_to_resume() == (4, run.checkpoint_path(4))  # of a recipe that the run had
+        again.go_on(f"steps: {steps}\n", again.recipe, 4, {"steps": (steps - 2, steps)})
+    assert RunFolder.reopen(tmp_path, "a").recipes() == ("steps: 8\n", "steps: 4\n", "steps: 6\n")
+    assert notes(run.path) == [
+        Note(4, {"steps": (4, 6)}, ("steps: 4\n",), {"weights_digest": "ab"}),
+        Note(4, {"steps": (6, 8)}, ("steps: 6\n",), None),
+    ]
+    assert not (run.path / "summary.json").exists(), "it is not finished"
+    (run.path / RESUMED).unlink()
+    with pytest.raises(MetronomeError, match="saved by a run of another recipe"):
+        RunFolder.reopen(tmp_path, "a").checkpoint_to_resume()
+
+
+def test_going_on_with_the_same_recipe_writes_nothing(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "a", "name: a\nsteps: 4\n")
+    run.go_on("steps: 4  # as before\nname: b\n", run.recipe, 2, {})
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml"]
+    run.go_on("steps: 5\nname: b\n", run.recipe, None, {})  # no checkpoint yet: nothing was done under another one
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml"]
+    assert (run.path / "config.yaml").read_text() == "steps: 5\nname: b\n"
+
+
+def test_records_without_a_checkpoint_do_not_begin_anew(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "a", "")
+    assert run.checkpoint_to_resume() is None
+    run.append_metrics(record(0))
+    with pytest.raises(MetronomeError, match="holds records of a run, but no finished checkpoint"):
+        run.checkpoint_to_resume()
+
+
+def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "a", "")
+    run.append_metrics(record(0))
+    run.path.rename(tmp_path / "b")
+    for write in (lambda: run.append_metrics(record(1)), lambda: run.write_json("summary.json", {}), run.check):
+        with pytest.raises(MetronomeError, match=r"a was moved or deleted while the run wrote into it") as error:
+            write()
+        assert "\n" not in str(error.value)
+    with pytest.raises(MetronomeError, match="moved or deleted"), run.checkpoint(1):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert RunFolder.reopen(tmp_path, "b").metrics() == [record(0)]
+
+
+def test_what_the_disk_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder.create(tmp_path, "a", "")
+    run.append_metrics(record(0))
+    with run.checkpoint(1) as path:
+        (path / "weights").write_text("1")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(MetronomeError, match="step_000002: No space left on device.*--resume"):
+        with run.checkpoint(2):
+            raise full
+    for error in (full, OSError(errno.EROFS, os.strerror(errno.EROFS))):
+        monkeypatch.setattr(os, "fsync", lambda _, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(MetronomeError, match=rf"metrics.jsonl: {error.strerror}.*--resume"):
+            run.append_metrics(record(1))
+    monkeypatch.undo()
+    again = RunFolder.reopen(tmp_path, "a")
+    assert again.metrics() == [record(0)] and again.checkpoint_to_resume() == (1, run.checkpoint_path(1))
 
 
 def test_resuming_drops_the_steps_to_be_taken_again(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "")
     for step in range(5):
         run.append_metrics(record(step))
-    again = RunFolder.reopen(tmp_path, "a", "")
+    again = RunFolder.reopen(tmp_path, "a")
     again.keep_metrics_before(3)
     again.append_metrics(record(3))
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
@@ -178,10 +242,10 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path
     with run.checkpoint(5) as path:
         (path / "weights").write_text("old")
     for step in (5, 10):
-        with pytest.raises(OSError) as error, run.checkpoint(step) as path:
+        with pytest.raises(MetronomeError) as error, run.checkpoint(step) as path:
             (path / "weights").write_text("half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        assert (sentence(error.value) or "").startswith(f"{run.checkpoint_path(step)}: No space left on device")
+        assert str(error.value).startswith(f"{run.checkpoint_path(step)}: No space left on device")
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step_000005"]
     assert (run.checkpoint_to_resume()[1] / "weights").read_text() == "old"
 

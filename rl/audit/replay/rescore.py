@@ -146,7 +146,7 @@ def _check_checkpoints(records: Records) -> None:
             without.append(folder.name)
             continue
         try:
-            manifest.check(folder, recipe=records.recipe_text)
+            manifest.check(folder, recipe=(records.recipe_text, *records.earlier_recipes))
         except manifest.CheckpointError as error:
             records.damaged_checkpoints.append(f"The checkpoint of step {step} is not as the run saved it: {error}.")
     if without:

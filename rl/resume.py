@@ -1,0 +1,191 @@
+"""What a resumed run must know and may change. Equal must be what decides the bits of its weights or what its held-out
+scores are of; `FREE` and `CHECKED` are the rest.
+
+``rl.steps`` is a case of its own: it enters the learning rate of every step (`rl.learner.deepspeed.learning_rate`). A
+run may go on to another number of steps; the steps already taken keep their learning rates. So it is not the run that
+would have had that number from its start, which is said, and kept in its folder (`rl.folder.RESUMED`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model.program.files import write_json
+from model.program.ranges import Range, shown
+from model.program.reading import UnreadableError, read_record
+from model.program.recipe import Recipe, flat, read_recipe
+from model.weights import checkpoint
+from rl.config import TrainConfig
+from rl.evaluate import HeldOut
+from rl.folder import RunFolder
+from rl.learner import ranks
+from rl.learner.deepspeed import Learner
+from rl.step.credit import Scales
+from rl.step.identity import Mismatch
+from rollout.scenarios.registry import SHIPPED
+from rollout.world.speech import SpeechBank
+
+PROGRESS = "progress.json"
+"""In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
+
+FREE = (
+    *("name", "runs"),  # where the run lies
+    "tracking",  # where it is reported
+    *("rl.checkpoint_every", "rl.save_episodes_every"),  # what of it is kept
+    *("rollout.engine", "rollout.workers", "rollout.worker_threads", "rollout.worker_timeout_s"),  # who rolls out
+    "rollout.max_tokens",  # room of a session: an episode that needs more raises
+)
+"""Fields, or parts of a recipe, that decide no bit of a run's weights or records."""
+
+CHECKED = ("model.checkpoint", "source.models", "speech_dir")
+"""Paths whose content counts: of a run with a checkpoint that is compared (`Run.resume`), or no longer read."""
+
+STEPS = "rl.steps"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint remembers of the run so far; every number is a total since the run's start."""
+
+    step: Annotated[int, Range(0, 10**9)]  # finished RL steps
+    before: HeldOut  # after warm start
+    mismatch: Mismatch
+    wall_s: Annotated[float, Range(0, 10**10)]
+    reward_models: tuple[str, ...]  # digest of each one's weights
+    processes: Annotated[int, Range(1, 10**6)]  # that sum the gradients; another number sums them in another order
+    stopped: bool = False  # by the watch over learned rewards
+    scales: Scales = field(default_factory=dict)  # of the advantages (`rl.step.credit`)
+    recordings: str = ""  # digest of the speech; "": saved by a version that did not record it
+
+
+def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
+    """A checkpoint: model in transformers' format, optimizer state, progress."""
+    with folder.checkpoint(progress.step) as path:
+        learner.save(path)
+        if ranks.rank() == 0:
+            checkpoint.save(learner.model, path / "model")
+            write_json(path / PROGRESS, asdict(progress))
+
+
+def load_progress(path: Path) -> Progress:
+    try:
+        return read_record(path / PROGRESS, Progress)
+    except UnreadableError as error:
+        remedy = "Delete this checkpoint to resume from the one before."
+        raise MetronomeError(f"{path / PROGRESS}: cannot be read ({error.problem}). {remedy}") from error
+
+
+def recordings_digest(bank: SpeechBank) -> str:
+    """16 hexadecimal digits; equal for equal words and samples in one order, wherever they lie."""
+    digest = blake2b(digest_size=8)
+    for clip in bank.clips:
+        digest.update(f"{clip.text}\n{len(clip.samples)}\n".encode())
+        digest.update(clip.samples.tobytes())
+    return digest.hexdigest()
+
+
+def read_saved(folder: RunFolder, config: TrainConfig) -> Recipe[TrainConfig]:
+    """The recipe in a run's folder, as this version reads it under today's name and place. Raises MetronomeError when
+    it cannot."""
+    path = folder.path / "config.yaml"
+    try:
+        here = ["--name", config.name, f"--runs={config.runs}"]
+        return read_recipe("rl.train", "", TrainConfig, ["--config", str(path), *here])
+    except MetronomeError as error:
+        raise MetronomeError(f"{path} is no recipe that this version of rl.train can go on with ({error})") from None
+
+
+def changes(folder: RunFolder, saved: TrainConfig, now: TrainConfig, begun: bool) -> dict[str, tuple[Any, Any]]:
+    """The fields in which the recipe of a run differs from today's, with both values, name and place left out.
+    ``begun``: whether the run has a checkpoint. Raises MetronomeError, naming them, for fields that must be equal."""
+    before, after = _meaning(saved), _meaning(now)
+    differs = {
+        name: (before.get(name), after.get(name))
+        for name in before | after
+        if name not in ("name", "runs") and before.get(name) != after.get(name)
+    }
+    if "scenarios.families" in differs:  # settings of a family that only one has say nothing more
+        differs = {name: both for name, both in differs.items() if name in before and name in after}
+    free = {*FREE, *(CHECKED if begun else ()), STEPS}
+    if not saved.source.models:
+        free.add("rl.evaluate_every")  # with reward models it decides what the watch over them sees
+    refused = [name for name in differs if not free & {name, name.partition(".")[0]}]
+    if refused:
+        said = "; ".join(f"{n}: {_shown(differs[n][0])} in the run, {_shown(differs[n][1])} now" for n in refused[:6])
+        more = f"; and {len(refused) - 6} more" if len(refused) > 6 else ""
+        raise MetronomeError(
+            f"{folder.path} is a run of another recipe: {said}{more}. To go on with it give the run's values; or start "
+            "a new run under another --name"
+        )
+    return differs
+
+
+def announcement(changed: Mapping[str, tuple[Any, Any]], step: int) -> str:
+    """What a change of recipe means for a run that goes on after ``step`` steps."""
+    said = ", ".join(f"{name} {_shown(a)} → {_shown(b)}" for name, (a, b) in changed.items())
+    text = f"The recipe changed at step {step}: {said}."
+    if STEPS in changed and step:
+        text += (
+            f" The {step} steps already taken keep the learning rates of a run of {changed[STEPS][0]}; those to come "
+            f"have those of a run of {changed[STEPS][1]}. It is not the run that would have had {changed[STEPS][1]} "
+            "steps from its start."
+        )
+    return text
+
+
+def finished(config: TrainConfig) -> str:
+    """What to tell who resumes a run that is at its end, as a sentence; "" for a run that is not. Raises MetronomeError
+    as `changes` does, and when more steps are finished than the recipe has."""
+    folder = RunFolder.reopen(Path(config.runs), config.name)
+    newest = folder.newest_checkpoint()
+    changes(folder, read_saved(folder, config).config, config, newest is not None)
+    if newest is None:
+        return ""
+    step, path = newest
+    if step > config.rl.steps:
+        raise MetronomeError(
+            f"rl.steps is {config.rl.steps}, but the run in {folder.path} has finished {step}: give as many at least"
+        )
+    summary = folder.path / "summary.json"
+    if not summary.is_file() or not (step == config.rl.steps or load_progress(path).stopped):
+        return ""
+    digest = read_record(summary, dict[str, Any]).get("weights_digest")
+    return (
+        f"The run in {folder.path} is finished: {step} steps, weights {digest}. It stays as it is. A larger --rl.steps "
+        f"goes on with it; `python -m rl.audit --run {folder.path}` audits it again."
+    )
+
+
+def check_contract(folder: RunFolder) -> None:
+    """Raises MetronomeError when the run so far was computed under another contract."""
+    path = folder.path / "environment.json"
+    before = read_record(path, dict[str, Any]).get("contract_id") if path.is_file() else None
+    if before not in (None, dispatch.contract_id()):
+        raise MetronomeError(
+            f"the run in {folder.path} was computed under contract {before}, and this program computes under "
+            f"{dispatch.contract_id()}: other bits. Resume where it began ({path.name} says where), or start a new run "
+            "under another --name"
+        )
+
+
+def _meaning(config: TrainConfig) -> dict[str, Any]:
+    """The recipe's fields by dotted name, what is spelled in two ways in one."""
+    content = asdict(config)
+    short = {address: name for name, address in SHIPPED.items()}
+    content["scenarios"] = {
+        "families": [short.get(family, family) for family in config.scenarios.families],
+        **{name: asdict(config.scenarios.settings_of(name)) for name in config.scenarios.members},
+    }
+    weights = config.rl.axis_weights
+    content["rl"]["axis_weights"] = {axis: weights.get(axis, 1.0) for axis in {*config.scenarios.axes, *weights}}
+    return dict(flat(content))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 60 else shown(value)
