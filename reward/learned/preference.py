@@ -133,6 +133,12 @@ def _conversation_digest(tokens: NDArray[np.int64], codes: NDArray[np.uint8]) ->
     return digest.digest()
 
 
+@lru_cache(maxsize=256)
+def _stored_digest(tokens: bytes, codes: bytes) -> bytes:
+    """`Stretch.digest` from a row's int32 tokens and compressed codes. Kept as `_decompressed`."""
+    return _conversation_digest(np.frombuffer(tokens, np.int32), _decompressed(codes))
+
+
 def save_preferences(folder: Path, splits: Mapping[str, Sequence[Preference]]) -> None:
     """Writes a `DatasetDict`, whole or not at all. Raises MetronomeError as `check_apart` does."""
     check_apart(folder, {name: _held(preferences) for name, preferences in splits.items()})
@@ -170,7 +176,7 @@ def _held_in(rows: Dataset) -> Iterator[tuple[int, bytes]]:
             for i, (tokens, packed) in enumerate(zip(ids, codes, strict=True)):
                 if tokens.is_valid and packed.is_valid and not tokens.values.null_count:
                     with suppress(zlib.error):
-                        yield first + i, _conversation_digest(tokens.values.to_numpy(), _decompressed(packed.as_py()))
+                        yield first + i, _stored_digest(tokens.values.to_numpy().tobytes(), packed.as_py())
 
 
 def table(preferences: Sequence[Preference]) -> Dataset:
@@ -259,5 +265,5 @@ def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
 def _digest(row: Mapping[str, Any], side: str) -> bytes:
     """Of a stretch."""
     at = np.array([row[f"{side}_first"], row[f"{side}_end"]], np.int64)
-    tokens = np.asarray(row[f"{side}_ids"], np.int64)
-    return _conversation_digest(tokens, _decompressed(row[f"{side}_codes"])) + at.tobytes()
+    tokens = np.asarray(row[f"{side}_ids"], np.int32)
+    return _stored_digest(tokens.tobytes(), row[f"{side}_codes"]) + at.tobytes()
