@@ -131,7 +131,8 @@ def differences(model: RewardModel, axis: str, pairs: Sequence[Preference]) -> t
 def accuracies(pairs: Sequence[Preference], difference: NDArray[np.float64]) -> dict[str, float | int]:
     """For all pairs and for each group that `groups_of` names: ``accuracy<group>``, the share of pairs in the right
     order, a pair of equal scores counting half (`reward.learned.calibrate.right`); ``pairs<group>``, their number;
-    ``ties<group>``, how many have equal scores. A group without a pair is left out; ``difference`` fp64 [P]."""
+    ``ties<group>``, how many have equal scores, of all pairs and of groups that have some. A group without a pair is
+    left out; ``difference`` fp64 [P]."""
     places: dict[str, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs):
         for group in groups_of(pair):
@@ -140,7 +141,7 @@ def accuracies(pairs: Sequence[Preference], difference: NDArray[np.float64]) -> 
     groups = sorted(places.items())
     shares: dict[str, float | int] = {f"accuracy{group}": float(value[at].mean()) for group, at in groups}
     shares |= {f"pairs{group}": len(at) for group, at in groups}
-    return shares | {f"ties{group}": int(tied[at].sum()) for group, at in groups}
+    return shares | {f"ties{group}": int(tied[at].sum()) for group, at in groups if tied[at].any() or not group}
 
 
 def groups_of(pair: Preference) -> Iterator[str]:

@@ -7,10 +7,10 @@ play, controlled ones (`reward.learned.corrupt`) and the experts' own mistakes; 
 (`reward.learned.human`). Beside whole conversations, stretches of them are compared, so that a model learns which
 chunks deserve a reward, and not only which conversations.
 
-The data set has two splits. ``held_out`` has scenarios of the held-out split (unseen seeds, noise, gains and filler
-sentences) and sizes of corruption that ``train`` does not have. The speaker is the same in both, because only one
-speaker's recordings come with the program; ``--speech-dir`` names others. The data set is a pure function of the recipe
-and of the checkpoints it names.
+The data set has two splits, without a conversation in common. ``held_out`` has scenarios of the held-out split (unseen
+seeds, noise, gains and filler sentences) and sizes of corruption, as counted, that ``train`` does not have. The speaker
+is the same in both, because only one speaker's recordings come with the program; ``--speech-dir`` names others. The
+data set is a pure function of the recipe and of the checkpoints it names.
 """
 
 from __future__ import annotations

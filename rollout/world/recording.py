@@ -21,6 +21,7 @@ from model.program.reading import UnreadableError, read_bytes
 from model.senses.audio import SAMPLE_RATE_HZ
 
 FORMATS = ("FLAC", "WAV", "WAVEX")
+LONGEST_NAME = 200
 
 
 class RecordingError(MetronomeError):
@@ -32,8 +33,10 @@ def read_recording(folder: Path, file: str, longest_s: float) -> NDArray[np.floa
 
     ``file``: path within ``folder``, so that the folder can be moved and shared. Raises RecordingError, naming the
     file, for another kind of file, more than ``longest_s`` seconds, no sample, or samples out of range."""
-    if not file.isprintable() or not file:
-        raise RecordingError(f"recording {shown(file)}: give a file's name, without control characters")
+    if not file.isprintable() or not 0 < len(file) <= LONGEST_NAME:
+        raise RecordingError(
+            f"recording {shown(file)}: give a file's name of up to {LONGEST_NAME} characters, none of control"
+        )
     if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
         raise RecordingError(f"recording {shown(file)} lies outside the folder {folder}: give a path inside it")
     path, most = folder / file, round(longest_s * SAMPLE_RATE_HZ)

@@ -15,6 +15,7 @@ import soundfile
 from kernels.errors import MetronomeError
 from model.tokenizer import SPECIALS
 from reward.learned.human import read_all_labels, read_labels
+from reward.pairs import PairMaker, PairsConfig, PolicyRecipe, RolloutRecipe
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import chunk_ends
@@ -123,6 +124,20 @@ def test_files_are_compared_with_each_other(folder: Path) -> None:
         read_both(label(), other(second=side("a.flac"), split="held_out"))
 
 
+def test_pairs_read_labels_before_anything_slow(folder: Path) -> None:
+    """The policy and the recordings that the recipe names are missing; the labels are complained of first. The control:
+    right labels get as far as the recordings."""
+    nowhere = RolloutRecipe(policies=(PolicyRecipe(str(folder / "nowhere")),))
+    for name, labels, message in (
+        ("wrong", [label(), label(id="p9", preferred="second")], "wrong.jsonl, line 2: pair 'p9' contradicts itself"),
+        ("right", [label()], "nowhere"),
+    ):
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, labels)))
+        with pytest.raises(MetronomeError, match=message):
+            PairMaker(PairsConfig(human=(str(path),), speech_dir=str(folder / "nowhere"), rollouts=nowhere))
+
+
 def test_unusual_labels_are_taken(folder: Path) -> None:
     """The controls of limits: silence, full scale, a file in a folder within, the longest names, the largest margin."""
     assert read(folder, label(second=side("silence.wav"), id="i" * 200, annotator="a" * 200, margin=10_000))
@@ -207,7 +222,7 @@ def test_unusual_labels_are_taken(folder: Path) -> None:
         ([label(second=side("more", SECOND))], 1, "second: recording .*more is a folder"),
         ([label(second=side("pipe.wav", SECOND))], 1, "second: recording .*pipe.wav is no regular file"),
         ([label(second=side("", SECOND))], 1, "second: recording '': give a file's name"),
-        ([label(second=side("a\nb.wav", SECOND))], 1, "without control characters"),
+        ([label(second=side("a\nb.wav", SECOND))], 1, "none of control"),
         ([label(second=side("../b.wav", SECOND))], 1, "second: recording '../b.wav' lies outside the folder"),
         ([label(second=side("/b.wav", SECOND))], 1, "lies outside the folder"),
         ([label(second=side("short.flac", SECOND))], 1, "holds 9599 samples, but 3 actions .* 9600"),
