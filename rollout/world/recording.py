@@ -3,7 +3,7 @@
 Used for the simulated users' speech (`rollout.world.speech`) and for conversations that people labelled
 (`reward.learned.human`). Nothing is resampled, mixed or rescaled: what does not fit is refused, in words that say what
 to do. Formats with loss, such as Ogg or MP3, are refused, because their decoders do not give the same samples on every
-machine.
+machine. Links are followed.
 """
 
 from __future__ import annotations
