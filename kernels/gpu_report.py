@@ -9,8 +9,11 @@ This module reads files only; it knows nothing of ops or models.
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("kernels.gpu_report")
+
 import statistics
 import sys
 import xml.etree.ElementTree as xml
@@ -18,6 +21,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from kernels.errors import MetronomeError
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import check_file
+from model.program.reading import UnreadableError, read_json, read_json_lines, read_text
 
 SCHEMA = "metronome.gpu/1"
 
@@ -52,7 +61,7 @@ class Finding:
 
 def collect(folder: Path, golden: Path | None) -> Report:
     """What lies in ``folder``: parts.jsonl, one JSON file a part, tests.xml. ``golden``: a CPU's fingerprint."""
-    parts = [json.loads(line) for line in _text(folder / "parts.jsonl").splitlines()]
+    parts = [part for _, part in read_json_lines(folder / "parts.jsonl")]
     report: Report = {"schema": SCHEMA, "parts": parts, "card": _text(folder / "card.csv").strip()}
     for name in ("machine", "variants", "quickstart", "audit", "again", "resumed", "crossing", "fingerprint", "longer"):
         report[name] = _json(folder / f"{name}.json")
@@ -70,14 +79,14 @@ def collect(folder: Path, golden: Path | None) -> Report:
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def _json(path: Path) -> Any:
     """None for a file that is not there or that its part could not finish."""
     try:
-        return json.loads(_text(path) or "null")
-    except json.JSONDecodeError:
+        return read_json(path)
+    except UnreadableError:
         return None
 
 
@@ -217,27 +226,29 @@ def readme(report: Report) -> str:
     return "\n".join([head, "| --- | --- |", *rest])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.gpu_report", description=(__doc__ or "").split("\n")[0])
+def parser() -> Parser:
+    parser = Parser("kernels.gpu_report", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="the report")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="make FILE of what the parts wrote to FOLDER")
     parser.add_argument("--golden", type=Path, metavar="JSON", help="with --collect: a CPU's fingerprint")
-    given = parser.parse_args(arguments)
-    if given.collect is None:
-        try:
-            report = json.loads(given.file.read_text())
-            print(readme(report))
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            parser.exit(2, f"error: {given.file}: cannot be read as a report of .ci/gpu ({error!r})\n")
-        return
-    report = collect(given.collect, given.golden)
-    given.file.write_text(json.dumps(report, indent=1) + "\n")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
+    read = given.file if given.collect is None else given.collect
+    if given.collect is not None:
+        check_file("FILE", given.file)
+    try:
+        if given.collect is None:
+            print(readme(read_json(given.file)))
+            return
+        report = collect(given.collect, given.golden)
+    except (ValueError, LookupError, TypeError, AttributeError, xml.ParseError) as error:
+        raise MetronomeError(f"{read}: cannot be read as a report of .ci/gpu ({error!r:.300})") from error
+    write_json(given.file, report, indent=1)
     print(table(report))
     if bad := failed(report):
         print(f"FAILED: {', '.join(bad)}")
         sys.exit(1)
     print("all that was compared is equal")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,18 +6,47 @@ not built; presets give its config a small size that nothing reads.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
 import numpy as np
 import torch
 from transformers import InklingConfig, InklingTextConfig
 
 from kernels import exact
 from kernels.layout import CONV_TAPS
+from model.program.ranges import Range, shown
 
 MEL_CHANNELS = 80
 MEL_BINS = 16
 AUDIO_TOKEN_ID = 2
 
-PRESETS = ("nano", "tiny", "base", "inkling_small")
+Preset = Literal["nano", "tiny", "base", "inkling_small"]
+PRESETS: tuple[str, ...] = get_args(Preset)
+
+_HEADS = Range(1, 4096)
+_WIDTH = Range(1, 2**20)
+TEXT_RANGES = {
+    "vocab_size": Range(1, 2**24), "unpadded_vocab_size": Range(1, 2**24), "hidden_size": _WIDTH,
+    "num_hidden_layers": Range(1, 1000), "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS,
+    "head_dim": _HEADS, "swa_num_attention_heads": _HEADS, "swa_num_key_value_heads": _HEADS, "swa_head_dim": _HEADS,
+    "sliding_window_size": _WIDTH, "d_rel": _HEADS, "rel_extent": _WIDTH, "max_position_embeddings": Range(1, 2**24),
+    "log_scaling_n_floor": Range(1, 2**31), "log_scaling_alpha": Range(-1000, 1000), "intermediate_size": _WIDTH,
+    "moe_intermediate_size": _WIDTH, "n_routed_experts": Range(1, 2**16), "num_experts_per_tok": Range(1, 2**16),
+    "n_shared_experts": Range(0, 1000), "rms_norm_eps": Range(0, 1, open_low=True), "route_scale": Range(0, 1e6),
+    "logits_mup_width_multiplier": Range(0, 1e6, open_low=True),
+}  # fmt: skip
+"""Ranges of a text config's fields."""
+OPTIONAL = ("unpadded_vocab_size", "log_scaling_n_floor")
+"""Those that may be None."""
+AUDIO_RANGES = {"n_mel_bins": Range(MEL_CHANNELS, MEL_CHANNELS), "mel_vocab_size": Range(MEL_BINS, 65_536)}
+LAYER_TYPES = {"layer_types": ("hybrid_sliding", "hybrid"), "mlp_layer_types": ("dense", "sparse")}
+MOST_LAYERS = 10_000
+"""Most layers or labels of any part of a config: the library makes lists of them before they can be checked."""
+COUNTS = ("num_hidden_layers", "n_layers", "num_mtp_layers", "num_nextn_predict_layers", "num_labels")
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+"""By the names that configs have for them."""
 
 
 def preset(name: str) -> InklingConfig:
@@ -87,21 +116,71 @@ def _config(text: dict[str, object], audio_token_id: int) -> InklingConfig:
     return config
 
 
+def from_json(stored: dict[str, Any]) -> InklingConfig:
+    """The config of a ``config.json``'s content. Raises ValueError, in one line, for what the library cannot take, and
+    as `check` does."""
+    for name, value in _entries(stored):
+        if name.startswith("__") or callable(getattr(InklingConfig, name, None)):  # it would replace a method
+            raise ValueError(f"a field cannot be called {shown(name)}")
+        if name in COUNTS and value is not None and (problem := Range(0, MOST_LAYERS).problem(value)):
+            raise ValueError(f"{name} is {shown(value)}: {problem}")
+        if name in ("dtype", "torch_dtype") and value is not None and value not in list(DTYPES):
+            raise ValueError(f"{name} is {shown(value)}; choose one of {', '.join(DTYPES)}")
+    try:
+        config = InklingConfig(**stored)
+        json.dumps(config.to_dict())
+    # Broad on purpose: the library sets each field by itself, and what it raises for a wrong one is open-ended.
+    except Exception as error:
+        raise ValueError(f"transformers refuses it ({' '.join(str(error).split())[:300]})") from None
+    check(config)
+    return config
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything that is named in a JSON value, however deep."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield name, inner
+        yield from _entries(inner)
+    for inner in value if isinstance(value, list) else ():
+        yield from _entries(inner)
+
+
 def check(config: InklingConfig) -> None:
-    """Raises ValueError for a config that Inkling allows but this implementation does not compute."""
-    text = config.text_config
+    """Raises ValueError for a config that Inkling allows but this implementation does not compute, and for one that is
+    no model's."""
+    text, audio = config.text_config, config.audio_config
     wrong = []
+    for part, limits in ((text, TEXT_RANGES), (audio, AUDIO_RANGES)):
+        for name, limit in limits.items():
+            value = getattr(part, name)
+            if not (value is None and name in OPTIONAL) and (problem := limit.problem(value)):
+                wrong.append(f"{name} is {shown(value)}: {problem}")
+    for name, kinds in LAYER_TYPES.items():
+        if strange := [kind for kind in getattr(text, name) if kind not in kinds]:
+            wrong.append(f"{name} has {shown(strange[0])}, not one of {', '.join(kinds)}")
+    if wrong:  # the rest computes with these
+        raise ValueError("model config not supported: " + "; ".join(wrong[:5]))
     if text.conv_kernel_size != CONV_TAPS:
         wrong.append(f"conv_kernel_size is {text.conv_kernel_size}, the kernels have {CONV_TAPS} taps")
     if text.hidden_act != "silu":
         wrong.append(f"hidden_act is {text.hidden_act!r}, the kernels compute 'silu'")
     if text.n_shared_experts < 1 and "sparse" in text.mlp_layer_types:
         wrong.append("n_shared_experts is 0; Inkling's router needs at least 1")
+    if text.num_experts_per_tok > text.n_routed_experts:
+        wrong.append(f"num_experts_per_tok is {text.num_experts_per_tok} of {text.n_routed_experts} n_routed_experts")
     if text.attention_dropout != 0:
         wrong.append(f"attention_dropout is {text.attention_dropout}; sampler and learner are one function only at 0")
-    for field in ("layer_types", "mlp_layer_types"):
-        if len(getattr(text, field)) != text.num_hidden_layers:
-            wrong.append(f"{field} has {len(getattr(text, field))} entries for {text.num_hidden_layers} layers")
+    for kind in ("", "swa_"):
+        heads, kv_heads = (getattr(text, f"{kind}num_{what}_heads") for what in ("attention", "key_value"))
+        if heads % kv_heads:
+            wrong.append(f"{kind}num_attention_heads is {heads}, no multiple of {kv_heads} key_value_heads")
+    if (text.unpadded_vocab_size or 0) > text.vocab_size:
+        wrong.append(f"unpadded_vocab_size is {text.unpadded_vocab_size} of a vocab_size of {text.vocab_size}")
+    if problem := Range(0, text.vocab_size - 1).problem(config.audio_token_id):
+        wrong.append(f"audio_token_id is {shown(config.audio_token_id)}: {problem}, a token of the vocabulary")
+    for name in LAYER_TYPES:
+        if len(getattr(text, name)) != text.num_hidden_layers:
+            wrong.append(f"{name} has {len(getattr(text, name))} entries for {text.num_hidden_layers} layers")
     if wrong:
         raise ValueError("model config not supported: " + "; ".join(wrong))
 

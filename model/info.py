@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("model.info")
 
 import torch
 from transformers import InklingConfig
@@ -10,6 +13,8 @@ from transformers import InklingConfig
 from model import config as shapes
 from model.backbone.state import session_bytes
 from model.backbone.transformer import InteractionModel
+from model.program.arguments import Parser
+from model.program.ranges import Range, number
 
 
 def parameter_counts(config: InklingConfig) -> tuple[int, int]:
@@ -32,17 +37,26 @@ def parameter_counts(config: InklingConfig) -> tuple[int, int]:
     return total, active
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model.info", description=__doc__)
+def parser() -> Parser:
+    parser = Parser("model.info", __doc__)
     parser.add_argument("--preset", choices=shapes.PRESETS, required=True)
-    parser.add_argument("--max-tokens", type=int, default=4096, help="rows a session can hold (20 or more a second)")
-    arguments = parser.parse_args()
-    config = shapes.preset(arguments.preset)
+    parser.add_argument(
+        "--max-tokens",
+        type=number(int, Range(1, 10**8)),
+        default=4096,
+        help="rows a session can hold (20 or more a second)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
+    config = shapes.preset(given.preset)
     text = config.text_config
     total, active = parameter_counts(config)
     sliding = sum(shapes.is_sliding(text, i) for i in range(text.num_hidden_layers))
     sparse = text.mlp_layer_types.count("sparse")
-    print(f"preset          {arguments.preset}")
+    print(f"preset          {given.preset}")
     kinds = (
         f"{sliding} sliding over {text.sliding_window_size}, {text.num_hidden_layers - sliding} global; {sparse} sparse"
     )
@@ -52,9 +66,5 @@ def main() -> None:
     print(f"experts         {experts}, {text.moe_intermediate_size} wide")
     print(f"parameters      {total:,} total, {active:,} active")
     for dtype in (torch.float32, torch.bfloat16):
-        size = session_bytes(config, arguments.max_tokens, dtype)
-        print(f"session         {size:,} bytes for {arguments.max_tokens} rows in {str(dtype).removeprefix('torch.')}")
-
-
-if __name__ == "__main__":
-    main()
+        size = session_bytes(config, given.max_tokens, dtype)
+        print(f"session         {size:,} bytes for {given.max_tokens} rows in {str(dtype).removeprefix('torch.')}")

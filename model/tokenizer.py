@@ -11,6 +11,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from model.program.reading import read_text
+
 PAD, BOS, AUDIO, LISTEN, SPEAK, DELEGATE, END, UNK = range(8)
 SPECIALS = ("<|pad|>", "<|bos|>", "<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>", "<|end|>", "<|unk|>")
 """Texts of the special tokens, by id."""
@@ -21,7 +23,7 @@ WORDS_FILE = Path(__file__).with_name("words.txt")
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of ``words.txt``. Text is lower-cased, anything but letters and apostrophes separates words,
     unknown words become ``<|unk|>``. Raises ValueError if the file is damaged."""
-    words = WORDS_FILE.read_text(encoding="utf-8").split()
+    words = read_text(WORDS_FILE).split()
     if tuple(words[: len(SPECIALS)]) != SPECIALS or len(set(words)) != len(words):
         raise ValueError(f"{WORDS_FILE}: must start with {' '.join(SPECIALS)} and name each word once")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from scipy.stats import spearmanr
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program.files import write_whole
+from model.program.outputs import OutputFile
+from model.program.ranges import Distinct, FilePath, Length, Seed, Some, Tokens, Words
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from reward.learned.calibrate import COUNTING, Reliability, fit_temperature, halves, plot, reliability, right
@@ -43,6 +46,7 @@ from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
+from rollout.turn.grammar import check_context
 from rollout.world.speech import SpeechBank
 
 FIRST_UNSEEN_SCENARIO = 5_000_000
@@ -56,26 +60,28 @@ class UnseenPolicy:
     """Rollouts of a policy on held-out scenarios, on which learned and rule scores are correlated."""
 
     policy: PolicyRecipe = field(default_factory=lambda: PolicyRecipe("runs/quickstart/checkpoints/step_000080/model"))
-    scenarios: int = 96  # of each family
-    max_tokens: int = 512
-    words_per_chunk: int = 1  # most words that a micro-turn may say
+    scenarios: Some = 96  # of each family
+    max_tokens: Tokens = 512
+    words_per_chunk: Words = 1  # most words that a micro-turn may say
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """The recipe of `reward.evaluate`."""
 
-    json: str  # file for the results; the reliability plot gets its name with .png
-    models: tuple[str, ...] = ("runs/reward_shared/model",)
-    pairs: str = "runs/reward_pairs"
-    seed: int = 0
-    speech_dir: str | None = None
+    json: Annotated[str, OutputFile(beside=(".png",))]  # for the results; the reliability plot gets its name with .png
+    models: Annotated[tuple[FilePath, ...], Length(1, 100), Distinct()] = ("runs/reward_shared/model",)
+    pairs: FilePath = "runs/reward_pairs"
+    seed: Seed = 0
+    speech_dir: FilePath | None = None
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     unseen: UnseenPolicy = field(default_factory=UnseenPolicy)
 
 
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.evaluate", "Evaluate reward models.", EvaluateConfig, arguments).config
+    unseen = config.unseen
+    check_context("unseen.max_tokens", unseen.max_tokens, config.scenarios.most_chunks, unseen.words_per_chunk)
     models = {folder: RewardModel.load(folder) for folder in config.models}
     report: dict[str, float | int | str] = {"contract_id": dispatch.contract_id(), "counting": COUNTING}
     curves: dict[str, Reliability] = {}

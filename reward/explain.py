@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kernels.errors import MetronomeError
+from model.program.reading import read_yaml, to_json
 from model.program.recipe import read_recipe
 from reward.score import score_stored
 from rollout.record.episode import Episode
@@ -53,8 +52,8 @@ def families(run: Path) -> ScenarioConfig:
     if not path.is_file():
         return ScenarioConfig()
     try:
-        fields = yaml.safe_load(path.read_text())["scenarios"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        fields = read_yaml(path)["scenarios"]
+    except (KeyError, TypeError) as error:
         raise MetronomeError(f"{path}: no recipe of a run with its families ({error!r})") from error
-    text = yaml.safe_dump({"scenarios": fields})
+    text = to_json({"scenarios": fields})  # which is YAML, too
     return read_recipe("rollout.show", "", _ScenarioRecipe, ["--config", text]).config.scenarios

@@ -20,14 +20,16 @@ from dataclasses import asdict, dataclass, field
 from math import fsum
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from kernels.errors import MetronomeError
 from model.program.files import write_whole
+from model.program.outputs import OutputFile
+from model.program.ranges import FilePath, FilePaths, Some
 from model.program.recipe import read_recipe
 from reward.score import score
 from reward.source import RewardSource, SourceConfig
@@ -120,10 +122,10 @@ def hacks(scenarios: ScenarioConfig, family: str) -> dict[str, Player]:
 class HacksConfig:
     """The recipe of `reward.hacks`."""
 
-    json: str  # file for the results
-    models: tuple[str, ...] = ()  # folders of reward models; together they score each axis of the families once
-    scenarios: int = 100  # held-out, of each family
-    speech_dir: str | None = None
+    json: Annotated[str, OutputFile()]  # for the results
+    models: FilePaths = ()  # folders of reward models; together they score each axis of the families once
+    scenarios: Some = 100  # held-out, of each family
+    speech_dir: FilePath | None = None
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
 
 
@@ -208,8 +210,6 @@ def table(rows: Sequence[Row]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.hacks", "What rewards say of hacks.", HacksConfig, arguments).config
-    if config.scenarios < 1:
-        raise MetronomeError(f"scenarios is {config.scenarios}: give at least one of each family")
     source = RewardSource.load(config.scenario, SourceConfig(models=config.models))
     bank = SpeechBank.open(config.speech_dir)
     rows = []

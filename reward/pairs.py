@@ -25,10 +25,25 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.program.outputs import OutputFolder
+from model.program.ranges import (
+    Ascending,
+    Count,
+    FilePath,
+    FilePaths,
+    Length,
+    Seed,
+    Some,
+    SomeChunks,
+    Temperature,
+    Tokens,
+    Words,
+)
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from reward.learned.human import read_all_labels
@@ -39,6 +54,7 @@ from rollout.play import Play, play
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator, preference_seed
+from rollout.turn.grammar import check_context
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank, Split
@@ -51,56 +67,58 @@ FIRST_ROLLED_OUT_SCENARIO = 1_000_000
 """Index of the first scenario for rollouts; corruptions use the indices from 0 on."""
 
 
+Sizes = Annotated[tuple[SomeChunks, ...], Length(1, 100), Ascending(strictly=True)]
+
+
 @dataclass(frozen=True)
 class PolicyRecipe:
     """Rollouts of one policy."""
 
-    checkpoint: str  # folder in transformers' format
-    temperature: float = 1.0
+    checkpoint: FilePath  # folder in transformers' format
+    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True)
 class CorruptionRecipe:
     """Corruptions of expert play (`reward.learned.corrupt`). Sizes are in chunks of 200 ms."""
 
-    train_scenarios: int = 500  # scenarios that an expert plays, families in turn
-    held_out_scenarios: int = 250
-    faults: int = 4  # corruptions tried for each expert play and axis; a fault that does not fit the play is skipped
-    mistakes: int = 4  # further plays of each scenario by an expert with frequent mistakes (`Mistakes.gross`)
-    segments: int = 24  # pairs of stretches tried for each axis and scenario
-    train_sizes: tuple[int, ...] = (1, 3, 5, 8, 12, 20, 60)
-    held_out_sizes: tuple[int, ...] = (2, 4, 6, 10, 16, 40)
+    train_scenarios: Count = 500  # scenarios that an expert plays, families in turn
+    held_out_scenarios: Count = 250
+    faults: Count = 4  # corruptions tried for each expert play and axis; a fault that does not fit the play is skipped
+    mistakes: Count = 4  # further plays of each scenario by an expert with frequent mistakes (`Mistakes.gross`)
+    segments: Count = 24  # pairs of stretches tried for each axis and scenario
+    train_sizes: Sizes = (1, 3, 5, 8, 12, 20, 60)
+    held_out_sizes: Sizes = (2, 4, 6, 10, 16, 40)
 
 
 @dataclass(frozen=True)
 class RolloutRecipe:
     """Rollouts of policies. Pairs are formed within a group: ``scenarios`` scenarios, ``rollouts`` of each."""
 
-    policies: tuple[PolicyRecipe, ...] = ()
-    train_groups: int = 1200
-    held_out_groups: int = 80
-    scenarios: int = 2  # per group, families in turn
-    rollouts: int = 4  # per scenario; each policy gives as many as any other, at random places
-    wholes: int = 6  # pairs of whole conversations tried for each axis and group
-    segments: int = 24  # pairs of stretches tried for each axis and group
-    aligned: int = (
-        12  # pairs at the same chunks of two rollouts of a scenario, as RL compares; for each axis and scenario
-    )
-    max_tokens: int = 512  # context length of a rollout
+    policies: Annotated[tuple[PolicyRecipe, ...], Length(0, 100)] = ()
+    train_groups: Count = 1200
+    held_out_groups: Count = 80
+    scenarios: Some = 2  # per group, families in turn
+    rollouts: Some = 4  # per scenario; each policy gives as many as any other, at random places
+    wholes: Count = 6  # pairs of whole conversations tried for each axis and group
+    segments: Count = 24  # pairs of stretches tried for each axis and group
+    # Pairs at the same chunks of two rollouts of a scenario, as RL compares; for each axis and scenario.
+    aligned: Count = 12
+    max_tokens: Tokens = 512  # context length of a rollout
 
 
 @dataclass(frozen=True)
 class PairsConfig:
     """The recipe of `reward.pairs`."""
 
-    out: str = "runs/reward_pairs"  # folder of the data set; must not exist
-    seed: int = 0
-    speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program
-    words_per_chunk: int = 1
+    out: Annotated[str, OutputFolder()] = "runs/reward_pairs"  # folder of the data set; must not exist
+    seed: Seed = 0
+    speech_dir: FilePath | None = None  # recordings with a manifest; None is the set shipped with the program
+    words_per_chunk: Words = 1
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     corruptions: CorruptionRecipe = field(default_factory=CorruptionRecipe)
     rollouts: RolloutRecipe = field(default_factory=RolloutRecipe)
-    human: tuple[str, ...] = ()  # files of labels by people (reward.learned.human)
+    human: FilePaths = ()  # files of labels by people (reward.learned.human)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,6 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
     if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
+    chunks, rollouts = config.scenarios.most_chunks, config.rollouts
+    if rollouts.policies:
+        check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk)
     start = time.perf_counter()
     maker = PairMaker(config)
     splits = {"train": maker.split("train"), "held_out": maker.split("held_out")}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from kernels.errors import MetronomeError
+from model.program.ranges import Probability, Range
+from model.program.reading import UnreadableError
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
 from rollout.turn.action import Action
+
+Reward = Annotated[float, Range(-100.0, 100.0)]
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,12 @@ class EventRewards:
     """Rewards of single events, without unit. With a hit at 1, a weaker penalty than -1 for a miss taught silence, and
     a weaker one than -0.8 for spurious speech taught constant speech."""
 
-    hit: float = 1.0
-    edge: float = 0.2  # timing reward of a hit at the edge of its window, as a fraction of `hit`
-    miss: float = -1.0
-    spurious: float = -0.8
-    right_words: float = 1.0
-    wrong_words: float = -1.0
+    hit: Reward = 1.0
+    edge: Probability = 0.2  # timing reward of a hit at the edge of its window, as a fraction of `hit`
+    miss: Reward = -1.0
+    spurious: Reward = -0.8
+    right_words: Reward = 1.0
+    wrong_words: Reward = -1.0
 
 
 def score(family: str, facts: Mapping[str, Any], actions: Sequence[Action], scenarios: ScenarioConfig) -> Score:
@@ -49,6 +53,7 @@ def score(family: str, facts: Mapping[str, Any], actions: Sequence[Action], scen
 def score_stored(episode: Episode, scenarios: ScenarioConfig) -> Score | None:
     """The score of an episode that comes from a file; None where its facts are not what its family's scorer reads."""
     try:
+        scenarios.stored_facts(episode.facts)
         return score(episode.family, episode.facts, episode.actions, scenarios)
-    except (KeyError, ValueError, TypeError, IndexError):
+    except (UnreadableError, KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError):
         return None

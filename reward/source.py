@@ -18,6 +18,7 @@ from torch import Tensor, as_tensor
 
 from kernels.errors import MetronomeError
 from model.inputs import Conversation
+from model.program.ranges import FilePaths
 from model.weights.checkpoint import weights_digest
 from reward.learned.model import RewardModel
 from reward.score import score
@@ -32,7 +33,7 @@ class SourceConfig:
     """Which rewards RL learns from, the reward models, and the watch for over-optimisation of them."""
 
     rewards: Literal["rules", "learned", "both"] = "rules"
-    models: tuple[str, ...] = ()  # folders of reward models; together they score the families' axes, each once
+    models: FilePaths = ()  # folders of reward models; together they score the families' axes, each once
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 

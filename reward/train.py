@@ -20,7 +20,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("reward.train")
 
 import json
-import math
 import os
 import pickle
 import re
@@ -28,7 +27,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -37,9 +36,14 @@ from transformers.training_args import OptimizerNames
 from kernels import dispatch
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
+from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
-from model.config import preset
+from model.config import Preset, preset
 from model.program.files import write_whole
+from model.program.folders import RunName
+from model.program.memory import check_room
+from model.program.outputs import OutputFolder
+from model.program.ranges import Fields, FilePath, Limit, Names, Range, Seed, Weight
 from model.program.recipe import read_recipe
 from model.program.startup import import_deepspeed, prepare_process
 from model.tokenizer import load_tokenizer
@@ -57,23 +61,51 @@ deleted."""
 class BackboneRecipe:
     """Where the backbone's weights come from."""
 
-    checkpoint: str | None = None  # a policy's folder in transformers' format; None: fresh weights of the preset
-    preset: str = "tiny"
+    checkpoint: FilePath | None = None  # a policy's folder in transformers' format; None: fresh weights of the preset
+    preset: Preset = "tiny"
+
+
+_EVERY = Range(0, 10**7, open_low=True)
+TRAINER: dict[str, Limit] = {
+    "learning_rate": Range(0.0, 1.0),
+    "weight_decay": Range(0.0, 1.0),
+    "adam_beta1": Range(0.0, 0.999999),
+    "adam_beta2": Range(0.0, 0.999999),
+    "adam_epsilon": Range(0.0, 1.0, open_low=True),
+    "max_grad_norm": Range(0.0, 1e6),
+    "center_rewards_coefficient": Range(0.0, 1e3),
+    "num_train_epochs": Range(0, 10**4, open_low=True),
+    "max_steps": Range(-1, 10**7),
+    "warmup_steps": Range(0, 10**7),
+    "warmup_ratio": Range(0.0, 1.0),
+    "logging_steps": _EVERY,
+    "save_steps": _EVERY,
+    "eval_steps": _EVERY,
+    "save_total_limit": Range(1, 10**6),
+    "per_device_train_batch_size": Range(1, 10**5),
+    "per_device_eval_batch_size": Range(1, 10**5),
+    "gradient_accumulation_steps": Range(1, 10**5),
+    "dataloader_num_workers": Range(0, 1024),
+    "seed": Range(0, 2**32 - 1),
+    "data_seed": Range(0, 2**32 - 1),
+}
+"""Ranges of numbers in trl.RewardConfig."""
 
 
 @dataclass(frozen=True)
 class RewardTrainConfig:
     """The recipe of `reward.train`."""
 
-    name: str = "reward_timing"
-    runs: str = "runs"  # folder that holds run folders
-    seed: int = 0
-    axes: tuple[str, ...] = ("timing",)  # axes of reward, a head for each on one backbone
-    pairs: str = "runs/reward_pairs"  # data set made by reward.pairs
+    name: Annotated[str, RunName()] = "reward_timing"
+    runs: Annotated[str, OutputFolder()] = "runs"  # folder that holds run folders
+    seed: Seed = 0
+    axes: Names = ("timing",)  # axes of reward, a head for each on one backbone
+    pairs: FilePath = "runs/reward_pairs"  # data set made by reward.pairs
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
-    margin_scale: float = 1.0  # the loss subtracts margin_scale * margin; 0 turns margins off
-    rationality: float | None = None  # if given, margins make soft labels instead (reward.learned.graded)
-    trainer: dict[str, Any] = field(default_factory=dict)  # any field of trl.RewardConfig
+    margin_scale: Weight = 1.0  # the loss subtracts margin_scale * margin; 0 turns margins off
+    # If given, margins make soft labels instead (reward.learned.graded).
+    rationality: Annotated[float, Range(1e-6, 1e6)] | None = None
+    trainer: Annotated[dict[str, Any], Fields(TRAINER)] = field(default_factory=dict)  # any field of trl.RewardConfig
 
 
 FIXED_FIELDS: dict[str, Any] = {
@@ -97,6 +129,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     """Trains and writes the run's folder. ``recipe``: the resolved recipe as YAML, saved with the run; ``resume``: go
     on from the newest finished checkpoint. Raises MetronomeError for a recipe, data set or folder that does not fit."""
     start = time.perf_counter()
+    _check_room(config)
     folder = Path(config.runs) / config.name
     checkpoints = folder / "checkpoints"
     earlier = _prepare_folder(folder, recipe, resume)
@@ -184,8 +217,6 @@ def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
     prepare_process()
     if wrong := sorted(config.trainer.keys() & (FIXED_FIELDS.keys() | {"output_dir"})):
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
-    if config.rationality is not None and not 0 < config.rationality < math.inf:
-        raise MetronomeError(f"recipe: rationality is {config.rationality}; give a positive number, or null")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
     if "wandb" in str(config.trainer.get("report_to")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,6 +237,15 @@ def _optimizer(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer
         return None
     numbers = {"beta1": arguments.adam_beta1, "beta2": arguments.adam_beta2, "eps": arguments.adam_epsilon}
     return AdamW, {"lr": arguments.learning_rate, **numbers}
+
+
+def _check_room(config: RewardTrainConfig) -> None:
+    """Raises MetronomeError for a backbone whose training this machine's memory has no room for."""
+    path = config.backbone.checkpoint
+    shape = preset(config.backbone.preset) if path is None else checkpoint.config_of(path)
+    name = f"backbone.preset {config.backbone.preset!r}" if path is None else f"backbone.checkpoint {path!r}"
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * training_bytes(empty(shape, torch.float32))
+    check_room(needed, f"recipe: {name}: training it", "take a smaller model, or a machine with more memory")
 
 
 def _backbone(config: RewardTrainConfig) -> InteractionModel:

@@ -18,6 +18,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from rich.table import Table
 
 from kernels.errors import MetronomeError
 from model.program.files import write_whole
+from model.program.outputs import OutputFile
+from model.program.ranges import FilePath, FilePaths, Range, Some, Steps
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from reward.source import RewardSource, SourceConfig
@@ -43,12 +46,12 @@ from rollout.world.speech import SpeechBank
 class BestOfNConfig:
     """The recipe of `rl.bestofn`."""
 
-    run: str  # folder of the run whose policy samples, by that run's recipe
-    json: str  # file for the results; the picture gets its name with .png
-    step: int | None = None  # which of its checkpoints, the newest by default
-    models: tuple[str, ...] = ()  # folders of reward models; the run's own by default
-    scenarios: int = 24  # held-out, of each family
-    samples: int = 64  # rollouts of each
+    run: FilePath  # folder of the run whose policy samples, by that run's recipe
+    json: Annotated[str, OutputFile(beside=(".png",))]  # for the results; the picture gets its name with .png
+    step: Steps | None = None  # which of its checkpoints, the newest by default
+    models: FilePaths = ()  # folders of reward models; the run's own by default
+    scenarios: Some = 24  # held-out, of each family
+    samples: Annotated[int, Range(2, 10**4)] = 64  # rollouts of each
 
 
 def sample(
@@ -81,12 +84,10 @@ def table(picks: Sequence[Pick]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     given = read_recipe("rl.bestofn", "The best-of-n curve of reward models.", BestOfNConfig, arguments).config
-    if given.scenarios < 1 or given.samples < 2:
-        raise MetronomeError(f"best of n needs 1 scenario and 2 samples, not {given.scenarios} and {given.samples}")
     run = Path(given.run)
     if not (run / "config.yaml").is_file():
         raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
-    config, _, _ = parse(["--config", str(run / "config.yaml")])
+    config, _, _ = parse(["--config", str(run / "config.yaml")], past=True)
     source = RewardSource.load(config.scenarios, SourceConfig(models=given.models or config.source.models))
     if not source.models:
         raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")

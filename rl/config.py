@@ -7,9 +7,26 @@ fast the machine is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from model.config import Preset
 from model.placement import PlacementConfig
+from model.program.folders import RunName
+from model.program.outputs import OutputFolder
+from model.program.ranges import (
+    Every,
+    FilePath,
+    Fraction,
+    Probability,
+    Range,
+    Seed,
+    Some,
+    Steps,
+    Temperature,
+    Tokens,
+    Weight,
+    Words,
+)
 from reward.source import SourceConfig
 from rl.tracking.settings import TrackingConfig
 from rollout.scenarios.registry import ScenarioConfig
@@ -19,8 +36,8 @@ from rollout.scenarios.registry import ScenarioConfig
 class ModelRecipe:
     """The model to train: a preset with fresh weights, or a checkpoint in transformers' format."""
 
-    preset: str = "tiny"
-    checkpoint: str | None = None  # folder to start from; its config.json replaces the preset
+    preset: Preset = "tiny"
+    checkpoint: FilePath | None = None  # folder to start from; its config.json replaces the preset
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -28,13 +45,13 @@ class ModelRecipe:
 class OptimConfig:
     """AdamW as DeepSpeed drives it."""
 
-    lr: float = 6e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.02
-    warmup_steps: int = 20  # linear, from 0
-    final_lr: float = 0.2  # fraction of lr reached, linearly, at the last step
-    clip_norm: float = 0.5  # of the whole gradient; 0 turns clipping off
+    lr: Annotated[float, Range(0.0, 1.0)] = 6e-4
+    beta1: Annotated[float, Range(0.0, 0.999999)] = 0.9
+    beta2: Annotated[float, Range(0.0, 0.999999)] = 0.95
+    weight_decay: Fraction = 0.02
+    warmup_steps: Steps = 20  # linear, from 0
+    final_lr: Fraction = 0.2  # fraction of lr reached, linearly, at the last step
+    clip_norm: Annotated[float, Range(0.0, 1e6)] = 0.5  # of the whole gradient; 0 turns clipping off
     zero_stage: Literal[0, 1, 2] = 1
 
 
@@ -42,8 +59,8 @@ class OptimConfig:
 class WarmstartConfig:
     """Supervised warm start on scripted demonstrations, wrong by the mistakes of the families' settings."""
 
-    steps: int = 320
-    episodes: int = 16  # demonstrations a step, over all ranks
+    steps: Steps = 320
+    episodes: Some = 16  # demonstrations a step, over all ranks
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, clip_norm=1.0))
 
 
@@ -51,44 +68,46 @@ class WarmstartConfig:
 class RLConfig:
     """Strictly on-policy reinforcement learning: one rollout batch, one optimizer step."""
 
-    steps: int = 120
-    groups: int = 8  # scenarios a step, over all ranks; families take turns
-    rollouts: int = 6  # rollouts of each scenario
-    gamma: float = 0.9  # discount a chunk; at 0.6 a reminder too early paid more than one on time
-    axis_weights: dict[str, float] = field(default_factory=dict)  # of axes of reward; 1 where left out
-    reference_weight: float = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
+    steps: Steps = 120
+    groups: Some = 8  # scenarios a step, over all ranks; families take turns
+    rollouts: Annotated[int, Range(2, 10**4)] = 6  # of each scenario; advantages compare them with each other
+    gamma: Probability = 0.9  # discount a chunk; at 0.6 a reminder too early paid more than one on time
+    axis_weights: dict[str, Weight] = field(default_factory=dict)  # of axes of reward; 1 where left out
+    reference_weight: Weight = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
     optim: OptimConfig = field(default_factory=OptimConfig)
-    micro_batch: int = 8  # episodes in one learner forward; does not enter the result beyond summation order
-    checkpoint_every: int = 40
-    evaluate_every: int = 20
-    save_episodes_every: int = 40  # episode records to disk every so many steps; 0 never
+    micro_batch: Some = 8  # episodes in one learner forward; does not enter the result beyond summation order
+    checkpoint_every: Every = 40
+    evaluate_every: Every = 20
+    save_episodes_every: Steps = 40  # episode records to disk every so many steps; 0 never
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     engine: Literal["session", "vllm"] = "session"  # embedded, or vLLM; the same bits
-    temperature: float = 1.0
-    words_per_chunk: int = 1
-    max_tokens: int = 512  # context of a session
-    workers: int = 0  # processes beside each learner process that roll out (vllm: at most 1); 0: in the learner's own
-    worker_threads: int | None = None  # of each; None is an even share of the cores
-    worker_timeout_s: float = 120.0  # to get ready, and for a share of a step; then another one plays it
+    temperature: Temperature = 1.0
+    words_per_chunk: Words = 1
+    max_tokens: Tokens = 512  # context of a session
+    # Processes beside each learner process that roll out (vllm: at most 1); 0: in the learner's own.
+    workers: Annotated[int, Range(0, 1024)] = 0
+    worker_threads: Annotated[int, Range(1, 1024)] | None = None  # of each; None is an even share of the cores
+    # To get ready, and for a share of a step; then another one plays it.
+    worker_timeout_s: Annotated[float, Range(0.1, 1e6)] = 120.0
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Held-out scenarios, sampled at the training temperature."""
 
-    scenarios: int = 96  # of each family, before and after
-    during: int = 24  # of each family, every rl.evaluate_every steps
+    scenarios: Some = 96  # of each family, before and after
+    during: Some = 24  # of each family, every rl.evaluate_every steps
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    name: str = "quickstart"
-    runs: str = "runs"  # folder that holds run folders
-    seed: int = 0
-    speech_dir: str | None = None  # recordings with a manifest; None is the set shipped with the program
+    name: Annotated[str, RunName()] = "quickstart"
+    runs: Annotated[str, OutputFolder()] = "runs"  # folder that holds run folders
+    seed: Seed = 0
+    speech_dir: FilePath | None = None  # recordings with a manifest; None is the set shipped with the program
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)

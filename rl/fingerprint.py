@@ -17,11 +17,10 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rl.fingerprint")
 
-import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,10 @@ from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.errors import MetronomeError
-from model.program.files import write_whole
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
+from model.program.reading import UnreadableError, read_record
 from model.senses.audio import DMel
 from reward.source import RewardSource
 from rl.config import TrainConfig
@@ -136,12 +138,16 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
     return next((name for name in names if one.get(name) != other.get(name)), None)
 
 
+def parser() -> Parser:
+    parser = Parser("rl.fingerprint", __doc__)
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the digests to FILE")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier FILE")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Raises SystemExit with status 1 when ``--against`` differs, MetronomeError for a file that cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m rl.fingerprint", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the digests to FILE")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier FILE")
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     earlier = None if given.against is None else _read(given.against)
     ranks.join()
     if ranks.world() != 1:
@@ -151,13 +157,13 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         ranks.leave()
     if given.json is not None:
-        write_whole(given.json, (json.dumps(current, indent=2) + "\n").encode())
+        write_json(given.json, current)
     print(f"contract {current['contract_id']}, {current['instruction_set']}, {current['processor']}")
     for name, digest in current["stages"].items():
         print(f"{name:38s} {digest}")
     if earlier is None:
         return
-    processor = earlier.get("processor", "another machine")
+    processor = earlier["processor"]
     if earlier["contract_id"] != current["contract_id"]:
         print(f"not comparable: {given.against} is of contract {earlier['contract_id']}")
         sys.exit(1)
@@ -170,11 +176,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored["contract_id"], str) or not isinstance(stored["stages"], dict):
-            raise ValueError("contract_id or stages is of another type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return asdict(read_record(path, _Fingerprint))
+    except UnreadableError as error:
         raise MetronomeError(
-            f"{path}: cannot be read as a fingerprint ({error}); name one that `python -m rl.fingerprint --json` wrote"
+            f"{path}: cannot be read as a fingerprint ({error.problem}); name one that `python -m rl.fingerprint "
+            "--json` wrote"
         ) from error
-    return stored
+
+
+@dataclass(frozen=True)
+class _Fingerprint:
+    """What is read of a file of `fingerprint`."""
+
+    contract_id: str
+    stages: dict[str, str]
+    processor: str = "another machine"

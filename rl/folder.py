@@ -21,6 +21,7 @@ from typing import Any
 
 from kernels.errors import MetronomeError
 from model.program.files import write_whole
+from model.program.reading import UnreadableError, lines, parse_line, read_bytes, read_text
 from model.weights import manifest
 from rl.learner import ranks
 
@@ -59,7 +60,7 @@ class RunFolder:
         saved = path / "config.yaml"
         if not saved.is_file():
             raise MetronomeError(f"{path} holds no run to resume (no config.yaml); start without --resume")
-        before = saved.read_text()
+        before = read_text(saved)
         if before != config:
             changed = [
                 line for line in difflib.unified_diff(before.splitlines(), config.splitlines(), lineterm="", n=0)
@@ -87,7 +88,7 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, float | int | str]) -> None:
         """Adds one record. Raises ValueError unless its ``step`` is larger than that of the record before."""
-        last = json.loads(self._metrics[-1])["step"] if self._metrics else -1
+        last = _step(self._metrics[-1]) if self._metrics else -1
         if int(record["step"]) <= last:
             raise ValueError(f"metrics: step {record['step']} after step {last}")
         self._metrics.append(json.dumps(dict(record), allow_nan=False).encode() + b"\n")
@@ -95,11 +96,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records so far, one for each step."""
-        return [json.loads(line) for line in self._metrics]
+        return [parse_line(line, "metrics.jsonl") for line in self._metrics]
 
     def keep_metrics_before(self, step: int) -> None:
         """Drops records of steps that a resumed run will take again."""
-        kept = [line for line in self._metrics if json.loads(line)["step"] < step]
+        kept = [line for line in self._metrics if _step(line) < step]
         if len(kept) < len(self._metrics):
             self._metrics = kept
             self.write_bytes("metrics.jsonl", b"".join(kept))
@@ -158,15 +159,31 @@ def _locate(runs: Path, name: str) -> Path:
 
 
 def _read_lines(path: Path) -> list[bytes]:
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
+    """The lines of metrics.jsonl, each with its newline. Raises MetronomeError, naming the line, for what is no record
+    of a step after the one before. A last line that another program's crash cut short is left out."""
+    if not path.exists():
+        return []
+    data = read_bytes(path)
+    kept: list[bytes] = []
+    last = -1
+    for number, line in lines(data):
+        where = f"{path}, line {number}"
         try:
-            complete = "step" in json.loads(line)
-        except ValueError:
-            complete = False
-        if not complete:
-            raise MetronomeError(f"{path}, line {number}: not a metric record with a step; restore or remove the file")
-    return lines
+            step = parse_line(line, where).get("step")
+        except UnreadableError as error:
+            if number == data.count(b"\n") + 1:  # no newline ends it
+                break
+            raise MetronomeError(f"{error}; restore or remove the file") from None
+        if type(step) is not int or step <= last:
+            after = f" after step {last}" if last >= 0 else ""
+            raise MetronomeError(f"{where}: not a metric record with a step{after}; restore or remove the file")
+        kept.append(line + b"\n")
+        last = step
+    return kept
+
+
+def _step(line: bytes) -> int:
+    return int(parse_line(line, "metrics.jsonl")["step"])
 
 
 def _flush(folder: Path) -> None:

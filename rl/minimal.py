@@ -3,8 +3,8 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml -m rl.minimal --config configs/quickstart.yaml
 
 It ends with the very weights of `rl.train` on the same recipe and number of processes, and prints their digest. Left
-out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers, vLLM, and checks of
-a recipe's ranges. Refused: learned rewards, distance from a reference policy, bf16 (which needs fp32 masters).
+out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers and vLLM.
+Refused: learned rewards, distance from a reference policy, bf16 (which needs fp32 masters).
 
 Why there is no importance ratio, no clipping of one and no second step on a batch: sampler and learner are one
 function, so the ratio is exactly 1, and the `check` below stops the run where it would not be.
@@ -32,7 +32,8 @@ from rl.config import OptimConfig, TrainConfig
 from rl.learner import ranks
 from rl.learner.deepspeed import learning_rate
 from rl.rollers import plays_of_a_step
-from rl.run import build_model
+from rl.room import check_fits
+from rl.run import build_model, check_shares
 from rl.step import tree
 from rl.step.advantage import RunningScale
 from rl.step.credit import token_weights
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     if config.rl.reference_weight or config.source.models or config.model.dtype != "float32":
         raise MetronomeError("rl.minimal knows fp32 and the rules' rewards only; use rl.train")
     ranks.join()
+    check_shares(config)
+    check_fits(config)
     digest = train(config)
     if ranks.rank() == 0:
         print(f"weights_digest {digest}")

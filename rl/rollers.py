@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from rollout.turn.vocabulary import Vocabulary
 def check_workers(config: TrainConfig) -> None:
     """Raises MetronomeError for rollout workers that cannot be or would have nothing to do."""
     rollout, plays = config.rollout, plays_of_a_step(config)
-    if not 0 <= rollout.workers <= plays:
+    if rollout.workers > plays:
         raise MetronomeError(
             f"rollout.workers is {rollout.workers}: give 0, to roll out in the learner's process, or at most {plays}, "
             "one for each rollout of its share of a step"
@@ -38,12 +37,6 @@ def check_workers(config: TrainConfig) -> None:
         raise MetronomeError(
             f"rollout.workers is {rollout.workers}: on a GPU episodes are sampled in the learner's process; give "
             "--rollout.workers 0, or start more learner processes, one for each GPU"
-        )
-    if rollout.worker_threads is not None and rollout.worker_threads < 1:
-        raise MetronomeError(f"rollout.worker_threads is {rollout.worker_threads}: give each worker at least 1")
-    if not 0 < rollout.worker_timeout_s < threading.TIMEOUT_MAX:
-        raise MetronomeError(
-            f"rollout.worker_timeout_s is {rollout.worker_timeout_s}: give the seconds after which a worker hangs"
         )
 
 

@@ -6,14 +6,12 @@ Owns everything that lasts as long as the run: its folder, what the user sees, t
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 
@@ -21,6 +19,9 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
+from model.program.files import write_json
+from model.program.ranges import Range
+from model.program.reading import UnreadableError, read_record
 from model.weights import checkpoint
 from reward.source import RewardSource
 from rl import watch
@@ -35,8 +36,8 @@ from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.rollers import check_workers, start_roller
+from rl.room import check_fits
 from rl.step import loop
-from rl.step.advantage import RunningScale
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch, NotEqualError
 from rl.tracking.samples import samples
@@ -44,6 +45,7 @@ from rl.tracking.settings import check as check_tracking
 from rl.tracking.tracker import Tracker
 from rl.warmstart import warm_start
 from rollout.record.episode import save_episodes
+from rollout.seeds import FIRST_DEMONSTRATION_SEED, SEEDS_PER_RUN
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
@@ -66,12 +68,12 @@ class DifferentError(MetronomeError):
 class Progress:
     """What a checkpoint remembers of the run so far; every number is a total since the run's start."""
 
-    step: int  # finished RL steps
+    step: Annotated[int, Range(0, 10**9)]  # finished RL steps
     before: HeldOut  # after warm start
     mismatch: Mismatch
-    wall_s: float
+    wall_s: Annotated[float, Range(0, 10**10)]
     reward_models: tuple[str, ...]  # digest of each one's weights
-    processes: int  # that sum the gradients; another number sums them in another order
+    processes: Annotated[int, Range(1, 10**6)]  # that sum the gradients; another number sums them in another order
     stopped: bool = False  # by the watch over learned rewards
     scales: Scales = field(default_factory=dict)  # of the advantages (`rl.step.credit`)
 
@@ -86,6 +88,7 @@ class Run:
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
         check_shares(config)
         check_workers(config)
+        check_fits(config)
         check_tracking(config.tracking)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.config = config
@@ -272,9 +275,9 @@ class Run:
 
 
 def check_shares(config: TrainConfig) -> None:
-    """Raises MetronomeError when a process would have nothing to do, or a group nothing to be compared with, or
-    distance a negative cost, or the policy would not be sampled from."""
-    if not 0 < config.rollout.temperature < math.inf:
+    """Raises MetronomeError for a setting that does not fit the others: a process would have nothing to do, scenarios
+    would come twice, an axis is not rewarded, or the policy would not be sampled from."""
+    if config.rollout.temperature == 0:
         raise MetronomeError(
             f"rollout.temperature is {config.rollout.temperature}: RL needs a number above 0. At 0 the sampler takes "
             "the most likely token, which is no sample of the policy whose log-probs are learned from"
@@ -282,15 +285,17 @@ def check_shares(config: TrainConfig) -> None:
     for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
         if count < ranks.world():
             raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
-    if config.rl.reference_weight < 0:
-        raise MetronomeError(f"rl.reference_weight is {config.rl.reference_weight}: the cost of a nat, 0 or more")
+    for name, steps, each, seeds in (
+        ("rl.steps", config.rl.steps, config.rl.groups, FIRST_DEMONSTRATION_SEED),
+        ("warmstart.steps", config.warmstart.steps, config.warmstart.episodes, SEEDS_PER_RUN),
+    ):
+        if steps * each > seeds:
+            raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
     if wrong := sorted(config.rl.axis_weights.keys() - set(config.scenarios.axes)):
         raise MetronomeError(
             f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on "
             f"{', '.join(config.scenarios.axes)}"
         )
-    if config.rl.rollouts < 2:
-        raise MetronomeError(f"rl.rollouts is {config.rl.rollouts}: advantages compare the rollouts of a group, give 2")
 
 
 def build_model(config: TrainConfig) -> InteractionModel:
@@ -312,19 +317,15 @@ def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
         learner.save(path)
         if ranks.rank() == 0:
             checkpoint.save(learner.model, path / "model")
-            (path / PROGRESS).write_text(json.dumps(asdict(progress)))
+            write_json(path / PROGRESS, asdict(progress))
 
 
 def load_progress(path: Path) -> Progress:
     try:
-        fields: dict[str, Any] = json.loads((path / PROGRESS).read_text())
-        records = {"before": HeldOut(**fields["before"]), "mismatch": Mismatch(**fields["mismatch"])}
-        records["scales"] = {name: RunningScale(**scale) for name, scale in fields["scales"].items()}
-        return Progress(**{**fields, **records, "reward_models": tuple(fields["reward_models"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MetronomeError(
-            f"{path / PROGRESS}: cannot be read ({error}). Delete this checkpoint to resume from the one before."
-        ) from error
+        return read_record(path / PROGRESS, Progress)
+    except UnreadableError as error:
+        remedy = "Delete this checkpoint to resume from the one before."
+        raise MetronomeError(f"{path / PROGRESS}: cannot be read ({error.problem}). {remedy}") from error
 
 
 def describe(result: dict[str, float]) -> str:

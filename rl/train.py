@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
         ranks.leave()
 
 
-def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, bool, str]:
-    """The recipe, whether to resume, and the resolved recipe as YAML; errors as in `read_recipe`."""
+def parse(arguments: list[str] | None = None, past: bool = False) -> tuple[TrainConfig, bool, str]:
+    """The recipe, whether to resume, and the resolved recipe as YAML; ``past`` and errors as in `read_recipe`."""
     description = "Train an interaction model by exactly on-policy RL."
-    recipe = read_recipe("rl.train", description, TrainConfig, arguments, resumes=True)
+    recipe = read_recipe("rl.train", description, TrainConfig, arguments, resumes=True, past=past)
     return recipe.config, recipe.resume, recipe.text

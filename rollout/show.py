@@ -17,7 +17,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     run_command("rollout.show")
 
-import argparse
 import importlib
 import json
 import math
@@ -31,7 +30,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kernels.errors import MetronomeError
-from rollout.record.episode import Episode, load_episodes
+from model.program.arguments import Parser
+from model.program.ranges import Range, number
+from rollout.record.episode import Episode, check_tensors, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.turn.action import Mode
 
@@ -71,11 +72,17 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         console.print(f"Rollout {given.rollout} of {len(episodes)} in this file; --list names them all.", style="dim")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(prog="python -m rollout.show", description="Prints an episode's timeline.")
+    parser = Parser("rollout.show", "Prints an episode's timeline.")
     parser.add_argument("file", type=Path, help="RUN/episodes/step_NNNNNN.rank_N.safetensors")
-    parser.add_argument("--rollout", type=int, default=0, metavar="N", help="which of the file's rollouts, from 0")
+    parser.add_argument(
+        "--rollout",
+        type=number(int, Range(0, 10**6)),
+        default=0,
+        metavar="N",
+        help="which of the file's rollouts, from 0",
+    )
     parser.add_argument("--list", action="store_true", help="name the file's rollouts")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
@@ -86,6 +93,7 @@ def look(episode: Episode, file: Path) -> View:
     module, name = VERDICT_FUNCTION.split(":")
     judge: Callable[[Episode, Path], dict[str, Any] | None] = getattr(importlib.import_module(module), name)
     try:
+        check_tensors(episode)
         return View(episode, moments(episode), judge(episode, file.resolve().parent.parent))
     except ValueError as error:
         raise MetronomeError(f"{file}: {error}. Roll the episodes out again, or delete the file.") from error

@@ -15,8 +15,11 @@ libraries.
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("kernels.tools.bench")
+
 import os
 import statistics
 import time
@@ -24,7 +27,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -35,6 +37,9 @@ from kernels.cpu.moe import GATHER, GROUPED, expert_linear_by
 from kernels.tools import bench_cases as cases
 from kernels.tools.bench_cases import Call, Case
 from kernels.tools.bench_report import Result, aims_table, crossings, paths_table, table
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
 
 SLOW_S = 0.5
 """Seconds beyond which a call is run once only; when it is torch's, the shape's greater row counts are left out (on
@@ -192,20 +197,20 @@ def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.tools.bench", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, help="file for the results: a list of objects")
+def parser() -> Parser:
+    parser = Parser("kernels.tools.bench", __doc__)
+    parser.add_argument("--json", type=output_file(), help="file for the results: a list of objects")
     parser.add_argument("--quick", action="store_true", help="few rows and rounds: checks the bench, not the speed")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="time only these")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     torch.manual_seed(0)
-    results = run(arguments.quick, tuple(arguments.ops))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
-        print(f"written to {arguments.json}")
+    results = run(given.quick, tuple(given.ops))
+    if given.json is not None:
+        write_json(given.json, [asdict(r) for r in results], indent=1)
+        print(f"written to {given.json}")
     if not all(r.paths_equal for r in results if r.paths_equal is not None):
         raise SystemExit("expert_linear: gather + GEMV and grouped GEMM differ, which breaks the row contract")
-
-
-if __name__ == "__main__":
-    main()

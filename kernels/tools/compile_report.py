@@ -17,8 +17,11 @@ gives the right numbers: the other tests do, in Triton's interpreter and, where 
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("kernels.tools.compile_report")
+
 import multiprocessing
 import os
 import re
@@ -30,6 +33,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kernels.errors import MetronomeError
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
 
 if TYPE_CHECKING:  # importing it imports triton, whose mode is looked at first
     from kernels.triton.launch import CompileSpec
@@ -244,22 +252,23 @@ def _cell(result: Compiled) -> str:
     return f"[red]{text}[/red]" if result.problems else text
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Compiles every Triton kernel for every target and audits the result.")
-    parser.add_argument("--json", type=Path, help="also write the results here, a list of objects")
-    args = parser.parse_args()
+def parser() -> Parser:
+    parser = Parser("kernels.tools.compile_report", "Compiles every Triton kernel for every target and audits it.")
+    parser.add_argument("--json", type=output_file(), help="also write the results here, a list of objects")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        parser.error("TRITON_INTERPRET is set, which makes kernels Python functions; unset it to compile them")
+        raise MetronomeError("TRITON_INTERPRET is set, which makes kernels Python functions; unset it to compile them")
     from kernels.triton.specs import compile_specs
 
     start = time.perf_counter()
     results = report(compile_specs())
     print_table(results)
     print(f"{time.perf_counter() - start:.0f} s")
-    if args.json:
-        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    return 1 if not results or any(result.problems for result in results) else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    if given.json:
+        write_json(given.json, [asdict(result) for result in results], indent=1)
+    if not results or any(result.problems for result in results):
+        raise SystemExit(1)

@@ -12,15 +12,17 @@ nothing of use.
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("kernels.tools.device_bench")
+
 import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, product
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +31,10 @@ from torch.nn import functional as F
 from kernels import dispatch, ops
 from kernels.layout import SPLIT_TOKENS, AdamWStep, PagedKV, Segments
 from kernels.tools.device_time import Call, measure
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
+from model.program.ranges import Range, number
 
 RATE = 3.0e12
 """Bytes a second: what a large copy reached on an H100's memory."""
@@ -308,25 +314,27 @@ def line(r: Result) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.tools.device_bench", description=(__doc__ or "").split("\n")[0]
+def parser() -> Parser:
+    parser = Parser("kernels.tools.device_bench", __doc__)
+    parser.add_argument(
+        "--json", type=output_file(), metavar="FILE", help="write the results to FILE, after each family of ops"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE, after each family of ops")
     parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
-    parser.add_argument("--repeat", type=int, default=10, help="calls that are averaged (default: 10)")
+    parser.add_argument(
+        "--repeat", type=number(int, Range(1, 10_000)), default=10, help="calls that are averaged (default: 10)"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
-    given = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
 
     def keep(results: list[Result]) -> None:
         if given.json is not None:
             report = {"contract_id": dispatch.contract_id(), "bench": [asdict(r) for r in results]}
-            given.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(given.json, report, indent=1)
 
     results = run(given.dry, tuple(given.only), given.repeat, keep)
     if not results:
         raise SystemExit("nothing was measured")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,15 +10,17 @@ each must be reported as differing. Exit status 1 when a check does not hold or 
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("kernels.tools.device_rows")
+
 import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +37,9 @@ from kernels.tools.row_contract import (
     row_differences,
     same,
 )
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
 
 GROUPS = ("products", "rows", "attention", "gradients", "controls")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -269,14 +274,16 @@ def _tried(check: Check) -> tuple[bool, list[str]]:
         return True, [f"{type(error).__name__}: {str(error)[:300]}"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.tools.device_rows", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what differed to FILE")
+def parser() -> Parser:
+    parser = Parser("kernels.tools.device_rows", __doc__)
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write what differed to FILE")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--dry", action="store_true", help="few and small sizes")
-    given = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     begin = time.perf_counter()
     report = run(tuple(given.only), DRY if given.dry else FULL)
     failed = [name for name, found in report["rows"].items() if found]
@@ -289,10 +296,6 @@ def main() -> None:
     )
     if given.json is not None:
         stamp = {"contract_id": dispatch.contract_id(), "contract": dispatch.contract()}
-        given.json.write_text(json.dumps(stamp | report, indent=1) + "\n")
+        write_json(given.json, stamp | report, indent=1)
     if failed or missed:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,12 +11,14 @@ Runs with the Triton backend only; ``--dry`` takes few variants, for the interpr
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("kernels.tools.device_variants")
+
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +27,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import dispatch
+from kernels.errors import MetronomeError
 from kernels.tools.row_contract import COUNTS, same
 from kernels.triton.launch import run
 from kernels.triton.linear import product_kernel
 from kernels.triton.tiles import Tile, product_tile
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -99,15 +105,17 @@ def library(dry: bool) -> Iterator[tuple[str, list[int]]]:
         yield name, [n for n in COUNTS if n < rows and not same(op(inputs[:n]), whole[:n])]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.tools.device_variants", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+def parser() -> Parser:
+    parser = Parser("kernels.tools.device_variants", __doc__)
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the results to FILE")
     parser.add_argument("--dry", action="store_true", help="few variants and sizes")
-    given = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     if dispatch.contract()["backend"] != "triton":
-        parser.error("tiles are the Triton backend's; start with METRONOME_BACKEND=triton")
+        raise MetronomeError("tiles are the Triton backend's; start with METRONOME_BACKEND=triton")
     report: dict[str, Any] = {"shipped": {}, "variants": {}, "library_differs_at_rows": {}}
     for name, dtype in DTYPES.items():
         found = report["shipped"][name] = shipped_differences(dtype, given.dry)
@@ -122,10 +130,6 @@ def main() -> None:
     for name, counts in report["library_differs_at_rows"].items():
         print(f"     torch's {name} differs at row counts {counts}")
     if given.json is not None:
-        given.json.write_text(json.dumps({"contract_id": dispatch.contract_id()} | report, indent=1) + "\n")
+        write_json(given.json, {"contract_id": dispatch.contract_id()} | report, indent=1)
     if any(report["shipped"].values()):
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -110,6 +110,21 @@ class _Pages:
             self.free.append(page)
 
 
+def state_bytes(config: InklingConfig, slots: int, max_tokens: int, dtype: torch.dtype, max_rows: int = 1024) -> int:
+    """What a `SessionState` of these sizes allocates."""
+    text = config.text_config
+    counts = _page_counts(text, slots, max_tokens, max_rows)
+    layers = (_layer_sizes(text, i, counts[shapes.window(text, i)], slots) for i in range(text.num_hidden_layers))
+    return sum(math.prod(size) for layer in layers for size in layer) * dtype.itemsize
+
+
+def _page_counts(text: InklingTextConfig, slots: int, max_tokens: int, max_rows: int) -> dict[int | None, int]:
+    """Pages of a layer by its window; None is the key of global layers."""
+    most = -(-max_tokens // SPLIT_TOKENS)
+    sliding = pages_per_slot(text.sliding_window_size, most) * slots
+    return {None: slots * most, text.sliding_window_size: sliding + min(slots * most, -(-max_rows // SPLIT_TOKENS))}
+
+
 class SessionState:
     """Slots for sessions of one model. ``extend`` reserves rows; the model's forward fills them."""
 
@@ -130,15 +145,12 @@ class SessionState:
         text = config.text_config
         self.slots, self.max_tokens, self.max_rows = slots, max_tokens, max_rows
         max_pages = -(-max_tokens // SPLIT_TOKENS)
-        counts: dict[int | None, int] = {None: slots * max_pages}
-        counts[text.sliding_window_size] = pages_per_slot(text.sliding_window_size, max_pages) * slots + min(
-            slots * max_pages, -(-max_rows // SPLIT_TOKENS)
-        )
+        counts = _page_counts(text, slots, max_tokens, max_rows)
         windows = [shapes.window(text, i) for i in range(text.num_hidden_layers)]
         sizes = [_layer_sizes(text, i, counts[window], slots) for i, window in enumerate(windows)]
         device = device or dispatch.device()
         check_room(
-            sum(math.prod(size) for layer in sizes for size in layer) * dtype.itemsize,
+            state_bytes(config, slots, max_tokens, dtype, max_rows),
             f"{slots} sessions of up to {max_tokens} tokens",
             "lower the number of slots (rl.groups, rl.rollouts) or of tokens (rollout.max_tokens)",
             device,

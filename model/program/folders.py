@@ -11,7 +11,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernels.errors import MetronomeError
 
@@ -21,15 +23,29 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def locate(runs: str | Path, name: str) -> Path:
     """The folder of the run ``name``. Raises MetronomeError for a name that cannot name a folder within ``runs``, or
     when ``runs`` is no folder."""
-    if not NAME.fullmatch(name):
-        raise MetronomeError(
-            f"name {name!r} cannot name a run's folder; use up to 100 letters, digits, '.', '_' and '-', beginning "
-            "with one of the first two"
-        )
+    if problem := RunName().problem(name):
+        raise MetronomeError(f"name is {name!r}: {problem}")
     runs = Path(runs)
     if os.path.lexists(runs) and not runs.is_dir():
         raise MetronomeError(f"runs: {runs} is a file, but must be the folder that holds the runs' folders")
     return runs / name
+
+
+@dataclass(frozen=True)
+class RunName:
+    """In a recipe's types: a text that can name a run's folder."""
+
+    def __repr__(self) -> str:
+        return "a folder's name"
+
+    def problem(self, value: Any) -> str | None:
+        """As `model.program.ranges.Limit.problem`."""
+        if NAME.fullmatch(value):
+            return None
+        return (
+            "it cannot name a run's folder; use up to 100 letters, digits, '.', '_' and '-', beginning with one of the "
+            "first two"
+        )
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """Checks of output paths before the work whose results they shall hold: whatever can be found out at the start is.
 
 In a recipe the type says it, and `model.program.ranges.check` tries the path: ``json: Annotated[str, OutputFile()]``.
-Commands with plain options call `check_file` and `check_folder`. Trying a path writes an empty file beside it, or in
+Options of argparse have the types `output_file()` and `output_folder()`; `check_file` and `check_folder` are for paths
+that are only known later. Trying a path writes an empty file beside it, or in
 the nearest folder above it that exists, and removes it at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,25 @@ class OutputFolder:
     def problem(self, value: Any) -> str | None:
         """As `model.program.ranges.Limit.problem`."""
         return problem_of_folder(str(value))
+
+
+def output_file(beside: tuple[str, ...] = ()) -> Callable[[str], Path]:
+    """For ``type=`` of an argparse option: a file that the command will write. ``beside``: as in `OutputFile`."""
+    return _option(lambda text: problem_of_file(text, beside))
+
+
+def output_folder() -> Callable[[str], Path]:
+    """For ``type=`` of an argparse option: a folder that the command will make or write into."""
+    return _option(problem_of_folder)
+
+
+def _option(problem_of: Callable[[str], str | None]) -> Callable[[str], Path]:
+    def read(text: str) -> Path:
+        if problem := problem_of(text):
+            raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+        return Path(text)
+
+    return read
 
 
 def check_file(option: str, path: str | Path | None, beside: tuple[str, ...] = ()) -> None:

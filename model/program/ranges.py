@@ -14,8 +14,9 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 from kernels.errors import MetronomeError
 
@@ -66,6 +67,44 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Texts of 1 to ``most`` characters that do not begin or end with a space."""
+
+    most: int = LONGEST_TEXT
+
+    def __repr__(self) -> str:
+        return f"1 to {self.most:,} characters"
+
+    def problem(self, value: Any) -> str | None:
+        return None if value == value.strip() and 1 <= len(value) <= self.most else f"give {self!r}, no space around"
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Lists in which nothing comes twice."""
+
+    def __repr__(self) -> str:
+        return "each once"
+
+    def problem(self, value: Any) -> str | None:
+        twice = next((one for i, one in enumerate(value) if one in value[:i]), None)
+        return None if twice is None else f"{shown(twice)} comes twice; name each once"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Mappings whose fields have the limits of ``limits``, by name; others may be anything."""
+
+    limits: Mapping[str, Limit]
+
+    def __repr__(self) -> str:
+        return f"with limits for {', '.join(self.limits)}"
+
+    def problem(self, value: Any) -> str | None:
+        return None  # each field is looked at by itself, under its own name
+
+
+@dataclass(frozen=True)
 class Ascending:
     """Lists in ascending order, such as a (least, most) pair; ``strictly``: no two equal."""
 
@@ -79,44 +118,57 @@ class Ascending:
         return None if ordered else f"give numbers {self!r}"
 
 
-def check(config: Any, prefix: str = "") -> None:
+def check(config: Any, prefix: str = "", leave_out: tuple[type, ...] = ()) -> None:
     """Raises MetronomeError, naming field, value and range, for the first field of a dataclass (or of one within it)
-    that is outside its range. ``prefix``: dotted name of the dataclass in the recipe, with its dot."""
-    for name, value, problem in problems(config, prefix):
+    that is outside its range. ``prefix``: dotted name of the dataclass in the recipe, with its dot; ``leave_out``:
+    limits of these types are not looked at."""
+    for name, value, problem in problems(config, prefix, leave_out):
         raise MetronomeError(f"recipe: {name} is {shown(value)}: {problem}")
 
 
-def problems(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def problems(config: Any, prefix: str = "", leave_out: tuple[type, ...] = ()) -> Iterator[tuple[str, Any, str]]:
     """Yields (dotted name, value, what is wrong) of each field outside its range."""
-    hints = get_type_hints(type(config), include_extras=True)
-    for field in fields(config):
-        yield from _problems(f"{prefix}{field.name}", getattr(config, field.name), hints[field.name])
+    kind: Any = type(config)
+    for name, hint in hints_of(kind).items():
+        yield from _problems(f"{prefix}{name}", getattr(config, name), hint, leave_out)
 
 
-def _problems(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, str]]:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        plain = list(_problems(name, value, arguments[0]))
-        limits = [limit for limit in hint.__metadata__ if isinstance(limit, Limit)] if value is not None else []
-        wrong = next((p for limit in limits if (p := limit.problem(value)) is not None), None)
-        yield from plain if wrong is None else [(name, value, wrong)]
-    elif origin in (Union, types.UnionType):
-        if value is not None:
-            inner = [one for one in arguments if one is not types.NoneType]
-            yield from _problems(name, value, inner[0] if len(inner) == 1 else Any)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from problems(value, f"{name}.")
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name; nothing for another type."""
+    if not is_dataclass(kind):
+        return {}
+    types_of = get_type_hints(kind, include_extras=True)
+    return {field.name: types_of[field.name] for field in fields(kind)}
+
+
+def _problems(name: str, value: Any, hint: Any, leave_out: tuple[type, ...]) -> Iterator[tuple[str, Any, str]]:
+    if value is None:
+        return
+    limits = [limit for limit in limits_of(hint) if not isinstance(limit, leave_out)]
+    within = list(_within(name, value, hint, leave_out))
+    if (isinstance(value, str) or not limits) and (wrong := _unlimited(value)):  # a number's range says it better
+        within = [(name, value, wrong)]
+    wrong = None if within else next((p for limit in limits if (p := limit.problem(value))), None)
+    yield from within if wrong is None else [(name, value, wrong)]
+
+
+def _within(name: str, value: Any, hint: Any, leave_out: tuple[type, ...]) -> Iterator[tuple[str, Any, str]]:
+    """As `_problems`, of what a dataclass, mapping or list holds."""
+    arguments = get_args(bare(hint)[0])
+    if is_dataclass(value) and not isinstance(value, type):
+        yield from problems(value, f"{name}.", leave_out)
     elif isinstance(value, Mapping):
         of = arguments[1] if len(arguments) == 2 else Any
+        limits = next((limit.limits for limit in limits_of(hint) if isinstance(limit, Fields)), {})
         for key, one in value.items():
-            yield from _problems(f"{name} (a key)", key, str)
-            yield from _problems(f"{name}.{key}", one, of)
+            yield from _problems(f"{name} (a key)", key, str, leave_out)
+            yield from _problems(f"{name}.{key}", one, Annotated[of, limits.get(key)], leave_out)
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         each = arguments if arguments and arguments[-1] is not ... and len(arguments) == len(value) else None
         for i, one in enumerate(value):
-            yield from _problems(f"{name}[{i}]", one, each[i] if each else arguments[0] if arguments else Any)
-    elif (wrong := _unlimited(value)) is not None:
-        yield name, value, wrong
+            of = each[i] if each else arguments[0] if arguments else Any
+            yield from _problems(f"{name}[{i}]", one, of, leave_out)
 
 
 def _unlimited(value: Any) -> str | None:
@@ -128,6 +180,45 @@ def _unlimited(value: Any) -> str | None:
     if isinstance(value, str) and (len(value) > LONGEST_TEXT or not all(c.isprintable() for c in value)):
         return f"give at most {LONGEST_TEXT:,} characters, none of which is a control character"
     return None
+
+
+def bare(hint: Any) -> tuple[Any, bool]:
+    """A field's type without `Annotated` and without None, and whether it may be None."""
+    if get_origin(hint) is Annotated:
+        return bare(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = [one for one in get_args(hint) if one is not types.NoneType]
+        may_be_null = len(inner) < len(get_args(hint))
+        return (bare(inner[0])[0] if len(inner) == 1 else Union[tuple(inner)]), may_be_null  # noqa: UP007, made here
+    return hint, False
+
+
+def limits_of(hint: Any) -> list[Limit]:
+    """What `Annotated` adds to a field's type, also to that of an optional field."""
+    if get_origin(hint) is Annotated:
+        return [*limits_of(get_args(hint)[0]), *(one for one in hint.__metadata__ if isinstance(one, Limit))]
+    if get_origin(hint) in (Union, types.UnionType):
+        return [limit for one in get_args(hint) for limit in limits_of(one)]
+    return []
+
+
+_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def described(hint: Any) -> str:
+    """A field's type and limits in words: "a whole number, 0 to 10"."""
+    kind, may_be_null = bare(hint)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        name = " or ".join(map(str, arguments))
+    elif origin is tuple:
+        each = arguments[:1] if arguments[-1] is ... else arguments
+        name = "a list of " + " and ".join(f"({described(one)})" for one in each)
+    elif len(arguments) == 2:
+        name = f"a mapping to ({described(arguments[1])})"
+    else:
+        name = "a mapping of fields" if is_dataclass(kind) else _NAMES.get(kind, "a value")
+    return ", ".join([name, *map(repr, limits_of(hint))]) + (", or null" if may_be_null else "")
 
 
 def number(kind: type[int] | type[float], limit: Range) -> Callable[[str], float]:
@@ -150,5 +241,32 @@ def number(kind: type[int] | type[float], limit: Range) -> Callable[[str], float
 
 def shown(value: Any) -> str:
     """A value in an error's one line: cut short, without control characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        text = "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Steps = Annotated[int, Range(0, 10**7)]
+Every = Annotated[int, Range(1, 10**7)]
+"""Of so many steps one."""
+Count = Annotated[int, Range(0, 10**6)]
+Some = Annotated[int, Range(1, 10**6)]
+Tokens = Annotated[int, Range(1, 2**20)]
+Probability = Annotated[float, Range(0.0, 1.0)]
+Fraction = Probability
+Temperature = Annotated[float, Range(0.0, 100.0)]
+Words = Annotated[int, Range(1, 100)]
+"""Of a micro-turn."""
+FilePath = Annotated[str, Text()]
+FilePaths = Annotated[tuple[FilePath, ...], Length(0, 100), Distinct()]
+Names = Annotated[tuple[Annotated[str, Text(100)], ...], Length(1, 100), Distinct()]
+Weight = Annotated[float, Range(0.0, 1e3)]
+SomeChunks = Annotated[int, Range(1, 3000)]
+"""Of 200 ms: ten minutes at most."""
+Seconds = Annotated[float, Range(0.0, 60.0)]
+Few = Annotated[int, Range(0, 100)]
+SecondsPair = Annotated[tuple[Seconds, Seconds], Ascending()]
+FewPair = Annotated[tuple[Few, Few], Ascending()]

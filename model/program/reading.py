@@ -4,11 +4,12 @@ have written is read here.
 - Text is UTF-8, whatever the locale, with or without a byte-order mark; another encoding is named in the error.
 - JSON is what the standard allows: no NaN, no number beyond 64 bits or fp64, no key twice, no lone surrogate. Lines of
   a JSON-lines file end with ``\\n`` and nothing else (U+2028 may stand inside a string).
-- YAML has JSON's values and nothing that refers to itself. Words stay words: only ``true`` and ``false`` are truth
-  values, and only ``null`` and ``~`` are null (YAML 1.2's core schema).
+- YAML has JSON's values under keys that are texts, and nothing that refers to itself. Words stay words: only ``true``
+  and ``false`` are truth values, only ``null`` and ``~`` are null, and ``<<`` is a key (YAML 1.2's core schema).
 - Nothing is nested deeper than `DEEPEST`.
 
-Errors are `UnreadableError`, one line each. Its ``problem`` is for callers who name the file in other words.
+Errors are `UnreadableError`, one line each; ``problem`` is for callers who name the file in other words. Tensors are
+read by `model.weights.tensors`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +30,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kernels.errors import MetronomeError
+from model.program.ranges import problems, shown
 
 DEEPEST = 64
 """Most levels of nesting."""
@@ -35,8 +40,15 @@ MOST_VALUES = 100_000
 """Most values of a YAML text."""
 INT64 = 2**63
 
-MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 """First bytes of other encodings, the longer ones first."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_IN_A_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 Kind = TypeVar("Kind")
 
@@ -45,25 +57,44 @@ class UnreadableError(MetronomeError):
     """A file, or a text from one, is not what it should be."""
 
     def __init__(self, where: str | Path, problem: str) -> None:
-        super().__init__(f"{where}: {problem}" if str(where) else problem)
-        self.problem = problem  # the end of the sentence, such as "is missing"
+        super().__init__(one_line(f"{where}: {problem}" if str(where) else problem))
+        self.problem = one_line(problem)  # the end of the sentence, such as "is missing"
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """A regular file's content. Raises UnreadableError when it is missing, no file, larger than ``most`` bytes, or may
-    not be read."""
+def one_line(text: str) -> str:
+    """A text that a file may have had a part in, for an error: control characters and lone surrogates are written as
+    escapes."""
+    return _NOT_IN_A_LINE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a regular file. Raises UnreadableError when it is missing or no regular file: a pipe or a device would
+    never end."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
-            raise UnreadableError(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file")
-        if status.st_size > most:
-            raise UnreadableError(path, f"has {status.st_size:,} bytes; at most {most:,} are read")
-        return path.read_bytes()
     except FileNotFoundError:
         raise UnreadableError(path, "is missing") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UnreadableError(path, f"cannot be read ({reason})") from None
+        raise _refused(path, error) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableError(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file")
+    return status.st_size
+
+
+def _refused(path: Path, error: OSError | ValueError) -> UnreadableError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return UnreadableError(path, f"cannot be read ({reason})")
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A regular file's content. Raises UnreadableError as `size_of` does, and when it is larger than ``most`` bytes or
+    may not be read."""
+    if (size := size_of(path)) > most:
+        raise UnreadableError(path, f"has {size:,} bytes; at most {most:,} are read")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _refused(path, error) from None
 
 
 def decode(data: bytes, where: str | Path = "") -> str:
@@ -72,13 +103,17 @@ def decode(data: bytes, where: str | Path = "") -> str:
     for mark, name in MARKS:
         if data.startswith(mark):
             raise UnreadableError(where, f"is {name}; save it as UTF-8 (iconv -f {name} -t UTF-8)")
+    if b"\0" in data:
+        raise UnreadableError(
+            where, "holds null characters (UTF-16, or damaged by a crash?); a text in UTF-8 is needed"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UnreadableError(
-            where, f"is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}; Latin-1?); save it as UTF-8"
-        ) from None
+        at = data.count(b"\n", 0, error.start) + 1
+        line = f" in line {at}" if b"\n" in data else ""
+        problem = f"is not UTF-8 (byte 0x{data[error.start]:02x}{line}; Latin-1?); save it as UTF-8"
+        raise UnreadableError(where, problem) from None
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
@@ -91,35 +126,59 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), path)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's value, which must be an object. Raises UnreadableError as `read_json` and `as_object` do."""
+    return as_object(read_json(path), path)
+
+
+def as_object(value: Any, where: str | Path = "") -> dict[str, Any]:
+    """A JSON value that must be an object. Raises UnreadableError for another."""
+    if not isinstance(value, dict):
+        raise UnreadableError(where, f"must be a JSON object, not {shown(value)}")
+    return value
+
+
 def read_record(path: Path, kind: type[Kind]) -> Kind:
     """A JSON file as a value of the type ``kind`` (`as_record`)."""
     return as_record(read_text(path), kind, path)
 
 
-def as_record(text: str, kind: type[Kind], where: str | Path = "") -> Kind:
-    """JSON text as a value of the type ``kind``, a dataclass or what is made of them, lists, mappings and plain types;
-    numbers in texts are not taken for numbers. Raises UnreadableError for the first field that is missing, unknown to a
-    TypedDict, or of another type, and as `parse_json` does."""
+def as_record(text: str, kind: type[Kind], where: str | Path = "", ranges: bool = True) -> Kind:
+    """JSON text as a value of the type ``kind``: a dataclass, or what is made of them, lists, mappings and plain
+    types. Nothing is converted but whole numbers to floats and lists to tuples; with ``ranges``, those of a dataclass
+    hold (`model.program.ranges`). Keys beyond those of ``kind`` are ignored. Raises UnreadableError for the first field
+    that is missing, of another type or out of its range, and as `parse_json` does."""
     parse_json(text, where)
     try:
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        value = _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         at = ".".join(map(str, first["loc"]))
-        raise UnreadableError(where, f"{at or 'its content'}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise UnreadableError(where, f"{_short(at, 80) or 'its content'}: {problem}") from None
+    for name, inner, problem in problems(value) if ranges and is_dataclass(value) else ():
+        raise UnreadableError(where, f"{_short(name, 80)} is {shown(inner)}: {problem}")
+    return value
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (number from 1, text) of each line that is not blank."""
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        if line.strip():
-            yield number, decode(line, f"{path}, line {number}").removesuffix("\r")
+_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(TypeAdapter)
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (number of the line, value). Raises UnreadableError, naming the line, as `parse_json` does."""
-    for number, line in read_lines(path):
-        yield number, parse_json(line, f"{path}, line {number}")
+def lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, bytes) of each line that is not blank. Lines end with ``\\n`` and nothing else."""
+    return ((number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip())
+
+
+def parse_line(line: bytes, where: str | Path) -> dict[str, Any]:
+    """The object in a line of JSON. Raises UnreadableError as `decode`, `parse_json` and `as_object` do."""
+    return as_object(parse_json(decode(line, where), where), where)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number of the line, object). Raises UnreadableError, naming the line, as `read_bytes` and `parse_line`
+    do."""
+    for number, line in lines(read_bytes(path)):
+        yield number, parse_line(line, f"{path}, line {number}")
 
 
 def whole_lines(data: bytes) -> bytes:
@@ -146,9 +205,13 @@ def parse_json(text: str, where: str | Path = "") -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} comes twice")
+        raise ValueError(_twice([name for name, _ in pairs]))
     return content
+
+
+def _twice(names: Sequence[str]) -> str:
+    name = next(name for name, count in Counter(names).items() if count > 1)
+    return f"the key {shown(name)} comes twice"
 
 
 def _no_number(name: str) -> Any:
@@ -168,8 +231,8 @@ def _int64(text: str) -> int:
     return int(text)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 24 else f"{text[:21]}…"
+def _short(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}…"
 
 
 def read_yaml(path: Path) -> Any:
@@ -185,9 +248,10 @@ def parse_yaml(text: str, where: str | Path = "") -> Any:
     except RecursionError:
         raise UnreadableError(where, f"is nested deeper than {DEEPEST} levels, or refers to itself") from None
     except yaml.YAMLError as error:
-        raise UnreadableError(where, f"is not YAML ({' '.join(str(error).split())})") from None
-    except (ValueError, TypeError, AttributeError) as error:  # a date that does not exist, a list as a key
-        raise UnreadableError(where, f"is not YAML that can be used: {' '.join(str(error).split())}") from None
+        raise UnreadableError(where, f"is not YAML ({_short(' '.join(str(error).split()), 400)})") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # a tag's text that is not of its type
+        problem = _short(" ".join(str(error).split()), 400)
+        raise UnreadableError(where, f"is not YAML that can be used: {problem}") from None
     return value
 
 
@@ -197,12 +261,13 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, an instance's by its base
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        self.flatten_mapping(node)
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", node.start_mark)
+        if len(set(names)) < len(names):
+            raise yaml.constructor.ConstructorError(None, None, _twice(names), node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Nothing: mappings that include others, each twice, would grow without limit."""
 
 
 def _plain(tag: str, pattern: str, first: str) -> None:
@@ -217,7 +282,6 @@ _plain(
     "-+.0123456789",
 )
 _plain("null", r"^(null|Null|NULL|~|)$", "nN~\0")
-_plain("merge", r"^<<$", "<")
 _Loader.yaml_implicit_resolvers[""] = [("tag:yaml.org,2002:null", re.compile(r"^$"))]
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(_digits(node.value)))
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: _yaml_float(node.value))
@@ -234,22 +298,27 @@ def _yaml_float(text: str) -> float:
 
 
 def _check_tree(value: Any, most: float = math.inf) -> None:
-    """Raises RecursionError for nesting beyond `DEEPEST`; ValueError for lone surrogates, and for more than ``most``
-    values, each reference counted as what it refers to."""
-    left, count = [(value, 0)], 0
+    """Raises RecursionError for nesting beyond `DEEPEST`; ValueError for what JSON does not have, lone surrogates
+    included, and for more than ``most`` values, each reference counted as what it refers to."""
+    left, count = [(value, 1)], 0
     while left:
         one, depth = left.pop()
         count += 1
-        if depth > DEEPEST:
+        if depth > DEEPEST and isinstance(one, dict | list):
             raise RecursionError
         if count > most:
             raise ValueError(f"it has more than {most:,} values, those that references repeat included")
-        if isinstance(one, str) and any("\ud800" <= c <= "\udfff" for c in one):
-            raise ValueError("a text holds half of a surrogate pair, which is no character")
-        if isinstance(one, Mapping):
+        if isinstance(one, str):
+            if _SURROGATE.search(one):
+                raise ValueError("a text holds half of a surrogate pair, which is no character")
+        elif isinstance(one, dict):
+            if strange := [key for key in one if not isinstance(key, str)]:
+                raise ValueError(f"the key {shown(strange[0])} is no text; put it in quotation marks")
             left += [(key, depth + 1) for key in one] + [(inner, depth + 1) for inner in one.values()]
-        elif isinstance(one, list | tuple | set):
+        elif isinstance(one, list):
             left += [(inner, depth + 1) for inner in one]
+        elif one is not None and not isinstance(one, bool | int | float):
+            raise ValueError(f"it has a {type(one).__name__}, which is no value of JSON")
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:

@@ -1,5 +1,9 @@
-"""Recipes: typed frozen dataclasses, read from YAML and dotted overrides. Unknown keys and values out of range
-(`model.program.ranges`) are errors.
+"""Recipes: typed frozen dataclasses, read from YAML and dotted overrides (``--rl.steps 20``).
+
+YAML is read by `model.program.reading`, types are checked by pydantic without conversions, and ranges by
+`model.program.ranges`; unknown fields are errors. Recipes and overrides are merged in the order in which they are
+given: mappings field by field, and of anything else the last one counts. On the command line a field of type str takes
+what is given as it stands; every other field reads it as YAML.
 
 The fields of one part of a recipe may depend on its content (`OpenConfig`): those of scenarios depend on their
 families.
@@ -7,20 +11,25 @@ families.
 
 from __future__ import annotations
 
+import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, Self, TypeVar, get_args, get_origin
 
-import jsonargparse
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from kernels.errors import MetronomeError
 from model.program import ranges, shipped
-from model.program.reading import MOST_RECIPE_BYTES, UnreadableError, parse_yaml, read_text
+from model.program.outputs import OutputFile, OutputFolder
+from model.program.reading import DEEPEST, UnreadableError, parse_yaml, read_text
 
-jsonargparse.set_loader("yaml", parse_yaml, exceptions=(UnreadableError,))
+MOST_BYTES = 1 << 18
+"""Of a recipe's file: some hundred times as many as the longest that is saved with a run."""
 
 Config = TypeVar("Config")
 
@@ -39,8 +48,8 @@ class OpenConfig(ABC):
 
     @abstractmethod
     def schema(self, content: Mapping[str, Any]) -> type[Any]:
-        """The dataclass that the part is parsed as, its defaults taken from this instance. ``content``: what the recipe
-        has in this part, not yet checked; dotted overrides are entries under their dotted names."""
+        """The dataclass that the part is read as, its defaults taken from this instance. ``content``: what the recipe
+        has in this part, not yet checked."""
 
     @classmethod
     @abstractmethod
@@ -48,38 +57,160 @@ class OpenConfig(ABC):
         """The part's config, made of an instance of the dataclass that `schema` returned."""
 
 
+class _NoRecipeError(Exception):
+    """What was given is no recipe of the class; the message says what is wrong where."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The value of an option, before the type of its field is known."""
+
+    text: str
+
+    def as_yaml(self, name: str) -> Any:
+        """Raises _NoRecipeError for what is no YAML."""
+        try:
+            return parse_yaml(self.text)
+        except UnreadableError as error:
+            raise _NoRecipeError(f"{name} is {ranges.shown(self.text)}: it {error.problem}") from None
+
+    def as_text(self, name: str) -> str:
+        """Raises _NoRecipeError where the command line's bytes were no UTF-8."""
+        if any("\ud800" <= c <= "\udfff" for c in self.text):
+            raise _NoRecipeError(f"{name} is {ranges.shown(self.text)}: it is not UTF-8")
+        return self.text
+
+
 def read_recipe(
-    command: str, description: str, kind: type[Config], arguments: list[str] | None = None, resumes: bool = False
+    command: str,
+    description: str,
+    kind: type[Config],
+    arguments: Sequence[str] | None = None,
+    resumes: bool = False,
+    past: bool = False,
 ) -> Recipe[Config]:
-    """Parses the recipe of class ``kind`` from ``arguments`` (default: the command line). ``command`` ("rl.train") is
-    its module's name for messages; ``resumes`` adds the option ``--resume``. ``--help`` prints every field. Raises
-    MetronomeError, in one line, for an unknown key, a wrong type or a value out of its range."""
-    parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
-    help_text = f"recipe: a YAML file, or one that comes with the program ({', '.join(shipped.names())})"
-    parser.add_argument("--config", action="config", help=help_text)
-    if resumes:
-        resume_help = "go on from the run's newest finished checkpoint"
-        parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
-    spelled = [with_underscores(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    given = with_shipped(spelled)
-    for _, value in (option for option in _options(given) if option[0] == "config"):
-        parse_yaml(_file_or_text(value), "recipe" if "\n" in value else value)
+    """Reads the recipe of class ``kind`` from ``arguments`` (default: the command line). ``command`` ("rl.train") is
+    its module's name for messages; ``resumes`` adds the option ``--resume``; ``past``: the recipe is of a finished run,
+    so that its output paths are not tried. ``--help`` prints every field. Raises MetronomeError, in one line, for what
+    is no recipe of the class."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--help" in given or "-h" in given:
+        print(_help(command, description, kind, resumes))
+        sys.exit(0)
     parts = _open_parts(kind)
-    closed = _closed(kind, {name: p.schema(_content(given, name)) for name, p in parts.items()})
-    parser.add_class_arguments(closed)
     try:
-        parsed = parser.parse_args(given)
-    except jsonargparse.ArgumentError as error:
-        problem = " ".join(str(error).split()).rstrip(".")
-        raise MetronomeError(
-            f"recipe: {problem}. `python -m {command} --help` lists every field and its type"
-        ) from error
-    resume = bool(parsed.pop("resume")) if resumes else False
-    parsed.pop("config")
-    text = parser.dump(parsed, skip_unset=False)
-    read = vars(parser.instantiate(parsed))
-    ranges.check(closed(**read))
-    return Recipe(kind(**read | {name: p.from_schema(read[name]) for name, p in parts.items()}), resume, text)
+        tree, resume = _tree(given, resumes)
+        of: Any = kind
+        closed = _closed(of, tuple((name, _schema(name, part, tree)) for name, part in parts.items()))
+        whole = _defaults(closed)
+        _merge(whole, _resolved(tree, closed, ""))
+        read = _instance(closed, whole)
+    except _NoRecipeError as error:
+        raise MetronomeError(f"recipe: {error}. `python -m {command} --help` lists every field and its type") from None
+    ranges.check(read, leave_out=(OutputFile, OutputFolder) if past else ())
+    members = {f.name: getattr(read, f.name) for f in fields(read)}
+    return Recipe(
+        kind(**members | {name: part.from_schema(members[name]) for name, part in parts.items()}),
+        resume,
+        to_yaml(asdict(read)),
+    )
+
+
+def _tree(arguments: Sequence[str], resumes: bool) -> tuple[dict[str, Any], bool]:
+    """All recipes and options merged, and whether ``--resume`` was given."""
+    tree: dict[str, Any] = {}
+    resume = False
+    for name, value in _options(arguments, resumes):
+        if name == "config":
+            _merge(tree, _recipe_of(value))
+        elif name == "resume" and resumes:
+            resume = _truth(name, value)
+        else:
+            _set(tree, name, value)
+    return tree, resume
+
+
+def _options(arguments: Sequence[str], resumes: bool) -> Iterator[tuple[str, str]]:
+    """(name, value) of each option, given as ``--name=value`` or as two arguments; "-" in names is taken for "_".
+    ``--resume`` alone is ``--resume true``."""
+    left = list(arguments)[::-1]
+    while left:
+        argument = left.pop()
+        if not argument.startswith("--"):
+            raise _NoRecipeError(f"{ranges.shown(argument)} is no option; fields are given as --name value")
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            has_value = bool(left) and not left[-1].startswith("--")
+            if not has_value and not (resumes and name == "resume"):
+                raise _NoRecipeError(f"{ranges.shown(f'--{name}')} has no value")
+            value = left.pop() if has_value else "true"
+        yield name, value
+
+
+def _truth(name: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise _NoRecipeError(f"{name} is {ranges.shown(value)}: give true or false, or --{name} alone")
+    return value == "true"
+
+
+def _recipe_of(given: str) -> dict[str, Any]:
+    """What ``--config`` names: a file, a shipped recipe, or a recipe's text, which has more than one line or begins
+    with a brace."""
+    if "\n" in given or given.lstrip().startswith("{"):
+        where, text = "recipe", given
+    else:
+        where = shipped.resolve(given) if len(given) < ranges.LONGEST_TEXT else given
+        text = _text_of(given, Path(where))
+    content = parse_yaml(text, where)
+    if not isinstance(content, dict) and content is not None:
+        raise UnreadableError(where, f"is no recipe: it must have fields (name: value), not {ranges.shown(content)}")
+    return content or {}
+
+
+def _text_of(given: str, path: Path) -> str:
+    try:
+        return read_text(path, MOST_BYTES)
+    except UnreadableError as error:
+        known = f"give a YAML file, or the name of a shipped recipe ({', '.join(shipped.names())})"
+        raise _NoRecipeError(f"--config {ranges.shown(given)}: it {error.problem}; {known}") from None
+
+
+def _merge(tree: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Puts the fields of ``new`` into ``tree``, those of mappings within it too."""
+    for name, value in new.items():
+        if isinstance(value, dict):
+            inner = tree.get(name)
+            tree[name] = inner if isinstance(inner, dict) else {}
+            _merge(tree[name], value)
+        else:
+            tree[name] = value
+
+
+def _set(tree: dict[str, Any], name: str, text: str) -> None:
+    """Merges the option ``--name text``. A mapping is taken for one whatever the field's type is."""
+    try:
+        value = parse_yaml(text)
+    except UnreadableError:
+        value = None
+    new: Any = value if isinstance(value, dict) else _Given(text)
+    parts = name.split(".")
+    if len(parts) > DEEPEST:
+        raise _NoRecipeError(f"there is no field {ranges.shown(name)}")
+    for part in reversed(parts):
+        new = {part: new}
+    _merge(tree, new)
+
+
+def _schema(name: str, part: OpenConfig, tree: Mapping[str, Any]) -> type[Any]:
+    """What `OpenConfig.schema` gives for the content of the part ``name``, every option's value read as YAML."""
+    content = tree.get(name)
+    content = content if isinstance(content, dict) else {}
+    plain = {n: v.as_yaml(f"{name}.{n}") if isinstance(v, _Given) else v for n, v in content.items()}
+    try:
+        return part.schema(plain)
+    except MetronomeError as error:
+        raise MetronomeError(f"recipe: {name}: {error}") from None
 
 
 def _open_parts(kind: type[Any]) -> dict[str, OpenConfig]:
@@ -89,61 +220,137 @@ def _open_parts(kind: type[Any]) -> dict[str, OpenConfig]:
     return {name: value for name, value in made.items() if isinstance(value, OpenConfig)}
 
 
-def _closed(kind: type[Any], schemas: dict[str, type[Any]]) -> type[Any]:
+@lru_cache
+def _closed(kind: Any, schemas: tuple[tuple[str, type[Any]], ...]) -> type[Any]:
     """The recipe's dataclass, with the type of each open part replaced by its schema."""
     if not schemas:
         return kind
-    types = get_type_hints(kind) | schemas
-    defaults = {f.name: (f.default, schemas.get(f.name, f.default_factory)) for f in fields(kind)}
-    members = [(name, types[name], field(default=d, default_factory=f)) for name, (d, f) in defaults.items()]
+    hints = ranges.hints_of(kind) | dict(schemas)
+    defaults = {f.name: (f.default, dict(schemas).get(f.name, f.default_factory)) for f in fields(kind)}
+    members = [(name, hints[name], field(default=d, default_factory=f)) for name, (d, f) in defaults.items()]
     return make_dataclass(kind.__name__, members, frozen=True, namespace={"__module__": kind.__module__})
 
 
-def _content(arguments: Sequence[str], part: str) -> dict[str, Any]:
-    """What recipe files and overrides have in a part. Skips what it cannot read: the parser reports it with context."""
-    content: dict[str, Any] = {}
-    for name, value in _options(arguments):
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """The default values of a dataclass's fields, as mappings where they are dataclasses."""
+    values = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(kind)
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }
+    return {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in values.items()}
+
+
+def _resolved(value: Any, hint: Any, name: str) -> Any:
+    """A value of the tree with each option's value read as its field's type wants it. Raises _NoRecipeError for a field
+    that the dataclasses in ``hint`` do not have."""
+    hint, may_be_null = ranges.bare(hint)
+    if isinstance(value, _Given):
+        is_text = hint is str or (get_origin(hint) is Literal and all(isinstance(one, str) for one in get_args(hint)))
+        value = value.as_text(name) if is_text else value.as_yaml(name)
+        if is_text and may_be_null and value == "null":
+            value = None
+    if isinstance(value, dict):
+        known = ranges.hints_of(hint)
+        if known and (unknown := [key for key in value if key not in known]):
+            within = f"{name} has" if name else "there is"
+            raise _NoRecipeError(f"{within} no field {ranges.shown(unknown[0])}; there are {', '.join(known)}")
+        of = get_args(hint)[1] if len(get_args(hint)) == 2 else Any
+        return {
+            key: _resolved(inner, known[key] if known else of, f"{name}.{_safe(key)}".lstrip("."))
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        of = get_args(hint)[0] if get_args(hint) else Any
+        return [_resolved(inner, of, f"{name}[{i}]") for i, inner in enumerate(value)]
+    return value
+
+
+def _safe(key: str) -> str:
+    return key if key.isprintable() and len(key) < 60 else ranges.shown(key)
+
+
+def _instance(kind: Any, tree: dict[str, Any]) -> Any:
+    """The dataclass made of a resolved tree. Raises _NoRecipeError for the first field of another type."""
+    try:
+        return _adapter(kind).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "".join(f"[{at}]" if isinstance(at, int) else f".{_safe(at)}" for at in first["loc"]).lstrip(".")
+        if first["type"] == "missing":
+            is_item = isinstance(first["loc"][-1], int)
+            remedy = "lists of it have a fixed length" if is_item else f"give --{name}, or write it into the recipe"
+            raise _NoRecipeError(f"{name} is missing; {remedy}") from None
+        is_ours = first["type"] == "value_error"  # a dataclass's own check
+        problem = first["msg"] if is_ours else f"give {ranges.described(_type_at(kind, first['loc']))}"
+        raise _NoRecipeError(f"{name} is {ranges.shown(first['input'])}: {' '.join(problem.split())}") from None
+
+
+def _type_at(hint: Any, location: Sequence[str | int]) -> Any:
+    """The type of the field at a place in a recipe's class."""
+    for at in location:
+        kind = ranges.bare(hint)[0]
+        arguments = get_args(kind)
+        if known := ranges.hints_of(kind):
+            hint = known.get(str(at), Any)
+        elif isinstance(at, int):
+            hint = arguments[at if at < len(arguments) and arguments[-1] is not ... else 0] if arguments else Any
+        else:
+            hint = arguments[1] if len(arguments) == 2 else Any
+    return hint
+
+
+@lru_cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def to_yaml(value: Any) -> str:
+    """A value as YAML text, which `model.program.reading.parse_yaml` reads back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, with quotation marks also around texts that only our reader takes for another value, such as 1e5."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
         try:
-            if name == "config":
-                content |= parse_yaml(_file_or_text(value))[part]
-            elif name.startswith(f"{part}."):
-                content[name.removeprefix(f"{part}.")] = parse_yaml(value)
-        except (UnreadableError, KeyError, TypeError, ValueError):
-            continue
-    return content
+            is_text = isinstance(parse_yaml(text), str)
+        except UnreadableError:
+            is_text = True  # PyYAML knows
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else "'")
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Whether a value that comes twice is written twice."""
+        return True
 
 
-def _file_or_text(value: str) -> str:
-    """What ``--config`` gives the parser: the content of a file, or a recipe's text itself."""
-    is_file = len(value) < ranges.LONGEST_TEXT and "\n" not in value and Path(value).is_file()
-    return read_text(Path(value), MOST_RECIPE_BYTES) if is_file else value
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(tuple, _Dumper.represent_list)
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, value) of each option, given as ``--name=value`` or as two arguments."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            yield name, value if equals else following
+def _help(command: str, description: str, kind: Any, resumes: bool) -> str:
+    recipes = f"a YAML file, or a recipe that comes with the program: {', '.join(shipped.names())}"
+    closed = _closed(kind, tuple((name, part.schema({})) for name, part in _open_parts(kind).items()))
+    lines = [
+        f"usage: python -m {command} [--config RECIPE] [--FIELD VALUE] ...",
+        f"\n{description}\n",
+        f"  --config RECIPE  {recipes}",
+        *(["  --resume  go on from the run's newest finished checkpoint"] if resumes else []),
+        "\nFields, their types and defaults:\n",
+        *_fields(closed, _defaults(closed), ""),
+    ]
+    return "\n".join(lines)
 
 
-def with_underscores(argument: str) -> str:
-    """``--speech-dir=a-b`` -> ``--speech_dir=a-b``: both spellings of an option are accepted."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def with_shipped(given: list[str]) -> list[str]:
-    """``--config quickstart`` -> ``--config /…/configs/quickstart.yaml``, where no file has that name."""
-    out = list(given)
-    for i, argument in enumerate(given):
-        if argument.startswith("--config="):
-            out[i] = f"--config={shipped.resolve(argument.removeprefix('--config='))}"
-        elif i and given[i - 1] == "--config":
-            out[i] = shipped.resolve(argument)
-    return out
+def _fields(kind: Any, defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, hint in ranges.hints_of(kind).items():
+        inner = ranges.bare(hint)[0]
+        if is_dataclass(inner):
+            yield from _fields(inner, defaults[name], f"{prefix}{name}.")
+        else:
+            default = f"default {json.dumps(defaults[name])}" if name in defaults else "required"
+            yield f"  --{prefix}{name}  {ranges.described(hint)}; {default}"
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,21 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import InklingConfig
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
-from model.program.files import whole_folder
+from model.config import DTYPES, from_json
+from model.program.files import whole_folder, write_whole
+from model.program.ranges import shown
+from model.program.reading import UnreadableError, one_line, read_object, read_record
 from model.program.recipe import flat
-from model.weights import manifest
+from model.weights import manifest, tensors
+from model.weights.finite import check_finite
 from model.weights.manifest import CheckpointError as CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -35,6 +38,9 @@ CONFIG = "config.json"
 
 # Fields that do not change what is computed, or that a library stamps on its own.
 IGNORED_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "initializer_range")
+
+KEPT, DROPPED = "model.vision_tower.", "model.mtp."
+"""Beginnings of the names of weights that this model does not compute with."""
 
 # Inkling's original names -> transformers' (transformers.conversion_mapping, "inkling_mm_model"), in this order.
 RENAMES = [
@@ -68,12 +74,15 @@ RENAMES = [
 
 
 def save(model: InteractionModel, folder: Path | str) -> None:
-    """Writes the model to ``folder`` atomically; an older checkpoint of that name is replaced."""
+    """Writes the model to ``folder`` atomically; an older checkpoint of that name is replaced. Raises NotFiniteError,
+    with the older one kept, for weights that are not finite."""
+    content = weights(model) | model.passthrough
+    check_finite(f"checkpoint {folder}", content.items(), "it was not saved. Lower the learning rate")
     with whole_folder(Path(folder)) as temporary:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
         config["dtype"] = str(model.dtype).removeprefix("torch.")
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(weights(model) | model.passthrough, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_whole(temporary / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        save_file(content, temporary / WEIGHTS, metadata={"format": "pt"})
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -83,44 +92,58 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionModel:
     """The model in ``folder``, packed, in ``dtype`` (default: the stored one). Raises CheckpointError when the folder
-    is missing, damaged or of another architecture."""
+    is missing, damaged or of another architecture, NotFiniteError for weights that are not finite."""
     folder = Path(folder)
-    stored = _stored_config(folder)
-    config = InklingConfig(**stored)
+    config, stored_dtype = _stored_config(folder)
+    if dtype is None and stored_dtype not in (torch.float32, torch.bfloat16):
+        raise CheckpointError(
+            f"checkpoint {folder}: {CONFIG} has dtype {str(stored_dtype).removeprefix('torch.')}; float32 and bfloat16 "
+            "are computed: convert it"
+        )
     with torch.device("meta"):
-        model = InteractionModel(config, dtype or getattr(torch, stored.get("dtype") or "float32"))
+        model = InteractionModel(config, dtype or stored_dtype)
+    files = _check_fits(model, folder)  # before memory is taken
     model.to_empty(device=dispatch.device())
-    _fill(model, folder)
+    _fill(model, folder, files)
     model.pack()
     return model
 
 
+def config_of(folder: Path | str) -> InklingConfig:
+    """The config of the model in ``folder``. Raises CheckpointError when there is none, or of another architecture."""
+    return _stored_config(Path(folder))[0]
+
+
 def load_into(model: InteractionModel, folder: Path | str) -> None:
-    """Fills ``model`` with the weights in ``folder`` and packs them. Raises CheckpointError as `load` does, and when
-    the configs differ, naming the fields."""
+    """Fills ``model`` with the weights in ``folder`` and packs them. Raises CheckpointError and NotFiniteError as
+    `load` does, and CheckpointError when the configs differ, naming the fields."""
     folder = Path(folder)
-    if fields := config_differences(model.config, InklingConfig(**_stored_config(folder))):
+    if fields := config_differences(model.config, _stored_config(folder)[0]):
         raise CheckpointError(
             f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or the checkpoint"
         )
-    _fill(model, folder)
+    _fill(model, folder, _check_fits(model, folder))
     model.pack()
 
 
-def _stored_config(folder: Path) -> dict[str, Any]:
-    """The config in ``folder``, read after the folder's files were checked against a manifest, if it has one."""
+def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
+    """(config, dtype) in ``folder``, read after the folder's files were checked against a manifest, if it has one."""
     manifest.check_loaded(folder)
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"checkpoint {folder}: there is no {CONFIG}; name a folder that a run saved")
     try:
-        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {folder}: there is no {CONFIG}; name a folder that a run saved") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {CONFIG} is damaged ({error}); use another checkpoint") from None
-    if stored.get("model_type") != InklingConfig.model_type:
+        stored = read_object(folder / CONFIG)
+        if stored.get("model_type") != InklingConfig.model_type:
+            raise UnreadableError(
+                "", f"model_type is {shown(stored.get('model_type'))}, not {InklingConfig.model_type!r}"
+            )
+        return from_json(stored), DTYPES[stored.get("dtype") or "float32"]
+    except UnreadableError as error:
         raise CheckpointError(
-            f"checkpoint {folder}: model_type is {stored.get('model_type')!r}, not {InklingConfig.model_type!r}"
-        )
-    return stored
+            f"checkpoint {folder}: {CONFIG} is damaged ({error.problem}); use another checkpoint"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(one_line(f"checkpoint {folder}: {CONFIG}: {error}; use another checkpoint")) from None
 
 
 def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str]:
@@ -133,42 +156,77 @@ def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str
     ]
 
 
-def _fill(model: InteractionModel, folder: Path) -> None:
-    """Copies every stored tensor into the model. Raises CheckpointError for names or shapes that do not match."""
+def _check_fits(model: InteractionModel, folder: Path) -> list[Path]:
+    """The files that the weights in ``folder`` are stored in. Raises CheckpointError for names or shapes that are not
+    those of the model; takes no memory."""
     target, missing, wrong = model.state_dict(), set(model.state_dict()), []
-    for name, tensor in _stored_tensors(folder):
-        if name.startswith("model.vision_tower."):
-            model.passthrough[name] = tensor
-        elif name.startswith("model.mtp."):
+    files = _files(folder)
+    for name, tensor in _stored_tensors(folder, files, tensors.shapes):
+        if name.startswith(KEPT) or name.startswith(DROPPED):
             continue
-        elif name not in target:
+        if name not in target:
             wrong.append(f"{name} is unknown")
         elif target[name].shape != tensor.shape:
             wrong.append(f"{name} is {list(tensor.shape)}, not {list(target[name].shape)}")
-        else:
-            target[name].copy_(tensor)
+        elif name not in missing:
+            wrong.append(f"{name} comes twice")
         missing.discard(name)
     wrong += [f"{name} is missing" for name in sorted(missing)]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(f"checkpoint {folder} does not fit its config: {'; '.join(wrong[:5])}{more}")
+        raise CheckpointError(
+            one_line(f"checkpoint {folder} does not fit its config: {'; '.join(wrong[:5])}{more}. Use another one")
+        )
+    return files
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(transformers' name, tensor) of everything stored, one tensor in memory at a time."""
-    files = [WEIGHTS]
-    if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = sorted(set(index["weight_map"].values()))
-    for file in files:
-        try:
-            with safe_open(folder / file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118, not a dict
-                    yield from _renamed(name, tensors.get_tensor(name))
-        except FileNotFoundError:
-            raise CheckpointError(f"checkpoint {folder}: {file} is missing; copy the folder again") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"checkpoint {folder}: {file} is damaged ({error}); use another checkpoint") from None
+def _fill(model: InteractionModel, folder: Path, files: list[Path]) -> None:
+    """Copies every stored tensor into the model, which they fit (`_check_fits`)."""
+    target = model.state_dict()
+    for name, tensor in _stored_tensors(folder, files, tensors.stored):
+        if name.startswith(KEPT):
+            model.passthrough[name] = tensor
+        elif not name.startswith(DROPPED):
+            target[name].copy_(tensor)
+    check_finite(f"checkpoint {folder}", (target | model.passthrough).items(), "use another checkpoint")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of weights in ``folder``: one, or those that an index names."""
+    if not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    try:
+        named = sorted(set(read_record(folder / INDEX, _Index).weight_map.values()))
+        if not named:
+            raise UnreadableError("", "it names no file")
+        if outside := [name for name in named if Path(name).name != name]:
+            raise UnreadableError("", f"it names {shown(outside[0])}, which is no file of this folder")
+    except UnreadableError as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: {INDEX} is damaged ({error.problem}); use another checkpoint"
+        ) from None
+    return [folder / name for name in named]
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]  # tensor -> file
+
+
+def _stored_tensors(
+    folder: Path, files: list[Path], read: Callable[[Path], Iterable[tuple[str, Tensor]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(transformers' name, tensor) of everything that ``read`` yields of each file."""
+    try:
+        for file in files:
+            for name, tensor in read(file):
+                try:
+                    renamed = list(_renamed(name, tensor))
+                except (RuntimeError, IndexError):  # what should interleave two, and is no multiple of two
+                    raise UnreadableError("", f"is damaged ({name} is {list(tensor.shape)})") from None
+                yield from renamed
+    except UnreadableError as error:
+        raise CheckpointError(f"checkpoint {folder}: {file.name} {error.problem}; use another checkpoint") from None
 
 
 def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kernels.errors import MetronomeError
-from model.program.files import write_whole
+from model.program.files import write_json
+from model.program.reading import UnreadableError, one_line, parse_yaml, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = "metronome.manifest/1"
@@ -48,7 +47,7 @@ def write(folder: Path, name: str, recipe: str = "") -> None:
     }
     content = {"format": FORMAT, "name": name, "recipe": _recipe_digest(recipe), "files": files}
     content["digest"] = _own_digest(content)
-    write_whole(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+    write_json(folder / MANIFEST, content)
 
 
 def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
@@ -59,7 +58,7 @@ def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
     try:
         _check(folder, part, recipe)
     except _Fault as fault:
-        raise CheckpointError(f"checkpoint {folder}: {fault}. {_advice(folder, recipe)}") from None
+        raise CheckpointError(one_line(f"checkpoint {folder}: {fault}. {_advice(folder, recipe)}")) from None
 
 
 def check_loaded(folder: Path) -> None:
@@ -99,16 +98,14 @@ def _check(folder: Path, part: str, recipe: str | None) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     """The manifest's content, with the type of every field checked."""
+    if not folder.is_dir():
+        raise _Fault("there is no such folder")
+    if not (folder / MANIFEST).exists():
+        raise _Fault(f"{MANIFEST} is missing: an older version saved this checkpoint, or the file was lost")
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise _Fault("there is no such folder") from None
-        raise _Fault(f"{MANIFEST} is missing: an older version saved this checkpoint, or the file was lost") from None
-    except OSError as error:
-        raise _Fault(f"{MANIFEST} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise _Fault(f"{MANIFEST} is damaged: it is not JSON") from None
+        content = read_json(folder / MANIFEST)
+    except UnreadableError as error:
+        raise _Fault(f"{MANIFEST} is damaged: it {error.problem}") from None
     version = content.get("format") if isinstance(content, dict) else None
     if isinstance(version, str) and version.startswith("metronome.manifest/") and version != FORMAT:
         raise _Fault(f"{MANIFEST} is of format {version}, and this version reads {FORMAT}")
@@ -117,9 +114,9 @@ def _read(folder: Path) -> dict[str, Any]:
             content["format"] == FORMAT
             and content["digest"] == _own_digest(content)
             and all(isinstance(content[field], str) for field in ("name", "recipe"))
-            and all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in content["files"].values())
+            and all(type(e["size"]) is int and isinstance(e["sha256"], str) for e in content["files"].values())
         )
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise _Fault(f"{MANIFEST} is damaged: it does not agree with its own digest")
@@ -131,8 +128,8 @@ def _has_ours(folder: Path) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(folder / MANIFEST)
+    except UnreadableError:
         return True  # damaged, and `check` says so
     return isinstance(content, dict) and str(content.get("format")).startswith("metronome.")
 
@@ -176,8 +173,8 @@ def _file_digest(path: Path) -> str:
 def _recipe_digest(recipe: str) -> str:
     """Digest of a recipe without `LOCATION_FIELDS`, so that a run that was moved can resume."""
     try:
-        fields = yaml.safe_load(recipe)
-    except yaml.YAMLError:
+        fields = parse_yaml(recipe)
+    except UnreadableError:
         fields = None
     if isinstance(fields, dict):
         kept = {name: value for name, value in fields.items() if name not in LOCATION_FIELDS}

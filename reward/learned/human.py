@@ -187,10 +187,8 @@ def _agree(label: Label, before: Label) -> None:
     )
 
 
-def _label(place: Place, content: Any, grammar: Grammar, scenarios: ScenarioConfig) -> Label:
-    """``content``: the line's value."""
-    if not isinstance(content, dict):
-        raise MetronomeError(f"{place}: a JSON object is needed, not {type(content).__name__}")
+def _label(place: Place, content: dict[str, Any], grammar: Grammar, scenarios: ScenarioConfig) -> Label:
+    """``content``: the line's object."""
     if wrong := sorted(NEEDED - content.keys()):
         raise MetronomeError(f"{place}: {', '.join(wrong)} is missing")
     if wrong := sorted(content.keys() - NEEDED - OPTIONAL):

@@ -11,13 +11,13 @@ which order, or on the number of threads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernels import ops
@@ -26,8 +26,12 @@ from kernels.layout import PackedLinear
 from model.backbone.embed import Weight
 from model.backbone.transformer import InteractionModel
 from model.inputs import Conversation, Inputs
-from model.program.files import whole_folder
+from model.program.files import whole_folder, write_json
+from model.program.ranges import Range
+from model.program.reading import UnreadableError, read_record
 from model.weights import checkpoint, manifest, packs
+from model.weights.finite import check_finite
+from model.weights.tensors import read_tensors
 from reward.learned.prefixes import last_hidden
 from rollout.turn.grammar import chunk_ends
 
@@ -35,6 +39,14 @@ BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"
 EPISODES_PER_PASS = 24
 """How many episodes `RewardModel.score` reads in one pass: several groups of rollouts, whose shared beginnings are then
 read once; more would cost memory and gain no speed."""
+
+
+@dataclass(frozen=True)
+class _Description:
+    """Content of `DESCRIPTION`."""
+
+    axes: tuple[str, ...]
+    temperature: dict[str, Annotated[float, Range(0, 1e9, open_low=True)]]
 
 
 class RewardModel(nn.Module):
@@ -105,28 +117,31 @@ class RewardModel(nn.Module):
 
     def save(self, folder: Path | str) -> None:
         """Writes the model to ``folder``, whole or not at all: the backbone in transformers' format beside the head,
-        and a manifest of all files."""
+        and a manifest of all files. Raises NotFiniteError for weights that are not finite; an
+        older model is kept."""
+        check_finite(f"reward model {folder}", self.state_dict().items(), "it was not saved. Lower the learning rate")
         with whole_folder(Path(folder)) as temporary:
             checkpoint.save(self.backbone, temporary / BACKBONE)
             save_file({"heads.weight": self.heads.weight.detach().contiguous()}, temporary / HEAD)
             description = {"axes": self.axes, "temperature": self.temperature}
-            (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            write_json(temporary / DESCRIPTION, description)
             manifest.write(temporary, Path(folder).name)
 
     @staticmethod
     def load(folder: Path | str) -> RewardModel:
-        """Raises MetronomeError when ``folder`` holds no reward model or a damaged one."""
+        """Raises MetronomeError when ``folder`` holds no reward model, a damaged one, or one that is not finite."""
         folder = Path(folder)
         if (folder / DESCRIPTION).exists() or (folder / manifest.MANIFEST).exists():
             manifest.check(folder)
         try:
-            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            model = RewardModel(checkpoint.load(folder / BACKBONE), description["axes"])
-            stored = load_file(folder / HEAD)["heads.weight"]
+            description = read_record(folder / DESCRIPTION, _Description)
+            model = RewardModel(checkpoint.load(folder / BACKBONE), description.axes)
+            stored = read_tensors(folder / HEAD)["heads.weight"]
+            check_finite(f"reward model {folder}", [("heads.weight", stored)], "train it again")
             with torch.no_grad():
                 model.heads.weight.copy_(stored)
-            model.temperature = {axis: float(description["temperature"][axis]) for axis in model.axes}
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            model.temperature = {axis: description.temperature[axis] for axis in model.axes}
+        except (UnreadableError, KeyError, RuntimeError) as error:
             raise MetronomeError(
                 f"{folder}: cannot be read as a reward model ({error}). Name a folder that `reward.train` wrote"
             ) from error

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from model.program.ranges import Few, Probability
 from reward.rules.content import says, word_credit
 from reward.rules.timing import graded, half_width
 from reward.score import EventRewards
@@ -39,11 +40,12 @@ from rollout.world.base import Script, User
 class TimespeakReward(EventRewards):
     """Rewards, and the windows in which things are due, in chunks of 200 ms."""
 
-    tight_chunks: int = 1  # half-width of every window in the tight score
-    echo_delay: int = 1  # chunks from the request's end to the echo's best moment
-    echo_late: int = 3  # chunks from the request's end to the last moment of an echo; the first is the number's end
-    tolerance: float = 0.2  # half-width of a reminder's window, as a fraction of the interval, and at least 1 chunk
-    stop_grace: int = 1  # chunks after the stop in which speech is forgiven
+    tight_chunks: Few = 1  # half-width of every window in the tight score
+    echo_delay: Few = 1  # chunks from the request's end to the echo's best moment
+    echo_late: Few = 3  # chunks from the request's end to the last moment of an echo; the first is the number's end
+    # Half-width of a reminder's window, as a fraction of the interval, and at least 1 chunk.
+    tolerance: Probability = 0.2
+    stop_grace: Few = 1  # chunks after the stop in which speech is forgiven
 
 
 @dataclass(frozen=True)

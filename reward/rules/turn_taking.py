@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from model.program.ranges import Few, FewPair, Range
 from reward.rules.content import right_places, says, word_credit
 from reward.rules.timing import Run, graded, response_latency_s, runs, stop_latency_s, take_over
-from reward.score import EventRewards
+from reward.score import EventRewards, Reward
 from rollout.scenarios.family import Family
 from rollout.scenarios.turn_taking import (
     FAMILY,
@@ -38,14 +40,14 @@ from rollout.world.base import Script, User
 class TurnTakingReward(EventRewards):
     """Rewards, and the windows in chunks of 200 ms after the end of a turn or the start of an interruption."""
 
-    trailing: float = -0.4  # each further chunk of an utterance that should not have begun
-    reply_word: float = 0.3  # each word of a reply after its first: plus if right, minus if wrong
-    onset: tuple[int, int] = (1, 3)  # first and last chunk, after the end of the turn, in which a reply may begin
-    prompt_onset: int = 2  # the last chunk whose onset earns the full reward and is in the tight window
-    stop: int = 2  # last chunk, after the interruption's first, in which the model may fall silent
-    prompt_stop: int = 1  # the last chunk in which falling silent earns the full reward and is in the tight window
-    reply_chunks: tuple[int, int] = (5, 7)  # length of a reply that nobody interrupts
-    reply_words: int = 5  # words of the reply that must be right, each in its place
+    trailing: Reward = -0.4  # each further chunk of an utterance that should not have begun
+    reply_word: Reward = 0.3  # each word of a reply after its first: plus if right, minus if wrong
+    onset: FewPair = (1, 3)  # first and last chunk, after the end of the turn, in which a reply may begin
+    prompt_onset: Few = 2  # the last chunk whose onset earns the full reward and is in the tight window
+    stop: Few = 2  # last chunk, after the interruption's first, in which the model may fall silent
+    prompt_stop: Few = 1  # the last chunk in which falling silent earns the full reward and is in the tight window
+    reply_chunks: FewPair = (5, 7)  # length of a reply that nobody interrupts
+    reply_words: Annotated[int, Range(1, len(REPLY))] = 5  # words of the reply that must be right, each in its place
 
 
 @dataclass(frozen=True)

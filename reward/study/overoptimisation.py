@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from model.program.ranges import Fraction, Range, check
 
 
 @dataclass(frozen=True)
 class WatchConfig:
     """When training on a learned reward should end."""
 
-    drop: float = 0.05  # fall of the rule score, in [0, 1], since its best evaluation
-    patience: int = 2  # number of evaluations in a row that must show the signal
+    drop: Fraction = 0.05  # fall of the rule score, in [0, 1], since its best evaluation
+    patience: Annotated[int, Range(1, 10**6)] = 2  # number of evaluations in a row that must show the signal
     stop: bool = False  # whether the run then stops, or only reports it
 
 
@@ -48,7 +51,9 @@ class Alarm:
 
 
 def alarm(held_out: Sequence[Point], config: WatchConfig) -> Alarm | None:
-    """The first alarm in a run's evaluations, which are in the order of steps; None without one."""
+    """The first alarm in a run's evaluations, which are in the order of steps; None without one. Raises MetronomeError
+    for settings out of range."""
+    check(config, "source.watch.")
     agreeing = 0
     best: Point | None = None
     for now in held_out:

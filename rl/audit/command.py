@@ -14,7 +14,6 @@ every input that cannot be read: in both cases there is no statement to rely on.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,6 +21,8 @@ import torch
 
 from kernels.errors import MetronomeError
 from model.placement import Placement
+from model.program.arguments import Parser
+from model.program.outputs import output_folder
 from rl.audit.compare import compare_runs
 from rl.audit.document import Report
 from rl.audit.records import read
@@ -70,10 +71,8 @@ def measure(given: Path, out: Path | None) -> None:
     print("\n\n".join(table.text() for table in matrix.run(folder, out or run / "audit").tables))
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rl.audit", description="Says whether sampler and learner are equal."
-    )
+def parser() -> Parser:
+    parser = Parser("rl.audit", "Says whether sampler and learner are equal.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, metavar="RUN", help="a run's folder; the report goes to RUN/audit")
     what.add_argument(
@@ -83,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--matrix", action="store_true", help="measure what the checkpoint's log-probs are invariant to"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where --compare and --matrix write")
+    parser.add_argument("--out", type=output_folder(), metavar="FOLDER", help="where --compare and --matrix write")
     parser.add_argument("--fail-on", choices=["mismatch"], help="status 1 when different, 2 when not comparable")
     return parser
 

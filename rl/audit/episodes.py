@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from model.program.reading import UnreadableError
 from model.tokenizer import load_tokenizer
 from reward.score import score_stored
 from rl.audit.replay.rescore import CheckedEpisode
@@ -132,7 +133,7 @@ def _plain(value: float) -> float | None:
 def _user(facts: Mapping[str, Any], scenarios: ScenarioConfig | None) -> list[list[Any]]:
     """What the user did, as [first chunk, last chunk, kind, words]; nothing where the facts cannot be read."""
     try:
-        spans = scenarios.facts(facts).spans() if scenarios else []
+        spans = scenarios.stored_facts(facts).spans() if scenarios else []
         return [[span.first, span.last, span.kind, span.text] for span in spans]
-    except (KeyError, ValueError, TypeError, IndexError):
+    except (UnreadableError, KeyError, ValueError, TypeError, IndexError, AttributeError):
         return []

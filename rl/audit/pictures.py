@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.program.reading import UnreadableError, read_object
 from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.table import Table
@@ -130,11 +130,17 @@ def tables(path: Path, gaps: list[str]) -> list[Table]:
             Table(
                 title=str(one["title"]),
                 columns=[str(c) for c in one["columns"]],
-                rows=[[cell if isinstance(cell, int | float) else str(cell) for cell in row] for row in one["rows"]],
+                rows=[[_cell(cell) for cell in row] for row in one["rows"]],
                 note=str(one.get("note", "")),
             )
-            for one in json.loads(path.read_text(), parse_constant=str)["tables"]
+            for one in read_object(path)["tables"]
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UnreadableError, KeyError, TypeError, AttributeError) as error:
         gaps.append(f"{path.name} holds no tables that can be shown ({error!r}).")
         return []
+
+
+def _cell(value: Any) -> int | float | str:
+    if value is None:
+        return ""
+    return value if isinstance(value, int | float) else str(value)

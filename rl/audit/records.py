@@ -6,16 +6,16 @@ what the rest proves.) Compares nothing.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kernels.errors import MetronomeError
+from model.program.ranges import shown
+from model.program.reading import UnreadableError, lines, parse_line, parse_yaml, read_bytes, read_object, read_text
 from model.program.recipe import read_recipe
 from rl.audit.document import DiagnosisSummary
 from rl.config import TrainConfig
@@ -23,6 +23,10 @@ from rl.step.identity import Mismatch
 
 _EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
 _CHECKPOINT = re.compile(r"step_(\d{6,})")
+ENVIRONMENT = {"contract": dict, "contract_id": str, "processes": int}
+SUMMARY = {"weights_digest": str}
+"""Types of what is read of environment.json and summary.json; the rest is only shown."""
+MOST_STEPS, MOST_TOKENS = 10**9, 2**53
 COUNTS = ("mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal")
 
 
@@ -98,10 +102,10 @@ def read(path: Path) -> Records:
     if not (path / "config.yaml").is_file():
         raise MetronomeError(f"{path} is not a run's folder (no config.yaml); name one, such as runs/quickstart")
     try:
-        text = (path / "config.yaml").read_text()
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MetronomeError(f"{path / 'config.yaml'}: not a recipe ({error}); restore the file") from error
+        text = read_text(path / "config.yaml")
+        recipe = parse_yaml(text)
+    except UnreadableError as error:
+        raise MetronomeError(f"{path / 'config.yaml'}: not a recipe ({error.problem}); restore the file") from error
     if not isinstance(recipe, dict):
         raise MetronomeError(f"{path / 'config.yaml'}: not a recipe; restore the file")
     gaps: list[str] = []
@@ -110,9 +114,9 @@ def read(path: Path) -> Records:
         recipe=recipe,
         recipe_text=text,
         config=_config(path / "config.yaml", gaps),
-        environment=_json(path / "environment.json", gaps, "the run's environment and contract are unknown"),
+        environment=_json(path / "environment.json", gaps, "environment and contract are unknown", ENVIRONMENT),
         metrics=_metrics(path / "metrics.jsonl", gaps),
-        summary=_json(path / "summary.json", gaps, "the run has not finished"),
+        summary=_json(path / "summary.json", gaps, "the run has not finished", SUMMARY),
         episodes={},
         checkpoints={
             int(match[1]): p
@@ -134,40 +138,44 @@ def read(path: Path) -> Records:
 
 def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
     try:
-        return read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)]).config
+        return read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)], past=True).config
     except (MetronomeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         gaps.append(f"This program cannot read the run's recipe ({first}): episodes cannot be re-scored or judged.")
         return None
 
 
-def _json(path: Path, gaps: list[str], otherwise: str) -> dict[str, Any]:
+def _json(path: Path, gaps: list[str], otherwise: str, types: Mapping[str, type]) -> dict[str, Any]:
+    """A file's object, without fields that are of another type than in ``types``."""
     try:
-        value = json.loads(path.read_text(), parse_constant=str)
-        if isinstance(value, dict):
-            return value
-        problem = "holds no object"
-    except FileNotFoundError:
-        problem = "is missing"
-    except ValueError as error:
-        problem = f"is damaged ({error})"
-    gaps.append(f"{path.name} {problem}: {otherwise}.")
-    return {}
+        value = read_object(path)
+    except UnreadableError as error:
+        problem = error.problem if error.problem.startswith("is missing") else f"is damaged ({error.problem})"
+        gaps.append(f"{path.name} {problem}: {otherwise}.")
+        return {}
+    for name, kind in types.items():
+        if name in value and type(value[name]) is not kind:
+            gaps.append(f"{path.name}: {name} is {shown(value.pop(name))}, no {kind.__name__}; it is left out.")
+    return value
 
 
 def _metrics(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    if not lines:
+    try:
+        data = read_bytes(path)
+    except UnreadableError:
+        data = b""
+    if not data:
         gaps.append("metrics.jsonl is missing or empty: the run recorded no step.")
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines(data):
         try:
-            record = json.loads(line, parse_constant=str)
+            record = parse_line(line, "")
             counts = [record[name] for name in COUNTS]
             whole = isinstance(record["weights_digest"], str) and all(
-                type(count) is int and count >= 0 for count in (record["step"], *counts)
+                type(count) is int and 0 <= count <= limit
+                for count, limit in ((record["step"], MOST_STEPS), *((count, MOST_TOKENS) for count in counts))
             )
-        except (ValueError, KeyError, TypeError):
+        except (UnreadableError, KeyError):
             whole = False
         if not whole:
             gaps.append(f"metrics.jsonl, line {number}: not a whole record of a step; it is left out.")
@@ -186,7 +194,7 @@ def _mismatch(record: dict[str, Any]) -> Mismatch:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def _stopped(records: Records) -> RefusedStep | None:
@@ -194,10 +202,10 @@ def _stopped(records: Records) -> RefusedStep | None:
     path = records.path / "audit/difference.json"
     if not path.is_file():
         return None
-    difference = _json(path, records.gaps, "why the run stopped is unknown")
+    difference = _json(path, records.gaps, "why the run stopped is unknown", {})
     try:
         step, counts = difference["step"], [difference["mismatch"][name] for name in COUNTS]
-        whole = all(type(value) is int and value >= 0 for value in (step, *counts))
+        whole = all(type(value) is int and 0 <= value <= MOST_TOKENS for value in (step, *counts))
     except (KeyError, TypeError):
         whole = False
     if not whole:
@@ -208,15 +216,21 @@ def _stopped(records: Records) -> RefusedStep | None:
         return None
     first, suspects = difference.get("first"), difference.get("suspects")
     diagnosis = None
-    if isinstance(suspects, list):
-        diagnosis = DiagnosisSummary(step, first if isinstance(first, dict) else None, [str(s) for s in suspects])
+    if (
+        isinstance(suspects, list)
+        and all(isinstance(one, str) for one in suspects)
+        and (first is None or isinstance(first, dict))
+    ):
+        diagnosis = DiagnosisSummary(step, first, suspects)
+    elif suspects is not None or first is not None:
+        records.gaps.append("difference.json holds no diagnosis that can be shown.")
     return RefusedStep(step, _mismatch(difference["mismatch"]), diagnosis)
 
 
 def _check_steps(records: Records) -> None:
     steps = [r["step"] for r in records.metrics]
     planned = records.planned_steps
-    missing = len(range(steps[-1] + 1)) - len(steps) if steps else 0
+    missing = steps[-1] + 1 - len(steps) if steps else 0
     if missing:
         records.gaps.append(f"The records lack {missing} of the steps up to {steps[-1]}.")
     if planned is not None and steps and steps[-1] + 1 < planned and not records.summary:

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("rl.audit.schema")
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,6 +17,7 @@ from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from model.program.arguments import Parser
 from rl.audit.document import INLINE, Report
 
 KINDS: tuple[Any, ...] = get_args(Report)
@@ -98,5 +104,10 @@ def text() -> str:
     return json.dumps(schema(), indent=2) + "\n"
 
 
-if __name__ == "__main__":
+def parser() -> Parser:
+    return Parser("rl.audit.schema", "Prints the JSON schema of report.json.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser().parse_args(arguments)
     print(text(), end="")

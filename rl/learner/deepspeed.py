@@ -13,22 +13,27 @@ second step on the same episodes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernels import ops
 from kernels.adamw import MOMENTS, AdamW
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
+from model.program.files import write_json
+from model.program.ranges import Range
+from model.program.reading import UnreadableError, read_record
 from model.program.startup import import_deepspeed
 from model.weights.checkpoint import weights_digest
+from model.weights.finite import NotFiniteError, check_finite
+from model.weights.tensors import read_tensors
 from rl.config import OptimConfig
 from rl.learner import ranks
 from rl.step import tree
@@ -37,6 +42,12 @@ from rl.step.gradient import Gradient
 FOLDER, OPTIMIZER, STATE = "learner", "optimizer.safetensors", "state.json"
 """In a checkpoint folder: what of the optimizer's state is a tensor, by parameter, and the rest. Data only; nothing
 that is read back is code."""
+
+
+@dataclass(frozen=True)
+class _State:
+    taken: Annotated[int, Range(0, 10**9)]  # steps
+    weights_digest: str
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -162,23 +173,25 @@ class Learner:
             (folder / FOLDER).mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / FOLDER / OPTIMIZER)
             state = {"taken": self.taken, "weights_digest": weights_digest(self.model)}
-            (folder / FOLDER / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / FOLDER / STATE, state)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote; the model must hold the weights that were saved beside it. Raises MetronomeError
         when the folder holds no learner, a damaged one, or one of other weights."""
         try:
-            state = json.loads((folder / FOLDER / STATE).read_text(encoding="utf-8"))
-            taken, digest = int(state["taken"]), str(state["weights_digest"])
-            tensors = load_file(folder / FOLDER / OPTIMIZER)
+            state = read_record(folder / FOLDER / STATE, _State)
+            taken, digest = state.taken, state.weights_digest
+            tensors = read_tensors(folder / FOLDER / OPTIMIZER)
             moments = [[tensors[f"{moment}.{name}"] for moment in MOMENTS] for name in self._names]
             masters = None
             if self._masters is not self._weights:
                 masters = [tensors[f"master.{name}"] for name in self._names]
-            for name, master, values in zip(self._names, self._masters, moments, strict=True):
+            for i, (name, master) in enumerate(zip(self._names, self._masters, strict=True)):
+                values = moments[i] if masters is None else [*moments[i], masters[i]]
                 if any(value.shape != master.shape or value.dtype != torch.float32 for value in values):
-                    raise ValueError(f"a moment of {name} is not float32 of {list(master.shape)}")
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+                    raise ValueError(f"a moment or master of {name} is not float32 of {list(master.shape)}")
+            check_finite(OPTIMIZER, tensors.items(), "it is damaged")
+        except (UnreadableError, NotFiniteError, ValueError, KeyError) as error:
             raise MetronomeError(
                 f"{folder}: holds no learner state that can be read ({error}). Resume from another checkpoint, or "
                 "start anew."

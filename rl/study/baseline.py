@@ -15,8 +15,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rl.study.baseline")
 
-import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +28,10 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.reference import naive
 from model.backbone.transformer import InteractionModel
-from model.program.files import write_whole
+from model.program.arguments import Parser
+from model.program.files import write_json, write_whole
+from model.program.outputs import output_folder
+from model.program.ranges import Range, number
 from model.weights import checkpoint
 from reward.source import RewardSource
 from rl.audit.document import to_json
@@ -251,17 +252,21 @@ def run(
         results.append(train(method, config, folder, bank))
         print(f"{method.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
         content = {"checkpoint": str(folder), "environment": environment(), "tables": to_json(tables(results))}
-        write_whole(out / "baseline.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        write_json(out / "baseline.json", content)
         write_whole(out / "baseline.png", picture(results))
     return content
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="rl.study.baseline", description=(__doc__ or "").partition("\n\n")[2])
+def parser() -> Parser:
+    parser = Parser("rl.study.baseline", (__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--out", type=Path, required=True, help="folder for baseline.json and baseline.png")
-    a = parser.parse_args(arguments)
+    parser.add_argument("--steps", type=number(int, Range(1, 10**6)), default=30)
+    parser.add_argument("--out", type=output_folder(), required=True, help="folder for baseline.json and baseline.png")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    a = parser().parse_args(arguments)
     ranks.join()
     try:
         run(a.checkpoint, a.out, a.steps)

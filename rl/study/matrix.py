@@ -12,8 +12,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rl.study.matrix")
 
-import argparse
-import json
 import multiprocessing
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +22,10 @@ from typing import Any
 
 import torch
 
-from model.program.files import write_whole
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_folder
+from model.program.ranges import Range, number
 from model.weights.checkpoint import weights_digest
 from rl.audit.document import to_json
 from rl.audit.table import Cell, Table
@@ -230,20 +231,25 @@ def run(
     )
     tables = [table, *lesson.tables(variants, completions, long_completions, rounds)]
     result = Matrix(str(checkpoint), weights_digest(variants[0].model), environment(), tables)
-    write_whole(out / "matrix.json", (json.dumps(to_json(result), indent=2, allow_nan=False) + "\n").encode())
+    write_json(out / "matrix.json", to_json(result))
     return result
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="rl.study.matrix", description=(__doc__ or "").partition("\n\n")[2])
+def parser() -> Parser:
+    count = number(int, Range(1, 10**6))
+    parser = Parser("rl.study.matrix", (__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
-    parser.add_argument("--out", type=Path, required=True, help="folder for matrix.json")
-    parser.add_argument("--completions", type=int, default=1000)
-    parser.add_argument("--long-completions", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--out", type=output_folder(), required=True, help="folder for matrix.json")
+    parser.add_argument("--completions", type=count, default=1000)
+    parser.add_argument("--long-completions", type=count, default=100)
+    parser.add_argument("--rounds", type=count, default=5, help="rounds of timing")
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
-    a = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    a = parser().parse_args(arguments)
     result = run(
         a.checkpoint,
         a.out,

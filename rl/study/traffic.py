@@ -7,15 +7,22 @@ weights never leave the machine, and on machines of their own, which receive the
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("rl.study.traffic")
+
 from collections.abc import Iterator
 from dataclasses import fields
 
 import torch
 
+from kernels.errors import MetronomeError
 from model import config as shapes
 from model.config import MEL_CHANNELS
 from model.info import parameter_counts
+from model.program.arguments import Parser
+from model.program.ranges import Range, number
 from rl.config import RLConfig
 from rollout.record.episode import TEXT, Stream
 from rollout.turn.action import CHUNKS_PER_SECOND
@@ -49,28 +56,27 @@ def traffic(parameters: int, learners: int, episodes: int, episode: int) -> Iter
     yield "episodes from the engines' machines to the learners, all together", episodes * episode
 
 
-def main() -> None:
-    rl = RLConfig()
-    parser = argparse.ArgumentParser(prog="python -m rl.study.traffic", description=__doc__.split("\n\n", 1)[0])
+def parser() -> Parser:
+    rl, count = RLConfig(), number(int, Range(1, 10**9))
+    parser = Parser("rl.study.traffic", __doc__)
     parser.add_argument("--preset", choices=shapes.PRESETS, required=True)
-    parser.add_argument("--learners", type=int, default=16, help="learner processes, each with the whole model")
-    parser.add_argument("--groups", type=int, default=rl.groups, help="scenarios a step")
-    parser.add_argument("--rollouts", type=int, default=rl.rollouts, help="rollouts of each scenario")
-    parser.add_argument("--seconds", type=int, default=60, help="length of an episode")
-    parser.add_argument("--words", type=int, default=60, help="words the model says in an episode, one a chunk")
-    given = parser.parse_args()
-    for name in ("learners", "groups", "rollouts", "seconds"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name} is {getattr(given, name)}; it must be at least 1")
+    parser.add_argument("--learners", type=count, default=16, help="learner processes, each with the whole model")
+    parser.add_argument("--groups", type=count, default=rl.groups, help="scenarios a step")
+    parser.add_argument("--rollouts", type=count, default=rl.rollouts, help="rollouts of each scenario")
+    parser.add_argument("--seconds", type=count, default=60, help="length of an episode")
+    parser.add_argument(
+        "--words", type=number(int, Range(0, 10**9)), default=60, help="words said in an episode, one a chunk"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     most = given.seconds * CHUNKS_PER_SECOND
-    if not 0 <= given.words <= most:
-        parser.error(f"--words is {given.words}; with one a chunk, {given.seconds} s hold 0 to {most}")
+    if given.words > most:
+        raise MetronomeError(f"--words is {given.words}; with one a chunk, {given.seconds} s hold 0 to {most}")
     total, _ = parameter_counts(shapes.preset(given.preset))
     episode = episode_bytes(given.seconds, given.words)
     print(f"{given.preset}: {total:,} parameters; an episode of {given.seconds} s is {episode:,} bytes")
     for what, size in traffic(total, given.learners, given.groups * given.rollouts, episode):
         print(f"{size:26,d}  {what}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,6 @@ of `rl.tracking.tracker`.
 
 from __future__ import annotations
 
-import json
 import logging
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from accelerate import tracking as accelerate_tracking
 
+from model.program.reading import parse_json, read_bytes
 from model.program.recipe import flat
 from rl.tracking.samples import SAMPLE_RATE_HZ, Sample
 from rl.tracking.settings import Record, RunIdentity, TrackingConfig
@@ -190,7 +190,7 @@ def wandb_history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     3 middle, 4 last) behind a header of 7 bytes; each record is a protobuf message of wandb's."""
     from wandb.proto import wandb_internal_pb2
 
-    data, at, pieces = path.read_bytes(), 7, b""
+    data, at, pieces = read_bytes(path), 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
         if left < 7:  # no room for a header: the block's end is padding
@@ -205,7 +205,7 @@ def wandb_history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record = wandb_internal_pb2.Record.FromString(pieces)
             pieces = b""
             if record.WhichOneof("record_type") == "history":
-                values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+                values = {"/".join(i.nested_key) or i.key: parse_json(i.value_json) for i in record.history.item}
                 yield int(values["_step"]), values
 
 

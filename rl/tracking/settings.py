@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kernels.errors import MetronomeError
+from model.program.ranges import Distinct, Length, Text
 
 if TYPE_CHECKING:
     from rl.tracking.samples import Sample
@@ -24,9 +25,10 @@ Sampled = Callable[[], Sequence["Sample"]]
 class TrackingConfig:
     """The part of a run's recipe that names trackers."""
 
-    trackers: tuple[str, ...] = ()  # wandb, tensorboard, trackio, or another one that accelerate knows
+    # wandb, tensorboard, trackio, or another one that accelerate knows.
+    trackers: Annotated[tuple[Annotated[str, Text(100)], ...], Length(0, 20), Distinct()] = ()
     mode: Literal["offline", "online"] = "offline"  # offline keeps everything on this machine (`wandb sync` uploads)
-    project: str = "metronome"
+    project: Annotated[str, Text(100)] = "metronome"
 
 
 @dataclass(frozen=True)
@@ -66,5 +68,3 @@ def check(config: TrackingConfig) -> None:
                 f"tracking.trackers: {name} cannot be held to this machine from here; --tracking.mode online allows it "
                 f"the network, and {', '.join(LOCAL)} work offline"
             )
-    if len(set(config.trackers)) < len(config.trackers):
-        raise MetronomeError(f"tracking.trackers names one twice: {', '.join(config.trackers)}")

@@ -15,14 +15,19 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from model.program.files import write_whole
+from model.program.ranges import Range, shown
+from model.program.reading import UnreadableError, as_record, decode, lines, read_bytes, read_text, whole_lines
 from rl.tracking.settings import Metrics, Record, RunIdentity, Sampled, TrackingConfig
 
 CLOSE_TIMEOUT_S = 20.0
@@ -74,7 +79,7 @@ class Tracker:
         """What ``act`` returns; None and a warning when the disk does not let it."""
         try:
             return act()
-        except (OSError, ValueError) as error:
+        except (OSError, UnreadableError) as error:
             warnings.warn(f"tracking: {FOLDER}/ cannot be used: {error}", stacklevel=3)
             return None
 
@@ -130,21 +135,26 @@ def _earlier(journal: Path) -> list[Record]:
     """The records of a journal; a last line that was cut short is cut away."""
     if not journal.is_file():
         return []
-    text = journal.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        journal.write_text(whole)
-    return list(_records(whole))
+    data = read_bytes(journal)
+    whole = whole_lines(data)
+    if whole != data:
+        write_whole(journal, whole)
+    written = [as_record(decode(line), _Line, f"{journal}, line {number}") for number, line in lines(whole)]
+    return [Record(one.step, one.metrics) for one in written]
 
 
-def _records(text: str) -> Iterator[Record]:
-    for line in text.splitlines():
-        fields = json.loads(line)
-        yield Record(int(fields["step"]), fields["metrics"])
+@dataclass(frozen=True)
+class _Line:
+    """A line of the journal."""
+
+    step: Annotated[int, Range(0, 10**9)]
+    metrics: dict[str, int | float | str]
 
 
 def _identity(path: Path) -> str:
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4))
-    return path.read_text()
+        write_whole(path, secrets.token_hex(4).encode())
+    identity = read_text(path).strip()
+    if not re.fullmatch("[A-Za-z0-9_-]{1,64}", identity):
+        raise UnreadableError(path, f"holds {shown(identity)}, which identifies no run")
+    return identity

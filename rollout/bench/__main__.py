@@ -13,8 +13,12 @@ measured.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("rollout.bench.__main__")
+
 import argparse
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -25,9 +29,11 @@ from typing import Any
 import torch
 
 from kernels import dispatch
-from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
-from model.program.files import write_whole
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
+from model.program.ranges import Range, number
 from model.weights import checkpoint
 from rollout.bench import crowd
 from rollout.bench.engines import measure_engines
@@ -99,29 +105,25 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rollout.bench", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each engine (the median counts)")
+def parser() -> Parser:
+    parser = Parser("rollout.bench", __doc__)
+    parser.add_argument("--json", type=output_file(), required=True, help="file for the results")
+    rounds = number(int, Range(1, 10_000))
+    parser.add_argument("--rounds", type=rounds, default=5, help="measurements of each engine (the median counts)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
     parser.add_argument("--checkpoint", type=Path, help="policy of sharing and workers (default: random weights)")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error(f"--rounds is {given.rounds}; it must be at least 1")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads",
         "contract": dispatch.contract(),
         "rounds": given.rounds,
     }
-    try:
-        for part in given.only:
-            print(f"-- {part}", flush=True)
-            report[part] = PARTS[part](given)
-    except MetronomeError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    write_whole(given.json, (json.dumps(report, indent=2) + "\n").encode())
+    for part in given.only:
+        print(f"-- {part}", flush=True)
+        report[part] = PARTS[part](given)
+    write_json(given.json, report)
     print(f"written to {given.json}")
-
-
-if __name__ == "__main__":
-    main()

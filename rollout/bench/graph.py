@@ -10,15 +10,17 @@ For the Triton backend; ``--dry`` runs the same ops without a capture, in the in
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("rollout.bench.graph")
+
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, ops
+from kernels.errors import MetronomeError
 from kernels.layout import SPLIT_TOKENS, Segments
 from kernels.tools.device_time import wait
 from kernels.triton import attention, attention_forward, conv, experts, sampling
@@ -35,6 +38,9 @@ from kernels.triton.tiles import VOCAB_TILE, expert_form
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
 from rollout.bench.latency import random_model
 
 CASES = (
@@ -188,13 +194,17 @@ def _captured(call: Callable[[], Result], restore: Callable[[], None]) -> tuple[
     return (first, second, third), graph_ms, begin.elapsed_time(end) / 100
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rollout.bench.graph", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE, after each case")
+def parser() -> Parser:
+    parser = Parser("rollout.bench.graph", __doc__)
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the results to FILE, after each case")
     parser.add_argument("--dry", action="store_true", help="two sessions of the tiny preset, without a capture")
-    given = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     if dispatch.contract()["backend"] != "triton":
-        parser.error("graphs are of the Triton backend's kernels; start with METRONOME_BACKEND=triton")
+        raise MetronomeError("graphs are of the Triton backend's kernels; start with METRONOME_BACKEND=triton")
     results: list[Step] = []
     models: dict[tuple[str, str], InteractionModel] = {}
     cases = DRY_CASES if given.dry else CASES
@@ -209,10 +219,6 @@ def main() -> None:
         print(results[-1], flush=True)
         if given.json is not None:
             report = {"contract_id": dispatch.contract_id(), "graph": [asdict(r) for r in results]}
-            given.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(given.json, report, indent=1)
     if len(results) < len(cases):
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

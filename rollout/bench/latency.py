@@ -7,12 +7,14 @@ learner; log-probs and row digests must equal the sampler's (exit status 1 other
 
 from __future__ import annotations
 
-import argparse
-import json
+if __name__ == "__main__":  # the checks must come before any import of our own packages
+    from model.program.startup import run_command
+
+    run_command("rollout.bench.latency")
+
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from kernels.tools.device_time import wait
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.inputs import Inputs
+from model.program.arguments import Parser
+from model.program.files import write_json
+from model.program.outputs import output_file
+from model.program.ranges import Range, number
 from rollout.bench.crowd import Crowd
 from rollout.engines.embedded import SessionEngine
 from rollout.record.episode import Episode
@@ -128,14 +134,18 @@ def learn(model: InteractionModel, vocabulary: Vocabulary, episodes: list[Episod
     return logprob.detach().cpu(), digest.cpu()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rollout.bench.latency", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE, after each case")
-    parser.add_argument("--ticks", type=int, default=15, help="micro-turns of each case (default: 15)")
+def parser() -> Parser:
+    parser = Parser("rollout.bench.latency", __doc__)
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the results to FILE, after each case")
+    parser.add_argument(
+        "--ticks", type=number(int, Range(3, 10_000)), default=15, help="micro-turns of each case (default: 15)"
+    )
     parser.add_argument("--dry", action="store_true", help="two sessions of the tiny preset")
-    given = parser.parse_args()
-    if given.ticks < 3:
-        parser.error(f"--ticks is {given.ticks}; it must be at least 3")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     results: list[Latency] = []
     models: dict[tuple[str, str], InteractionModel] = {}
     for case in DRY_CASES if given.dry else CASES:
@@ -151,10 +161,6 @@ def main() -> None:
         )
         if given.json is not None:
             report = {"contract_id": dispatch.contract_id(), "latency": [asdict(r) for r in results]}
-            given.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(given.json, report, indent=1)
     if any(r.unequal for r in results):
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
+from model.config import MEL_CHANNELS
 from model.program.files import write_whole
+from model.program.ranges import shown
+from model.program.reading import UnreadableError, as_object, as_record, decode, one_line, parse_json, read_bytes
 from rollout.turn.action import Action, Mode
 
 TEXT = "text"
@@ -120,40 +123,89 @@ def unpack_episodes(data: bytes) -> list[Episode]:
     try:
         content: dict[str, Any] = safetensors.torch.load(data)
         size = int.from_bytes(data[:8], "little")  # of the JSON header that follows, with the metadata in it
-        stored = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["episodes"])
-        version = 1 if isinstance(stored, list) else stored["format"]
+        text = as_object(parse_json(decode(data[8 : 8 + size])))["__metadata__"]["episodes"]
+        stored = parse_json(text)
+        version = 1 if isinstance(stored, list) else as_object(stored)["format"]
         if version != FORMAT:
             raise ValueError(
-                f"it is of format {version}, this program reads {FORMAT}; only the version that wrote it can read it"
+                f"it is of format {shown(version)}, this program reads {FORMAT}; only the version that wrote it can "
+                "read it"
             )
+        described = as_record(text, _Header, ranges=False).episodes  # what it says is the audit's to judge
         return [
-            _unpack(item, {name: content[f"{i}.{name}"] for name in _names(item)})
-            for i, item in enumerate(stored["episodes"])
+            _unpack(item, {name: content[f"{i}.{name}"] for name in _names(item)}) for i, item in enumerate(described)
         ]
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(str(error)) from error
+    except UnreadableError as error:
+        raise ValueError(error.problem) from error
+    except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:  # the last two: absurd shapes
+        raise ValueError(one_line(str(error))) from error
 
 
-def _names(item: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors (as in `tensors`) of the episode that ``item`` of the header describes."""
-    return ["tokens", "codes", *(f"{stream}.{field.name}" for stream in item["streams"] for field in fields(Stream))]
+@dataclass(frozen=True)
+class _Described:
+    """An episode in the header: all of it that is no tensor."""
+
+    scenario: str
+    rollout: int
+    seed: int
+    temperature: float
+    contract_id: str
+    weights_digest: str
+    facts: dict[str, Any]
+    actions: tuple[tuple[str, ...], ...]  # [chunks] of mode, words
+    streams: tuple[str, ...]
 
 
-def _unpack(item: Mapping[str, Any], content: Mapping[str, Tensor]) -> Episode:
-    if TEXT not in item["streams"]:
+@dataclass(frozen=True)
+class _Header:
+    episodes: tuple[_Described, ...]
+
+
+def _names(item: _Described) -> list[str]:
+    """Names of the tensors (as in `tensors`) of the episode that ``item`` describes."""
+    return ["tokens", "codes", *(f"{stream}.{field.name}" for stream in item.streams for field in fields(Stream))]
+
+
+def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
+    if TEXT not in item.streams:
         raise ValueError(f"an episode without the stream {TEXT}")
     streams = {
         name: Stream(**{field.name: content[f"{name}.{field.name}"] for field in fields(Stream)})
-        for name in item["streams"]
+        for name in item.streams
     }
-    plain = {name: value for name, value in item.items() if name not in ("actions", "streams")}
-    return Episode(
+    plain = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in ("actions", "streams")}
+    episode = Episode(
         **plain,
-        actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in item["actions"]),
+        actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in item.actions),
         tokens=content["tokens"],
         codes=content["codes"],
         streams=streams,
     )
+    if single := [name for name, tensor in tensors(episode).items() if not tensor.ndim]:
+        raise ValueError(f"{single[0]} of an episode is a single number")
+    return episode
+
+
+def check_tensors(episode: Episode) -> None:
+    """Raises ValueError for tensors of other types or shapes than an episode's. Files with such episodes can be read
+    all the same: the audit says what is wrong with them, and that nothing can be compared
+    (`rl.audit.replay.comparable`)."""
+    for name, tensor in tensors(episode).items():
+        if tensor.dtype != _DTYPES[name.rpartition(".")[2]] or tensor.ndim != (2 if name == "codes" else 1):
+            raise ValueError(f"{name} of an episode is {tensor.dtype} {list(tensor.shape)}")
+    if episode.codes.shape[1] != MEL_CHANNELS:
+        raise ValueError(f"codes of an episode is {list(episode.codes.shape)}, not of {MEL_CHANNELS} channels")
+
+
+_DTYPES = {
+    "tokens": torch.int64,
+    "codes": torch.uint8,
+    "sampled_at": torch.int64,
+    "row_class": torch.int64,
+    "chunk": torch.int64,
+    "logprob": torch.float32,
+    "digest": torch.int64,
+}
 
 
 def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
@@ -164,11 +216,11 @@ def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
 def load_episodes(path: Path) -> list[Episode]:
     """Reads a file of `save_episodes`. Raises MetronomeError when it is missing, damaged or of another format."""
     try:
-        return unpack_episodes(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise MetronomeError(
-            f"{path}: cannot be read as a file of episodes ({error}). Roll the episodes out again, or delete the file."
-        ) from error
+        return unpack_episodes(read_bytes(path))
+    except (UnreadableError, ValueError) as error:
+        problem = error.problem if isinstance(error, UnreadableError) else error
+        remedy = "Roll the episodes out again, or delete the file."
+        raise MetronomeError(f"{path}: cannot be read as a file of episodes ({problem}). {remedy}") from error
 
 
 def concatenate(episodes: Sequence[Episode], name: str, stream: str = TEXT) -> Tensor:

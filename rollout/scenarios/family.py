@@ -25,7 +25,12 @@ RESERVED_NAMES = ("families", "mean")
 
 
 class Settings(Protocol):
-    """A family's part of the recipe: a frozen dataclass in which every field has a default."""
+    """A family's part of the recipe: a frozen dataclass in which every field has a default, and each number, list and
+    text a range in its type (`model.program.ranges`)."""
+
+    @property
+    def chunks(self) -> int:
+        """The most chunks that an episode has."""
 
     @property
     def mistakes(self) -> Mistakes:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, make_dataclass, replace
 from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.program.ranges import Length, Text
+from model.program.reading import as_record, to_json
 from model.program.recipe import OpenConfig
 from rollout.scenarios.family import AnyFamily, Family
 from rollout.world.base import Facts, Scenario, Script, User
@@ -18,6 +20,9 @@ from rollout.world.speech import SpeechBank, Split
 
 SHIPPED = {"timespeak": "reward.rules.timespeak:TIMESPEAK", "turn_taking": "reward.rules.turn_taking:TURN_TAKING"}
 """Short names of the shipped families. They are imported when used, because package reward imports this one."""
+
+
+Families = Annotated[tuple[Annotated[str, Text()], ...], Length(1, 100)]
 
 
 @cache
@@ -28,7 +33,7 @@ def find_family(name: str) -> AnyFamily:
         f"Choose one of {', '.join(SHIPPED)}, or name your own as package.module:NAME, where NAME is a "
         "`rollout.scenarios.family.Family` and the module can be imported (PYTHONPATH)"
     )
-    if not colon:
+    if not colon or not all(part.isidentifier() for part in module.split(".")):
         raise MetronomeError(f"no scenario family is called {name!r}. {forms}")
     try:
         members = vars(import_module(module))
@@ -51,7 +56,7 @@ class ScenarioConfig(OpenConfig):
     scenarios: {families: [timespeak, my.module:FAMILY], timespeak: {chunks: 40}}
     """
 
-    families: tuple[str, ...] = tuple(SHIPPED)  # short names or package.module:NAME; scenarios alternate in this order
+    families: Families = tuple(SHIPPED)  # short names or package.module:NAME; scenarios alternate in this order
     settings: Mapping[str, Any] = field(default_factory=dict)  # by `Family.name`; a family left out has its defaults
 
     @property
@@ -73,6 +78,11 @@ class ScenarioConfig(OpenConfig):
         """The union of all families' axes of reward, in the families' order."""
         return tuple(dict.fromkeys(axis for family in self.members.values() for axis in family.axes))
 
+    @property
+    def most_chunks(self) -> int:
+        """Length of the longest episode of any family."""
+        return max(int(self.settings_of(name).chunks) for name in self.members)
+
     def family(self, name: str) -> AnyFamily:
         """The family of that name. Raises ValueError when the recipe has none."""
         members = self.members
@@ -86,7 +96,12 @@ class ScenarioConfig(OpenConfig):
 
     def scenario(self, family: str, split: Split, seed: int, bank: SpeechBank) -> Scenario:
         """The scenario with id "family/split/seed": a pure function of the arguments and this config."""
-        made: Scenario = self.family(family).make(split, seed, bank, self.settings_of(family))
+        settings = self.settings_of(family)
+        made: Scenario = self.family(family).make(split, seed, bank, settings)
+        if made.chunks > settings.chunks:
+            raise MetronomeError(
+                f"family {family!r} made a scenario of {made.chunks} chunks: its settings say {settings.chunks} at most"
+            )
         return made
 
     def in_turn(self, index: int, split: Split, seed: int, bank: SpeechBank) -> Scenario:
@@ -105,6 +120,15 @@ class ScenarioConfig(OpenConfig):
         read: Facts = self.family(fields["family"]).facts(fields)
         return read
 
+    def stored_facts(self, fields: Mapping[str, Any]) -> Facts:
+        """`facts` of a file, whose types and ranges are checked. Raises MetronomeError and whatever a family raises for
+        fields that are not its own."""
+        read = self.facts(fields)
+        kind: Any = type(read)
+        if is_dataclass(kind):
+            as_record(to_json(dict(fields)), cast(type[Any], kind), "facts")
+        return read
+
     def expert(
         self, item: Scenario, rng: np.random.Generator, mistake_scale: float = 1.0, gross: bool = False
     ) -> Callable[[User], Script]:
@@ -118,16 +142,21 @@ class ScenarioConfig(OpenConfig):
     def schema(self, content: Mapping[str, Any]) -> type[Any]:
         named = content.get("families")
         families = tuple(named) if isinstance(named, list) and all(isinstance(n, str) for n in named) else self.families
-        config = replace(self, families=families)
-        settings = [
-            (name, family.settings, field(default_factory=partial(config.settings_of, name)))
-            for name, family in config.members.items()
-        ]
-        return make_dataclass(
-            "Scenarios", [("families", tuple[str, ...], field(default=families)), *settings], frozen=True
-        )
+        return _schema(families, tuple(self.settings.items()))
 
     @classmethod
     def from_schema(cls, read: Any) -> ScenarioConfig:
         families = tuple(read.families)
         return cls(families, {name: getattr(read, name) for name in cls(families).members})
+
+
+@cache
+def _schema(families: tuple[str, ...], settings: tuple[tuple[str, Any], ...]) -> type[Any]:
+    """The dataclass of a recipe's part with these families; ``settings``: their defaults where not the family's own."""
+    config = ScenarioConfig(families, dict(settings))
+    members = [
+        (name, family.settings, field(default_factory=partial(config.settings_of, name)))
+        for name, family in config.members.items()
+    ]
+    named = ("families", Families, field(default=families))
+    return make_dataclass("Scenarios", [named, *members], frozen=True)

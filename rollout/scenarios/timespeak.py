@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.errors import MetronomeError
+from model.program.ranges import Ascending, Few, Length, Probability, Range, SecondsPair, SomeChunks
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, CHUNKS_PER_SECOND, LISTEN, Action, speak
 from rollout.turn.observation import Observation
-from rollout.world.base import Mistakes, Scenario, Span, User
+from rollout.world.base import ChunkIndex, Mistakes, Scenario, Span, User
 from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
 from rollout.world.speech import NUMBER_WORDS, Clip, SpeechBank, Split, pick
 
@@ -35,11 +37,11 @@ class TimespeakMistakes(Mistakes):
     """Mistakes of demonstrations. The warm-started policy learns the task with them, and leaves RL something to
     learn."""
 
-    wrong_number: float = 0.12  # probability of repeating a wrong number, and then using its interval
-    jitter: float = 0.08  # standard deviation of an interval, as a fraction of it
-    omission: float = 0.10  # probability, for each reminder, of leaving it out
-    ignored_stop: float = 0.60  # probability of continuing after the stop
-    gross_jitter: float = 0.3  # replaces ``jitter`` in plays for reward models
+    wrong_number: Probability = 0.12  # probability of repeating a wrong number, and then using its interval
+    jitter: Probability = 0.08  # standard deviation of an interval, as a fraction of it
+    omission: Probability = 0.10  # probability, for each reminder, of leaving it out
+    ignored_stop: Probability = 0.60  # probability of continuing after the stop
+    gross_jitter: Probability = 0.3  # replaces ``jitter`` in plays for reward models
 
     def gross(self) -> TimespeakMistakes:
         """With `gross_jitter` most intervals are outside every scoring window. A reward model that was trained only
@@ -47,25 +49,26 @@ class TimespeakMistakes(Mistakes):
         return replace(self, jitter=self.gross_jitter)
 
 
+_Some = Annotated[int, Range(1, 100)]
+
+
 @dataclass(frozen=True)
 class TimespeakConfig:
     """Defaults are the quickstart's. Ranges are uniform and inclusive."""
 
-    chunks: int = 60  # 12 s
-    seconds: tuple[int, ...] = (1, 2, 3, 4)  # possible intervals, 1 to 10
-    filler: float = 0.5  # fraction of scenarios with a filler before the request
-    filler_s: tuple[float, float] = (0.4, 1.1)
-    gap_s: tuple[float, float] = (0.2, 0.5)  # between filler and number
-    unit_gap_s: tuple[float, float] = (0.02, 0.1)  # between number and "seconds"
-    stop: float = 0.6  # fraction of scenarios in which the user intends to say stop, if the episode is long enough
-    stop_after: tuple[int, int] = (1, 4)  # reminders heard before the stop
-    stop_delay_chunks: tuple[int, int] = (1, 3)  # from hearing the last of these to the stop's first sample
+    chunks: SomeChunks = 60  # 12 s
+    seconds: Annotated[tuple[Annotated[int, Range(1, 10)], ...], Length(1, 10)] = (1, 2, 3, 4)  # possible intervals
+    filler: Probability = 0.5  # fraction of scenarios with a filler before the request
+    filler_s: SecondsPair = (0.4, 1.1)
+    gap_s: SecondsPair = (0.2, 0.5)  # between filler and number
+    unit_gap_s: SecondsPair = (0.02, 0.1)  # between number and "seconds"
+    # Fraction of scenarios in which the user intends to say stop, if the episode is long enough.
+    stop: Probability = 0.6
+    stop_after: Annotated[tuple[_Some, _Some], Ascending()] = (1, 4)  # reminders heard before the stop
+    # From hearing the last of these to the stop's first sample.
+    stop_delay_chunks: Annotated[tuple[Few, Few], Ascending(strictly=True)] = (1, 3)
     sound: SoundConfig = field(default_factory=SoundConfig)
     mistakes: TimespeakMistakes = field(default_factory=TimespeakMistakes)
-
-    def __post_init__(self) -> None:
-        if not self.seconds or not all(1 <= s < len(NUMBER_WORDS) for s in self.seconds):
-            raise ValueError(f"timespeak.seconds must name numbers from 1 to 10, not {self.seconds}")
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,14 @@ class TimespeakFacts:
     """What happened on the user's side. Example: "four seconds" spoken in chunks 2 to 8, stopped at chunk 45:
     ``TimespeakFacts(60, "four", 20, 2, 5, 8, 41, 45)``."""
 
-    chunks: int
+    chunks: ChunkIndex
     number: str  # the word to repeat
-    interval: int  # chunks between reminders
-    request_start: int  # chunk with the first sample of the user's first word, filler included
-    number_end: int  # chunk with the number's last sample
-    request_end: int  # chunk with the request's last sample
-    stop_start: int | None  # chunk with the stop's first sample, None if the user never said it
-    stop_end: int | None  # chunk with its last sample
+    interval: ChunkIndex  # chunks between reminders
+    request_start: ChunkIndex  # chunk with the first sample of the user's first word, filler included
+    number_end: ChunkIndex  # chunk with the number's last sample
+    request_end: ChunkIndex  # chunk with the request's last sample
+    stop_start: ChunkIndex | None  # chunk with the stop's first sample, None if the user never said it
+    stop_end: ChunkIndex | None  # chunk with its last sample
     reminder: str = REMINDER
 
     def to_json(self) -> dict[str, Any]:
@@ -187,8 +190,8 @@ def timespeak(split: Split, seed: int, bank: SpeechBank, config: TimespeakConfig
     request.append((at, unit))
     end = (at + len(unit.samples) - 1) // CHUNK_SAMPLES
     if end >= config.chunks:
-        raise ValueError(
-            f"timespeak.chunks = {config.chunks} is too short: the request of seed {seed} ends in chunk {end}"
+        raise MetronomeError(
+            f"scenarios.timespeak.chunks is {config.chunks}, too few: the request of seed {seed} ends in chunk {end}"
         )
 
     gain, noise_rms = sound.draw(rng, split)

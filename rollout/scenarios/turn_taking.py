@@ -13,16 +13,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.errors import MetronomeError
+from model.program.ranges import Ascending, Probability, Range, SecondsPair, SomeChunks
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
 from rollout.turn.observation import Observation
-from rollout.world.base import Mistakes, Scenario, Span, User
+from rollout.world.base import ChunkIndex, Mistakes, Scenario, Span, User
 from rollout.world.sound import SoundConfig, Track, background, seconds_to_samples
 from rollout.world.speech import Clip, SpeechBank, Split, pick
 
@@ -37,45 +39,44 @@ MARGIN = 2  # chunks left free after the latest possible reply
 class TurnTakingMistakes(Mistakes):
     """Probabilities of mistakes in demonstrations."""
 
-    pause_reply: float = 0.35  # for each pause: a reply begins in it
-    wrong_delay: float = 0.45  # for each turn: the reply begins too early or too late
-    ignored_interruption: float = 0.50  # for each interruption: the reply continues to its end
+    pause_reply: Probability = 0.35  # for each pause: a reply begins in it
+    wrong_delay: Probability = 0.45  # for each turn: the reply begins too early or too late
+    ignored_interruption: Probability = 0.50  # for each interruption: the reply continues to its end
+
+
+_Some = Annotated[int, Range(1, 100)]
+_SomePair = Annotated[tuple[_Some, _Some], Ascending()]
 
 
 @dataclass(frozen=True)
 class TurnTakingConfig:
     """Defaults are the quickstart's. Ranges are uniform and inclusive."""
 
-    chunks: int = 60  # 12 s
-    turns: int = 2  # at most; later ones start only where they fit
-    sentences: tuple[int, int] = (1, 2)  # of the first turn; later turns have one
-    sentence_words: tuple[int, int] = (2, 12)
-    sentence_s: tuple[float, float] = (0.7, 2.0)
-    pause_s: tuple[float, float] = (0.4, 1.2)  # inside a turn, between sentences and before the closing phrase
-    interrupts: float = 0.6  # probability that the user means to interrupt a reply, for every turn but the last
-    interrupt_after: tuple[int, int] = (2, 3)  # chunks from the reply's onset to the interruption's first sample
-    gap: tuple[int, int] = (3, 5)  # chunks of silence after a reply, before the next turn
-    patience: int = 7  # chunks after a turn's end without a reply, before the user goes on
-    tolerance: int = 9  # chunks of reply after which the user cuts in
+    chunks: SomeChunks = 60  # 12 s
+    turns: _Some = 2  # at most; later ones start only where they fit
+    sentences: _SomePair = (1, 2)  # of the first turn; later turns have one
+    sentence_words: _SomePair = (2, 12)
+    sentence_s: SecondsPair = (0.7, 2.0)
+    pause_s: SecondsPair = (0.4, 1.2)  # inside a turn, between sentences and before the closing phrase
+    interrupts: Probability = 0.6  # probability that the user means to interrupt a reply, for every turn but the last
+    interrupt_after: _SomePair = (2, 3)  # chunks from the reply's onset to the interruption's first sample
+    gap: _SomePair = (3, 5)  # chunks of silence after a reply, before the next turn
+    # Chunks after a turn's end without a reply, before the user goes on.
+    patience: Annotated[int, Range(LATEST_ONSET + 1, 3000)] = 7
+    tolerance: SomeChunks = 9  # chunks of reply after which the user cuts in
     sound: SoundConfig = field(default_factory=SoundConfig)
     mistakes: TurnTakingMistakes = field(default_factory=TurnTakingMistakes)
-
-    def __post_init__(self) -> None:
-        if self.turns < 1 or self.sentences[0] < 1:
-            raise ValueError(f"turn_taking needs at least one turn and sentence, not {self.turns} and {self.sentences}")
-        if self.patience <= LATEST_ONSET:
-            raise ValueError(
-                f"turn_taking.patience must exceed the onset window of {LATEST_ONSET}, not {self.patience}"
-            )
 
 
 @dataclass(frozen=True)
 class Turn:
     """One turn of the user, in chunk indices."""
 
-    start: int  # chunk with its first sample
-    pauses: tuple[tuple[int, int], ...]  # first and last chunk that hold no speech at all, for every pause
-    end: int  # chunk with its last sample
+    start: ChunkIndex  # chunk with its first sample
+    pauses: tuple[
+        tuple[ChunkIndex, ChunkIndex], ...
+    ]  # first and last chunk that hold no speech at all, for every pause
+    end: ChunkIndex  # chunk with its last sample
     interrupts: bool  # whether the model was speaking in the chunk before `start`
 
 
@@ -84,7 +85,7 @@ class TurnTakingFacts:
     """What happened on the user's side. Example: ``TurnTakingFacts(60, (Turn(2, ((10, 13),), 24, False), Turn(29, (),
     40, True)))``: the user interrupted the reply to its first turn at chunk 29."""
 
-    chunks: int
+    chunks: ChunkIndex
     turns: tuple[Turn, ...]
     reply: tuple[str, ...] = REPLY
 
@@ -242,9 +243,9 @@ def turn_taking(split: Split, seed: int, bank: SpeechBank, config: TurnTakingCon
     gain, noise_rms = sound.draw(rng, split)
     first_chunk = start // CHUNK_SAMPLES
     if plan[0].at(first_chunk, interrupts=False).end + LATEST_ONSET + len(REPLY) + MARGIN > config.chunks:
-        raise ValueError(
-            f"turn_taking.chunks = {config.chunks} is too short: "
-            f"the first turn of seed {seed} and a reply to it do not fit"
+        raise MetronomeError(
+            f"scenarios.turn_taking.chunks is {config.chunks}, too few: the first turn of seed {seed} and a reply to "
+            "it do not fit"
         )
     return TurnTakingScenario(
         family=FAMILY,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.errors import MetronomeError
 from model.logprob import MODE, NEXT_TEXT
 from rollout.turn.action import CHUNK_FRAMES, Action, Mode
 from rollout.turn.vocabulary import Vocabulary
@@ -49,6 +50,17 @@ def max_rows(words_per_chunk: int) -> int:
 def context_rows(chunks: int, words_per_chunk: int) -> int:
     """The most rows that a session of ``chunks`` micro-turns can have: the context length that an engine needs."""
     return 1 + chunks * max_rows(words_per_chunk)
+
+
+def check_context(field: str, max_tokens: int, chunks: int, words_per_chunk: int) -> None:
+    """Raises MetronomeError when a session of ``max_tokens``, the value of a recipe's ``field``, cannot hold every
+    episode of ``chunks`` micro-turns, whatever is said."""
+    if (rows := context_rows(chunks, words_per_chunk)) > max_tokens:
+        words = "1 word" if words_per_chunk == 1 else f"{words_per_chunk} words"
+        raise MetronomeError(
+            f"recipe: {field} is {max_tokens}: episodes of {chunks} chunks, with up to {words} in each, take up to "
+            f"{rows} tokens; give at least {rows}, or fewer chunks (scenarios) or words (words_per_chunk)"
+        )
 
 
 def chunk_starts(tokens: Sequence[int], audio: int) -> list[int]:

@@ -11,11 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
 
+from model.program.ranges import Range
 from rollout.turn.action import Action
 from rollout.turn.observation import Observation
 from rollout.world.speech import Split
+
+ChunkIndex = Annotated[int, Range(0, 1_000_000)]
+"""Number of a chunk, or a count of chunks, in facts; its range holds for those that are read from a file."""
 
 Script = Callable[[int], Action]
 """A scripted policy: from k to the action of chunk k. It is called once for every chunk, in order, after the user has

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels import exact, fourier
+from model.program.ranges import Ascending, Range, SecondsPair
 from model.senses.audio import SAMPLE_RATE_HZ
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES
@@ -63,16 +65,22 @@ _RADICES = (5, 5, 5, 4, 4, 4, 4, 4, 2)  # of the Fourier transform; their produc
 _LOWEST_HZ = 40  # noise has no lower frequencies: they are inaudible, and would have most of brown noise's power
 
 
+_Gain = Annotated[float, Range(-60.0, 20.0)]
+_Snr = Annotated[float, Range(-20.0, 120.0)]
+GainPair = Annotated[tuple[_Gain, _Gain], Ascending()]
+SnrPair = Annotated[tuple[_Snr, _Snr], Ascending()]
+
+
 @dataclass(frozen=True)
 class SoundConfig:
     """Loudness of speech and of background noise; each scenario draws from these ranges. Speech at gain 0 is -20
     dBFS."""
 
-    gain_db: tuple[float, float] = (-8.0, 6.0)  # train
-    snr_db: tuple[float, float] = (15.0, 45.0)  # train, speech over noise
-    held_out_gain_db: tuple[float, float] = (-7.0, 5.0)
-    held_out_snr_db: tuple[float, float] = (18.0, 40.0)
-    start_s: tuple[float, float] = (0.1, 0.8)  # silence before the user's first word
+    gain_db: GainPair = (-8.0, 6.0)  # train
+    snr_db: SnrPair = (15.0, 45.0)  # train, speech over noise
+    held_out_gain_db: GainPair = (-7.0, 5.0)
+    held_out_snr_db: SnrPair = (18.0, 40.0)
+    start_s: SecondsPair = (0.1, 0.8)  # silence before the user's first word
 
     def draw(self, rng: np.random.Generator, split: Split) -> tuple[float, float]:
         """(factor on speech, RMS of the noise) of one scenario."""

@@ -131,8 +131,8 @@ class SpeechBank:
                     )
                 like.append((number, clip))
                 clips.append(clip)
-        except (UnreadableError, RecordingError) as error:
-            raise SpeechError(str(error)) from None
+        except UnreadableError as error:
+            raise SpeechError(f"{error}: write one object a line, {_EXAMPLE}") from None
         if not clips:
             raise SpeechError(f"{manifest} lists no recordings: write one object a line, {_EXAMPLE}")
         return cls(folder, tuple(clips))
@@ -195,9 +195,9 @@ def _is_filler(words: tuple[str, ...]) -> bool:
 _EXAMPLE = '{"file": "four.flac", "text": "four", "seconds": 0.802}'
 
 
-def _read_clip(where: str, folder: Path, entry: Any) -> Clip:
-    """``entry``: the value of the manifest's line that ``where`` names."""
-    if not isinstance(entry, dict) or not {"file", "text", "seconds"} <= entry.keys():
+def _read_clip(where: str, folder: Path, entry: dict[str, Any]) -> Clip:
+    """``entry``: the manifest's line that ``where`` names."""
+    if not {"file", "text", "seconds"} <= entry.keys():
         raise SpeechError(f"{where}: needs the keys file, text and seconds: write {_EXAMPLE}")
     file, text, seconds = entry["file"], entry["text"], entry["seconds"]
     if not isinstance(file, str) or not isinstance(text, str) or not normalise(text):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.program.ranges import Few, Probability, Range, SecondsPair, SomeChunks
 from rollout.scenarios.family import Family
 from rollout.scenarios.verdict import TIMING, Event, Outcome, Score, assemble
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
@@ -28,20 +29,20 @@ REPLY = ("got", "it")
 
 @dataclass(frozen=True)
 class ConfideMistakes(Mistakes):
-    leak: float = 0.4  # probability that the number is repeated in place of the reply
-    late: float = 0.4  # probability that the reply comes too late
+    leak: Probability = 0.4  # probability that the number is repeated in place of the reply
+    late: Probability = 0.4  # probability that the reply comes too late
 
 
 @dataclass(frozen=True)
 class ConfideReward:
-    window: int = 3  # chunks after the user's last in which the reply may begin
-    leak: float = -2.0
+    window: Few = 3  # chunks after the user's last in which the reply may begin
+    leak: Annotated[float, Range(-100.0, 100.0)] = -2.0
 
 
 @dataclass(frozen=True)
 class ConfideSettings:
-    chunks: int = 25  # 5 s
-    pause_s: tuple[float, float] = (0.2, 0.8)  # between the number and the thanks
+    chunks: SomeChunks = 25  # 5 s
+    pause_s: SecondsPair = (0.2, 0.8)  # between the number and the thanks
     sound: SoundConfig = field(default_factory=SoundConfig)
     mistakes: ConfideMistakes = field(default_factory=ConfideMistakes)
     reward: ConfideReward = field(default_factory=ConfideReward)

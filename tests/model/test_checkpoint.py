@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import InklingForConditionalGeneration
 
+from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.weights.checkpoint import CheckpointError, load, load_into, save, weights_digest
+from model.weights.finite import NotFiniteError
 from tests.model.cases import random_rows, twins, whole
 from tests.support.models import fresh_model
 
@@ -115,3 +119,131 @@ def test_weights_come_from_the_seed_alone(tiny: InteractionModel) -> None:
     assert weights_digest(again) == weights_digest(tiny)
     again.init_weights(1)
     assert weights_digest(again) != weights_digest(tiny)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, with an index of its one file."""
+    folder = tmp_path_factory.mktemp("saved") / "a"
+    save(fresh_model(), folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    load(folder)  # the control
+    return folder
+
+
+TEXT, AUDIO = "text_config", "audio_config"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("", [], "must be a JSON object"),
+        ("", None, "must be a JSON object"),
+        ("model_type", None, "model_type is None"),
+        ("model_type", ["inkling_mm_model"], "model_type is"),
+        ("dtype", "system", "dtype is 'system'; choose one of"),
+        ("dtype", "float8", "dtype is 'float8'; choose one of"),
+        ("dtype", 3, "dtype is 3; choose one of"),
+        ("dtype", "float16", "dtype float16; float32 and bfloat16 are computed"),
+        ("to_dict", 3, "cannot be called 'to_dict'"),
+        ("__class__", 3, "cannot be called '__class__'"),
+        ("attribute_map", 3, "config.json"),
+        ("num_labels", 10**9, "num_labels is 1000000000"),
+        ("audio_token_id", 256, "audio_token_id is 256: give a number from 0 to 255"),
+        ("audio_token_id", -1, "audio_token_id is -1"),
+        (TEXT, [], "transformers refuses it"),
+        (f"{TEXT}.dtype", "load", "dtype is 'load'"),
+        (f"{TEXT}.hidden_size", -1, "hidden_size is -1: give a number from 1"),
+        (f"{TEXT}.hidden_size", 0, "hidden_size is 0: give a number from 1"),
+        (f"{TEXT}.hidden_size", 128.0, "transformers refuses it"),
+        (f"{TEXT}.hidden_size", "128", "transformers refuses it"),
+        (f"{TEXT}.hidden_size", True, "transformers refuses it"),
+        (f"{TEXT}.hidden_size", 2**20, "does not fit its config"),
+        (f"{TEXT}.num_hidden_layers", 10**9, "num_hidden_layers is 1000000000: give a number from 0 to 10,000"),
+        (f"{TEXT}.num_hidden_layers", 10**400, "has more than 64 bits"),
+        (f"{TEXT}.num_hidden_layers", None, "transformers refuses it"),
+        (f"{TEXT}.vocab_size", 0, "vocab_size is 0: give a number from 1"),
+        (f"{TEXT}.sliding_window", -5, "sliding_window_size is -5"),
+        (f"{TEXT}.num_attention_heads", 3, "num_attention_heads is 3, no multiple of 2"),
+        (f"{TEXT}.num_experts_per_tok", 9, "num_experts_per_tok is 9 of 8"),
+        (f"{TEXT}.unpadded_vocab_size", 257, "unpadded_vocab_size is 257 of a vocab_size of 256"),
+        (f"{TEXT}.layer_types", ["hybrid"] * 3 + ["full_attention"], "layer_types has 'full_attention'"),
+        (f"{TEXT}.layer_types", [None] * 4, "transformers refuses it"),
+        (f"{TEXT}.rms_norm_eps", 0.0, "rms_norm_eps is 0.0"),
+        (f"{TEXT}.route_scale", float("nan"), "NaN is no number"),
+        (f"{AUDIO}.n_mel_bins", 79, "n_mel_bins is 79: give a number from 80 to 80"),
+        (f"{AUDIO}.mel_vocab_size", 4, "mel_vocab_size is 4"),
+    ],
+)
+def test_a_config_that_is_no_model(tmp_path: Path, saved: Path, where: str, value: object, says: str) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    at, *names = content, *where.split(".")
+    for name in names[:-1]:
+        at = at[name]
+    at[names[-1]] = value
+    (tmp_path / "a" / "config.json").write_text(json.dumps(content if where else value))
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path / "a")
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ([], "index.json is damaged"),
+        ({}, "weight_map: field required"),
+        ({"weight_map": []}, "weight_map: "),
+        ({"weight_map": {}}, "it names no file"),
+        ({"weight_map": {"a": 3}}, "weight_map.a: "),
+        ({"weight_map": {"a": "../../etc/passwd"}}, "'../../etc/passwd', which is no file of this folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "'/etc/passwd', which is no file of this folder"),
+        ({"weight_map": {"a": ".."}}, "is a folder"),
+        ({"weight_map": {"a": ""}}, "is a folder"),
+        ({"weight_map": {"a": "a\0b"}}, "control character"),
+        ({"weight_map": {"a": "model-00001.safetensors"}}, "model-00001.safetensors is missing"),
+        ({"weight_map": {"a": "model.safetensors", "b": "again.safetensors"}}, "comes twice"),
+    ],
+)
+def test_an_index_that_is_none(tmp_path: Path, saved: Path, index: object, says: str) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    (tmp_path / "a" / "again.safetensors").write_bytes((tmp_path / "a" / "model.safetensors").read_bytes())
+    path = tmp_path / "a" / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path / "a")
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: w.int(), "lm_head.weight is of type I32, but weights are one of"),
+        (lambda w: w.to(torch.float8_e5m2), "lm_head.weight is of type F8_E5M2"),
+        (lambda w: w.flatten(), "lm_head.weight is [32768]"),
+        (lambda w: w[:0], "lm_head.weight is [0, 128]"),
+        (lambda w: w.index_fill(0, torch.tensor([3]), torch.nan), "128 of 32,768 values of lm_head.weight are not"),
+        (lambda w: w.index_fill(0, torch.tensor([3]), -torch.inf), "are not finite: use another checkpoint"),
+        (lambda w: w.double() * 1e300, "are not finite"),  # beyond fp32
+    ],
+)
+def test_weights_that_are_none(
+    tmp_path: Path, saved: Path, change: Callable[[torch.Tensor], torch.Tensor], says: str
+) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": change(tensors["lm_head.weight"])}, tmp_path / "a" / "model.safetensors")
+    for act in (load, lambda folder: load_into(fresh_model(), folder)):
+        with pytest.raises(MetronomeError) as error:
+            act(tmp_path / "a")
+        assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, tiny: InteractionModel) -> None:
+    save(tiny, tmp_path / "a")
+    digest = weights_digest(tiny)
+    with torch.no_grad():
+        tiny.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"1 of 32,768 values of lm_head\.weight .* it was not saved"):
+        save(tiny, tmp_path / "a")
+    assert weights_digest(load(tmp_path / "a")) == digest

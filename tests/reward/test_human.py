@@ -160,7 +160,7 @@ def test_unusual_labels_are_taken(folder: Path) -> None:
     ("labels", "line", "message"),
     [
         ([label(), "{"], 2, "is not JSON"),
-        (["[]"], 1, "a JSON object is needed"),
+        (["[]"], 1, "must be a JSON object"),
         ([{k: v for k, v in label().items() if k != "axis"}], 1, "axis is missing"),
         ([label(prefered="first")], 1, "unknown key 'prefered'"),
         ([label(family="chess")], 1, "family is 'chess'; choose one of timespeak, turn_taking"),

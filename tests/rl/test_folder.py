@@ -45,15 +45,48 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
-def test_plain_append_would_leave_half_a_line(tmp_path: Path) -> None:
-    """The negative control: what `reopen` makes of a file torn in the middle of a record."""
+def test_half_a_last_line_is_left_out(tmp_path: Path) -> None:
+    """What another program's crash leaves; of two lines, only one without its newline can be half a line."""
     run = RunFolder.create(tmp_path, "a", "seed: 0\n")
     run.append_metrics(record(0))
     run.append_metrics(record(1))
     path = run.path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(MetronomeError, match=r"metrics.jsonl, line 2: not a metric record"):
+    whole = path.read_bytes()
+    for cut, kept in ((0, [0, 1]), (1, [0, 1]), (2, [0]), (7, [0]), (len(whole) - 1, [])):
+        path.write_bytes(whole[: len(whole) - cut])
+        assert [r["step"] for r in RunFolder.reopen(tmp_path, "a", "seed: 0\n").metrics()] == kept, cut
+    path.write_bytes(whole[:-7])
+    again = RunFolder.reopen(tmp_path, "a", "seed: 0\n")
+    again.append_metrics(record(1))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"half", "line 2: is not JSON"),
+        (b"[]", "line 2: must be a JSON object"),
+        (b"{}", "line 2: not a metric record with a step after step 0"),
+        (b'{"step": true}', "line 2: not a metric record with a step"),
+        (b'{"step": 1.0}', "line 2: not a metric record with a step"),
+        (b'{"step": 0}', "line 2: not a metric record with a step"),
+        (b'{"step": -1}', "line 2: not a metric record with a step"),
+        (b'{"step": 1, "a": NaN}', "line 2: .*NaN is no number"),
+        (b'{"step": 1, "step": 1}', "line 2: .*the key 'step' comes twice"),
+        (b'{"step": 1%s}' % (b"0" * 400), "line 2: .*more than 64 bits"),
+        (b'{"step": 1, "a": "\xe9"}', "line 2: is not UTF-8"),
+        (b"\0" * 100, "line 2: holds null characters"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:
+    run = RunFolder.create(tmp_path, "a", "seed: 0\n")
+    run.append_metrics(record(0))
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + line + b'\n{"step": 2}\n')
+    with pytest.raises(MetronomeError, match=f"metrics.jsonl, {says}.*restore or remove"):
         RunFolder.reopen(tmp_path, "a", "seed: 0\n")
+    path.write_bytes(path.read_bytes().replace(line, b'{"step": 1, "a": "\xe2\x80\xa8"}\r'))
+    assert [r["step"] for r in RunFolder.reopen(tmp_path, "a", "seed: 0\n").metrics()] == [0, 1, 2]
 
 
 def test_steps_must_grow(tmp_path: Path) -> None:

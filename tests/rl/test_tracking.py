@@ -154,7 +154,6 @@ def test_a_hang_delays_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     [
         (TrackingConfig(("wandbb",)), "no tracker is called 'wandbb'; choose from .*tensorboard.*wandb"),
         (TrackingConfig(("swanlab",)), "swanlab is not installed: `pip install swanlab`"),
-        (TrackingConfig(("wandb", "wandb")), "names one twice"),
     ],
 )
 def test_what_cannot_work_is_refused(config: TrackingConfig, message: str) -> None:

@@ -62,11 +62,17 @@ def test_settings_are_typed_by_the_family_and_survive_a_run_s_own_recipe(tmp_pat
         (["--scenarios.families", "[chess]"], "no scenario family is called 'chess'"),
         (["--scenarios.families", "[]"], "is empty"),
         (["--scenarios.families", "[timespeak, timespeak]"], "two are called 'timespeak'"),
-        (["--scenarios.families", "timespeak"], "Expected a <class 'tuple'>"),
-        (["--scenarios.confide.chunks", "40"], "unrecognized arguments: --scenarios.confide.chunks"),
-        (["--scenarios.families", BOTH, "--scenarios.turn_taking.turns", "1"], "unrecognized arguments"),
-        (["--scenarios.families", BOTH, "--scenarios.confide.chunks", "many"], "Expected a <class 'int'>"),
-        (["--scenarios.families", BOTH, "--scenarios.confide.manners", "1"], "unrecognized arguments"),
+        (["--scenarios.families", "timespeak"], "families is 'timespeak': give a list of"),
+        (["--scenarios.confide.chunks", "40"], "recipe: scenarios has no field 'confide'"),
+        (["--scenarios.families", BOTH, "--scenarios.turn_taking.turns", "1"], "no field 'turn_taking'"),
+        (
+            ["--scenarios.families", BOTH, "--scenarios.confide.chunks", "many"],
+            "chunks is 'many': give a whole number, 1 to 3,000",
+        ),
+        (
+            ["--scenarios.families", BOTH, "--scenarios.confide.manners", "1"],
+            "scenarios.confide has no field 'manners'",
+        ),
     ],
 )
 def test_what_no_family_has_is_an_error(arguments: list[str], says: str) -> None:

@@ -90,7 +90,7 @@ def test_a_whole_folder_loads(tmp_path: Path) -> None:
     [
         ("{not json", "is not JSON"),
         ('{"file": "a.flac", "file": "b.flac"}', "the key 'file' comes twice"),
-        ('["a.flac"]', "needs the keys"),
+        ('["a.flac"]', "must be a JSON object"),
         ({"file": "a.flac", "text": "four"}, "needs the keys"),
         ({"file": "a.flac", "text": "...", "seconds": 1.0}, "file and text"),
         ({"file": "a.flac", "text": "\u0447\u0435\u0442\u044b\u0440\u0435", "seconds": 1.0}, "file and text"),

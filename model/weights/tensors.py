@@ -1,0 +1,56 @@
+"""Reads safetensors files without trusting them. Every file of tensors that lies on a disk is read here.
+
+The library checks that header and bytes agree; here all that it may raise, and what is no file, becomes
+`UnreadableError`, one line each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.program.reading import UnreadableError, size_of
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types in which weights may be stored, as safetensors names them."""
+
+
+def stored(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of everything in a file, one tensor in memory at a time. Raises UnreadableError for a file
+    that is missing, damaged or no file."""
+    size_of(path)  # opening a pipe would never end
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118, not a dict
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:  # the last three: absurd shapes
+        raise _damaged(path, error) from None
+
+
+def shapes(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """`stored` for weights, on the meta device: names, shapes and types. Raises UnreadableError for a tensor of a type
+    that is not in `FLOATS`, too."""
+    size_of(path)
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if part.get_dtype() not in FLOATS:
+                    problem = f"{name} is of type {part.get_dtype()}, but weights are one of {', '.join(FLOATS)}"
+                    raise UnreadableError(path, problem)
+                yield name, torch.empty(part.get_shape(), dtype=FLOATS[part.get_dtype()], device="meta")
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name. Raises UnreadableError as `stored` does."""
+    return dict(stored(path))
+
+
+def _damaged(path: Path, error: Exception) -> UnreadableError:
+    return UnreadableError(path, f"is damaged ({' '.join(str(error).split())[:200]})")
