@@ -3,8 +3,9 @@
     python -m reward.evaluate --config configs/reward_evaluate.yaml --json runs/reward_evaluation.json
 
 Prints and writes, for each axis: the share of held-out pairs put in the right order, by family, source and size of
-corruption; the expected calibration error, after a temperature fitted on one half of the held-out scenarios and
-reported on the other (the temperature is then stored with the model); Spearman's rank correlation of episode scores
+corruption (a pair of equal scores counts half); the expected calibration error, after a temperature fitted on one half
+of the held-out conversations and reported on the other (the temperature is then stored with the model), and how many
+pairs each of these figures rests on; Spearman's rank correlation of episode scores
 with the rule's; and what scoring costs beside rolling out. A reliability plot lies beside the JSON file.
 """
 
@@ -22,9 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 import numpy as np
@@ -40,7 +39,7 @@ from model.program.outputs import OutputFile
 from model.program.ranges import Distinct, FilePath, Length, Seed, Some, Tokens, Words
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
-from reward.learned.calibrate import Reliability, fit_temperature, plot, reliability
+from reward.learned.calibrate import COUNTING, Reliability, fit_temperature, halves, plot, reliability, right
 from reward.learned.model import RewardModel, episode_scores
 from reward.learned.preference import Preference, distinct, from_row, load_preferences
 from reward.learned.trainable import stretch_scores
@@ -95,15 +94,19 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: EvaluateConfig) -> None:
     """Evaluates the models, stores their temperatures, and writes the results."""
     models = {folder: RewardModel.load(folder) for folder in config.models}
-    report: dict[str, float | int | str] = {"contract_id": dispatch.contract_id()}
+    report: dict[str, float | int | str] = {"contract_id": dispatch.contract_id(), "counting": COUNTING}
     curves: dict[str, Reliability] = {}
     for folder, model in models.items():
         for axis in model.axes:
             pairs, difference = compare(model, axis, Path(config.pairs))
             report |= {f"{axis}/{name}": value for name, value in accuracies(pairs, difference).items()}
-            fitted = np.array([fits_temperature(p.scenario) for p in pairs])
+            fitted = halves(pairs)
             if fitted.all() or not fitted.any():
-                raise MetronomeError(f"{config.pairs}: too few held-out scenarios to fit a temperature and report it")
+                raise MetronomeError(
+                    f"{config.pairs}: all held-out pairs of {axis} share conversations or scenarios; two sets that "
+                    "share none are needed, to fit a temperature and to report it. Make pairs of more scenarios"
+                )
+            report |= {f"{axis}/pairs_fitted": int(fitted.sum()), f"{axis}/pairs_ece": int((~fitted).sum())}
             model.temperature[axis] = fit_temperature(difference[fitted])
             curves[axis] = reliability(difference[~fitted], model.temperature[axis])
             report[f"{axis}/temperature"] = model.temperature[axis]
@@ -117,12 +120,6 @@ def run(config: EvaluateConfig) -> None:
     for name, value in report.items():
         print(f"{name:48s} {value:.4f}" if isinstance(value, float) else f"{name:48s} {value}")
     print(f"written to {path} and {path.with_suffix('.png')}")
-
-
-def fits_temperature(scenario_id: str) -> bool:
-    """Whether a scenario's pairs fit the temperature (about half do, by a hash of the id); the pairs of all other
-    scenarios report the calibration error."""
-    return blake2b(scenario_id.encode(), digest_size=1).digest()[0] % 2 == 0
 
 
 def compare(model: RewardModel, axis: str, folder: Path) -> tuple[list[Preference], NDArray[np.float64]]:
@@ -149,14 +146,19 @@ def differences(model: RewardModel, axis: str, pairs: Sequence[Preference]) -> t
 
 
 def accuracies(pairs: Sequence[Preference], difference: NDArray[np.float64]) -> dict[str, float | int]:
-    """``accuracy<group>``, the share of pairs in the right order, and ``pairs<group>``, their number, for all pairs and
-    for each group that `groups_of` names; ``difference`` fp64 [P]. Equal scores count as the wrong order."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for pair, d in zip(pairs, difference, strict=True):
+    """For all pairs and for each group that `groups_of` names: ``accuracy<group>``, the share of pairs in the right
+    order, a pair of equal scores counting half (`reward.learned.calibrate.right`); ``pairs<group>``, their number;
+    ``ties<group>``, how many have equal scores, of all pairs and of groups that have some. A group without a pair is
+    left out; ``difference`` fp64 [P]."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for i, pair in enumerate(pairs):
         for group in groups_of(pair):
-            right[group].append(bool(d > 0))
-    shares: dict[str, float | int] = {f"accuracy{group}": fmean(rs) for group, rs in sorted(right.items())}
-    return shares | {f"pairs{group}": len(rs) for group, rs in sorted(right.items())}
+            places[group].append(i)
+    value, tied = right(difference), difference == 0
+    groups = sorted(places.items())
+    shares: dict[str, float | int] = {f"accuracy{group}": float(value[at].mean()) for group, at in groups}
+    shares |= {f"pairs{group}": len(at) for group, at in groups}
+    return shares | {f"ties{group}": int(tied[at].sum()) for group, at in groups if tied[at].any() or not group}
 
 
 def groups_of(pair: Preference) -> Iterator[str]:

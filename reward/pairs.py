@@ -7,10 +7,10 @@ play, controlled ones (`reward.learned.corrupt`) and the experts' own mistakes; 
 (`reward.learned.human`). Beside whole conversations, stretches of them are compared, so that a model learns which
 chunks deserve a reward, and not only which conversations.
 
-The data set has two splits. ``held_out`` has scenarios of the held-out split (unseen seeds, noise, gains and filler
-sentences) and sizes of corruption that ``train`` does not have. The speaker is the same in both, because only one
-speaker's recordings come with the program; ``--speech-dir`` names others. The data set is a pure function of the recipe
-and of the checkpoints it names.
+The data set has two splits, without a conversation in common. ``held_out`` has scenarios of the held-out split (unseen
+seeds, noise, gains and filler sentences) and sizes of corruption, as counted, that ``train`` does not have. The speaker
+is the same in both, because only one speaker's recordings come with the program; ``--speech-dir`` names others. The
+data set is a pure function of the recipe and of the checkpoints it names.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from model.program.ranges import (
 )
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
-from reward.learned.human import read_labels
+from reward.learned.human import read_all_labels
 from reward.learned.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
 from reward.learned.preference import Preference, save_preferences
 from rollout.engines.embedded import SessionEngine
@@ -158,6 +158,9 @@ class PairMaker:
 
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
+        paths = [Path(path) for path in config.human]
+        words = Vocabulary.build(256)  # a policy's larger vocabulary has the same words
+        self.labels = read_all_labels(paths, words, config.words_per_chunk, config.scenarios)  # first: people err
         self.bank = SpeechBank.open(config.speech_dir)
         self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
         self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
@@ -168,11 +171,7 @@ class PairMaker:
         """All preferences of a split. Preferences that share conversations (of one group) stay together, so that a
         training batch can share their forward passes; the groups are in random order."""
         groups = [*self._corrupted(split), *self._rolled_out(split)]
-        groups += [
-            [p]
-            for path in self.config.human
-            for p in read_labels(Path(path), split, self.vocabulary, self.config.words_per_chunk, self.config.scenarios)
-        ]
+        groups += [[p] for p in self.labels[split]]
         order = generator("order", split, self.config.seed).permutation(len(groups))
         return [preference for i in order for preference in groups[int(i)]]
 

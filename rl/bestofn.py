@@ -77,7 +77,7 @@ def sample(
 def table(picks: Sequence[Pick]) -> Table:
     out = Table("family", "n", "score of the pick", "learned reward", "the rules' own pick", title="Best of n")
     for p in picks:
-        rule = f"{p.rule:.1%} ± {p.rule_error:.1%}"
+        rule = f"{p.rule:.1%} ± {'?' if p.rule_error is None else f'{p.rule_error:.1%}'}"
         out.add_row(p.family, str(p.n), rule, f"{p.proxy:+.3f}", f"{p.oracle:.1%}")
     return out
 

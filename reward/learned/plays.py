@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import exact
-from reward.learned.corrupt import FAULTS_OF, Expert, corrupt
+from reward.learned.corrupt import FAULTS_OF, Expert, draw
 from reward.learned.preference import Preference, Stretch
 from reward.score import score
 from rollout.record.episode import Episode
@@ -84,8 +84,8 @@ class Writer:
         mistakes: int,
     ) -> list[Played]:
         """The expert's play of a scenario, then at most ``faults`` corruptions of it for each axis, then ``mistakes``
-        plays by an expert with frequent mistakes. Kinds of faults and ``sizes`` (chunks) are drawn by the scenario's
-        id; ``words``: what faults may say."""
+        plays by an expert with frequent mistakes. Kinds of faults and sizes are drawn by the scenario's id; every
+        fault's size, as it is counted, is one of ``sizes`` (chunks). ``words``: what faults may say."""
         rng = generator("faults", scenario.id)
 
         def faultless() -> Callable[[User], Script]:
@@ -96,8 +96,7 @@ class Writer:
         plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
         axes = [axis for axis in plays[0].rewards if axis in FAULTS_OF]
         for kinds in [FAULTS_OF[axis] for axis in axes for _ in range(faults)]:
-            kind, size = kinds[int(rng.integers(len(kinds)))], int(sizes[int(rng.integers(len(sizes)))])
-            fault = corrupt(known, kind, size, rng)
+            fault = draw(known, kinds[int(rng.integers(len(kinds)))], sizes, rng)
             if fault is not None:
                 played = enact(scenario, faultless(), fault.edits)
                 plays.append(self.demonstration(scenario, played, fault.kind, fault.size_ms))

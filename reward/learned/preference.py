@@ -3,16 +3,17 @@
 A stretch is some chunks of a conversation (Christiano et al. 2017 compare segments). The whole conversation up to its
 end is kept with it, because a reward depends on everything heard before. Rows are self-contained; the columns that
 TRL knows (``chosen_ids``, ``rejected_ids``, ``margin``) have TRL's names. dMel codes, uint8 [A, 80], are stored as
-zlib's bytes, a quarter of their size: a conversation is in many pairs.
+zlib's bytes, a quarter of their size: a conversation is in many pairs. No conversation is in two splits of a table:
+what is held out must be unseen. Conversations are compared by what they hold, tokens and codes.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
 from model.program.files import whole_folder
+from model.program.ranges import Range
 from rollout.turn.action import CHUNK_FRAMES
+
+MOST_MARGIN = 10_000
+"""Largest margin of a pair; an event on time is worth 1."""
+MOST_CODES = 1 << 26
+"""dMel codes of a conversation; 64 Mi are more than two hours."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,11 @@ class Stretch:
     def key(self) -> tuple[bytes, bytes]:
         """Equal for stretches of one conversation."""
         return self.tokens.numpy().tobytes(), self.codes.numpy().tobytes()
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the conversation: equal for equal keys."""
+        return _conversation_digest(self.tokens.numpy(), self.codes.numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +117,66 @@ def from_row(row: Mapping[str, Any]) -> Preference:
 
 @lru_cache(maxsize=64)
 def _decompressed(codes: bytes) -> NDArray[np.uint8]:
-    """uint8 [A * 80]. Kept for a while: neighbouring pairs share their conversations."""
-    return np.frombuffer(zlib.decompress(codes), np.uint8)
+    """uint8 [A * 80]. Kept for a while: neighbouring pairs share their conversations. Raises zlib.error for what is no
+    whole stream of at most `MOST_CODES` bytes."""
+    stream = zlib.decompressobj()
+    out = stream.decompress(codes, MOST_CODES)
+    if not stream.eof:
+        raise zlib.error(f"cut short, or more than {MOST_CODES:,} bytes")
+    return np.frombuffer(out, np.uint8)
+
+
+def _conversation_digest(tokens: NDArray[np.int64], codes: NDArray[np.uint8]) -> bytes:
+    """``codes`` of any shape."""
+    digest = blake2b(np.ascontiguousarray(tokens, np.int64).tobytes() + b"/", digest_size=16)
+    digest.update(np.ascontiguousarray(codes).tobytes())
+    return digest.digest()
+
+
+@lru_cache(maxsize=256)
+def _stored_digest(tokens: bytes, codes: bytes) -> bytes:
+    """`Stretch.digest` from a row's int32 tokens and compressed codes. Kept as `_decompressed`."""
+    return _conversation_digest(np.frombuffer(tokens, np.int32), _decompressed(codes))
 
 
 def save_preferences(folder: Path, splits: Mapping[str, Sequence[Preference]]) -> None:
-    """Writes a `DatasetDict`, whole or not at all."""
+    """Writes a `DatasetDict`, whole or not at all. Raises MetronomeError as `check_apart` does."""
+    check_apart(folder, {name: _held(preferences) for name, preferences in splits.items()})
     tables = DatasetDict({name: table(preferences) for name, preferences in splits.items()})
     with whole_folder(folder) as temporary:
         tables.save_to_disk(temporary)
+
+
+def check_apart(folder: Path, splits: Mapping[str, Iterable[tuple[int, bytes]]]) -> None:
+    """Raises MetronomeError when two splits hold one conversation; ``splits``: (row, `Stretch.digest`) of each side of
+    each pair."""
+    owner: dict[bytes, tuple[str, int]] = {}
+    for split, held in splits.items():
+        for row, digest in held:
+            other, at = owner.setdefault(digest, (split, row))
+            if other != split:
+                raise MetronomeError(
+                    f"{folder}, {split}, row {row}: its conversation is in the split {other}, too (row {at}); what is "
+                    "held out must be unseen. Make the pairs anew, or take these out"
+                )
+
+
+def _held(preferences: Iterable[Preference]) -> Iterator[tuple[int, bytes]]:
+    for row, preference in enumerate(preferences):
+        yield row, preference.chosen.digest
+        yield row, preference.rejected.digest
+
+
+def _held_in(rows: Dataset) -> Iterator[tuple[int, bytes]]:
+    """As `_held`, from disk; a damaged conversation, which `problem_of` will name, is left out."""
+    for side in ("chosen", "rejected"):
+        columns = rows.select_columns([f"{side}_ids", f"{side}_codes"]).with_format("arrow")
+        for first in range(0, len(rows), 1000):
+            ids, codes = columns[first : first + 1000].columns
+            for i, (tokens, packed) in enumerate(zip(ids, codes, strict=True)):
+                if tokens.is_valid and packed.is_valid and not tokens.values.null_count:
+                    with suppress(zlib.error):
+                        yield first + i, _stored_digest(tokens.values.to_numpy().tobytes(), packed.as_py())
 
 
 def table(preferences: Sequence[Preference]) -> Dataset:
@@ -126,7 +189,7 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
     """The rows of one split whose axis is among ``axes``, each checked by `check`.
 
     ``audio``: id of the audio token. Raises MetronomeError when the data set is missing, lacks the split or a column,
-    has no pair of these axes, or at the first row that `check` refuses."""
+    has no pair of these axes, or at the first row that `check` refuses; and as `check_apart` does."""
     try:
         splits = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, OSError) as error:
@@ -135,14 +198,20 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
         ) from None
     if not isinstance(splits, DatasetDict) or split not in splits:
         raise MetronomeError(f"{folder}: has no split {split!r}. Make the pairs anew: python -m reward.pairs")
+    for name, rows in splits.items():
+        if missing := sorted(set(FEATURES) - set(rows.column_names)):
+            raise MetronomeError(f"{folder}, {name}: the columns {', '.join(missing)} are missing")
+        if wrong := next((column for column in FEATURES if rows.features[column] != FEATURES[column]), None):
+            raise MetronomeError(
+                f"{folder}, {name}: the column {wrong} holds {rows.features[wrong]}, and must hold {FEATURES[wrong]}"
+            )
     rows = splits[split]
-    if missing := sorted(set(FEATURES) - set(rows.column_names)):
-        raise MetronomeError(f"{folder}, {split}: the columns {', '.join(missing)} are missing")
     wanted = [i for i, axis in enumerate(rows["axis"]) if axis in axes]
     rows = rows.select(wanted)
     check(((f"{folder}, {split}, row {i}", row) for i, row in zip(wanted, rows, strict=True)), audio)
     if not wanted:
         raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
+    check_apart(folder, {name: _held_in(one) for name, one in splits.items()})
     return rows
 
 
@@ -163,13 +232,17 @@ def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:
 
 def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
     """What is wrong with a row of the data set, in words, or None. ``audio``: id of the audio token."""
+    if empty := [name for name in FEATURES if row[name] is None]:
+        return f"{empty[0]} is missing"
     for name in ("axis", "family"):
         if not str(row[name]).isidentifier():
             return f"{name} {str(row[name])!r} is no name of one"
-    if not 0 <= float(row["margin"]) < math.inf:
-        return f"margin {float(row['margin'])} is not a finite number of at least 0"
+    if problem := Range(0, MOST_MARGIN).problem(float(row["margin"])):
+        return f"margin {float(row['margin'])}: {problem}"
     for side in ("chosen", "rejected"):
         tokens = np.asarray(row[f"{side}_ids"])
+        if len(tokens) and (tokens.dtype.kind != "i" or tokens.min() < 0):
+            return f"{side}: a token is no whole number of at least 0"
         try:
             codes = _decompressed(row[f"{side}_codes"])
         except zlib.error as error:
@@ -190,8 +263,7 @@ def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
 
 
 def _digest(row: Mapping[str, Any], side: str) -> bytes:
-    digest = blake2b(digest_size=16)
-    for name in ("ids", "codes", "first", "end"):
-        value = row[f"{side}_{name}"]
-        digest.update(value if isinstance(value, bytes) else np.asarray(value, np.int64).tobytes() + b"/")
-    return digest.digest()
+    """Of a stretch."""
+    at = np.array([row[f"{side}_first"], row[f"{side}_end"]], np.int64)
+    tokens = np.asarray(row[f"{side}_ids"], np.int32)
+    return _stored_digest(tokens.tobytes(), row[f"{side}_codes"]) + at.tobytes()

@@ -23,7 +23,7 @@ class Pick:
     n: int
     kl: float  # nats: log n - (n - 1) / n, an upper bound on the KL between best-of-n and the policy
     rule: float  # the rules' score of the learned models' pick
-    rule_error: float  # its standard error over scenarios
+    rule_error: float | None  # its standard error over scenarios; None where it is undefined: of a single scenario
     proxy: float  # the learned reward of that pick
     oracle: float  # the rules' score of the rules' own pick
 
@@ -43,12 +43,14 @@ def best_of(n: int, values: NDArray[np.float64], by: NDArray[np.float64]) -> flo
 
 def curve(family: str, rule: NDArray[np.float64], proxy: NDArray[np.float64]) -> list[Pick]:
     """A `Pick` for each n = 1, 2, 4, … up to N; ``rule`` and ``proxy`` fp64 [scenarios, N]: both rewards of each
-    sample."""
+    sample. Raises ValueError without a scenario."""
+    if not len(rule):
+        raise ValueError(f"best of n of {family}: no scenario")
     out = []
     n = 1
     while n <= rule.shape[1]:
         picked = np.array([best_of(n, r, p) for r, p in zip(rule, proxy, strict=True)])
-        error = float(picked.std(ddof=1) / math.sqrt(len(picked))) if len(picked) > 1 else 0.0
+        error = float(picked.std(ddof=1) / math.sqrt(len(picked))) if len(picked) > 1 else None
         liked = float(np.mean([best_of(n, p, p) for p in proxy]))
         oracle = float(np.mean([best_of(n, r, r) for r in rule]))
         out.append(Pick(family, n, math.log(n) - (n - 1) / n, float(picked.mean()), error, liked, oracle))
@@ -57,16 +59,22 @@ def curve(family: str, rule: NDArray[np.float64], proxy: NDArray[np.float64]) ->
 
 
 def mean(curves: Sequence[Sequence[Pick]]) -> list[Pick]:
-    """The families' mean at each n."""
+    """The families' mean at each n; its standard error is undefined where one family's is."""
     return [
         Pick(
             family="mean",
             n=row[0].n,
             kl=row[0].kl,
             rule=fmean(p.rule for p in row),
-            rule_error=math.hypot(*(p.rule_error for p in row)) / len(row),
+            rule_error=_error_of_mean([p.rule_error for p in row]),
             proxy=fmean(p.proxy for p in row),
             oracle=fmean(p.oracle for p in row),
         )
         for row in zip(*curves, strict=True)
     ]
+
+
+def _error_of_mean(errors: Sequence[float | None]) -> float | None:
+    """Standard error of the mean of independent figures with these standard errors; None when one is undefined."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(errors) else None

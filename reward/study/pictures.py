@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -61,7 +62,8 @@ def best_of_n(curves: Sequence[Sequence[Pick]]) -> bytes:
     figure = Figure(figsize=(5 * len(curves), 4.5), layout="constrained")
     for axes, picks in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         n = [p.n for p in picks]
-        axes.errorbar(n, [p.rule for p in picks], [p.rule_error for p in picks], color=RULE, marker="o", capsize=3)
+        errors = [math.nan if p.rule_error is None else p.rule_error for p in picks]  # NaN: no bar
+        axes.errorbar(n, [p.rule for p in picks], errors, color=RULE, marker="o", capsize=3)
         axes.plot(n, [p.oracle for p in picks], color=RULE, linestyle="--", alpha=0.6)
         twin = axes.twinx()
         twin.plot(n, [p.proxy for p in picks], color=PROXY, marker="o")

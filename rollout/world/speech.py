@@ -4,32 +4,57 @@ A folder of speech holds audio files (FLAC or WAV, 16 kHz, mono) and ``manifest.
 ``{"file": "four.flac", "text": "four", "seconds": 0.802}``. The folder that ships with the package
 (`DEFAULT_FOLDER`) is a small set of real prompts under CC-BY-SA-3.0; its LICENSE.txt names the speaker.
 
-Files are not resampled; another rate is an error. All recordings are read when the bank is loaded, so that a damaged
-file stops a run at its start. This module knows nothing of scenarios.
+All recordings are read when the bank is loaded, so that a wrong one stops a run at its start. Refused, with file and
+line of the manifest:
+
+- what `rollout.world.recording` refuses: paths that leave the folder, other rates, channels or formats, samples beyond
+  full scale, or that are no numbers;
+- lengths other than ``seconds`` (a truncated or another file), more than `LONGEST_S`, or text without a word or of more
+  than `MOST_WORDS`;
+- what is no speech, because bringing it to the common level would make a blast of it: silence, clicks (less than
+  `SHORTEST_S` of it is loud, or its peak is more than `MOST_CREST` times its RMS) and a constant offset;
+- the same sound twice, as one file or as two: two texts would contradict each other, and the splits of fillers, which
+  are made by words, would share it.
+
+Samples are used as they are: neither resampled nor freed of a small offset. A quiet or loud recording is brought to
+the common level. This module knows nothing of scenarios.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from kernels import exact
 from kernels.errors import MetronomeError
-from model.program.ranges import shown
+from model.program.ranges import Range, shown
 from model.program.reading import UnreadableError, read_json_lines
 from model.senses.audio import SAMPLE_RATE_HZ
+from rollout.world.recording import RecordingError, read_recording
 
 Split = Literal["train", "held_out"]
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "data" / "speech"
 MANIFEST = "manifest.jsonl"
+
+LONGEST_S = 30.0
+SHORTEST_S = 0.05
+"""Least time, in frames of 10 ms, above the trimming threshold."""
+MOST_CREST = 16.0
+"""Largest peak over RMS. That of the shipped recordings is at most 6.3; a single click in a second of silence has 126.
+"""
+MOST_OFFSET = 0.1
+"""Of the power; the shipped recordings have 0.00003."""
+LEAST_PEAK = 0.001
+"""Of full scale; what is quieter than -60 dB is taken for silence."""
+MOST_WORDS = 100
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # Words with a meaning in a scenario, and words that sound like them. A recording with one of them is not used as
@@ -42,7 +67,7 @@ RESERVED_WORDS = frozenset(NUMBER_WORDS) | {
 }
 _TEEN_OR_ORDINAL = re.compile(r".*(teen|teenth|tieth|lfth|redth|nth)")
 
-_LENGTH_TOLERANCE_S = 0.02  # manifests round; a truncated file misses far more
+_LENGTH_TOLERANCE_S = 0.02  # manifests round; a truncated or another file is further off
 _TRIM_FRAME = SAMPLE_RATE_HZ // 100  # 10 ms
 _TRIM_THRESHOLD = 0.03  # of the loudest frame's RMS: -30 dB, above the hiss of telephone recordings
 _LEVEL_RMS = 0.1  # every clip is brought to this level (-20 dB full scale), so that a scenario's gain means the same
@@ -93,14 +118,24 @@ class SpeechBank:
         manifest = folder / MANIFEST
         if not manifest.is_file():
             raise SpeechError(f"speech folder {folder} has no {MANIFEST}: write one object a line, {_EXAMPLE}")
+        clips: list[Clip] = []
+        of_length: defaultdict[int, list[tuple[int, Clip]]] = defaultdict(list)  # samples -> (line, clip)
         try:
-            entries = [_parse(f"{manifest}, line {number}", entry) for number, entry in read_json_lines(manifest)]
+            for number, entry in read_json_lines(manifest):
+                clip = _read_clip(f"{manifest}, line {number}", folder, entry)
+                like = of_length[len(clip.samples)]
+                if earlier := next((line for line, other in like if _same_sound(clip, other)), None):
+                    raise SpeechError(
+                        f"{manifest}, line {number}: {clip.file} is the same sound as line {earlier}'s recording: take "
+                        "one of the two lines out"
+                    )
+                like.append((number, clip))
+                clips.append(clip)
         except UnreadableError as error:
             raise SpeechError(f"{error}: write one object a line, {_EXAMPLE}") from None
-        clips = tuple(_read_clip(folder, *entry) for entry in entries)
         if not clips:
             raise SpeechError(f"{manifest} lists no recordings: write one object a line, {_EXAMPLE}")
-        return cls(folder, clips)
+        return cls(folder, tuple(clips))
 
     def saying(self, *texts: str) -> tuple[Clip, ...]:
         """The recordings whose words are exactly one of ``texts``. Raises `SpeechError` if there is none."""
@@ -160,51 +195,67 @@ def _is_filler(words: tuple[str, ...]) -> bool:
 _EXAMPLE = '{"file": "four.flac", "text": "four", "seconds": 0.802}'
 
 
-def _parse(where: str, entry: dict[str, Any]) -> tuple[str, str, float]:
+def _read_clip(where: str, folder: Path, entry: dict[str, Any]) -> Clip:
+    """``entry``: the manifest's line that ``where`` names."""
     if not {"file", "text", "seconds"} <= entry.keys():
         raise SpeechError(f"{where}: needs the keys file, text and seconds: write {_EXAMPLE}")
     file, text, seconds = entry["file"], entry["text"], entry["seconds"]
     if not isinstance(file, str) or not isinstance(text, str) or not normalise(text):
         raise SpeechError(f"{where}: file and text must be strings and text must hold a word: write {_EXAMPLE}")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
-        raise SpeechError(f"{where}: seconds must be a positive number, not {shown(seconds)}: write {_EXAMPLE}")
-    if not file.isprintable() or Path(file).is_absolute() or ".." in Path(file).parts:
-        raise SpeechError(f"{where}: file {shown(file)} lies outside the speech folder: give a path inside it")
-    return file, text, float(seconds)
-
-
-def _read_clip(folder: Path, file: str, text: str, seconds: float) -> Clip:
-    path = folder / file
-    if not path.is_file():
-        raise SpeechError(f"recording {path} is missing: restore it or take its line out of {folder / MANIFEST}")
+    if len(words := normalise(text)) > MOST_WORDS or len(text) > 20 * MOST_WORDS:
+        raise SpeechError(
+            f"{where}: text has {len(words)} words and {len(text)} characters; at most {MOST_WORDS} words make a "
+            f"recording of up to {LONGEST_S:g} s"
+        )
+    if problem := Range(0, LONGEST_S, open_low=True).problem(seconds):
+        raise SpeechError(f"{where}: seconds is {shown(seconds)}: {problem}: write {_EXAMPLE}")
     try:
-        samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise SpeechError(f"recording {path} cannot be decoded ({error.error_string}): restore the file") from error
-    if rate_hz != SAMPLE_RATE_HZ:
+        samples = read_recording(folder, file, LONGEST_S)
+    except RecordingError as error:
+        raise SpeechError(f"{where}: {error}") from None
+    if abs((decoded_s := len(samples) / SAMPLE_RATE_HZ) - seconds) > _LENGTH_TOLERANCE_S:
         raise SpeechError(
-            f"recording {path} has a sample rate of {rate_hz} Hz: convert it to {SAMPLE_RATE_HZ} Hz "
-            f"(for example: sox {file} -r {SAMPLE_RATE_HZ} out.flac)"
+            f"{where}: recording {folder / file} holds {decoded_s:.3f} s where {MANIFEST} says {seconds:.3f} s: "
+            "restore the file, or correct the manifest if it is whole"
         )
-    if samples.shape[1] != 1:
-        raise SpeechError(f"recording {path} has {samples.shape[1]} channels: convert it to mono")
-    decoded_s = len(samples) / SAMPLE_RATE_HZ
-    if decoded_s < seconds - _LENGTH_TOLERANCE_S:
-        raise SpeechError(
-            f"recording {path} holds {decoded_s:.3f} s where {MANIFEST} says {seconds:.3f} s: the file is truncated; "
-            "restore it, or correct the manifest if it is whole"
-        )
-    if not np.isfinite(samples).all() or not samples.any():
-        raise SpeechError(f"recording {path} is silent or holds values that are no numbers: restore the file")
-    return Clip(file, text, _level(_trim(samples[:, 0])))
+    if problem := _no_speech(samples):
+        raise SpeechError(f"{where}: recording {folder / file} {problem}: record it again")
+    return Clip(file, text, _level(_trim(samples)))
+
+
+def _no_speech(samples: NDArray[np.float32]) -> str | None:
+    """Why samples cannot be speech, as the end of a sentence; None if they can be."""
+    if (peak := float(np.abs(samples).max())) < LEAST_PEAK:
+        return f"is silent (its loudest sample is {peak:.1e} of full scale)"
+    loud_s = len(_loud_frames(samples)) * _TRIM_FRAME / SAMPLE_RATE_HZ
+    if loud_s < SHORTEST_S:
+        return f"holds a click, not speech (only {loud_s:.2f} s of it is loud)"
+    heard = _trim(samples).astype(np.float64)
+    power = exact.total(heard * heard) / len(heard)
+    if (crest := peak / np.sqrt(power)) > MOST_CREST:
+        return f"holds clicks, not speech (its peak is {crest:.0f} times its RMS; at most {MOST_CREST:.0f})"
+    if (offset := exact.total(heard) / len(heard)) ** 2 > MOST_OFFSET * power:
+        return f"has a constant offset of {offset:.3g}, which is no speech"
+    return None
+
+
+def _same_sound(a: Clip, b: Clip) -> bool:
+    """Whether two clips of one length differ by less than 2 % of their level (as copies in two formats may, which are
+    rounded differently) in all samples."""
+    return all(bool((np.abs(a.samples[::n] - b.samples[::n]) < 0.02 * _LEVEL_RMS).all()) for n in (100, 1))
 
 
 def _trim(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Cuts 10 ms frames quieter than the threshold off both ends; what remains starts and ends with audible speech."""
+    loud = _loud_frames(samples)
+    return samples[loud[0] * _TRIM_FRAME : (loud[-1] + 1) * _TRIM_FRAME]
+
+
+def _loud_frames(samples: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Indices of the 10 ms frames that are not quieter than the threshold; ``samples``: not all 0."""
     padded = np.pad(samples, (0, -len(samples) % _TRIM_FRAME))
     energy = exact.total(np.square(padded.reshape(-1, _TRIM_FRAME), dtype=np.float64))
-    loud = np.flatnonzero(energy >= _TRIM_THRESHOLD * _TRIM_THRESHOLD * energy.max())
-    return samples[loud[0] * _TRIM_FRAME : (loud[-1] + 1) * _TRIM_FRAME]
+    return np.flatnonzero(energy >= _TRIM_THRESHOLD * _TRIM_THRESHOLD * energy.max())
 
 
 def _level(samples: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ import pytest
 
 from reward.study.bestofn import best_of, curve, mean
 from reward.study.pictures import best_of_n
+from rl.bestofn import table
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -30,6 +31,23 @@ def test_ties_are_broken_evenly() -> None:
 def test_n_must_be_among_the_samples() -> None:
     with pytest.raises(ValueError, match="n = 4 of 3"):
         best_of(4, np.zeros(3), np.zeros(3))
+
+
+def test_of_one_scenario_there_is_no_standard_error() -> None:
+    """By hand: picks of 0 and 1 have the error 0.5 of their mean 0.5; of one pick there is none, nor of a mean with
+    it."""
+    rule = np.array([[0.0, 0.0], [1.0, 1.0]])
+    two, one = curve("two", rule, rule), curve("one", rule[:1], rule[:1])
+    assert [p.rule_error for p in two] == pytest.approx([0.5, 0.5]) and [p.rule_error for p in one] == [None, None]
+    assert [p.rule_error for p in mean([two, two])] == pytest.approx([0.5 / 2**0.5] * 2)
+    assert [p.rule_error for p in mean([two, one])] == [None, None]
+    same = curve("same", np.ones((2, 2)), np.ones((2, 2)))
+    assert [p.rule_error for p in same] == [0.0, 0.0]  # the control: no spread over two scenarios is an error of 0
+    cells = list(table([*two, *one]).columns[2].cells)
+    assert cells == ["50.0% ± 50.0%", "50.0% ± 50.0%", "0.0% ± ?", "0.0% ± ?"]
+    assert best_of_n([mean([two, one]), two, one]).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no scenario"):
+        curve("none", np.zeros((0, 2)), np.zeros((0, 2)))
 
 
 def test_a_good_proxy_climbs_and_a_bad_one_falls() -> None:

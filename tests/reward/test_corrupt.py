@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import defaultdict
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -13,13 +14,13 @@ import pytest
 from reward import pairs as pairs_module
 from reward.learned import corrupt as corrupt_module
 from reward.learned import plays as plays_module
-from reward.learned.corrupt import FAULTS, Expert, corrupt
+from reward.learned.corrupt import FAULTS, Expert, corrupt, draw
 from reward.rules.timing import runs
 from reward.score import score
 from rollout.scenarios.demonstrate import NO_EDITS, enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
-from rollout.turn.action import LISTEN, Action, speak
+from rollout.turn.action import CHUNK_MS, LISTEN, Action, speak
 from rollout.world.base import Facts, Scenario
 from rollout.world.speech import SpeechBank
 
@@ -118,7 +119,18 @@ def test_edits_are_what_they_are_called(kind: str, run: int, n: int, said: dict[
     assert edited(kind, run, n) == [said.get(k, "") for k in range(len(ACTIONS))]
 
 
-@pytest.mark.parametrize(("kind", "run", "n"), [("shift", 0, -5), ("shift", 0, 6), ("shift", 1, 4), ("truncate", 1, 1)])
+@pytest.mark.parametrize(
+    ("kind", "run", "n"),
+    [
+        ("shift", 0, -5),
+        ("shift", 0, 6),
+        ("shift", 1, 4),
+        ("truncate", 1, 1),
+        ("repeat", 1, 4),
+        ("swap", 1, 2),
+        ("talk_over", 0, 17),
+    ],
+)
 def test_what_does_not_fit_is_left_out(kind: str, run: int, n: int) -> None:
     assert edited(kind, run, n) is None
 
@@ -129,6 +141,82 @@ def test_swap_changes_words_and_nothing_else() -> None:
     before = [" ".join(a.words) for a in ACTIONS]
     changed = [k for k, (a, b) in enumerate(zip(before, said, strict=True)) if a != b]
     assert len(changed) == 2 and all(said[k] for k in changed)
+
+
+def test_swap_goes_on_in_the_next_utterance() -> None:
+    said = edited("swap", 0, 4)
+    before = [" ".join(a.words) for a in ACTIONS]
+    assert said is not None
+    assert [k for k, (a, b) in enumerate(zip(before, said, strict=True)) if a != b] == [4, 5, 6, 12]
+    assert (
+        FAULTS["swap"](Expert(ACTIONS, PLAY.user_speaks, ("yes",)), runs(ACTIONS)[1], 1, np.random.default_rng(0))
+        is None
+    )
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_size_is_what_the_edits_changed(kind: str) -> None:
+    """Whatever size is asked for, up to beyond the play's end."""
+    sizes = set()
+    for seed in range(300):
+        asked = 1 + seed % 20
+        fault = corrupt(PLAY, kind, asked, np.random.default_rng(seed))
+        if fault is None:
+            continue
+        acted = [fault.edits.get(k, a) for k, a in enumerate(ACTIONS)]
+        said = [a for a in acted if a.speaks]
+        assert acted != list(ACTIONS) and len(acted) == len(ACTIONS)  # nothing beyond the end
+        if kind == "shift":
+            places = [[k for k, a in enumerate(play) if a.speaks] for play in (acted, ACTIONS)]
+            moved = {a - b for a, b in zip(*places, strict=True)} - {0}
+            assert said == [a for a in ACTIONS if a.speaks] and moved in ({asked}, {-asked})
+            assert abs(fault.size_ms) == asked * CHUNK_MS
+        else:
+            changed = sum(a != b for a, b in zip(acted, ACTIONS, strict=True))
+            assert fault.size_ms == changed * CHUNK_MS
+        sizes.add((asked, abs(fault.size_ms) // CHUNK_MS))
+    if kind == "omit":
+        assert (20, 4) in sizes and (20, 1) in sizes  # not what was asked: the play holds four words
+    else:
+        assert sizes
+
+
+def test_an_utterance_that_is_muted_counts() -> None:
+    """Said again up to the next utterance: `enact` mutes that one, so it is a part of the fault; a shift that touches
+    the next utterance is none. Control: one chunk less touches nothing."""
+    repeats = {n: corrupt(PLAY, "repeat", n, first_run()) for n in (4, 5)}
+    assert [fault and fault.size_ms // CHUNK_MS for fault in repeats.values()] == [4, 6]
+    shifts = {n: corrupt(PLAY, "shift", n, first_run()) for n in (4, 5)}
+    assert [fault and fault.size_ms // CHUNK_MS for fault in shifts.values()] == [4, None]
+
+
+def first_run() -> np.random.Generator:
+    """Draws the first utterance, and a shift to later."""
+    return next(
+        np.random.default_rng(seed)
+        for seed in range(100)
+        if (rng := np.random.default_rng(seed)).integers(2) == 0 and rng.random() < 0.5
+    )
+
+
+def test_no_size_is_in_both_splits(bank: SpeechBank) -> None:
+    train, held_out = (1, 3, 5, 8, 12, 20, 60), (2, 4, 6, 10, 16, 40)
+    seen: dict[str, set[int]] = defaultdict(set)
+    asked: dict[str, set[int]] = defaultdict(set)  # the control: sizes without `draw`
+    for i in range(200):
+        item = CONFIG.in_turn(i, "train", 78_000 + i, bank)
+        audio, actions, _ = clean(item)
+        expert = Expert.of(audio, actions, WORDS)
+        for split, sizes in (("train", train), ("held_out", held_out)):
+            for kind in FAULTS:
+                rng = generator(item.id, split, kind)
+                if (fault := draw(expert, kind, sizes, rng)) is not None:
+                    seen[split].add(abs(fault.size_ms) // CHUNK_MS)
+                if (fault := corrupt(expert, kind, sizes[i % len(sizes)], rng)) is not None:
+                    asked[split].add(abs(fault.size_ms) // CHUNK_MS)
+    assert len(seen["train"]) >= 6 and len(seen["held_out"]) >= 5
+    assert seen["train"] <= set(train) and seen["held_out"] <= set(held_out)
+    assert asked["train"] & asked["held_out"]
 
 
 def test_talk_over_begins_while_the_user_speaks() -> None:

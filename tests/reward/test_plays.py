@@ -12,6 +12,7 @@ from reward.score import score
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Outcome
+from rollout.turn.action import CHUNK_MS
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
@@ -60,6 +61,17 @@ def test_each_axis_has_its_faults(item: Scenario) -> None:
     assert len(swaps) == 3 and plays[0].source == "expert" and plays[-1].source == "mistakes"
     assert len([p for p in plays if p.source in FAULTS_OF["timing"]]) >= 1
     assert all(p.total("content") < plays[0].total("content") for p in swaps)
+
+
+def test_faults_have_wanted_sizes_only(bank: SpeechBank) -> None:
+    writer = Writer(Vocabulary.build(256), 1, CONFIG)
+    for sizes in ((2, 4), (1, 3)):
+        plays = [
+            play
+            for seed in range(6)
+            for play in writer.demonstrations(CONFIG.in_turn(seed, "train", seed, bank), WORDS, sizes, 4, 0)[1:]
+        ]
+        assert len(plays) > 20 and {abs(play.size_ms) // CHUNK_MS for play in plays} == set(sizes)
 
 
 def test_plays_that_err_all_along_misplace_most_reminders() -> None:

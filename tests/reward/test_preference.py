@@ -11,10 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict, Features, Value
 
 from kernels.errors import MetronomeError
 from model.tokenizer import AUDIO
-from reward.learned.preference import Preference, Stretch, check, from_row, load_preferences, save_preferences, to_row
+from reward.learned.preference import (
+    FEATURES,
+    Preference,
+    Stretch,
+    check,
+    from_row,
+    load_preferences,
+    save_preferences,
+    table,
+    to_row,
+)
 from tests.support.models import conversation
 
 
@@ -39,7 +50,7 @@ def same(a: Preference, b: Preference) -> bool:
 
 def test_disk_keeps_pairs(tmp_path: Path) -> None:
     pairs = [pair(0), pair(1, "content"), pair(2)]
-    save_preferences(tmp_path / "pairs", {"train": pairs, "held_out": pairs[:1]})
+    save_preferences(tmp_path / "pairs", {"train": pairs, "held_out": [pair(3)]})
     rows = load_preferences(tmp_path / "pairs", "train", ["timing", "content"], AUDIO)
     assert all(same(from_row(row), p) for row, p in zip(rows, pairs, strict=True))
     assert not same(from_row(rows[0]), pairs[1])
@@ -71,7 +82,7 @@ def test_a_split_without_the_axis_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_row_on_disk_is_named(tmp_path: Path) -> None:
     save_preferences(tmp_path / "pairs", {"train": [pair(0, "content"), pair(1), replace(pair(2), margin=math.nan)]})
-    with pytest.raises(MetronomeError, match=r"train, row 2: margin nan is not a finite number"):
+    with pytest.raises(MetronomeError, match=r"train, row 2: margin nan: give a number from 0 to 10,000"):
         load_preferences(tmp_path / "pairs", "train", ["timing"], AUDIO)
 
 
@@ -91,6 +102,13 @@ def test_good_rows_pass() -> None:
         ({"margin": math.nan}, "margin nan"),
         ({"margin": math.inf}, "margin inf"),
         ({"margin": -0.5}, "margin -0.5"),
+        ({"margin": 1e30}, "margin 1e.30: give a number from 0 to 10,000"),
+        ({"margin": None}, "margin is missing"),
+        ({"rejected_codes": None}, "rejected_codes is missing"),
+        ({"chosen_ids": [1, -2, 3]}, "chosen: a token is no whole number of at least 0"),
+        ({"chosen_ids": [1, None, 3]}, "chosen: a token is no whole number of at least 0"),
+        ({"chosen_codes": zlib.compress(bytes(80 * 24))[:-3]}, "the dMel codes are damaged .*cut short"),
+        ({"chosen_codes": zlib.compress(bytes(2**26 + 1))}, "the dMel codes are damaged .*more than 67,108,864 bytes"),
         ({"chosen_ids": np.array([], np.int32)}, "the chosen conversation is empty"),
         ({"rejected_ids": np.array([1], np.int32)}, "the rejected conversation is empty"),
         ({"chosen_codes": zlib.compress(bytes(80 * 23))}, "24 audio tokens, but 1840 codes; 1920 would belong to them"),
@@ -104,6 +122,42 @@ def test_good_rows_pass() -> None:
 def test_a_bad_row_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MetronomeError, match=f"^row 7: .*{message}"):
         check([("row 6", to_row(pair(3))), ("row 7", row(**changes))], AUDIO)
+
+
+def test_a_conversation_in_two_splits_is_refused(tmp_path: Path) -> None:
+    """When pairs are written, and when another program wrote them; whichever side, axis, stretch or compression."""
+    one, other = pair(0), pair(1, "content")
+    shared = replace(other, rejected=replace(one.chosen, first=2, end=3))
+    with pytest.raises(MetronomeError, match=r"held_out, row 1: its conversation is in the split train, too \(row 0\)"):
+        save_preferences(tmp_path / "pairs", {"train": [one], "held_out": [pair(2), shared]})
+    assert not (tmp_path / "pairs").exists()
+    tables = DatasetDict({"train": table([one]), "held_out": table([pair(2), shared])})
+    packed = zlib.compress(shared.rejected.codes.numpy().tobytes(), level=9)
+    tables["held_out"] = tables["held_out"].map(
+        lambda row, i: row | ({"rejected_codes": packed} if i == 1 else {}), with_indices=True, features=FEATURES
+    )
+    tables.save_to_disk(str(tmp_path / "pairs"))
+    for split in ("train", "held_out"):
+        with pytest.raises(MetronomeError, match=r"held_out, row 1: its conversation is in the split train, too"):
+            load_preferences(tmp_path / "pairs", split, ["timing"], AUDIO)
+    save_preferences(tmp_path / "apart", {"train": [one], "held_out": [pair(2), other]})  # the control
+    assert len(load_preferences(tmp_path / "apart", "held_out", ["timing"], AUDIO)) == 1
+
+
+def test_columns_of_another_type_are_refused(tmp_path: Path) -> None:
+    wide = Features(FEATURES | {"margin": Value("float64")})
+    DatasetDict({"train": table([pair(0)]).cast(wide)}).save_to_disk(str(tmp_path / "pairs"))
+    with pytest.raises(MetronomeError, match=r"train: the column margin holds .*float64.* must hold .*float32"):
+        load_preferences(tmp_path / "pairs", "train", ["timing"], AUDIO)
+
+
+def test_a_contradiction_is_found_whatever_the_compression() -> None:
+    one = to_row(pair(0))
+    turned = to_row(replace(pair(0), chosen=pair(0).rejected, rejected=pair(0).chosen))
+    turned["chosen_codes"] = zlib.compress(zlib.decompress(turned["chosen_codes"]), level=9)
+    assert turned["chosen_codes"] != one["rejected_codes"]
+    with pytest.raises(MetronomeError, match="row 1: prefers what row 0 rejects"):
+        check([("row 0", one), ("row 1", turned)], AUDIO)
 
 
 def test_a_tie_is_named() -> None:
