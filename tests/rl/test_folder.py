@@ -189,7 +189,7 @@ def test_what_the_disk_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     with run.checkpoint(1) as path:
         (path / "weights").write_text("1")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(MetronomeError, match="step_000002: No space left on device.*--resume"):
+    with pytest.raises(MetronomeError, match=r"step_000002: No space left on device.*--resume"):
         with run.checkpoint(2):
             raise full
     for error in (full, OSError(errno.EROFS, os.strerror(errno.EROFS))):
