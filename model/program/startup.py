@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -109,6 +110,7 @@ def run_command(module: str) -> NoReturn:
         check_kernels()
     except StartupError as error:
         fail(str(error))
+    importlib.import_module("model.program.lifeline").follow_launcher()
     prepare_process()
     errors = importlib.import_module("kernels.errors")
     try:
@@ -139,7 +141,8 @@ def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     Most errors occur on every rank, and the launcher stops all ranks as soon as one exits. So ranks other than 0 wait
     for `RANK_DELAY_S` before they print: the user reads one line, and also reads it when only a later rank fails. The
     launcher's own report ends with what it finds in TORCHELASTIC_ERROR_FILE, so the message is written there too."""
-    rank = int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    rank = int(text) if text.isdecimal() else 0
     if rank > 0:
         time.sleep(RANK_DELAY_S)
     sys.stdout.flush()
@@ -149,3 +152,13 @@ def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
         extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     sys.exit(status)
+
+
+def end_now(message: str, last: Callable[[], None]) -> NoReturn:
+    """`fail` for a thread that sees what the others of this process wait for in vain: calls ``last`` and ends the
+    process under them."""
+    try:
+        fail(message)
+    finally:
+        last()
+        os._exit(EXIT_USER_ERROR)
