@@ -33,11 +33,8 @@ class Launched:
         missing = [name for name in VARIABLES if name not in environment]
         cure = CURE.format(names=" ".join(given))
         if missing:
-            verb = "is" if len(given) == 1 else "are"
-            raise MetronomeError(
-                f"{' and '.join(f'{name}={environment[name]!r}' for name in given)} {verb} set in the environment, but "
-                f"not {', '.join(missing)}. {cure}"
-            )
+            present = " ".join(f"{name}={environment[name][:40]!r}" for name in given)
+            raise MetronomeError(f"the environment has {present}, but not {', '.join(missing)}. {cure}")
         world = _whole(environment, "WORLD_SIZE", 1, 1 << 20, cure)
         return cls(
             rank=_whole(environment, "RANK", 0, world - 1, cure),
@@ -53,8 +50,8 @@ class Launched:
             socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise MetronomeError(
-                f"MASTER_ADDR={self.address!r}: no machine of that name is known here ({error}). Give the launcher the "
-                "name or number of the machine of rank 0 (--main_process_ip)"
+                f"MASTER_ADDR={self.address[:80]!r}: no machine of that name is known here ({error}). Give the "
+                "launcher the name or number of the machine of rank 0 (--main_process_ip)"
             ) from error
 
 
@@ -62,4 +59,6 @@ def _whole(environment: Mapping[str, str], name: str, least: int, most: int, cur
     text = environment[name].strip()
     if text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most:
         return int(text)
-    raise MetronomeError(f"{name}={environment[name]!r} in the environment: a number from {least} to {most}. {cure}")
+    raise MetronomeError(
+        f"{name}={environment[name][:40]!r} in the environment: a number from {least} to {most}. {cure}"
+    )

@@ -46,7 +46,7 @@ def join(silent_s: float = SILENT_S) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
     if launched is not None and world > 1:
-        _heartbeat = Heartbeat(rank, world, launched.address, gather, silent_s)
+        _heartbeat = Heartbeat(rank, (launched.address, launched.port), gather, silent_s)
 
 
 def leave() -> None:

@@ -65,6 +65,9 @@ def unavailable_reason() -> str | None:
 FOLDER = "metronome-vllm-"
 """Begins the name of the folder that vLLM is started from; the number of our process follows."""
 
+PLACE_LENGTH = 38
+"""Characters of the place where that folder is made: the path of a socket in it may have 107."""
+
 Functions = list[tuple[Any, str, Any]]
 """(module, name, function): functions of torch's modules, or replacements for them."""
 
@@ -100,12 +103,13 @@ def restoring_torch() -> Iterator[Functions]:
 def start_folder(worker_process: bool) -> Iterator[Path]:
     """A folder that vLLM reads its model's description from, and whose sockets its process meets us at; gone as soon
     as vLLM has started. What a start that was killed has left is removed by the next one."""
-    folders = Path(tempfile.gettempdir())
-    for left in folders.glob(f"{FOLDER}*"):
+    places = [tempfile.gettempdir(), "/tmp", "/dev/shm"] if worker_process else [tempfile.gettempdir()]
+    place = next((p for p in places if len(p) <= PLACE_LENGTH and os.access(p, os.W_OK)), places[0])
+    for left in Path(place).glob(f"{FOLDER}*"):
         owner = left.name.removeprefix(FOLDER).partition("-")[0]
         if owner.isdecimal() and not Path("/proc", owner).exists():
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=place))
     if worker_process:
         os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
     try:
