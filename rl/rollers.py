@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
@@ -18,6 +19,9 @@ from rollout.engines.roller import InProcess, Roller
 from rollout.engines.workers.pool import WorkerPool
 from rollout.engines.workers.task import Setup
 from rollout.turn.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from rollout.engines.vllm.engine import VllmEngine
 
 
 def check_workers(config: TrainConfig) -> None:
@@ -48,18 +52,24 @@ def plays_of_a_step(config: TrainConfig) -> int:
 def build_engine(config: TrainConfig, model: InteractionModel) -> Engine:
     """An engine with room for all of this rank's rollouts of a step. Raises MetronomeError when vLLM is asked for and
     not there."""
-    rollout, slots = config.rollout, plays_of_a_step(config)
-    if rollout.engine == "session":
-        return SessionEngine.of(model, rollout, slots)
+    if config.rollout.engine == "vllm":
+        return build_vllm(config, model)
+    return SessionEngine.of(model, config.rollout, plays_of_a_step(config))
+
+
+def build_vllm(config: TrainConfig, model: InteractionModel) -> VllmEngine:
+    """Raises MetronomeError when vLLM is not there."""
     from rollout.engines.vllm.engine import VllmEngine  # vLLM is optional, and slow to import
 
+    rollout = config.rollout
     return VllmEngine(
         model,
         Vocabulary.build(model.vocab),
-        slots=slots,
+        slots=plays_of_a_step(config),
         max_tokens=rollout.max_tokens,
         words_per_chunk=rollout.words_per_chunk,
         worker_process=rollout.workers == 1,
+        timeout_s=rollout.worker_timeout_s,
     )
 
 
@@ -68,7 +78,12 @@ def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Rolle
     """While the block runs, gives what rolls out: one engine, or the recipe's workers. A machine's ranks share its
     cores."""
     rollout = config.rollout
-    if not rollout.workers or rollout.engine == "vllm":  # vLLM's engine has its process in its own hands
+    if rollout.engine == "vllm":  # which has its process in its own hands
+        engine = build_vllm(config, model)
+        with closing(engine.core):  # before torch's process groups end, of which it has some
+            yield InProcess(engine)
+        return
+    if not rollout.workers:
         yield InProcess(build_engine(config, model))
         return
     setup = Setup(

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -112,6 +113,7 @@ def run_command(module: str) -> NoReturn:
         check_kernels()
     except StartupError as error:
         fail(str(error))
+    importlib.import_module("model.program.lifeline").follow_launcher()
     prepare_process()
     errors = importlib.import_module("kernels.errors")
     try:
@@ -150,7 +152,8 @@ def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     Most errors occur on every rank, and the launcher stops all ranks as soon as one exits. So ranks other than 0 wait
     for `RANK_DELAY_S` before they print: the user reads one line, and also reads it when only a later rank fails. The
     launcher's own report ends with what it finds in TORCHELASTIC_ERROR_FILE, so the message is written there too."""
-    rank = int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    rank = int(text) if text.isdecimal() else 0
     if rank > 0:
         time.sleep(RANK_DELAY_S)
     try:
@@ -166,3 +169,13 @@ def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
         with contextlib.suppress(OSError):  # the disk that is full may be this one
             Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     sys.exit(status)
+
+
+def end_now(message: str, last: Callable[[], None]) -> NoReturn:
+    """`fail` for a thread that sees what the others of this process wait for in vain: calls ``last`` and ends the
+    process under them."""
+    try:
+        fail(message)
+    finally:
+        last()
+        os._exit(EXIT_USER_ERROR)

@@ -4,34 +4,79 @@ one process without a launcher works too."""
 from __future__ import annotations
 
 import os
-import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
+from kernels.errors import MetronomeError
+from model.program.launched import Launched
 from model.program.startup import accelerator, import_deepspeed
+from rl.learner.heartbeat import SILENT_S, Heartbeat
+
+MEET_S = 300.0
+"""So long processes wait for one another at the start."""
+
+_heartbeat: Heartbeat | None = None
 
 
-def join() -> None:
+def join(silent_s: float = SILENT_S) -> None:
     """Joins the launcher's processes, over gloo on the CPU and nccl between GPUs; without a launcher this process is a
-    world of its own."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world of its own. From then on a process that does not answer for ``silent_s`` seconds is named and ends the run.
+
+    Raises MetronomeError for a launcher's variables that do not fit, a port that is taken, and processes that do not
+    come within `MEET_S`."""
+    global _heartbeat
+    launched = Launched.read()
+    store: dist.Store = dist.HashStore()
+    if launched is None:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
+        rank = local_rank = 0
+        world = 1
+    else:
+        rank, world, local_rank = launched.rank, launched.world, launched.local_rank
+        store = _meet(launched)
     backend = "cpu:gloo,cuda:nccl" if accelerator() == "cuda" else "gloo"
     if accelerator() == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank)
+    timeout = dist.distributed_c10d.default_pg_timeout
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
+    if launched is not None and world > 1:
+        _heartbeat = Heartbeat(rank, (launched.address, launched.port), gather, silent_s)
 
 
 def leave() -> None:
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _meet(launched: Launched) -> dist.Store:
+    """The store in which the processes find one another."""
+    launched.check_address()
+    try:
+        store: dist.Store = next(
+            rendezvous("env://", launched.rank, launched.world, timeout=timedelta(seconds=MEET_S))
+        )[0]
+    except dist.DistError as error:
+        place = f"{launched.address}:{launched.port} (MASTER_ADDR, MASTER_PORT)"
+        if "EADDRINUSE" in str(error):
+            raise MetronomeError(
+                f"{place} is in use by another program or run; choose another port (--main_process_port)"
+            ) from error
+        raise MetronomeError(
+            f"the {launched.world} processes of this run (WORLD_SIZE) have not all met at {place} within {MEET_S:g} s: "
+            "start them all, with the same address and port"
+        ) from error
+    store.set_timeout(dist.distributed_c10d.default_pg_timeout)
+    return store
 
 
 def rank() -> int:

@@ -8,15 +8,14 @@ tests/rollout/vllm/private_api.json lists those that this package uses, and a te
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-import uuid
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from safetensors.torch import save_file
+import safetensors.torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels import dispatch
@@ -24,8 +23,19 @@ from kernels.errors import MetronomeError
 from kernels.layout import SPLIT_TOKENS
 from model.backbone.transformer import InteractionModel
 from model.weights import checkpoint
-from rollout.engines.vllm.process import ENVIRONMENT, Functions, check_version, restoring_torch, swap_functions
+from rollout.engines.vllm.guard import Guard, starting
+from rollout.engines.vllm.process import (
+    ENVIRONMENT,
+    Functions,
+    check_version,
+    memory_file,
+    restoring_torch,
+    start_folder,
+    swap_functions,
+)
 from rollout.turn.vocabulary import Vocabulary
+
+TIMEOUT_S = 600.0
 
 
 class Core:
@@ -34,8 +44,10 @@ class Core:
     prefill_tokens: the most rows of one step; longer prefills take several steps.
     pages: size of the KV cache; by default enough for the whole context of every slot, so that vLLM never preempts.
     worker_process: whether vLLM runs in a process of its own, with a copy of the weights.
+    timeout_s: seconds that this process may take to get ready, and for each answer.
 
-    Raises MetronomeError for another version of vLLM, or when it already runs in this process."""
+    Raises MetronomeError for another version of vLLM, when it already runs in this process, or when its own cannot
+    start. Whatever waits for that process raises MetronomeError when it is lost."""
 
     def __init__(
         self,
@@ -48,6 +60,7 @@ class Core:
         prefix_cache: bool = True,
         prefill_tokens: int = 2048,
         pages: int | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         check_version()
         if not worker_process and any(core.open and not core.worker_process for core in _running.values()):
@@ -63,12 +76,13 @@ class Core:
 
         self.model = model
         self.worker_process: bool = worker_process
-        self.folder = tempfile.TemporaryDirectory(prefix="metronome-vllm-", dir=_memory_folder())
-        folder = Path(self.folder.name)
+        had_groups = dist.is_initialized()
         rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
-        PolicyConfig.of(model.config, rows).save_pretrained(folder)
-        save_file({"allowed": vocabulary.classes.allowed.cpu().contiguous()}, folder / CLASSES)
-        with restoring_torch() as vllm_functions:
+        start = starting(timeout_s) if worker_process else nullcontext()
+        with start_folder(worker_process) as folder, restoring_torch() as vllm_functions, start:
+            PolicyConfig.of(model.config, rows).save_pretrained(folder)
+            allowed = {"allowed": vocabulary.classes.allowed.cpu().contiguous()}
+            safetensors.torch.save_file(allowed, folder / CLASSES)
             register()
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.core_client import EngineCoreClient
@@ -109,7 +123,10 @@ class Core:
                 executor_class=Executor.get_class(config),
                 log_stats=False,
             )
-        self._finalizer = weakref.finalize(self, _shut_down, self.client, self.folder, vllm_functions)
+        self._guard = Guard(self.client, timeout_s) if worker_process else None
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self.client, self._guard, vllm_functions, keep_groups=had_groups
+        )
         self.steps, self.slots, self.opened = 0, slots, 0
         self.begun: dict[int, bool] = {}  # open session -> whether vLLM has its past
         self.weights_digest = ""
@@ -122,19 +139,21 @@ class Core:
         or sessions are open."""
         digest = checkpoint.weights_digest(self.model)
         if self.worker_process:
-            path = Path(self.folder.name) / f"{uuid.uuid4()}.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, path)
-            answer = tuple(self.client.collective_rpc("load_weights_file", args=(str(path),))[0])
-            path.unlink()
+            weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            with memory_file(safetensors.torch.save(weights)) as path, self._waiting():
+                answer = tuple(self.client.collective_rpc("load_weights_file", args=(path,))[0])
             if answer != (dispatch.contract_id(), digest):
                 raise MetronomeError(
                     f"vLLM's worker process holds weights {answer[1]} under contract {answer[0]}; it was sent {digest} "
                     f"under {dispatch.contract_id()}"
                 )
-        self.client.reset_encoder_cache()
-        if not self.client.reset_prefix_cache():
+        with self._waiting():
+            self.client.reset_encoder_cache()
+            dropped = self.client.reset_prefix_cache()
+            if dropped:
+                self.client.set_weight_version(digest)
+        if not dropped:
             raise MetronomeError("vLLM could not drop its prefix cache; are sessions still open?")
-        self.client.set_weight_version(digest)
         self.weights_digest = digest
 
     @property
@@ -166,26 +185,26 @@ class Core:
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
-        self.client.add_request(
-            EngineCoreRequest(
-                request_id=str(session),
-                prompt_token_ids=list(tokens),
-                mm_features=[_audio(first, c) for first, c in codes],
-                sampling_params=SamplingParams(
-                    temperature=0.0,
-                    max_tokens=max_tokens,
-                    stop_token_ids=stop,
-                    detokenize=False,
-                    extra_args={"session": str(session), **turn},
-                ),
-                pooling_params=None,
-                arrival_time=time.time(),
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-                resumable=True,
-            )
+        request = EngineCoreRequest(
+            request_id=str(session),
+            prompt_token_ids=list(tokens),
+            mm_features=[_audio(first, c) for first, c in codes],
+            sampling_params=SamplingParams(
+                temperature=0.0,
+                max_tokens=max_tokens,
+                stop_token_ids=stop,
+                detokenize=False,
+                extra_args={"session": str(session), **turn},
+            ),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+            resumable=True,
         )
+        with self._waiting():
+            self.client.add_request(request)
         self.begun[session] = True
 
     def run(self, sessions: Sequence[int]) -> list[list[int]]:
@@ -196,7 +215,8 @@ class Core:
         sampled: dict[str, list[int]] = {str(session): [] for session in sessions}
         unfinished, idle = set(sampled), 0
         while unfinished:
-            step = self.client.get_output()
+            with self._waiting():
+                step = self.client.get_output()
             self.steps += 1
             idle = 0 if step.outputs else idle + 1
             if idle > 10_000:
@@ -217,12 +237,13 @@ class Core:
     def records(self, sessions: Sequence[int]) -> list[dict[int, Any]]:
         """What was sampled for each session since the last call: position -> `rollout.engines.vllm.policy.Record`."""
         names = [str(session) for session in sessions]
-        records: list[dict[int, Any]] = self.client.collective_rpc("take_records", args=(names,))[0]
+        with self._waiting():
+            records: list[dict[int, Any]] = self.client.collective_rpc("take_records", args=(names,))[0]
         return records
 
     def drop(self, session: int) -> None:
         """Ends the session and frees its pages."""
-        if self.begun.pop(session):
+        if self.begun.pop(session) and not self.lost:
             self.client.abort_requests([str(session)])
 
     def forget_pages(self) -> None:
@@ -238,7 +259,16 @@ class Core:
     @property
     def open(self) -> bool:
         """Whether vLLM still runs."""
-        return self._finalizer.alive
+        return self._finalizer.alive and not self.lost
+
+    @property
+    def lost(self) -> str:
+        """What became of vLLM's process, once it can be used no more; else ""."""
+        return self._guard.lost if self._guard else ""
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """For calls that vLLM must answer."""
+        return self._guard.waiting() if self._guard else nullcontext()
 
     def close(self) -> None:
         """Ends vLLM, and its process if it has one."""
@@ -262,19 +292,22 @@ def shared_core(model: InteractionModel, vocabulary: Vocabulary, **options: Any)
     return core
 
 
-def _shut_down(client: Any, folder: tempfile.TemporaryDirectory[str], vllm_functions: Functions) -> None:
-    """Shuts vLLM down, with its replacements of torch's functions in place: without a GPU it needs them for that."""
-    before = swap_functions(vllm_functions)
+def _shut_down(client: Any, guard: Guard | None, vllm_functions: Functions, *, keep_groups: bool) -> None:
+    """Shuts vLLM down, with its replacements of torch's functions in place: without a GPU it needs them for that.
+    ``keep_groups``: the default process group was there before vLLM, which would destroy it and then miss it."""
+    destroy = dist.destroy_process_group
+
+    def destroy_own(group: dist.ProcessGroup | None = None) -> None:
+        if dist.is_initialized() and not (group is None and keep_groups):
+            destroy(group)
+
+    if guard is not None:
+        guard.stop()
+    before = swap_functions([*vllm_functions, (dist, "destroy_process_group", destroy_own)])
     try:
         client.shutdown()
     finally:
         swap_functions(before)
-        folder.cleanup()
-
-
-def _memory_folder() -> str | None:
-    """A folder in memory, if the system has one."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _audio(first: int, codes: Tensor) -> Any:

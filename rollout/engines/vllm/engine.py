@@ -15,7 +15,7 @@ from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.senses.audio import HOP, WINDOW, DMel
 from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
-from rollout.engines.vllm.core import shared_core
+from rollout.engines.vllm.core import TIMEOUT_S, shared_core
 from rollout.turn.action import Action
 from rollout.turn.grammar import Grammar, chunk_starts, context_chunks, row_class
 from rollout.turn.observation import Observation
@@ -39,6 +39,7 @@ class VllmEngine:
         prefix_cache: bool = True,
         prefill_tokens: int = 2048,
         pages: int | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         sizes = {"slots": slots, "max_tokens": max_tokens, "prefill_tokens": prefill_tokens, "pages": pages}
         for name, size in sizes.items():
@@ -54,6 +55,7 @@ class VllmEngine:
             prefix_cache=prefix_cache,
             prefill_tokens=prefill_tokens,
             pages=pages,
+            timeout_s=timeout_s,
         )
         self.vocabulary = vocabulary
         self.dmel = DMel.build()

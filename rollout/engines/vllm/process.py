@@ -1,4 +1,4 @@
-"""vLLM's version, its environment variables, and its side effects on this process.
+"""vLLM's version, its environment variables, the files that it is given, and its side effects on this process.
 
 Starting vLLM in process replaces torch.set_num_threads and two functions of torch.accelerator, seeds the global random
 generators and freezes the garbage collector's heap. `restoring_torch` undoes all but the last.
@@ -7,9 +7,13 @@ generators and freezes the garbage collector's heap. `restoring_torch` undoes al
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +62,12 @@ def unavailable_reason() -> str | None:
     return None
 
 
+FOLDER = "metronome-vllm-"
+"""Begins the name of the folder that vLLM is started from; the number of our process follows."""
+
+PLACE_LENGTH = 38
+"""Characters of the place where that folder is made: the path of a socket in it may have 107."""
+
 Functions = list[tuple[Any, str, Any]]
 """(module, name, function): functions of torch's modules, or replacements for them."""
 
@@ -87,3 +97,36 @@ def restoring_torch() -> Iterator[Functions]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextmanager
+def start_folder(worker_process: bool) -> Iterator[Path]:
+    """A folder that vLLM reads its model's description from, and whose sockets its process meets us at; gone as soon
+    as vLLM has started. What a start that was killed has left is removed by the next one."""
+    places = [tempfile.gettempdir(), "/tmp", "/dev/shm"] if worker_process else [tempfile.gettempdir()]
+    place = next((p for p in places if len(p) <= PLACE_LENGTH and os.access(p, os.W_OK)), places[0])
+    for left in Path(place).glob(f"{FOLDER}*"):
+        owner = left.name.removeprefix(FOLDER).partition("-")[0]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=place))
+    if worker_process:
+        os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
+    try:
+        yield folder
+    finally:
+        os.environ.pop("VLLM_RPC_BASE_PATH", None)
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def memory_file(content: bytes) -> Iterator[str]:
+    """The path of an anonymous file in memory, for processes of this user; gone with this process, however that
+    ends."""
+    file = os.memfd_create("metronome-weights")
+    try:
+        with open(file, "wb", closefd=False) as writer:
+            writer.write(content)
+        yield f"/proc/{os.getpid()}/fd/{file}"
+    finally:
+        os.close(file)

@@ -3,6 +3,7 @@ records of sampled tokens. They work in this process and in another one."""
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,7 @@ class WorkerExtension(_Base):
     def load_weights_file(self, path: str) -> tuple[str, str]:
         """For a worker in another process: load the weights in the file. Returns (this process's contract id, digest of
         the loaded weights), which the engine compares with its own."""
+        tempfile.tempdir = None  # the folder that this process was started from is gone
         policy = self.policy()
         tensors = load_file(path)
         if policy.models:

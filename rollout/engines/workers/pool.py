@@ -33,7 +33,13 @@ from rollout.record.episode import Episode, unpack_episodes
 
 ATTEMPTS = 5
 """The pool raises when it has lost so many workers in succession with one task, or before they were ready."""
-PROGRAM = "from rollout.engines.workers.worker import main; main()"
+PROGRAM = """
+import sys
+from model.program.lifeline import follow
+follow(int(sys.argv[3]))
+from rollout.engines.workers.worker import main
+main()
+"""
 
 
 class WorkerLost(Exception):
@@ -203,7 +209,7 @@ class _Process:
             "OMP_WAIT_POLICY": "passive",  # threads without work sleep, whatever the learner's own do
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(weights)],
+            [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(weights), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), weights),
             env=os.environ | environment,

@@ -52,6 +52,8 @@ POINTS = [
     "vllm.v1.engine:EngineCoreOutputs",
     "vllm.v1.engine:EngineCoreRequest",
     "vllm.v1.engine:FinishReason",
+    "vllm.v1.engine.core:EngineCoreProc.run_engine_core",
+    "vllm.v1.engine.core_client:BackgroundResources",
     "vllm.v1.engine.core_client:EngineCoreClient.make_client",
     "vllm.v1.engine.core_client:InprocClient.abort_requests",
     "vllm.v1.engine.core_client:InprocClient.add_request",
