@@ -82,6 +82,8 @@ def problem_of_file(text: str, beside: tuple[str, ...] = ()) -> str | None:
     if not text or "\0" in text:
         return "give the path of a file"
     path = Path(text)
+    if problem := _problem_of_names(path):
+        return problem
     if text.endswith("/") or path.is_dir():
         return "it is a folder; give the path of a file"
     if path.suffix in beside:
@@ -96,7 +98,13 @@ def problem_of_folder(text: str) -> str | None:
     """Why the folder ``text`` cannot be made or written into, and what to give instead; None when it can."""
     if not text or "\0" in text:
         return "give the path of a folder"
-    return _problem_in(Path(text))
+    return _problem_of_names(Path(text)) or _problem_in(Path(text))
+
+
+def _problem_of_names(path: Path) -> str | None:
+    """Linux's file systems take names of up to 255 bytes, and paths of less than 4,096."""
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    return "give a shorter path" if longest > 255 or len(os.fsencode(path)) > 4095 else None
 
 
 def _problem_in(folder: Path) -> str | None:

@@ -257,12 +257,14 @@ def _resolved(value: Any, hint: Any, name: str) -> Any:
             raise _NoRecipeError(f"{within} no field {ranges.shown(unknown[0])}; there are {', '.join(known)}")
         of = get_args(hint)[1] if len(get_args(hint)) == 2 else Any
         return {
-            key: _resolved(inner, known[key] if known else of, f"{name}.{_safe(key)}".lstrip("."))
+            key: _resolved(inner, known[key] if known else of, f"{name}.{_safe(str(key))}".lstrip("."))
             for key, inner in value.items()
         }
     if isinstance(value, list):
         of = get_args(hint)[0] if get_args(hint) else Any
         return [_resolved(inner, of, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise _NoRecipeError(f"{name} is a {type(value).__name__}: give {ranges.described(hint)}")
     return value
 
 

@@ -1,0 +1,130 @@
+"""Hostile values for every field of every command's recipe: it is read, or one line names the field; nothing is written
+and nothing hangs. At the level of the parser, so that thousands of inputs take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels.errors import MetronomeError
+from model.program.recipe import Recipe, read_recipe
+from rl.config import TrainConfig
+from tests.support.recipes import classes, leaves, required
+
+OPTIONS = [
+    "", " ", "-1", "0", "nan", ".nan", "-.inf", "1e999", "1" + "0" * 400, "1" + "0" * 5000, "-0.0", "5e-324",
+    "9223372036854775808", "true", "null", "~", "no", "[]", "{}", "[1]", "[[1]]", "[.nan, 1]", "[2, 1]", "[a, a]",
+    "{a: 1}", "{a: {b: [c]}}", "\0", "\x1b[2J", "a\nb", "\ud800", "[" * 3000, "{a: &x [*x]}", "&x [*x]", "x" * 5000,
+    "'", '"\\ud800"', "!!python/object:os.x {}", "!!binary aaaa", "2024-13-45", "- a", "a: b: c", "\u2028", "../up",
+]  # fmt: skip
+"""Values on the command line."""
+
+VALUES = [
+    "", " ", "-1", "-0.5", "1.0e+999", ".nan", ".inf", "-.inf", "1" + "0" * 400, "true", "~", "[]", "{}", "[[]]",
+    "{a: 1}", "[.nan, .inf]", "[-1, -2]", "['', '']", "{a: [1, {b: ~}]}", "''", "' '", '"\\0"', '"\\ud800"', "'5'",
+    "'x'", "&x [*x]", "2024-01-01", "!!set {a}", "x" * 5000, "[" * 200,
+]  # fmt: skip
+"""Values in a recipe, as YAML."""
+
+FIELDS = {kind: [name for name, _ in leaves(kind)] for kind in classes()}
+for _kind in set(FIELDS) - {TrainConfig}:  # the families' settings are the same everywhere
+    FIELDS[_kind] = [name for name in FIELDS[_kind] if name.count(".") < 2 or not name.startswith("scenario")]
+
+
+def nested(name: str, value: str) -> str:
+    """A recipe's text that gives one field a value."""
+    for part in reversed(name.split(".")):
+        value = f"{{{part}: {value}}}"
+    return f"{value}\n"
+
+
+def one_line(text: str) -> bool:
+    """Whether a terminal shows it as one line, and not a long one."""
+    return len(text) < 2000 and not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
+
+
+def outcome(kind: type[Any], name: str, arguments: list[str]) -> Recipe[Any] | None:
+    """What was read, None where it was refused; fails for an error of another kind, of several lines, or that does not
+    name the field."""
+    needed = [f"--{n}={v}" for n, v in required(kind).items() if n != name]
+    try:
+        return read_recipe("a.command", "", kind, [*needed, *arguments])
+    except MetronomeError as error:
+        text = str(error)
+        assert one_line(text), (name, text)
+        assert named(text, name), (name, text)
+        return None
+
+
+def named(text: str, name: str) -> bool:
+    """Whether an error names the field, or the part whose families it cannot find; a recipe's text that is no YAML at
+    all has no fields."""
+    part = name.removesuffix(".families")
+    return any(f"{name}{end}" in text for end in " [.=") or text.startswith((f"recipe: {part}: ", "recipe: is "))
+
+
+@pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
+def test_each_field_with_each_value(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tried = 0
+    for name in FIELDS[kind]:
+        inputs = [[f"--{name}={value}"] for value in OPTIONS]
+        inputs += [["--config", nested(name, value)] for value in VALUES]
+        read = [recipe for recipe in (outcome(kind, name, given) for given in inputs) if recipe is not None]
+        tried += len(inputs)
+        assert len(read) < len(inputs) - 10, f"{name} takes whatever it is given"
+        for recipe in read[:1]:
+            assert read_recipe("a.command", "", kind, ["--config", recipe.text]) == recipe
+    assert os.listdir(tmp_path) == []
+    print(f"{kind.__name__}: {tried} inputs")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30)
+ANY = st.recursive(
+    SCALARS, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=8), one, max_size=3)
+)
+WORDS = st.sampled_from(["--rl.steps", "--config", "5", "--name", "--resume"])
+PLACES = st.sampled_from([(kind, name) for kind, names in FIELDS.items() for name in names])
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=PLACES, value=ANY, spelled=st.text(max_size=40), by_option=st.booleans())
+def test_any_value_of_any_field(
+    place: tuple[type[Any], str],
+    value: Any,
+    spelled: str,
+    by_option: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind, name = place
+    outcome(kind, name, [f"--{name}={spelled}"] if by_option else ["--config", nested(name, json.dumps(value))])
+    assert os.listdir(tmp_path) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text(max_size=20) | st.sampled_from(["--rl.steps", "--config", "5", "--name", "--resume"]), max_size=5)
+)
+def test_any_arguments(arguments: list[str]) -> None:
+    try:
+        read_recipe("rl.train", "", TrainConfig, arguments, resumes=True)
+    except MetronomeError as error:
+        assert one_line(str(error))
+    except SystemExit:
+        assert {"--help", "-h"} & set(arguments)
+
+
+def test_a_message_that_names_nothing_is_seen() -> None:
+    """The control of `named`."""
+    assert named("recipe: rl.steps is -1: give a number", "rl.steps")
+    assert not named("recipe: rl.groups is -1: give a number", "rl.steps")
+    assert not named("something is wrong", "rl.steps")
