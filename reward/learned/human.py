@@ -32,7 +32,7 @@ import soundfile
 
 from kernels.errors import MetronomeError
 from model.program.ranges import shown
-from model.program.reading import one_line, read_json_lines
+from model.program.reading import UnreadableError, one_line, read_json_lines, size_of
 from model.senses.audio import SAMPLE_RATE_HZ
 from reward.learned.preference import Preference, Stretch
 from rollout.record.transcript import from_audio
@@ -144,6 +144,12 @@ def _conversation(where: str, folder: Path, side: str, value: Any) -> tuple[np.n
     if not actions:
         raise MetronomeError(f"{where}, {side}: the conversation is empty")
     path = folder / value["audio"]
+    try:
+        size_of(path)  # a pipe or a device would never end
+    except UnreadableError as error:
+        raise MetronomeError(
+            f"{where}, {side}: recording {shown(value['audio'])} cannot be read (it {error.problem})"
+        ) from None
     try:
         samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, soundfile.LibsndfileError) as error:

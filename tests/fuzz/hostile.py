@@ -123,7 +123,7 @@ def refusal(act: Callable[[], object]) -> str | None:
         act()
     except MetronomeError as error:
         text = str(error)
-        assert text and len(text.splitlines()) == 1 and len(text) < 3000, text
+        assert text and len(text.splitlines()) == 1 and len(text) < 20_000, text
         assert not any("\ud800" <= c <= "\udfff" or c < " " for c in text), text
         return text
     return None
