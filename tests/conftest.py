@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +24,13 @@ settings.load_profile("metronome")
 def bank() -> SpeechBank:
     """The shipped recordings."""
     return SpeechBank.open()
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[None]:
+    """One world of one process for all tests that need DeepSpeed: it does not survive a second one in a process."""
+    from rl.learner import ranks  # here, because most tests need no DeepSpeed
+
+    ranks.join()
+    yield
+    ranks.leave()

@@ -145,7 +145,7 @@ def read_record(path: Path, kind: type[Kind]) -> Kind:
 
 def as_record(text: str, kind: type[Kind], where: str | Path = "", ranges: bool = True) -> Kind:
     """JSON text as a value of the type ``kind``: a dataclass, or what is made of them, lists, mappings and plain
-    types. Nothing is converted but whole numbers to floats and lists to tuples; with ``ranges``, those of a dataclass
+    types. Nothing is converted but whole numbers to floats and lists to tuples. With ``ranges``, those of a dataclass
     hold (`model.program.ranges`). Keys beyond those of ``kind`` are ignored. Raises UnreadableError for the first field
     that is missing, of another type or out of its range, and as `parse_json` does."""
     parse_json(text, where)

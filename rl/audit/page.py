@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.program.reading import read_text
 from rl.audit.document import Report, by_record, to_json
 
 FOLDER = Path(__file__).parent
@@ -25,8 +26,8 @@ BY_RECORD = "Identical by the run's own records"
 
 def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
     """The page as HTML. ``data``: what the script draws beside the report; ``blocks``: those of `episodes.browser`."""
-    style = (FOLDER / "page.css").read_text()
-    body = "\n".join((FOLDER / name).read_text() for name in SCRIPTS)
+    style = read_text(FOLDER / "page.css")
+    body = "\n".join(read_text(FOLDER / name) for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{body}}})();\n'
     name = BY_RECORD if by_record(report) else NAMES[report.verdict]
     title = f"{name} · {report.title} · Metronome audit"
@@ -48,7 +49,7 @@ def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) 
         "script": script,
     }
     # In one pass, so that nothing inside a part is taken for a place.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], (FOLDER / "page.html").read_text())
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], read_text(FOLDER / "page.html"))
 
 
 def _json(value: Any) -> str:
