@@ -20,13 +20,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kernels.errors import MetronomeError
 from model.program import ranges, shipped
 from model.program.outputs import OutputFile, OutputFolder
 from model.program.reading import DEEPEST, UnreadableError, parse_yaml, read_text
+from model.program.yaml_text import to_yaml
 
 MOST_BYTES = 1 << 18
 """Of a recipe's file: some hundred times as many as the longest that is saved with a run."""
@@ -305,30 +305,6 @@ def _type_at(hint: Any, location: Sequence[str | int]) -> Any:
 @lru_cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-def to_yaml(value: Any) -> str:
-    """A value as YAML text, which `model.program.reading.parse_yaml` reads back equal."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
-
-
-class _Dumper(yaml.SafeDumper):
-    """PyYAML's, with quotation marks also around texts that only our reader takes for another value, such as 1e5."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        try:
-            is_text = isinstance(parse_yaml(text), str)
-        except UnreadableError:
-            is_text = True  # PyYAML knows
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else "'")
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Whether a value that comes twice is written twice."""
-        return True
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-_Dumper.add_representer(tuple, _Dumper.represent_list)
 
 
 def _help(command: str, description: str, kind: Any, resumes: bool) -> str:

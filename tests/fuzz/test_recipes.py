@@ -21,7 +21,7 @@ from tests.support.recipes import classes, leaves, required
 OPTIONS = [
     "", " ", "-1", "0", "nan", ".nan", "-.inf", "1e999", "1" + "0" * 400, "1" + "0" * 5000, "-0.0", "5e-324",
     "9223372036854775808", "true", "null", "~", "no", "[]", "{}", "[1]", "[[1]]", "[.nan, 1]", "[2, 1]", "[a, a]",
-    "{a: 1}", "{a: {b: [c]}}", "\0", "\x1b[2J", "a\nb", "\ud800", "[" * 3000, "{a: &x [*x]}", "&x [*x]", "x" * 5000,
+    "{a: 1}", "{a: {b: [c]}}", "\0", "\x1b[2J", "a\nb", "\ud800", "[" * 100, "{a: &x [*x]}", "&x [*x]", "x" * 5000,
     "'", '"\\ud800"', "!!python/object:os.x {}", "!!binary aaaa", "2024-13-45", "- a", "a: b: c", "\u2028", "../up",
 ]  # fmt: skip
 """Values on the command line."""
@@ -29,7 +29,7 @@ OPTIONS = [
 VALUES = [
     "", " ", "-1", "-0.5", "1.0e+999", ".nan", ".inf", "-.inf", "1" + "0" * 400, "true", "~", "[]", "{}", "[[]]",
     "{a: 1}", "[.nan, .inf]", "[-1, -2]", "['', '']", "{a: [1, {b: ~}]}", "''", "' '", '"\\0"', '"\\ud800"', "'5'",
-    "'x'", "&x [*x]", "2024-01-01", "!!set {a}", "x" * 5000, "[" * 200,
+    "'x'", "&x [*x]", "2024-01-01", "!!set {a}", "x" * 5000, "[" * 80,
 ]  # fmt: skip
 """Values in a recipe, as YAML."""
 
@@ -71,15 +71,15 @@ def named(text: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
-def test_each_field_with_each_value(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fields_with_hostile_values(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tried = 0
-    for name in FIELDS[kind]:
-        inputs = [[f"--{name}={value}"] for value in OPTIONS]
-        inputs += [["--config", nested(name, value)] for value in VALUES]
+    for i, name in enumerate(FIELDS[kind]):  # each with half of the values, so that neighbours have all of them
+        inputs = [[f"--{name}={value}"] for value in OPTIONS[i % 2 :: 2]]
+        inputs += [["--config", nested(name, value)] for value in VALUES[i % 2 :: 2]]
         read = [recipe for recipe in (outcome(kind, name, given) for given in inputs) if recipe is not None]
         tried += len(inputs)
-        assert len(read) < len(inputs) - 10, f"{name} takes whatever it is given"
+        assert len(read) < len(inputs) - 5, f"{name} takes whatever it is given"
         for recipe in read[:1]:
             assert read_recipe("a.command", "", kind, ["--config", recipe.text]) == recipe
     assert os.listdir(tmp_path) == []
@@ -94,7 +94,7 @@ WORDS = st.sampled_from(["--rl.steps", "--config", "5", "--name", "--resume"])
 PLACES = st.sampled_from([(kind, name) for kind, names in FIELDS.items() for name in names])
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=PLACES, value=ANY, spelled=st.text(max_size=40), by_option=st.booleans())
 def test_any_value_of_any_field(
     place: tuple[type[Any], str],
