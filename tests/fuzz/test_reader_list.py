@@ -1,5 +1,5 @@
 """That no reader is missed: each module that imports a reading function of `model.program.reading` or
-`model.weights.tensors` is tried in `tests.fuzz.test_readers`, and no other reads text, JSON, YAML or tensors by itself."""
+`model.weights.tensors` is tried in `tests.fuzz.test_readers`, and no other reads text, JSON, YAML or tensors."""
 
 from __future__ import annotations
 
