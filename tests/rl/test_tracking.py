@@ -94,6 +94,55 @@ def test_metrics_arrive_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert asked["id"] == (tmp_path / "tracking/id").read_text()
 
 
+def test_a_run_that_was_renamed_is_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def resumed(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+        run = FakeRun()
+        install(monkeypatch, lambda **given: asked.append(given) or run)
+        tracker = Tracker(ON, folder.name, folder, {})
+        tracker.log(0, {"x": 1})
+        tracker.close()
+        return run.logged
+
+    (tmp_path / "a").mkdir()
+    assert resumed(tmp_path / "a") == [(0, {"x": 1})]
+    moved = (tmp_path / "a").rename(tmp_path / "b")
+    resumed(moved)
+    assert (moved / "tracking/journal.jsonl").read_text().count("\n") == 1
+    (moved / "tracking/id").write_text("")  # the control: as a crash in the middle of writing it would leave it
+    resumed(moved)
+    assert [given["name"] for given in asked] == ["a", "a", "a"]
+    assert asked[0]["id"] == asked[1]["id"] != asked[2]["id"] and len(asked[2]["id"]) == 8
+    assert [given["dir"] for given in asked] == [str(tmp_path / "a"), str(moved), str(moved)]
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "3", '{"step": "1", "metrics": {}}', '{"step": 1, "metrics": {"x": NaN}}', "\xff"]
+)
+def test_a_damaged_journal_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
+    run = FakeRun()
+    install(monkeypatch, lambda **_: run)
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking/journal.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.warns(UserWarning, match=r"tracking/ cannot be used: .*journal\.jsonl, line 1"):
+        tracker = Tracker(ON, "a", tmp_path, {})
+    tracker.log(0, {"x": 1})
+    tracker.close()
+    assert run.logged == [(0, {"x": 1})]
+
+
+def test_a_folder_that_was_moved_away_is_not_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, lambda **_: FakeRun())
+    (tmp_path / "a").mkdir()
+    tracker = Tracker(ON, "a", tmp_path / "a", {})
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.warns(UserWarning, match="tracking/ cannot be used"):
+        tracker.log(0, {"x": 1})
+    tracker.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_a_failure_is_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -194,7 +243,7 @@ def sampled():
     sound = np.sin(np.arange(8000, dtype=np.float32) / 10)
     return [Sample("timespeak", "timespeak/train/0#0: four", np.zeros((40, 60, 3), np.uint8), sound)]
 
-tracker = Tracker(TrackingConfig(trackers=(kind,)), "a", Path(folder), {"seed": 0, "rl": {"steps": 20}})
+tracker = Tracker(TrackingConfig(trackers=(kind,)), Path(folder).name, Path(folder), {"seed": 0, "rl": {"steps": 20}})
 for step in range(int(first), int(last)):
     tracker.log(step, {"step": step, "reward/mean": 0.5 * step, "digest": "ab"}, sampled if step in (3, 12) else None)
 if ending == "killed":
@@ -261,11 +310,15 @@ READERS: dict[str, Callable[[Path], list[int]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", READERS)
 def test_a_killed_run_goes_on_with_each_step_once(kind: str, tmp_path: Path) -> None:
-    """Ten steps, killed; resumed from a checkpoint at the sixth. The libraries are the real ones, offline."""
+    """Ten steps, killed; moved and renamed; resumed from a checkpoint at the sixth. The libraries are the real ones,
+    offline."""
     pytest.importorskip(kind)
-    log(kind, tmp_path, 0, 10, "killed")
-    log(kind, tmp_path, 6, 14, "ended")
-    assert READERS[kind](tmp_path) == list(range(14))
+    (tmp_path / "a").mkdir()
+    log(kind, tmp_path / "a", 0, 10, "killed")
+    (tmp_path / "runs").mkdir()
+    moved = (tmp_path / "a").rename(tmp_path / "runs/b")
+    log(kind, moved, 6, 14, "ended")
+    assert READERS[kind](moved) == list(range(14))
 
 
 @pytest.mark.slow
