@@ -8,14 +8,14 @@ The first re-scores the run's saved episodes and writes RUN/audit/report.html an
 two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`).
 
 Exit status 0, whatever the verdict; with ``--fail-on mismatch`` 1 when it is *different*, 2 when it is *not
-comparable*; *identical by the run's own records*, where nothing could be re-scored, is 0 too. Status 2 is also that of
-every input that cannot be read: in both cases there is no statement to rely on.
+comparable*, 3 when *nothing* was *compared*: no episode could be re-scored, two runs have nothing in common, no token
+was measured. The verdict on a matrix is on our kernels; naive torch, which is to differ, is its control. Status 2 is
+also that of every input that cannot be read: there is no statement to rely on, either.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -24,10 +24,9 @@ from kernels.errors import MetronomeError
 from model.placement import Placement
 from rl.audit.compare import compare_runs
 from rl.audit.document import Report
+from rl.audit.finding import Verdict, add_fail_on, leave
 from rl.audit.records import read
 from rl.audit.report import audit, statement
-
-STATUS = {"identical": 0, "different": 1, "not_comparable": 2}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     if bool(given.checkpoint) != given.matrix:
         raise MetronomeError("--checkpoint and --matrix go together: name a checkpoint's folder and ask for its matrix")
     if given.checkpoint:
-        measure(given.checkpoint, given.out)
+        leave(measure(given.checkpoint, given.out), given.fail_on)
         return
     if given.run and given.out:
         raise MetronomeError("--out: the report of a run goes to RUN/audit; leave --out away")
@@ -49,8 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         enter_placement(given.run)
         report = audit(given.run)
     print(statement(report, out))
-    if given.fail_on:
-        fail(report)
+    leave(report.verdict, given.fail_on)
 
 
 def enter_placement(run: Path) -> None:
@@ -60,14 +58,16 @@ def enter_placement(run: Path) -> None:
         Placement.enter(config.placement, config.model.dtype)
 
 
-def measure(given: Path, out: Path | None) -> None:
-    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
+def measure(given: Path, out: Path | None) -> Verdict:
+    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit; returns the
+    verdict on our kernels."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
     enter_placement(run)
     from rl.study import matrix  # with all that it measures against: only where it is asked for
 
-    print("\n\n".join(table.text() for table in matrix.run(folder, out or run / "audit").tables))
+    result = matrix.run(folder, out or run / "audit")
+    return matrix.show(result.tables)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,12 +84,5 @@ def parser() -> argparse.ArgumentParser:
         "--matrix", action="store_true", help="measure what the checkpoint's log-probs are invariant to"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where --compare and --matrix write")
-    parser.add_argument("--fail-on", choices=["mismatch"], help="status 1 when different, 2 when not comparable")
+    add_fail_on(parser)
     return parser
-
-
-def fail(report: Report) -> None:
-    """Raises SystemExit with the verdict's status unless that is 0."""
-    status = STATUS[report.verdict]
-    if status:
-        sys.exit(status)
