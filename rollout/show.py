@@ -4,7 +4,8 @@
 
 A file holds the rollouts of one step, group after group; ``--list`` lists them. Rewards are computed by the rules of
 the episode's family, with the settings of the run whose folder contains the file; episodes of unknown families are
-shown without rewards.
+shown without rewards. Families that are not shipped are imported only with ``--trust-families``: importing executes
+their module.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from rich.text import Text
 from kernels.errors import MetronomeError
 from rollout.record.episode import Episode, load_episodes
 from rollout.record.timeline import Moment, moments
+from rollout.scenarios.registry import shipped_only
 from rollout.turn.action import Mode
 
 VERDICT_FUNCTION = "reward.explain:explain"
@@ -54,6 +57,14 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     """The command. Raises MetronomeError for a file that cannot be read or a rollout that it does not have."""
     given = parser().parse_args(arguments)
     console = console or Console(highlight=False)
+    with shipped_only("--trust-families", unless=given.trust_families) as refused:
+        carry_out(given, console)
+    for line in refused.values():
+        print(line, file=sys.stderr)
+
+
+def carry_out(given: argparse.Namespace, console: Console) -> None:
+    """Prints what the options ask for."""
     episodes = load_episodes(given.file)
     if given.list:
         listing(episodes, given.file, console)
@@ -78,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rollout", type=int, default=0, metavar="N", help="which of the file's rollouts, from 0")
     parser.add_argument("--list", action="store_true", help="name the file's rollouts")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--trust-families", action="store_true", help="import the modules of the run's own families")
     return parser
 
 

@@ -3,15 +3,19 @@
 The signal: at ``patience`` evaluations in a row the proxy is higher, and the rules' score more than ``drop`` lower,
 than at the evaluation with the best rule score so far. Both must hold: a rule score that falls together with the proxy
 is a bad step, and one that stays while the proxy rises does no harm. The evaluation of the warm-started policy counts
-as the first, so that a proxy which only ever did harm is noticed too.
+as the first, so that a proxy which only ever did harm is noticed too. All evaluations must be on one set of scenarios:
+a policy scores differently on another one.
 
 Knows numbers only, not where they come from.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from kernels.errors import MetronomeError
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,18 @@ class Alarm:
 
 
 def alarm(held_out: Sequence[Point], config: WatchConfig) -> Alarm | None:
-    """The first alarm in a run's evaluations, which are in the order of steps; None without one."""
+    """The first alarm in a run's evaluations, which are in the order of steps; None without one. Raises MetronomeError
+    for a reward that is not finite, which would compare as neither higher nor lower, and for settings out of range."""
+    if not 0 <= config.drop <= 1:
+        raise MetronomeError(f"source.watch.drop is {config.drop}: give a fall of the rule score, from 0 to 1")
+    if config.patience < 1:
+        raise MetronomeError(f"source.watch.patience is {config.patience}: give a number of evaluations, 1 or more")
+    for point in held_out:
+        if not (math.isfinite(point.rule) and math.isfinite(point.proxy)):
+            raise MetronomeError(
+                f"the evaluation after step {point.step} is not finite (rule score {point.rule}, learned reward "
+                f"{point.proxy}), so that the watch over learned rewards can say nothing; see to the reward models"
+            )
     agreeing = 0
     best: Point | None = None
     for now in held_out:

@@ -4,6 +4,9 @@
     python -m rl.audit --compare runs/a runs/b [--out FOLDER]
     python -m rl.audit --checkpoint runs/quickstart/checkpoints/step_000120 --matrix [--out FOLDER]
 
+A run may be somebody else's: of the scenario families that its recipe names, only those shipped are imported, unless
+``--trust-families`` is given; without it, episodes of others are re-scored, but not judged by their rules.
+
 The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
 two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`).
 
@@ -27,6 +30,7 @@ from rl.audit.document import Report
 from rl.audit.finding import Verdict, add_fail_on, leave
 from rl.audit.records import read
 from rl.audit.report import audit, statement
+from rollout.scenarios.registry import shipped_only
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,11 +38,19 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     if bool(given.checkpoint) != given.matrix:
         raise MetronomeError("--checkpoint and --matrix go together: name a checkpoint's folder and ask for its matrix")
-    if given.checkpoint:
-        leave(measure(given.checkpoint, given.out), given.fail_on)
-        return
     if given.run and given.out:
         raise MetronomeError("--out: the report of a run goes to RUN/audit; leave --out away")
+    with shipped_only("--trust-families", unless=given.trust_families) as refused:
+        verdict = carry_out(given)
+    for line in refused.values():
+        print(line)
+    leave(verdict, given.fail_on)
+
+
+def carry_out(given: argparse.Namespace) -> Verdict:
+    """Does what the options ask for, prints what was found, and returns the verdict."""
+    if given.checkpoint:
+        return measure(given.checkpoint, given.out)
     if given.compare:
         first, second = given.compare
         out = given.out or first / "audit" / f"compare_{second.resolve().name}"
@@ -48,12 +60,12 @@ def main(arguments: list[str] | None = None) -> None:
         enter_placement(given.run)
         report = audit(given.run)
     print(statement(report, out))
-    leave(report.verdict, given.fail_on)
+    return report.verdict
 
 
 def enter_placement(run: Path) -> None:
     """A run on a GPU is audited on one where there is one; elsewhere its episodes are of another contract."""
-    config = read(run).config if run.is_dir() else None
+    config = read(run).config if (run / "config.yaml").is_file() else None
     if config is not None and config.placement.device == "cuda" and torch.cuda.is_available():
         Placement.enter(config.placement, config.model.dtype)
 
@@ -84,5 +96,8 @@ def parser() -> argparse.ArgumentParser:
         "--matrix", action="store_true", help="measure what the checkpoint's log-probs are invariant to"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where --compare and --matrix write")
+    parser.add_argument(
+        "--trust-families", action="store_true", help="import the modules of families that a run's recipe names"
+    )
     add_fail_on(parser)
     return parser

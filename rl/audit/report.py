@@ -36,7 +36,7 @@ def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport,
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
     tables += next((p.diagnosis.tables() for p in steps if p.diagnosis), [])
     tables += pictures.tables(folder / "matrix.json", records.gaps)
-    shown = browser(episodes, records.config.scenarios if records.config else None)
+    shown = browser(episodes, records.scenarios)
     if shown["omitted"]:
         records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(episodes):,} episodes, to stay small.")
     report = run_report(records, steps)
