@@ -185,6 +185,10 @@ def _only_one(a: Records, b: Records, episodes: PairedEpisodes) -> list[str]:
             sentences.append(f"{label} has {_count(len(steps), 'step')} more, from step {steps[0]:,} on.")
         if not one.summary:
             sentences.append(f"{label} has not finished.")
+        elif claims.final_weights(one) is None:
+            sentences.append(f"{label}'s summary names no final weights.")
+        if left_out := sum(gap.startswith("metrics.jsonl, line") for gap in one.gaps):
+            sentences.append(f"{_count(left_out, 'line')} of {label}'s records could not be used.")
         if lone := episodes.alone[label]:
             sentences.append(f"{label} has {_count(lone, 'saved episode')} of steps of which the other has none.")
     if episodes.unread:
@@ -205,6 +209,8 @@ def _processes(a: Records, b: Records) -> str:
 
 
 def _reasons(a: Records, b: Records) -> list[str]:
+    if not all(records.metrics or records.episodes for records in (a, b)):
+        return []  # one left nothing that a contract could be of
     if a.contract_id is None or b.contract_id is None:
         return ["The contract of a run is unknown: its environment.json is missing or damaged."]
     if a.contract_id == b.contract_id:

@@ -149,6 +149,23 @@ def test_a_run_compared_with_itself_is_nothing_compared(run: Path, tmp_path: Pat
         assert "A and B are one folder" in report["headline"]
 
 
+def test_what_could_not_be_used_is_no_part_of_one_run(run: Path, other: Path) -> None:
+    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join([lines[0], lines[0].replace("0.5", "0.7"), lines[1]]))
+    (other / "summary.json").write_text('{"wall_s": 1.0}')
+    report = compared(run, other)
+    assert (report["verdict"], report["whole"]) == ("identical", False)
+    assert report["only_one"] == ["B's summary names no final weights.", "1 line of B's records could not be used."]
+
+
+def test_a_folder_with_a_recipe_alone_is_nothing_compared(run: Path, other: Path) -> None:
+    for one in other.iterdir():
+        if one.name != "config.yaml":
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+    for a, b in ((run, other), (other, run)):
+        assert compared(a, b)["verdict"] == "nothing_compared"
+
+
 def test_saved_episodes_that_only_one_run_has(run: Path, other: Path) -> None:
     first_file(other).unlink()  # half of a step: another set of episodes
     report = compared(run, other)
