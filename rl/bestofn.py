@@ -39,6 +39,7 @@ from rl.folder import RunFolder
 from rl.train import parse
 from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
+from rollout.scenarios.registry import shipped_only
 from rollout.world.speech import SpeechBank
 
 
@@ -52,6 +53,7 @@ class BestOfNConfig:
     models: FilePaths = ()  # folders of reward models; the run's own by default
     scenarios: Some = 24  # held-out, of each family
     samples: Annotated[int, Range(2, 10**4)] = 64  # rollouts of each
+    trust_families: bool = False  # import families that are not shipped; importing executes their module
 
 
 def sample(
@@ -87,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     run = Path(given.run)
     if not (run / "config.yaml").is_file():
         raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
-    config, _, _ = parse(["--config", str(run / "config.yaml")], past=True)
+    with shipped_only("--trust-families true", unless=given.trust_families):
+        config, _, _ = parse(["--config", str(run / "config.yaml")], past=True)
     source = RewardSource.load(config.scenarios, SourceConfig(models=given.models or config.source.models))
     if not source.models:
         raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")

@@ -3,21 +3,26 @@ families."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from kernels.errors import MetronomeError
 from reward.source import RewardSource
 from rl.learner import ranks
 from rollout.engines.roller import Roller
 from rollout.play import Play
 from rollout.world.base import Scenario
 
+WATCHED = "watched"
+"""Name of the mean of the families over the scenarios that a run evaluates during RL, in a result over more of them."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A policy's held-out results. Both mappings hold each family's mean under its name, and the mean of the families
-    under ``""``."""
+    """A policy's held-out results. Both mappings hold each family's mean under its name, the mean of the families under
+    ``""``, and the same mean over the first scenarios alone under `WATCHED` where that was asked for."""
 
     score: dict[str, float]  # by the rules, in [0, 1]; the tight score is under ``<family>_tight``
     proxy: dict[str, float]  # learned reward of an episode; empty without reward models
@@ -28,18 +33,40 @@ class HeldOut:
 
 
 def evaluate(
-    roller: Roller, scenarios: Sequence[Scenario], source: RewardSource, seed: int, temperature: float
+    roller: Roller,
+    scenarios: Sequence[Scenario],
+    source: RewardSource,
+    seed: int,
+    temperature: float,
+    watched: int = 0,
 ) -> HeldOut:
-    """Every rank plays its share of the scenarios; the result is the same on all, and for any number of ranks."""
-    episodes = roller.play([Play(scenarios[i], 0) for i in ranks.share(len(scenarios))], seed, temperature)
+    """Every rank plays its share of the scenarios; the result is the same on all, and for any number of ranks.
+
+    ``watched``: over how many of the first scenarios the means are given under `WATCHED`, too: those that an evaluation
+    of these scenarios alone would give. Raises MetronomeError for a score or reward that is not finite."""
+    own = ranks.share(len(scenarios))
+    episodes = roller.play([Play(scenarios[i], 0) for i in own], seed, temperature)
     judged = source.judge(episodes)
-    scores = [(e.family, s.value, s.tight) for e, s in zip(episodes, judged.scores, strict=True)]
-    proxies = [(e.family, p.total) for e, p in zip(episodes, judged.proxy, strict=bool(judged.proxy))]
+    scores = [(i, e.family, s.value, s.tight) for i, e, s in zip(own, episodes, judged.scores, strict=True)]
+    proxies = [(i, p.total) for i, p in zip(own, judged.proxy, strict=bool(judged.proxy))]
     every = [item for part in ranks.gather(scores) for item in part]
-    score = _by_family([(family, value) for family, value, _ in every])
-    tight = _by_family([(f"{family}_tight", value) for family, _, value in every])
-    proxy = _by_family([item for part in ranks.gather(proxies) for item in part])
+    families = {i: family for i, family, _, _ in every}
+    values = {i: value for i, _, value, _ in every}
+    rewards = {i: total for part in ranks.gather(proxies) for i, total in part}
+    for what, found in (("score by the rules", values), ("learned reward", rewards)):
+        if bad := [i for i, value in found.items() if not math.isfinite(value)]:
+            name = scenarios[bad[0]].id
+            raise MetronomeError(f"held-out scenario {name}: the {what} is {found[bad[0]]}, which is no result")
+    tight = _by_family([(f"{family}_tight", value) for _, family, _, value in every])
+    score, proxy = (_means(found, families, watched) for found in (values, rewards))
     return HeldOut(score | {name: value for name, value in tight.items() if name}, proxy)
+
+
+def _means(values: Mapping[int, float], families: Mapping[int, str], watched: int) -> dict[str, float]:
+    """Means over scenarios, by their place in the list; nothing of nothing."""
+    means = _by_family([(families[i], value) for i, value in values.items()])
+    first = _by_family([(families[i], value) for i, value in values.items() if i < watched])
+    return means | ({WATCHED: first[""]} if first else {})
 
 
 def _by_family(values: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -5,8 +5,8 @@
 Every stage is computed from the one before it, with the quickstart's recipe, in one process: recordings, noises, the
 simulated user's audio, dMel codes, demonstrations, fresh weights; three supervised steps (log-probs, gradient, norm and
 clipped gradient, weights); sampled noise and tokens; episodes, rewards and advantages. Equal digests mean equal bits.
-``--against`` names the first stage that differs from an earlier FILE's and exits with status 1, as it does for another
-contract.
+``--against`` names the first stage that differs from an earlier FILE's. Exit status 1 when one differs, 2 for a FILE of
+another contract, 3 when nothing, or not everything, could be compared: a FILE without stages or with others.
 On every processor the stages of one contract are the same: `tests/golden/fingerprint.json` holds them.
 """
 
@@ -18,7 +18,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("rl.fingerprint")
 
 import hashlib
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from model.program.outputs import output_file
 from model.program.reading import UnreadableError, read_record
 from model.senses.audio import DMel
 from reward.source import RewardSource
+from rl.audit.finding import Finding, Verdict, leave
 from rl.config import TrainConfig
 from rl.environment import environment
 from rl.learner import ranks
@@ -132,10 +132,24 @@ def _digest(arrays: Iterable[Array]) -> str:
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first stage whose digests differ, or that only one of the two has; None when all are equal. ``one``,
-    ``other``: stage -> digest."""
-    names = [*one, *(name for name in other if name not in one)]
-    return next((name for name in names if one.get(name) != other.get(name)), None)
+    """The first stage of both whose digests differ; None when all are equal. ``one``, ``other``: stage -> digest."""
+    return next((name for name in one if name in other and one[name] != other[name]), None)
+
+
+def compared(current: Mapping[str, Any], earlier: Mapping[str, Any], file: str) -> Finding:
+    """The verdict on two fingerprints; ``file``: the earlier one's name."""
+    now, before = current["stages"], earlier["stages"]
+    if earlier["contract_id"] != current["contract_id"]:
+        return Finding(Verdict.NOT_COMPARABLE, f"not comparable: {file} is of contract {earlier['contract_id']}")
+    both = now.keys() & before.keys()
+    if stage := first_difference(now, before):
+        return Finding(Verdict.DIFFERENT, f"different from {file}, first in: {stage}")
+    if alone := [name for name in [*now, *before] if name not in both]:
+        return Finding(
+            Verdict.NOTHING_COMPARED,
+            f"nothing compared: {file} has other stages; {len(both)} in common, all equal; {len(alone)} in one alone",
+        )
+    return Finding(Verdict.of(len(both), 0), f"equal to {file} in every stage, {len(both)} of {len(now)}")
 
 
 def parser() -> Parser:
@@ -146,7 +160,8 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Raises SystemExit with status 1 when ``--against`` differs, MetronomeError for a file that cannot be read."""
+    """Raises SystemExit with the verdict's status unless ``--against`` is equal, MetronomeError for a file that cannot
+    be read."""
     given = parser().parse_args(arguments)
     earlier = None if given.against is None else _read(given.against)
     ranks.join()
@@ -163,15 +178,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:38s} {digest}")
     if earlier is None:
         return
-    processor = earlier["processor"]
-    if earlier["contract_id"] != current["contract_id"]:
-        print(f"not comparable: {given.against} is of contract {earlier['contract_id']}")
-        sys.exit(1)
-    stage = first_difference(current["stages"], earlier["stages"])
-    if stage is not None:
-        print(f"different from {given.against} ({processor}), first in: {stage}")
-        sys.exit(1)
-    print(f"equal to {given.against} ({processor}) in every stage")
+    found = compared(current, earlier, f"{given.against} ({earlier['processor']})")
+    print(found.headline)
+    leave(found.verdict, "mismatch")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from model.program.folders import locked
 from model.weights import checkpoint
 from reward.source import RewardSource
 from rl import watch
-from rl.audit.diagnosis.diagnose import diagnose
+from rl.audit.diagnosis.diagnose import explain
+from rl.audit.document import to_json
+from rl.audit.finding import Verdict
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
 from rl.display import Display
@@ -131,12 +133,20 @@ class Run:
         """The same on every rank with the diagnosis in its words; writes audit/difference.json and the audit's report.
         A rank diagnoses its own tokens, with the weights and packed copies that gave them; the first such rank's
         words count."""
-        own = diagnose(self.model, error.evidence) if error.evidence else None
-        diagnosis = next(one for one in ranks.gather(own) if one is not None)
-        self.folder.write_json(DIFFERENCE, diagnosis.to_json())
-        self.audit()
-        self.tracker.close()
-        return NotEqualError(f"{error} {diagnosis.sentence()}", error.evidence)
+        own, failure = explain(self.model, error.evidence) if error.evidence else (None, "")
+        counts = error.evidence and (error.evidence.step, error.evidence.mismatch())
+        found = ranks.gather((own, failure, counts))
+        diagnosis = next((one for one, _, _ in found if one is not None), None)
+        step, mismatch = next(counts for _, _, counts in found if counts)
+        said = diagnosis.sentence() if diagnosis else next(text for _, text, _ in found if text)
+        unexplained = {"step": step, "mismatch": mismatch.metrics(), "tables": [], "failure": said}
+        self.folder.write_json(DIFFERENCE, to_json(diagnosis.to_json() if diagnosis else unexplained))
+        try:
+            self.audit()
+            self.tracker.close()
+        except Exception as problem:  # must not take the place of the difference
+            said += f" The audit of the run failed, too ({type(problem).__name__}: {problem})."
+        return NotEqualError(f"{error} {said}", error.evidence)
 
     def begin(self) -> tuple[Learner, Progress]:
         """Warm start, its held-out result, and the first checkpoint."""
@@ -197,7 +207,7 @@ class Run:
         """RL from where ``progress`` stands to the recipe's last step, with evaluations, records and checkpoints."""
         rl = self.config.rl
         self.roller.publish()
-        during = self.held_out[: self.config.eval.during * len(self.config.scenarios.families)]
+        during = self.held_out[: self.watched]
         first = rl.steps if progress.stopped else progress.step
         with self.display.phase("RL", rl.steps, first) as phase:
             phase.held_out(progress.before.score[""])
@@ -233,7 +243,9 @@ class Run:
 
     def finish(self, progress: Progress) -> None:
         """The held-out result of the final weights, summary.json, the closing table and the audit's report. Raises
-        DifferentError, on every rank, when the audit has found a bit that differs or records that contradict it."""
+        DifferentError, on every rank, when the audit has found a bit that differs or records that contradict it. That
+        nothing could be re-scored, because the recipe takes no step or saves no episode, is said, and no fault: each
+        step's own check has passed."""
         after = self.examine()
         summary: dict[str, float | int | str] = {
             **progress.before.named("before"),
@@ -244,7 +256,9 @@ class Run:
             "wall_s": self.wall_s(),
         }
         if self.source.models:
-            points = [*watch.evaluations(self.folder, progress.before), watch.point(progress.step, after)]
+            points = watch.evaluations(self.folder, progress.before)
+            if points[-1].step < progress.step:  # a run that was stopped was evaluated at its last step
+                points.append(watch.point(progress.step, after))
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)
         self.display.summary(summary, self.folder.path)
@@ -267,7 +281,7 @@ class Run:
             self.display.say(statement(report, folder))
             self.tracker.artifact(folder)
             conflicts = report.not_comparable
-            if report.verdict == "different":
+            if report.verdict is Verdict.DIFFERENT:
                 fault = "bits that differ between sampler and learner"
             elif conflicts.contradictions or conflicts.episodes:
                 fault = "that what the run saved contradicts what it recorded"
@@ -292,13 +306,19 @@ class Run:
         """The held-out result, sampled at the training temperature, and the greedy one beside it under ``greedy``: a
         policy that is right less than half of the time is silent when greedy, so that neither tells the whole."""
         self.roller.publish()
-        result, greedy = self.evaluate(self.held_out), self.evaluate(self.held_out, temperature=0.0)
+        watched = self.watched if self.source.models else 0
+        result, greedy = self.evaluate(self.held_out, watched=watched), self.evaluate(self.held_out, temperature=0.0)
         return replace(result, score=result.score | {"greedy": greedy.score[""]})
 
-    def evaluate(self, scenarios: Sequence[Scenario], temperature: float | None = None) -> HeldOut:
+    def evaluate(self, scenarios: Sequence[Scenario], temperature: float | None = None, watched: int = 0) -> HeldOut:
         """Under the weights last published, at the training temperature if no other is given."""
         temperature = self.config.rollout.temperature if temperature is None else temperature
-        return evaluate(self.roller, scenarios, self.source, self.config.seed, temperature)
+        return evaluate(self.roller, scenarios, self.source, self.config.seed, temperature, watched)
+
+    @property
+    def watched(self) -> int:
+        """How many of the held-out scenarios, the first ones, are evaluated during RL."""
+        return self.config.eval.during * len(self.config.scenarios.families)
 
     def wall_s(self) -> float:
         return self._earlier_s + time.perf_counter() - self._start

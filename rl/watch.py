@@ -1,12 +1,16 @@
 """Watches a run for over-optimisation of its learned rewards, and draws the picture for its report.
 
+All its points are on one set of scenarios, those that are evaluated during RL: of the evaluations before and after RL,
+which are of more scenarios, it takes the means over these alone (`rl.evaluate.WATCHED`).
+
 Everything is read from the run's records, so that a resumed run decides as an uninterrupted one would.
 """
 
 from __future__ import annotations
 
+from kernels.errors import MetronomeError
 from reward.study.overoptimisation import Alarm, Point, WatchConfig, alarm
-from rl.evaluate import HeldOut
+from rl.evaluate import WATCHED, HeldOut
 from rl.folder import RunFolder
 from rl.learner import ranks
 
@@ -36,8 +40,14 @@ def evaluations(folder: RunFolder, before: HeldOut) -> list[Point]:
 
 
 def point(step: int, result: HeldOut) -> Point:
-    """Both rewards after ``step`` RL steps; ``result`` must have learned rewards."""
-    return Point(step, result.score[""], result.proxy[""])
+    """Both rewards after ``step`` RL steps over the watched scenarios. Raises MetronomeError when ``result`` has none:
+    it is of other scenarios, or of a run without reward models."""
+    if WATCHED not in result.score or WATCHED not in result.proxy:
+        raise MetronomeError(
+            f"the evaluation after step {step} does not say what was found in the scenarios that the watch compares: "
+            "an older version began this run; start a new one under another --name"
+        )
+    return Point(step, result.score[WATCHED], result.proxy[WATCHED])
 
 
 def summary(seen: Alarm | None) -> dict[str, float | int | str]:

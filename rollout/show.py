@@ -4,7 +4,8 @@
 
 A file holds the rollouts of one step, group after group; ``--list`` lists them. Rewards are computed by the rules of
 the episode's family, with the settings of the run whose folder contains the file; episodes of unknown families are
-shown without rewards.
+shown without rewards. Families that are not shipped are imported only with ``--trust-families``: importing executes
+their module.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     run_command("rollout.show")
 
+import argparse
 import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +37,7 @@ from model.program.arguments import Parser
 from model.program.ranges import Range, number
 from rollout.record.episode import Episode, check_tensors, load_episodes
 from rollout.record.timeline import Moment, moments
+from rollout.scenarios.registry import shipped_only
 from rollout.turn.action import Mode
 
 VERDICT_FUNCTION = "reward.explain:explain"
@@ -55,6 +59,14 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     """The command. Raises MetronomeError for a file that cannot be read or a rollout that it does not have."""
     given = parser().parse_args(arguments)
     console = console or Console(highlight=False)
+    with shipped_only("--trust-families", unless=given.trust_families) as refused:
+        carry_out(given, console)
+    for line in refused.values():
+        print(line, file=sys.stderr)
+
+
+def carry_out(given: argparse.Namespace, console: Console) -> None:
+    """Prints what the options ask for."""
     episodes = load_episodes(given.file)
     if given.list:
         listing(episodes, given.file, console)
@@ -85,6 +97,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--list", action="store_true", help="name the file's rollouts")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--trust-families", action="store_true", help="import the modules of the run's own families")
     return parser
 
 

@@ -210,7 +210,8 @@ def _schema(name: str, part: OpenConfig, tree: Mapping[str, Any]) -> type[Any]:
     try:
         return part.schema(plain)
     except MetronomeError as error:
-        raise MetronomeError(f"recipe: {name}: {error}") from None
+        error.args = (f"recipe: {name}: {error}",)  # of the same class: some are told apart by it
+        raise
 
 
 def _open_parts(kind: type[Any]) -> dict[str, OpenConfig]:

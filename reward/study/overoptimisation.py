@@ -3,17 +3,20 @@
 The signal: at ``patience`` evaluations in a row the proxy is higher, and the rules' score more than ``drop`` lower,
 than at the evaluation with the best rule score so far. Both must hold: a rule score that falls together with the proxy
 is a bad step, and one that stays while the proxy rises does no harm. The evaluation of the warm-started policy counts
-as the first, so that a proxy which only ever did harm is noticed too.
+as the first, so that a proxy which only ever did harm is noticed too. All evaluations must be on one set of scenarios:
+a policy scores differently on another one.
 
 Knows numbers only, not where they come from.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from kernels.errors import MetronomeError
 from model.program.ranges import Fraction, Range, check
 
 
@@ -52,8 +55,14 @@ class Alarm:
 
 def alarm(held_out: Sequence[Point], config: WatchConfig) -> Alarm | None:
     """The first alarm in a run's evaluations, which are in the order of steps; None without one. Raises MetronomeError
-    for settings out of range."""
+    for a reward that is not finite, which would compare as neither higher nor lower, and for settings out of range."""
     check(config, "source.watch.")
+    for point in held_out:
+        if not (math.isfinite(point.rule) and math.isfinite(point.proxy)):
+            raise MetronomeError(
+                f"the evaluation after step {point.step} is not finite (rule score {point.rule}, learned reward "
+                f"{point.proxy}), so that the watch over learned rewards can say nothing; see to the reward models"
+            )
     agreeing = 0
     best: Point | None = None
     for now in held_out:

@@ -4,17 +4,21 @@
     python -m rl.audit --compare runs/a runs/b [--out FOLDER]
     python -m rl.audit --checkpoint runs/quickstart/checkpoints/step_000120 --matrix [--out FOLDER]
 
+A run may be somebody else's: of the scenario families that its recipe names, only those shipped are imported, unless
+``--trust-families`` is given; without it, episodes of others are re-scored, but not judged by their rules.
+
 The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
 two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`).
 
 Exit status 0, whatever the verdict; with ``--fail-on mismatch`` 1 when it is *different*, 2 when it is *not
-comparable*; *identical by the run's own records*, where nothing could be re-scored, is 0 too. Status 2 is also that of
-every input that cannot be read: in both cases there is no statement to rely on.
+comparable*, 3 when *nothing* was *compared*: no episode could be re-scored, two runs have nothing in common, no token
+was measured. The verdict on a matrix is on our kernels; naive torch, which is to differ, is its control. Status 2 is
+also that of every input that cannot be read: there is no statement to rely on, either.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -26,10 +30,10 @@ from model.program.folders import locked
 from model.program.outputs import output_folder
 from rl.audit.compare import compare_runs
 from rl.audit.document import Report
+from rl.audit.finding import Verdict, add_fail_on, leave
 from rl.audit.records import read
 from rl.audit.report import audit, statement
-
-STATUS = {"identical": 0, "different": 1, "not_comparable": 2}
+from rollout.scenarios.registry import shipped_only
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,11 +41,19 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     if bool(given.checkpoint) != given.matrix:
         raise MetronomeError("--checkpoint and --matrix go together: name a checkpoint's folder and ask for its matrix")
-    if given.checkpoint:
-        measure(given.checkpoint, given.out)
-        return
     if given.run and given.out:
         raise MetronomeError("--out: the report of a run goes to RUN/audit; leave --out away")
+    with shipped_only("--trust-families", unless=given.trust_families) as refused:
+        verdict = carry_out(given)
+    for line in refused.values():
+        print(line)
+    leave(verdict, given.fail_on)
+
+
+def carry_out(given: argparse.Namespace) -> Verdict:
+    """Does what the options ask for, prints what was found, and returns the verdict."""
+    if given.checkpoint:
+        return measure(given.checkpoint, given.out)
     if given.compare:
         first, second = given.compare
         out = given.out or first / "audit" / f"compare_{second.resolve().name}"
@@ -53,27 +65,27 @@ def main(arguments: list[str] | None = None) -> None:
         with locked(out):
             report = audit(given.run)
     print(statement(report, out))
-    if given.fail_on:
-        fail(report)
+    return report.verdict
 
 
 def enter_placement(run: Path) -> None:
     """A run on a GPU is audited on one where there is one; elsewhere its episodes are of another contract."""
-    config = read(run).config if run.is_dir() else None
+    config = read(run).config if (run / "config.yaml").is_file() else None
     if config is not None and config.placement.device == "cuda" and torch.cuda.is_available():
         Placement.enter(config.placement, config.model.dtype)
 
 
-def measure(given: Path, out: Path | None) -> None:
-    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit."""
+def measure(given: Path, out: Path | None) -> Verdict:
+    """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit; returns the
+    verdict on our kernels."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
     enter_placement(run)
     from rl.study import matrix  # with all that it measures against: only where it is asked for
 
     with locked(out or run / "audit"):
-        tables = matrix.run(folder, out or run / "audit").tables
-    print("\n\n".join(table.text() for table in tables))
+        result = matrix.run(folder, out or run / "audit")
+    return matrix.show(result.tables)
 
 
 def parser() -> Parser:
@@ -88,12 +100,8 @@ def parser() -> Parser:
         "--matrix", action="store_true", help="measure what the checkpoint's log-probs are invariant to"
     )
     parser.add_argument("--out", type=output_folder(), metavar="FOLDER", help="where --compare and --matrix write")
-    parser.add_argument("--fail-on", choices=["mismatch"], help="status 1 when different, 2 when not comparable")
+    parser.add_argument(
+        "--trust-families", action="store_true", help="import the modules of families that a run's recipe names"
+    )
+    add_fail_on(parser)
     return parser
-
-
-def fail(report: Report) -> None:
-    """Raises SystemExit with the verdict's status unless that is 0."""
-    status = STATUS[report.verdict]
-    if status:
-        sys.exit(status)

@@ -1,7 +1,15 @@
-"""Compares two runs bit for bit: their records of each step, with the digest of the weights, and their saved episodes:
-tokens, audio, positions, masks, log-probs and row digests.
+"""Compares two runs bit for bit: their records of each step, with the digest of the weights; their saved episodes:
+tokens, audio, positions, masks, log-probs and row digests; the weights in their checkpoints; and the final weights by
+their summaries.
 
-Times are not compared. Runs under different contracts, and runs without a common step, are not comparable.
+- *different*: anything of that differs, or only one of two records has a field, or only one of two files an episode;
+- *not comparable*: no difference was found, but the contracts differ, or a run contradicts itself (`rl.audit.claims`),
+  or their recipes differ in what decides bits and nothing else does;
+- *nothing compared*: the runs have no step and no episode in common, or are one folder;
+- *identical*: none of these. ``whole``: both finished, and neither has what the other lacks: one run, bit for bit.
+  Otherwise they are equal as far as both go.
+
+Times are not compared.
 """
 
 from __future__ import annotations
@@ -10,26 +18,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kernels.errors import MetronomeError
 from model.program.recipe import flat
 from model.weights.manifest import LOCATION_FIELDS
+from rl.audit import claims
 from rl.audit.document import (
     ComparisonReport,
     ContractsOfBoth,
     FirstStep,
     RecipeField,
-    Verdict,
     WeightsOfBoth,
     to_json,
 )
+from rl.audit.finding import Verdict
 from rl.audit.page import render
+from rl.audit.paired import PairedEpisodes, same_value, saved
 from rl.audit.pictures import chart, line
 from rl.audit.records import Records, read
+from rl.audit.replay.rescore import check_checkpoints
 from rl.audit.report import machines, write
-from rl.step.identity import unequal_bits
-from rollout.record.episode import Episode, load_episodes, tensors
+
+FREE = (
+    *LOCATION_FIELDS, "speech_dir", "placement", "eval", "model.checkpoint", "rollout.engine", "rollout.workers",
+    "rollout.worker_threads", "rollout.worker_timeout_s", "rollout.max_tokens", "source.models", "source.watch",
+    "rl.steps", "rl.micro_batch", "rl.checkpoint_every", "rl.evaluate_every", "rl.save_episodes_every",
+)  # fmt: skip
+"""Fields of a recipe, and groups of them, that runs of equal bits may differ in: places, engines and processes, what is
+kept, how long. All others decide bits."""
 
 
 def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
@@ -67,30 +81,45 @@ def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
 
 
 def comparison(a: Records, b: Records) -> ComparisonReport:
-    """Compares what two runs' folders hold. Adds unreadable files of episodes to the gaps of the run's records."""
-    reasons = _reasons(a, b)
+    """Compares what two runs' folders hold. Adds what cannot be read to the gaps of the run's records."""
+    one_folder = a.path.samefile(b.path)
+    contracts = _reasons(a, b)
+    apart = one_folder or bool(contracts)  # nothing is compared
     steps_a, steps_b = ({r["step"]: r for r in records.metrics} for records in (a, b))
-    common = [] if reasons else sorted(steps_a.keys() & steps_b.keys())
+    common = [] if apart else sorted(steps_a.keys() & steps_b.keys())
     unequal = [(step, fields) for step in common if (fields := _fields(steps_a[step], steps_b[step]))]
-    episodes = _Episodes()
-    for step in [] if reasons else sorted(a.episodes.keys() & b.episodes.keys()):
-        episodes.add(_by_name(a, step), _by_name(b, step), step)
-    reasons += episodes.reasons
-    if not reasons and not common and not episodes.compared:
-        reasons.append("The runs have no step and no saved episode in common.")
-    final = [records.summary.get("weights_digest") for records in (a, b)]
-    ends_apart = all(final) and final[0] != final[1] and steps_a.keys() == steps_b.keys()
-    verdict: Verdict = "identical"
-    if reasons:
-        verdict = "not_comparable"
-    elif unequal or episodes.unequal or ends_apart:
-        verdict = "different"
+    episodes = PairedEpisodes()
+    for step in [] if apart else sorted(a.episodes.keys() | b.episodes.keys()):
+        episodes.add(saved(a, step), saved(b, step), step)
+    weights_a, weights_b = ({}, {}) if apart else (_checkpoints(a), _checkpoints(b))
+    read_twice = sorted(weights_a.keys() & weights_b.keys())
+    other_weights = [step for step in read_twice if weights_a[step] != weights_b[step]]
+    final = None if apart else _final_equal(a, b)
     recipe_a, recipe_b = dict(flat(a.recipe)), dict(flat(b.recipe))
+    recipe = [
+        RecipeField(name, _value(recipe_a, name), _value(recipe_b, name))
+        for name in sorted(recipe_a.keys() | recipe_b.keys())
+        if name.split(".")[0] not in LOCATION_FIELDS and _value(recipe_a, name) != _value(recipe_b, name)
+    ]
+    differ = len(unequal) + episodes.unequal + len(other_weights) + (final is False)
+    reasons = contracts + episodes.reasons
+    if not one_folder:
+        reasons += _contradictions("A", a, weights_a) + _contradictions("B", b, weights_b)
+    if not apart and not differ and (len(common) or episodes.compared):
+        reasons += _recipes(recipe)
+    verdict = Verdict.of(len(common) + episodes.compared, differ, len(reasons))
+    only_one = _only_one(a, b, episodes)
+    whole = verdict is Verdict.IDENTICAL and not only_one
     return ComparisonReport(
         verdict=verdict,
         title=f"runs {a.name} (A) and {b.name} (B)",
-        headline=_headline(verdict, len(common), unequal, episodes, reasons) + _processes(a, b),
-        scope=_scope(a, b, len(common), episodes),
+        headline=(
+            f"Nothing compared: A and B are one folder, {a.path}. A run compared with itself shows nothing."
+            if one_folder
+            else _headline(verdict, len(common), unequal, episodes, reasons, other_weights, final, only_one)
+            + _processes(a, b)
+        ),
+        scope=_scope(len(common), episodes, len(read_twice), final, only_one),
         num_tokens=episodes.tokens,
         num_unequal=episodes.tokens_unequal,
         rows_unequal=episodes.rows_unequal,
@@ -100,11 +129,12 @@ def comparison(a: Records, b: Records) -> ComparisonReport:
         episodes_compared=episodes.compared,
         episodes_unequal=episodes.unequal,
         episode_fields=episodes.fields,
-        recipe=[
-            RecipeField(name, _value(recipe_a, name), _value(recipe_b, name))
-            for name in sorted(recipe_a.keys() | recipe_b.keys())
-            if name.split(".")[0] not in LOCATION_FIELDS and _value(recipe_a, name) != _value(recipe_b, name)
-        ],
+        checkpoints_compared=len(read_twice),
+        checkpoints_unequal=len(other_weights),
+        final_weights_equal=final,
+        whole=whole,
+        only_one=only_one,
+        recipe=recipe,
         contract=ContractsOfBoth(a.contract_id, b.contract_id),
         reasons=reasons,
         gaps=[f"{label}: {gap}" for label, records in (("A", a), ("B", b)) for gap in records.gaps],
@@ -113,6 +143,61 @@ def comparison(a: Records, b: Records) -> ComparisonReport:
             for s in sorted(steps_a.keys() | steps_b.keys())
         ],
     )
+
+
+def _checkpoints(records: Records) -> dict[int, str]:
+    """Step -> digest of the weights in its checkpoint, after a check of its files."""
+    check_checkpoints(records)
+    return claims.checkpoint_digests(records)
+
+
+def _final_equal(a: Records, b: Records) -> bool | None:
+    """Whether the two summaries name the same final weights; None unless both name some, of the same step."""
+    ends, digests = [claims.claimed_steps(r) for r in (a, b)], [claims.final_weights(r) for r in (a, b)]
+    if None in digests or (None not in ends and ends[0] != ends[1]):
+        return None
+    return digests[0] == digests[1]
+
+
+def _contradictions(label: str, records: Records, weights: Mapping[int, str]) -> list[str]:
+    own = [claims.other_weights(records, step, digest) for step, digest in weights.items()]
+    sentences = [*claims.contradictions(records), *filter(None, own), *records.damaged_checkpoints]
+    return [f"{label} contradicts itself. {sentence}" for sentence in sentences]
+
+
+def _recipes(recipe: Sequence[RecipeField]) -> list[str]:
+    """A reason where recipes differ in what decides bits, though no bit differs."""
+    names = [r.field for r in recipe if not any(r.field == free or r.field.startswith(f"{free}.") for free in FREE)]
+    if not names:
+        return []
+    return [
+        f"The recipes differ in {', '.join(names[:6])}{' …' if len(names) > 6 else ''}, which decides bits, and yet "
+        "all that was compared is equal: a config.yaml is not its run's own, or what differs decided nothing."
+    ]
+
+
+def _only_one(a: Records, b: Records, episodes: PairedEpisodes) -> list[str]:
+    """What one run has and the other lacks, and what neither can show, in sentences."""
+    sentences = []
+    for label, one, other in (("A", a, b), ("B", b, a)):
+        steps = sorted({r["step"] for r in one.metrics} - {r["step"] for r in other.metrics})
+        if steps:
+            sentences.append(f"{label} has {_count(len(steps), 'step')} more, from step {steps[0]:,} on.")
+        if not one.summary:
+            sentences.append(f"{label} has not finished.")
+        elif claims.final_weights(one) is None:
+            sentences.append(f"{label}'s summary names no final weights.")
+        if left_out := sum(gap.startswith("metrics.jsonl, line") for gap in one.gaps):
+            sentences.append(f"{_count(left_out, 'line')} of {label}'s records could not be used.")
+        if lone := episodes.alone[label]:
+            sentences.append(f"{label} has {_count(lone, 'saved episode')} of steps of which the other has none.")
+    if episodes.unread:
+        sentences.append(f"{_count(episodes.unread, 'file')} of episodes could not be read.")
+    return sentences
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _processes(a: Records, b: Records) -> str:
@@ -124,6 +209,8 @@ def _processes(a: Records, b: Records) -> str:
 
 
 def _reasons(a: Records, b: Records) -> list[str]:
+    if not all(records.metrics or records.episodes for records in (a, b)):
+        return []  # one left nothing that a contract could be of
     if a.contract_id is None or b.contract_id is None:
         return ["The contract of a run is unknown: its environment.json is missing or damaged."]
     if a.contract_id == b.contract_id:
@@ -140,8 +227,10 @@ def _reasons(a: Records, b: Records) -> list[str]:
 
 
 def _fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Which fields of a step's two records differ, of those that both have."""
-    return [name for name in a if name in b and not name.startswith("time/") and a[name] != b[name]]
+    """Which fields of a step's two records differ in value or type, or are in one of them only."""
+    names = [name for name in {**a, **b} if not name.startswith("time/")]
+    alone = {name: f"{name} (only {'A' if name in a else 'B'})" for name in names if name not in a or name not in b}
+    return [alone.get(name, name) for name in names if name in alone or not same_value(a[name], b[name])]
 
 
 def _value(fields: Mapping[str, Any], name: str) -> str:
@@ -152,83 +241,43 @@ def _digest(record: Mapping[str, Any] | None) -> str | None:
     return None if record is None else record["weights_digest"]
 
 
-def _by_name(records: Records, step: int) -> dict[str, Episode]:
-    """A step's saved episodes, of however many processes; a damaged file becomes a gap."""
-    episodes: dict[str, Episode] = {}
-    for file in records.episodes[step]:
-        try:
-            episodes |= {e.name: e for e in load_episodes(file)}
-        except MetronomeError as error:
-            records.gaps.append(f"Step {step}: {error}")
-    return episodes
-
-
-class _Episodes:
-    """Counts over the saved episodes that both runs have."""
-
-    def __init__(self) -> None:
-        self.compared = self.unequal = self.tokens = self.tokens_unequal = self.rows_unequal = 0
-        self.fields: dict[str, int] = {}  # in how many episodes each field differs
-        self.reasons: list[str] = []
-
-    def add(self, a: Mapping[str, Episode], b: Mapping[str, Episode], step: int) -> None:
-        for name in [name for name in a if name in b]:
-            x, y = a[name], b[name]
-            if x.contract_id != y.contract_id:
-                self.reasons.append(
-                    f"Step {step}, episode {name}: A's is of contract {x.contract_id}, B's of {y.contract_id}."
-                )
-                continue
-            self.compared += 1
-            tensors_x, tensors_y = tensors(x), tensors(y)
-            differs = [
-                f for f in tensors_x | tensors_y
-                if f not in tensors_x or f not in tensors_y or not _same(tensors_x[f], tensors_y[f])
-            ]  # fmt: skip
-            differs += [f for f in ("seed", "temperature", "weights_digest") if getattr(x, f) != getattr(y, f)]
-            self.unequal += bool(differs)
-            for field in differs:
-                self.fields[field] = self.fields.get(field, 0) + 1
-            other_inputs = {"tokens", "codes"} | {f for f in tensors_x if f.endswith((".sampled_at", ".row_class"))}
-            if other_inputs & set(differs) or x.streams.keys() != y.streams.keys():
-                continue  # nothing to count
-            for stream, one in x.streams.items():
-                other = y.streams[stream]
-                self.tokens += len(one.logprob)
-                if len(one.logprob) == len(other.logprob) and len(one.digest) == len(other.digest):
-                    self.tokens_unequal += int(unequal_bits(one.logprob, other.logprob).sum())
-                    self.rows_unequal += int((one.digest != other.digest).sum())
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in shape, type and bits."""
-    return a.shape == b.shape and a.dtype == b.dtype and not bool(unequal_bits(a, b).any())
-
-
 def _headline(
-    verdict: str, common: int, unequal: Sequence[tuple[int, list[str]]], episodes: _Episodes, reasons: Sequence[str]
+    verdict: Verdict,
+    common: int,
+    unequal: Sequence[tuple[int, list[str]]],
+    episodes: PairedEpisodes,
+    reasons: Sequence[str],
+    other_weights: Sequence[int],
+    final: bool | None,
+    only_one: Sequence[str],
 ) -> str:
-    if verdict == "not_comparable":
+    if verdict is Verdict.NOT_COMPARABLE:
         return f"Not comparable. {reasons[0]}"
-    if verdict == "identical":
-        return f"One run, bit for bit: {common:,} steps and {episodes.compared:,} saved episodes are equal."
+    if verdict is Verdict.NOTHING_COMPARED:
+        return " ".join(["Nothing compared: the runs have no step and no saved episode in common.", *only_one])
+    equal = f"{_count(common, 'step')} and {_count(episodes.compared, 'saved episode')} are equal"
+    if verdict is Verdict.IDENTICAL:
+        whole = f"One run, bit for bit: {equal}."
+        return whole if not only_one else " ".join([f"Equal as far as both go: {equal}.", *only_one])
+    parts = []
     if unequal:
         step, fields = unequal[0]
         first = f"The first is step {step:,}, in {', '.join(fields[:4])}{' …' if len(fields) > 4 else ''}."
-        return f"Not the same run: {len(unequal):,} of {common:,} steps differ. {first}"
+        parts.append(f"{len(unequal):,} of {common:,} steps differ. {first}")
+    if episodes.unequal:
+        parts.append(f"{episodes.unequal:,} of {episodes.compared:,} saved episodes differ.")
+    if other_weights:
+        parts.append(f"The checkpoints of step {other_weights[0]:,} hold other weights.")
+    if final is False:
+        parts.append("The summaries name other final weights.")
+    return " ".join(["Not the same run:", *parts])
+
+
+def _scope(common: int, episodes: PairedEpisodes, checkpoints: int, final: bool | None, only_one: Sequence[str]) -> str:
+    end = "" if final is None else ", and the final weights by the summaries"
+    left = f"Not compared: {' '.join(only_one)}" if only_one else "Neither has a step or episode that the other lacks."
     return (
-        f"Not the same run: {episodes.unequal:,} of {episodes.compared:,} saved episodes differ, or the final weights."
+        f"Compared: the records of {_count(common, 'step')} (weights' digest, rewards, mismatch, entropy; not times), "
+        f"{_count(episodes.compared, 'saved episode')} with {episodes.tokens:,} sampled tokens, the weights of "
+        f"{_count(checkpoints, 'checkpoint')}{end}. {left}"
     )
-
-
-def _scope(a: Records, b: Records, common: int, episodes: _Episodes) -> str:
-    only = [
-        f"{len(r.metrics) - common:,} steps of {label} alone"
-        for label, r in (("A", a), ("B", b))
-        if len(r.metrics) > common
-    ]
-    return (
-        f"Compared: the records of {common:,} steps that both have (weights' digest, rewards, mismatch, entropy; not "
-        f"times), and {episodes.compared:,} saved episodes with {episodes.tokens:,} sampled tokens. "
-        f"{'Not compared: ' + ' and '.join(only) + '.' if only else 'Neither run has a step that the other lacks.'}"
-    )  # fmt: skip

@@ -2,7 +2,8 @@
 
 `rl.audit.schema` makes the JSON schema (`schema.json`) from these classes: the text of an Annotated type is its field's
 description there, and an int is never negative. Within a version of the format no field is removed or changes its
-meaning; such a change needs metronome.audit/2.
+meaning; such a change needs metronome.audit/3. (In metronome.audit/1 a run of which nothing could be re-scored was
+*identical* by its own records, and what had nothing to compare was *not comparable*: both are *nothing compared* now.)
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-SCHEMA: Literal["metronome.audit/1"] = "metronome.audit/1"
+from rl.audit.finding import Verdict
+
+SCHEMA: Literal["metronome.audit/2"] = "metronome.audit/2"
 INLINE = {"inline": True}
 """Metadata of a field whose value's own fields are written in its place in the JSON."""
-
-Verdict = Literal["identical", "different", "not_comparable"]
 
 
 class Reason(StrEnum):
@@ -47,14 +48,14 @@ class Counts:
 class Heading:
     """What both kinds of report begin with."""
 
-    schema: Literal["metronome.audit/1"] = field(default=SCHEMA, init=False)
+    schema: Literal["metronome.audit/2"] = field(default=SCHEMA, init=False)
     kind: str = field(default="", init=False)
     verdict: Annotated[
         Verdict,
-        "identical with basis records is a weaker statement: the run counted no difference, nothing was re-scored",
+        "nothing_compared: nothing was re-scored, or two runs have nothing in common. It is no statement of equality",
     ]
     title: str
-    headline: Annotated[str, "The verdict in one sentence"]
+    headline: Annotated[str, "The verdict, and what it rests on"]
     scope: Annotated[str, "What was compared and what was not"]
 
 
@@ -129,7 +130,7 @@ class Conflicts:
     episodes: int
     reasons: Annotated[Mapping[Reason, int], "Episodes by reason"]
     first: Annotated[Sequence[Conflict], "The first hundred"]
-    contradictions: Annotated[Sequence[str], "Between the run's records and its checkpoints, in sentences"]
+    contradictions: Annotated[Sequence[str], "Between the run's records, summary and checkpoints, in sentences"]
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,16 @@ class ComparisonReport(Heading):
     first_step: FirstStep | None
     episodes_compared: int
     episodes_unequal: int
-    episode_fields: Annotated[Mapping[str, int], "In how many episodes each field differs"]
+    episode_fields: Annotated[
+        Mapping[str, int], "In how many episodes each field differs; name: episodes that only one run has"
+    ]
+    checkpoints_compared: Annotated[int, "Checkpoints of which both runs' weights were read"]
+    checkpoints_unequal: int
+    final_weights_equal: Annotated[bool | None, "By the summaries; null unless both name those after the same step"]
+    whole: Annotated[
+        bool, "Whether each run finished and has what the other has; if false, identical means: as far as both go"
+    ]
+    only_one: Annotated[Sequence[str], "What only one of the runs has, and which has not finished, in sentences"]
     recipe: Sequence[RecipeField]
     contract: ContractsOfBoth
     reasons: Annotated[Sequence[str], "Why the runs cannot be compared"]
@@ -248,9 +258,9 @@ class ComparisonReport(Heading):
 Report = RunReport | ComparisonReport
 
 
-def by_record(report: Report) -> bool:
-    """Whether the verdict is *identical* by the run's own records alone, with nothing re-scored."""
-    return isinstance(report, RunReport) and report.verdict == "identical" and report.basis == "records"
+def partial(report: Report) -> bool:
+    """Whether two runs are *identical* as far as both go, but not one run as a whole."""
+    return isinstance(report, ComparisonReport) and report.verdict is Verdict.IDENTICAL and not report.whole
 
 
 def to_json(value: Any) -> Any:

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from model.program.reading import read_text
-from rl.audit.document import Report, by_record, to_json
+from rl.audit.document import Report, partial, to_json
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("dom.js", "charts.js", "grid.js", "episodes.js", "page.js")
-NAMES = {"identical": "Identical", "different": "Different", "not_comparable": "Not comparable"}
-BY_RECORD = "Identical by the run's own records"
 
 
 def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
@@ -29,7 +27,7 @@ def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) 
     style = read_text(FOLDER / "page.css")
     body = "\n".join(read_text(FOLDER / name) for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{body}}})();\n'
-    name = BY_RECORD if by_record(report) else NAMES[report.verdict]
+    name = named(report)
     title = f"{name} · {report.title} · Metronome audit"
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
@@ -39,7 +37,7 @@ def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) 
         "title": html.escape(title),
         "policy": html.escape(policy),
         "style": style,
-        "verdict": html.escape(f"{report.verdict} by_record" if by_record(report) else report.verdict),
+        "verdict": html.escape(f"{report.verdict} partial" if partial(report) else report.verdict),
         "name": html.escape(name),
         "subject": html.escape(report.title),
         "headline": html.escape(report.headline).replace("full-vocabulary", "<span>full-vocabulary</span>"),
@@ -50,6 +48,11 @@ def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) 
     }
     # In one pass, so that nothing inside a part is taken for a place.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], read_text(FOLDER / "page.html"))
+
+
+def named(report: Report) -> str:
+    """The verdict, for a badge or the begin of a sentence."""
+    return "Equal as far as both go" if partial(report) else report.verdict.words.capitalize()
 
 
 def _json(value: Any) -> str:

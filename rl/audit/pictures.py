@@ -40,7 +40,7 @@ def curves(records: Records, rescored: Sequence[int]) -> list[dict[str, Any]]:
     if mismatch.k3_sum:
         names = [line("k3", metrics, "mismatch/k3"), line("k1", metrics, "mismatch/k1")]
         out.append(chart("Mismatch KL", "nats a token", names, "Sampler against learner at equal weights."))
-    axes = records.config.scenarios.axes if records.config else ()
+    axes = records.scenarios.axes if records.scenarios else ()
     rewards = [line(name, metrics, f"reward/{name}") for name in ("mean", *axes)]
     rewards += [line("learned", metrics, "proxy/mean")]
     scores = [line("training rollouts", metrics, "reward/score"), line("held-out", metrics, "eval/held_out")]

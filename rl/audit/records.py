@@ -15,12 +15,22 @@ from typing import Any
 
 from kernels.errors import MetronomeError
 from model.program.ranges import shown
-from model.program.reading import UnreadableError, lines, parse_line, parse_yaml, read_bytes, read_object, read_text
+from model.program.reading import (
+    UnreadableError,
+    lines,
+    parse_line,
+    parse_yaml,
+    read_bytes,
+    read_object,
+    read_text,
+    to_json,
+)
 from model.program.recipe import read_recipe
 from rl.audit.document import DiagnosisSummary
 from rl.config import TrainConfig
 from rl.folder import Note, notes
 from rl.step.identity import Mismatch
+from rollout.scenarios.registry import ForeignFamilyError, ScenarioConfig
 
 _EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
 _CHECKPOINT = re.compile(r"step_(\d{6,})")
@@ -50,6 +60,7 @@ class Records:
     recipe_text: str
     earlier_recipes: tuple[str, ...]  # texts of those that the run had before it was resumed under another one
     config: TrainConfig | None  # the recipe parsed; None if this program cannot
+    scenarios: ScenarioConfig | None  # the families whose rules judge; None if unknown or not to be imported
     environment: dict[str, Any]  # {} if the run left none
     metrics: list[dict[str, Any]]  # a record for each step, in ascending order
     summary: dict[str, Any]  # {} if the run did not finish
@@ -112,12 +123,14 @@ def read(path: Path) -> Records:
         raise MetronomeError(f"{path / 'config.yaml'}: not a recipe; restore the file")
     gaps: list[str] = []
     resumed = _resumed(path, gaps)
+    config, scenarios = _config(path / "config.yaml", recipe, gaps)
     records = Records(
         path=path,
         recipe=recipe,
         recipe_text=text,
         earlier_recipes=tuple(text for note in resumed for text in note.recipes),
-        config=_config(path / "config.yaml", gaps),
+        config=config,
+        scenarios=scenarios,
         environment=_json(path / "environment.json", gaps, "environment and contract are unknown", ENVIRONMENT),
         metrics=_metrics(path / "metrics.jsonl", gaps),
         summary=_json(path / "summary.json", gaps, "the run has not finished", SUMMARY),
@@ -140,13 +153,23 @@ def read(path: Path) -> Records:
     return replace(records, stopped=_stopped(records))
 
 
-def _config(path: Path, gaps: list[str]) -> TrainConfig | None:
+def _config(path: Path, recipe: dict[str, Any], gaps: list[str]) -> tuple[TrainConfig | None, ScenarioConfig | None]:
+    """The recipe parsed, and its families; without them where they are not to be imported."""
     try:
-        return read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)], past=True).config
+        config = read_recipe("rl.audit", "", TrainConfig, ["--config", str(path)], past=True).config
+        return config, config.scenarios
+    except ForeignFamilyError as error:
+        gaps.append(f"No episode is judged by rules: {error}.")
+        rest = {name: value for name, value in recipe.items() if not str(name).startswith("scenarios")}
+        try:
+            return read_recipe("rl.audit", "", TrainConfig, ["--config", to_json(rest)], past=True).config, None
+        except (MetronomeError, ValueError) as problem:
+            unreadable: Exception = problem
     except (MetronomeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        gaps.append(f"This program cannot read the run's recipe ({first}): episodes cannot be re-scored or judged.")
-        return None
+        unreadable = error
+    first = str(unreadable).strip().splitlines()[0]
+    gaps.append(f"This program cannot read the run's recipe ({first}): episodes cannot be re-scored or judged.")
+    return None, None
 
 
 def _resumed(path: Path, gaps: list[str]) -> list[Note]:

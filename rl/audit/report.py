@@ -10,9 +10,9 @@ from typing import Any
 from model.program.files import write_whole
 from model.program.recipe import flat
 from rl.audit import pictures
-from rl.audit.document import Report, RunReport, by_record, to_json
+from rl.audit.document import Report, RunReport, to_json
 from rl.audit.episodes import browser
-from rl.audit.page import BY_RECORD, render
+from rl.audit.page import named, render
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedStep, rescore
 from rl.audit.table import Table
@@ -36,7 +36,7 @@ def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport,
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
     tables += next((p.diagnosis.tables() for p in steps if p.diagnosis), [])
     tables += pictures.tables(folder / "matrix.json", records.gaps)
-    shown = browser(episodes, records.config.scenarios if records.config else None)
+    shown = browser(episodes, records.scenarios)
     if shown["omitted"]:
         records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(episodes):,} episodes, to stay small.")
     report = run_report(records, steps)
@@ -72,8 +72,7 @@ def write(folder: Path, report: Report, page: str) -> None:
 
 def statement(report: Report, folder: Path) -> str:
     """The report's verdict, scope and path, as lines for a terminal."""
-    verdict = BY_RECORD.lower() if by_record(report) else report.verdict.replace("_", " ")
-    lines = [f"Audit: {verdict}. {report.headline}", report.scope]
+    lines = [f"Audit: {named(report).lower()}. {report.headline}", report.scope]
     if report.gaps:
         lines.append(f"What could not be compared, and other gaps: {len(report.gaps)}, listed in the report.")
     return "\n".join([*lines, f"Audit report: {(folder / 'report.html').resolve()}"])

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from model.program.arguments import Parser
 from rl.audit.document import INLINE, Report
+from rl.audit.finding import STATUSES
 
 KINDS: tuple[Any, ...] = get_args(Report)
 Schema = dict[str, Any]
@@ -36,11 +37,12 @@ def schema() -> Schema:
     kinds = [_of(kind, defined) for kind in KINDS]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "report.json of `python -m rl.audit`, version 1",
-        "description": "A field is never removed and never changes its meaning within a version; metronome.audit/2 "
+        "title": "report.json of `python -m rl.audit`, version 2",
+        "description": "A field is never removed and never changes its meaning within a version; metronome.audit/3 "
         "would.",
         "$comment": "num_unequal and rows_unequal of 0 with verdict identical: nothing that was compared differs in a "
-        "bit. not_comparable is another statement than different.",
+        "bit. not_comparable is another statement than different, and nothing_compared another than identical. With "
+        f"--fail-on mismatch: {STATUSES}.",
         "oneOf": kinds,
         "$defs": defined,
     }

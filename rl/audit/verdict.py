@@ -4,11 +4,11 @@ To *re-score* an episode is to compute the learner's log-probs of its tokens aga
 
 - *different*: a bit differs, in a token re-scored now or in the run's own records;
 - *not_comparable*: no difference was found, but a saved episode has another contract, weights, temperature, tokens,
-  positions or masks than what it would be compared with, or a checkpoint is not as it was saved, or there was nothing
-  to compare. No KL is stated;
-- *identical*: something was compared, and none of the above holds. Where nothing could be re-scored (`basis` is
-  "records") the verdict is identical *by the run's own records*: a weaker statement, from the run's own counts, without
-  a KL.
+  positions or masks than what it would be compared with, or a checkpoint is not as it was saved, or the run contradicts
+  itself (`rl.audit.claims`). No KL is stated;
+- *nothing_compared*: none of the above, and no episode could be re-scored. What the run itself counted is said (`basis`
+  is "records"), without a KL; it is the run's word, not the audit's;
+- *identical*: tokens were re-scored, and none of the above holds.
 
 What is merely missing (a deleted checkpoint, an unreadable file of episodes) narrows the statement and is listed as a
 gap.
@@ -22,6 +22,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from kernels import dispatch
+from rl.audit import claims
 from rl.audit.document import (
     Conflict,
     Conflicts,
@@ -34,9 +35,9 @@ from rl.audit.document import (
     RunReport,
     RunState,
     StepCounts,
-    Verdict,
     WeightsOfStep,
 )
+from rl.audit.finding import Verdict
 from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep
 from rl.step.identity import Mismatch
@@ -67,16 +68,17 @@ def run_report(records: Records, steps: Sequence[CheckedStep]) -> RunReport:
         basis, counted = "rescored", rescored
     elif recorded.num_tokens:
         basis, counted = "records", recorded
-    verdict = _verdict(rescored, recorded, bool(conflicts or contradictions))
-    if verdict == "different" and not _unequal(counted):
+    unequal = _unequal(rescored) + _unequal(recorded)
+    verdict = Verdict.of(rescored.num_tokens, unequal, len(conflicts) + len(contradictions))
+    if verdict is Verdict.DIFFERENT and not _unequal(counted):
         basis, counted = "records", recorded
     return RunReport(
         verdict=verdict,
         title=f"run {records.name}",
-        headline=_stop(records) or _headline(verdict, basis, counted, conflicts, len(episodes), contradictions),
+        headline=_stop(records) or _headline(records, verdict, basis, counted, conflicts, episodes, contradictions),
         scope=_scope(records, recorded, rescored, episodes),
         basis=basis,
-        counts=_counts(counted, verdict != "not_comparable"),
+        counts=_counts(counted, verdict in (Verdict.IDENTICAL, Verdict.DIFFERENT)),
         run=RunState(
             name=records.name,
             finished=bool(records.summary),
@@ -126,26 +128,15 @@ def _counts(mismatch: Mismatch, stated: bool = True) -> Counts:
     return Counts(mismatch.num_tokens, mismatch.num_unequal, mismatch.rows_unequal, k1, k3, max_abs)
 
 
-def _unequal(mismatch: Mismatch) -> bool:
-    return bool(mismatch.num_unequal or mismatch.rows_unequal)
-
-
-def _verdict(rescored: Mismatch, recorded: Mismatch, conflict: bool) -> Verdict:
-    if _unequal(rescored) or _unequal(recorded):
-        return "different"
-    if conflict or not (rescored.num_tokens or recorded.num_tokens):
-        return "not_comparable"
-    return "identical"
+def _unequal(mismatch: Mismatch) -> int:
+    return mismatch.num_unequal + mismatch.rows_unequal
 
 
 def _contradictions(records: Records, steps: Sequence[CheckedStep]) -> list[str]:
-    """Where a checkpoint's weights are not those whose digest the run recorded, or its files not those it saved."""
-    sentences = [
-        f"The checkpoint of step {checked.step} holds weights {checked.weights_digest}; the run recorded {recorded}."
-        for checked in steps
-        if checked.weights_digest
-        and (recorded := records.weights_digest_before(checked.step)) not in (None, checked.weights_digest)
-    ] + records.damaged_checkpoints
+    """Where a checkpoint's weights are not those whose digest the run recorded, or its files not those it saved, or the
+    summary does not agree with the records."""
+    own = [claims.other_weights(records, checked.step, checked.weights_digest) for checked in steps]
+    sentences = [*filter(None, own), *records.damaged_checkpoints]
     sentences += [
         f"Step {checked.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
         f"{checked.packs_digest}: the run computed with others than it saved."
@@ -154,39 +145,40 @@ def _contradictions(records: Records, steps: Sequence[CheckedStep]) -> list[str]
         and checked.packs_digest
         and (copies := records.packs_digest_before(checked.step)) not in (None, checked.packs_digest)
     ]
-    last, final = (records.metrics or [{}])[-1].get("weights_digest"), records.summary.get("weights_digest")
-    if last and final and last != final:
-        sentences.append(f"The run's summary names the final weights {final}; its last record says {last}.")
-    return sentences
+    return sentences + claims.contradictions(records)
 
 
 def _headline(
+    records: Records,
     verdict: Verdict,
     basis: str,
     counted: Mismatch,
     conflicts: Sequence[Conflict],
-    saved: int,
+    episodes: Sequence[CheckedEpisode],
     contradictions: Sequence[str],
 ) -> str:
     origin = "By the run's own records, " if basis == "records" else ""
-    if verdict == "not_comparable":
-        if not conflicts and contradictions:
-            return f"Not comparable: the run contradicts itself. {contradictions[0]} No KL is stated."
+    if verdict is Verdict.NOT_COMPARABLE:
         if not conflicts:
-            return "Nothing could be compared: the run left no record and no episode that can be re-scored."
+            return f"Not comparable: the run contradicts itself. {contradictions[0]} No KL is stated."
         reasons = dict.fromkeys(one.reason for one in conflicts)
         return (
-            f"Not comparable: {len(conflicts):,} of {saved:,} saved episodes differ in "
+            f"Not comparable: {len(conflicts):,} of {len(episodes):,} saved episodes differ in "
             f"{', '.join(reasons)} from what they would be compared with. No KL is stated."
         )
     tokens, rows = counted.num_unequal, counted.rows_unequal
-    if verdict == "identical" and basis == "records":
+    if verdict is Verdict.NOTHING_COMPARED:
+        why = f"Nothing could be re-scored: {'see the gaps' if records.episodes else 'no episode was saved'}."
+        if basis == "none":
+            return f"{why} The run left no record of its own."
+        return f"{why} By the run's own records, 0 of {counted.num_tokens:,} sampled tokens and 0 rows differed."
+    if verdict is Verdict.IDENTICAL:
+        rescored = [one for one in episodes if one.logprob is not None]
         return (
-            f"Nothing could be re-scored: {'see the gaps' if saved else 'no episode was saved'}. "
-            f"By the run's own records, 0 of {counted.num_tokens:,} sampled tokens and 0 rows differed."
+            f"0 of {counted.num_tokens:,} sampled tokens differ ({len(rescored):,} episodes of "
+            f"{_steps(sorted({one.step for one in rescored}))}, re-scored now); full-vocabulary KL exactly 0 on every "
+            "row."
         )
-    if verdict == "identical":
-        return f"0 of {counted.num_tokens:,} sampled tokens differ; full-vocabulary KL exactly 0 on every row."
     return (
         f"{origin}{tokens:,} of {counted.num_tokens:,} sampled tokens {'differs' if tokens == 1 else 'differ'}, and "
         f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner disagree."

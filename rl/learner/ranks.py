@@ -28,8 +28,10 @@ def join(silent_s: float = SILENT_S) -> None:
     world of its own. From then on a process that does not answer for ``silent_s`` seconds is named and ends the run.
 
     Raises MetronomeError for a launcher's variables that do not fit, a port that is taken, and processes that do not
-    come within `MEET_S`."""
+    come within `MEET_S`. Does nothing when it has joined already."""
     global _heartbeat
+    if dist.is_initialized():
+        return
     launched = Launched.read()
     store: dist.Store = dist.HashStore()
     if launched is None:

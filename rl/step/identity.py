@@ -32,7 +32,7 @@ class Mismatch:
     """
 
     num_tokens: int
-    num_unequal: int  # tokens whose log-prob differs in any bit
+    num_unequal: int  # tokens whose log-prob differs in any bit, or is not finite
     rows_unequal: int  # tokens whose whole row of log-probs differs, by its digest
     k1_sum: float  # nats
     k3_sum: float  # nats
@@ -91,6 +91,12 @@ def unequal_bits(a: Tensor, b: Tensor) -> Tensor:
     return a.contiguous().view(bits) != b.contiguous().view(bits)
 
 
+def unequal(rollout: Tensor, learner: Tensor) -> Tensor:
+    """Where the log-probs of sampler and learner differ in bits, or are no finite numbers, which are never right: bool
+    [N]; both fp32 [N]."""
+    return unequal_bits(rollout, learner) | ~rollout.isfinite() | ~learner.isfinite()
+
+
 def compare(
     rollout_logprob: Tensor, learner_logprob: Tensor, rollout_digest: Tensor, learner_digest: Tensor
 ) -> Mismatch:
@@ -98,7 +104,7 @@ def compare(
     d = learner_logprob.double() - rollout_logprob.double()
     return Mismatch(
         num_tokens=rollout_logprob.numel(),
-        num_unequal=int(unequal_bits(rollout_logprob, learner_logprob).sum()),
+        num_unequal=int(unequal(rollout_logprob, learner_logprob).sum()),
         rows_unequal=int((rollout_digest != learner_digest).sum()),
         k1_sum=float(-d.sum()),
         k3_sum=float((d.expm1() - d).sum()),
@@ -126,10 +132,10 @@ class Evidence:
     def first(self) -> TokenDifference:
         """The first token that differs; raises ValueError when none does."""
         logprob = concatenate(self.episodes, "logprob")
-        unequal = unequal_bits(logprob, self.logprob) | (concatenate(self.episodes, "digest") != self.digest)
-        if not unequal.any():
+        differs = unequal(logprob, self.logprob) | (concatenate(self.episodes, "digest") != self.digest)
+        if not differs.any():
             raise ValueError("every log-prob and every row digest is equal: there is no first difference")
-        at = within = int(unequal.nonzero()[0])
+        at = within = int(differs.nonzero()[0])
         owner = 0
         while within >= len(self.episodes[owner].text.logprob):
             within -= len(self.episodes[owner].text.logprob)

@@ -5,8 +5,9 @@ Several runs with one recipe, checkpoint and seed: ours (`rl.step.loop`, which s
 learner, which differ a thousand times as much. The latter two have truncated importance weights: each token's advantage
 is multiplied by min(p_learner / p_sampler, CAP) (Yao et al. 2025, "truncated importance sampling"; TRL's
 ``token_truncate``); bf16 also runs without. As the mismatch is reported and not fatal, this is a program of its own and
-no option of `rl.train`. Writes FOLDER/baseline.json and baseline.png: reward and mismatch at each step, and the
-held-out score."""
+no option of `rl.train`. Writes FOLDER/baseline.json and baseline.png: reward and mismatch at each step, the held-out
+score, and a verdict on ours, of which the others are the control. With ``--fail-on mismatch`` the exit status is 1 when
+a bit of ours differs, 3 when nothing of ours was compared."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.errors import MetronomeError
 from kernels.reference import naive
 from model.backbone.transformer import InteractionModel
 from model.program.arguments import Parser
@@ -36,6 +38,7 @@ from model.program.ranges import Range, number
 from model.weights import checkpoint
 from reward.source import RewardSource
 from rl.audit.document import to_json
+from rl.audit.finding import Finding, Verdict, add_fail_on, leave
 from rl.audit.table import Cell, Table
 from rl.config import EvalConfig, RLConfig, TrainConfig
 from rl.environment import environment
@@ -171,6 +174,22 @@ def truncated(weights: Sequence[Tensor], ratio: Sequence[Tensor]) -> list[Tensor
     return [w * r.clamp(max=CAP) for w, r in zip(weights, ratio, strict=True)]
 
 
+def finding(results: Sequence[Result]) -> Finding:
+    """The verdict on the exact methods; the others are to differ."""
+    exact = {method.name for method in METHODS if method.exact}
+    counts = []
+    for ours in (True, False):
+        records = [x for r in results if (r.method in exact) == ours for x in r.records]
+        tokens = sum(x["mismatch/num_tokens"] for x in records)
+        counts.append((tokens, sum(x["mismatch/num_unequal"] + x["mismatch/rows_unequal"] for x in records)))
+    (tokens, unequal), (others, told) = counts
+    return Finding(
+        Verdict.of(tokens, unequal),
+        f"{unequal:,} log-probs and rows of {tokens:,} tokens differ in ours; in the control, the other runs, {told:,} "
+        f"of {others:,}.",
+    )
+
+
 def tables(results: Sequence[Result]) -> list[Table]:
     """A table of the runs' results, and one of every step."""
     ends: list[list[Cell]] = []
@@ -245,6 +264,8 @@ def run(
     content.
 
     ``evaluated``: held-out scenarios of each family, before and after; ``groups``, ``rollouts``: of a step."""
+    if steps < 1:
+        raise MetronomeError(f"--steps is {steps}: give at least 1, or nothing is compared")
     config = TrainConfig(
         rl=RLConfig(steps=steps, groups=groups, rollouts=rollouts), eval=EvalConfig(scenarios=evaluated)
     )
@@ -253,6 +274,7 @@ def run(
         results.append(train(method, config, folder, bank))
         print(f"{method.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
         content = {"checkpoint": str(folder), "environment": environment(), "tables": to_json(tables(results))}
+        content |= to_json(finding(results))
         write_json(out / "baseline.json", content)
         write_whole(out / "baseline.png", picture(results))
     return content
@@ -263,6 +285,7 @@ def parser() -> Parser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
     parser.add_argument("--steps", type=number(int, Range(1, 10**6)), default=30)
     parser.add_argument("--out", type=output_folder(), required=True, help="folder for baseline.json and baseline.png")
+    add_fail_on(parser)
     return parser
 
 
@@ -271,6 +294,9 @@ def main(arguments: list[str] | None = None) -> None:
     ranks.join()
     try:
         with locked(a.out):
-            run(a.checkpoint, a.out, a.steps)
+            content = run(a.checkpoint, a.out, a.steps)
     finally:
         ranks.leave()
+    found = Finding(Verdict(content["verdict"]), content["headline"])
+    print(f"Baseline: {found}")
+    leave(found.verdict, a.fail_on)

@@ -50,6 +50,17 @@ BF16_DIVISOR = 20
 """bf16 gets this many times fewer completions, no long ones, and one round: without AVX-512 torch's bf16 products take
 30 times as long."""
 
+COMPLETIONS = ["variant", "dtype", "recording", "context, rows", "completions", "distinct", "distinct in bits"]
+LESSON = ["dtype", "measure", "naive", "naive + importance weights", "ours"]
+"""Columns of the two tables."""
+ZERO = (
+    "sampled tokens unequal, %",
+    "KL sampler against learner (k3), nats",
+    "its largest episode",
+    "largest gap of a log-prob",
+)
+"""Measures that are 0 where sampler and learner are one function."""
+
 
 def recording(item: Scenario) -> Tensor:
     """The user's audio when the model only listens, fp32 [chunks, 3200]."""
@@ -173,7 +184,7 @@ def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int
         counts.append([completions(variant, x, heard[1:], n) for x, n in wanted if n])
     every = Table(
         "Distinct completions at temperature 0 under varying load",
-        ["variant", "dtype", "recording", "context, rows", "completions", "distinct", "distinct in bits"],
+        COMPLETIONS,
         [
             [variant.name, variant.dtype, f"{c.chunks} chunks", c.rows, c.count, c.distinct, c.distinct_rows]
             for variant, of in zip(variants, counts, strict=True)
@@ -183,6 +194,24 @@ def tables(variants: Sequence[Variant], count: int, long_count: int, rounds: int
         f"{MAX_AHEAD} chunks ahead. Distinct in bits: other log-prob rows, even if the same tokens.",
     )
     return [_lesson(variants, costs, counts), every] if rounds else [every]
+
+
+def problems(table: Table) -> list[str]:
+    """Where one of the lesson's tables says that ours is not one function, in sentences; none for other tables."""
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    if list(table.columns) == COMPLETIONS:
+        return [
+            f"{row['distinct in bits']} distinct completions of {row['recording']}, {row['dtype']}, by ours."
+            for row in rows
+            if row["variant"] == "ours" and row["completions"] and not row["distinct"] == row["distinct in bits"] == 1
+        ]
+    if list(table.columns) == LESSON:
+        return [
+            f"The lesson's {row['measure']}, {row['dtype']}: {row['ours']} of ours."
+            for row in rows
+            if row["measure"] in ZERO and row["ours"] != 0
+        ]
+    return []
 
 
 def _lesson(variants: Sequence[Variant], costs: Sequence[Measured], counts: Sequence[Sequence[Completions]]) -> Table:
@@ -196,10 +225,10 @@ def _lesson(variants: Sequence[Variant], costs: Sequence[Measured], counts: Sequ
         measures: list[tuple[str, float, float]] = [
             (f"distinct of {q.count:,} completions", p.distinct, q.distinct),
             ("distinct in bits", p.distinct_rows, q.distinct_rows),
-            ("sampled tokens unequal, %", 100 * m.num_unequal / m.num_tokens, 100 * n.num_unequal / n.num_tokens),
-            ("KL sampler against learner (k3), nats", m.k3_sum / m.num_tokens, n.k3_sum / n.num_tokens),
-            ("its largest episode", a.worst_k3, b.worst_k3),
-            ("largest gap of a log-prob", m.max_abs, n.max_abs),
+            (ZERO[0], 100 * m.num_unequal / m.num_tokens, 100 * n.num_unequal / n.num_tokens),
+            (ZERO[1], m.k3_sum / m.num_tokens, n.k3_sum / n.num_tokens),
+            (ZERO[2], a.worst_k3, b.worst_k3),
+            (ZERO[3], m.max_abs, n.max_abs),
         ]
         rows += [[dtype, measure, of_naive, of_naive, of_ours] for measure, of_naive, of_ours in measures]
         rows.append([dtype, "time to sample, naive = 1", 1.0, 1.0, _ratio(a, b, "sample")])
@@ -207,7 +236,7 @@ def _lesson(variants: Sequence[Variant], costs: Sequence[Measured], counts: Sequ
         rows.append([dtype, "both", 1.0, _ratio(a, a, "both weighed"), _ratio(a, b, "both")])
     return Table(
         "The lesson's table, measured",
-        ["dtype", "measure", "naive", "naive + importance weights", "ours"],
+        LESSON,
         rows,
         f"KL and time on {GROUPS * ROLLOUTS} episodes sampled together at temperature 1 and learned from "
         f"{MICRO_BATCH} at a time; times are medians of ratios, the two by turns in one process with "

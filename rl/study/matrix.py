@@ -3,7 +3,8 @@
 For our kernels and for naive torch (`kernels.reference.naive`), in fp32 and bf16: the log-probs of the same tokens are
 computed in two ways that differ in one thing only (how many episodes run together, where the input is cut, …), and
 every log-prob and row digest is compared bit for bit. Then the table of `rl.study.lesson`. Both are printed and written
-to FOLDER/matrix.json."""
+to FOLDER/matrix.json, with a verdict on our kernels; naive torch is the control, which is to differ. With
+``--fail-on mismatch`` the exit status is 1 when a bit of ours differs, 3 when nothing of ours was measured."""
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ from model.program.outputs import output_folder
 from model.program.ranges import Range, number
 from model.weights.checkpoint import weights_digest
 from rl.audit.document import to_json
+from rl.audit.finding import Finding, Verdict, add_fail_on, leave
 from rl.audit.table import Cell, Table
 from rl.environment import environment
 from rl.step.gradient import gradient_of
@@ -232,8 +234,38 @@ def run(
     )
     tables = [table, *lesson.tables(variants, completions, long_completions, rounds)]
     result = Matrix(str(checkpoint), weights_digest(variants[0].model), environment(), tables)
-    write_json(out / "matrix.json", to_json(result))
+    write_json(out / "matrix.json", to_json(finding(tables)) | to_json(result))
     return result
+
+
+def finding(tables: Sequence[Table]) -> Finding:
+    """The verdict on our kernels, by the matrix's rows and the lesson's. A row that compared no token is none."""
+    own = [table for table in tables if list(table.columns) == COLUMNS]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for table in own for row in table.rows]
+    ours, control = ([row for row in rows if (row["variant"] == "naive torch") is naive] for naive in (False, True))
+    differ, told = ([row for row in some if row["unequal"] or row["rows unequal"]] for some in (ours, control))
+    tokens = sum(int(row["tokens"] or 0) for row in ours)
+    empty = [row for row in ours if not row["tokens"]]
+    parted = [problem for table in tables for problem in lesson.problems(table)]
+    verdict = Verdict.of(0 if empty else tokens, len(differ) + len(parted))
+    says = [f"{len(differ):,} of {len(ours):,} comparisons of ours differ, over {tokens:,} tokens."]
+    if differ:
+        first = differ[0]
+        says.append(f"The first: {first['what changes']}, {first['how']}, {first['variant']}, {first['dtype']}.")
+    says += [f"{len(empty):,} of these compared no token."] * bool(empty)
+    says += parted
+    says.append(
+        f"The control: {len(told):,} of {len(control):,} comparisons of naive torch differ"
+        + ("." if told else ", so that nothing here shows that a difference would have been seen.")
+    )
+    return Finding(verdict, " ".join(says))
+
+
+def show(tables: Sequence[Table]) -> Verdict:
+    """Prints the tables and the verdict, and returns the latter."""
+    found = finding(tables)
+    print("\n\n".join([*(table.text() for table in tables), f"Matrix: {found}"]))
+    return found.verdict
 
 
 def parser() -> Parser:
@@ -246,6 +278,7 @@ def parser() -> Parser:
     parser.add_argument("--rounds", type=count, default=5, help="rounds of timing")
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
+    add_fail_on(parser)
     return parser
 
 
@@ -260,4 +293,4 @@ def main(arguments: list[str] | None = None) -> None:
             rounds=a.rounds,
             dtypes=[getattr(torch, name) for name in a.dtypes],
         )
-    print("\n\n".join(table.text() for table in result.tables))
+    leave(show(result.tables), a.fail_on)

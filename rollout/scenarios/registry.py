@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, make_dataclass, replace
 from functools import cache, partial
 from importlib import import_module
@@ -21,13 +22,50 @@ from rollout.world.speech import SpeechBank, Split
 SHIPPED = {"timespeak": "reward.rules.timespeak:TIMESPEAK", "turn_taking": "reward.rules.turn_taking:TURN_TAKING"}
 """Short names of the shipped families. They are imported when used, because package reward imports this one."""
 
+_guards: list[tuple[str, dict[str, str]]] = []
+"""Of the blocks of `shipped_only` that run now: the option of each, and what it has refused."""
+
+
+class ForeignFamilyError(MetronomeError):
+    """A recipe names a family whose module is not imported, because nobody has said that it may be."""
+
+
+@contextmanager
+def shipped_only(option: str, unless: bool = False) -> Iterator[dict[str, str]]:
+    """While the block runs, finding a family that is not shipped raises ForeignFamilyError in place of importing its
+    module. For commands that read the recipe of a run which may be somebody else's: importing a module executes it.
+
+    ``option``: what the user gives to allow it; ``unless``: whether that was given. Yields what was refused: family ->
+    the error's line."""
+    refused: dict[str, str] = {}
+    if unless:
+        yield refused
+        return
+    _guards.append((option, refused))
+    try:
+        yield refused
+    finally:
+        _guards.pop()
+
+
+def find_family(name: str) -> AnyFamily:
+    """The family called by a short name or ``package.module:NAME``. Raises MetronomeError when there is none, and
+    ForeignFamilyError within `shipped_only`."""
+    if _guards and ":" in name and name not in SHIPPED.values():
+        option, refused = _guards[-1]
+        refused[name] = (
+            f"scenario family {name!r} is not one of ours: its module {name.partition(':')[0]!r} was not imported, "
+            f"because importing executes it. Give {option} if you trust it"
+        )
+        raise ForeignFamilyError(refused[name])
+    return _find_family(name)
+
 
 Families = Annotated[tuple[Annotated[str, Text()], ...], Length(1, 100)]
 
 
 @cache
-def find_family(name: str) -> AnyFamily:
-    """The family called by a short name or ``package.module:NAME``. Raises MetronomeError when there is none."""
+def _find_family(name: str) -> AnyFamily:
     module, colon, attribute = SHIPPED.get(name, name).partition(":")
     forms = (
         f"Choose one of {', '.join(SHIPPED)}, or name your own as package.module:NAME, where NAME is a "

@@ -234,7 +234,8 @@ def _no_speech(samples: NDArray[np.float32]) -> str | None:
     power = exact.total(heard * heard) / len(heard)
     if (crest := peak / np.sqrt(power)) > MOST_CREST:
         return f"holds clicks, not speech (its peak is {crest:.0f} times its RMS; at most {MOST_CREST:.0f})"
-    if (offset := exact.total(heard) / len(heard)) ** 2 > MOST_OFFSET * power:
+    offset = exact.total(heard) / len(heard)
+    if offset * offset > MOST_OFFSET * power:
         return f"has a constant offset of {offset:.3g}, which is no speech"
     return None
 

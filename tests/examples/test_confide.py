@@ -87,7 +87,7 @@ def test_trained_evaluated_and_audited_by_commands(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
     assert records[0].keys() >= {"reward/timing", "reward/content", "reward/safety", "credit/scale/0/confide/safety"}
     assert not any("confide/content" in name or "timespeak/safety" in name for name in records[0])
-    run("rl.audit", "--run", str(tmp_path / "one"), "--fail-on", "mismatch")
+    run("rl.audit", "--run", str(tmp_path / "one"), "--fail-on", "mismatch", "--trust-families")
     assert json.loads((tmp_path / "one/audit/report.json").read_text())["verdict"] == "identical"
     table = run("reward.hacks", "--json", str(tmp_path / "hacks.json"), "--scenarios", "3", "--scenario.families",
                 "[tests.examples.confide:FAMILY]")  # fmt: skip

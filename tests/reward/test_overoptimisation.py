@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import pytest
+
+from kernels.errors import MetronomeError
 from reward.study.overoptimisation import Alarm, Point, WatchConfig, alarm
 from reward.study.pictures import overoptimisation
 
@@ -31,6 +37,29 @@ def test_no_alarm() -> None:
     assert alarm(points([0.5, 0.9, 0.6, 0.5], [0, 3, 2, 1]), CONFIG) is None  # both fall: a bad step, no hack
     assert alarm(points([0.5, 0.9, 0.86, 0.86, 0.86], [0, 1, 2, 3, 4]), CONFIG) is None  # fell by less than drop
     assert alarm(points([0.5, 0.9, 0.8, 0.89, 0.8], [0, 1, 2, 3, 4]), CONFIG) is None  # not twice in a row
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (WatchConfig(patience=0), r"watch\.patience"), (WatchConfig(patience=-1), r"watch\.patience"),
+        (WatchConfig(drop=math.nan), r"watch\.drop"), (WatchConfig(drop=-0.1), r"watch\.drop"),
+        (WatchConfig(drop=math.inf), r"watch\.drop"),
+    ],
+)  # fmt: skip
+def test_a_watch_that_could_not_ring_or_rings_at_once_is_refused(config: WatchConfig, says: str) -> None:
+    for run in ([], points([0.9, 0.5, 0.3], [1, 2, 3])):
+        with pytest.raises(MetronomeError, match=says):
+            alarm(run, config)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_points_that_are_no_numbers_are_refused(bad: float) -> None:
+    run = points([0.9, 0.5, 0.3], [1, 2, 3])
+    assert alarm(run, CONFIG) is not None  # the control
+    for which in ("rule", "proxy"):
+        with pytest.raises(MetronomeError, match="after step 20 is not finite"):
+            alarm([run[0], replace(run[1], **{which: bad}), run[2]], CONFIG)
 
 
 def test_a_new_best_begins_anew() -> None:

@@ -92,5 +92,7 @@ def test_a_run_that_saved_no_episode_says_what_it_cannot(tmp_path: Path, every: 
         assert all(part in done.stdout for part in full)
     else:
         assert not any(part in done.stdout for part in full)
-        says = "Audit: identical by the run's own records. Nothing could be re-scored: no episode was saved."
+        says = (
+            "Audit: nothing compared. Nothing could be re-scored: no episode was saved. By the run's own records, 0 of"
+        )
         assert says in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,48 @@ def test_control_one_bit_is_seen_and_its_stage_named(monkeypatch: pytest.MonkeyP
 def test_first_difference() -> None:
     assert first_difference({"a": "1", "b": "2"}, {"a": "1", "b": "2"}) is None
     assert first_difference({"a": "1", "b": "2"}, {"a": "1", "b": "3"}) == "b"
-    assert first_difference({"a": "1"}, {"a": "1", "b": "3"}) == "b"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"contract_id": 3, "stages": {}}', '{"contract_id": "x"}'])
+@pytest.mark.parametrize(
+    ("earlier", "verdict", "says"),
+    [
+        ({"a": "1", "b": "2"}, "identical", "equal to F in every stage, 2 of 2"),
+        ({"a": "1", "b": "3"}, "different", "different from F, first in: b"),
+        ({"a": "0", "c": "3"}, "different", "first in: a"),
+        ({"a": "1"}, "nothing_compared", "F has other stages; 1 in common, all equal; 1 in one alone"),
+        ({"a": "1", "b": "2", "c": "3"}, "nothing_compared", "2 in common"),
+        ({"c": "3"}, "nothing_compared", "0 in common"),
+        ({}, "nothing_compared", "0 in common"),
+    ],
+)
+def test_the_verdict_on_two_fingerprints(earlier: dict[str, str], verdict: str, says: str) -> None:
+    current = {"contract_id": "x", "stages": {"a": "1", "b": "2"}}
+    found = fingerprint.compared(current, {"contract_id": "x", "stages": earlier}, "F")
+    assert found.verdict == verdict and says in found.headline
+    assert fingerprint.compared(current, {"contract_id": "y", "stages": earlier}, "F").verdict == "not_comparable"
+
+
+def test_a_file_of_no_stages_ends_the_command_with_status_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = golden()
+    monkeypatch.setattr(fingerprint, "fingerprint", lambda: current)
+    file = tmp_path / "earlier.json"
+    for stages, status in (({}, 3), (current["stages"] | {"weights": "0"}, 3), (current["stages"], 0)):
+        file.write_text(json.dumps(current | {"stages": stages}))
+        with pytest.raises(SystemExit, match=str(status)) if status else nullcontext():
+            fingerprint.main(["--against", str(file)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"contract_id": 3, "stages": {}}',
+        '{"contract_id": "x"}',
+        '{"contract_id": "x", "stages": {"a": null}}',
+    ],
+)
 def test_files_that_are_no_fingerprint(tmp_path: Path, text: str) -> None:
     file = tmp_path / "earlier.json"
     file.write_text(text)

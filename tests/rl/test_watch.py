@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from kernels.errors import MetronomeError
 from reward.study.overoptimisation import Alarm, Point, WatchConfig
 from rl import watch
-from rl.evaluate import HeldOut
+from rl.evaluate import WATCHED, HeldOut, evaluate
 from rl.folder import RunFolder
 from rl.run import Run
 from rl.train import parse
+from rollout.world.base import Scenario, User
 from tests.support.models import reward_model
 
-BEFORE = HeldOut({"": 0.9}, {"": 1.0})
+BEFORE = HeldOut({"": 0.1, WATCHED: 0.9}, {"": 7.0, WATCHED: 1.0})
 
 
 def record(step: int, rule: float, proxy: float, evaluated: bool) -> dict[str, float]:
@@ -33,6 +38,61 @@ def test_evaluations_are_read_from_the_records(tmp_path: Path) -> None:
     assert (tmp_path / "r" / watch.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert watch.summary(seen)["overoptimisation/step"] == 4
     assert watch.summary(None) == {"overoptimisation/signal": 0}
+
+
+def test_an_evaluation_of_other_scenarios_is_no_point() -> None:
+    for result in (HeldOut({"": 0.9}, {"": 1.0}), HeldOut({"": 0.9, WATCHED: 0.9}, {})):
+        with pytest.raises(MetronomeError, match="scenarios that the watch compares"):
+            watch.point(0, result)
+
+
+class Judge:
+    """In place of reward sources: a score and a reward of each scenario that are known."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores = scores
+
+    def judge(self, episodes: list[Any]) -> Any:
+        values = [self.scores[e.scenario] for e in episodes]
+        proxy = [SimpleNamespace(total=10 * v) for v in values]
+        return SimpleNamespace(scores=[SimpleNamespace(value=v, tight=v / 2) for v in values], proxy=proxy)
+
+
+class Names:
+    """In place of who rolls out: an episode is its scenario's name."""
+
+    def play(self, plays: list[Any], seed: int, temperature: float) -> list[Any]:
+        return [SimpleNamespace(scenario=p.scenario.id, family=p.scenario.family) for p in plays]
+
+
+class Unplayed(Scenario):
+    def user(self) -> User:
+        raise NotImplementedError
+
+
+ITEMS = [Unplayed(family, "held_out", seed, 1) for seed in range(4) for family in ("a", "b")]
+SCORES = {item.id: 0.1 * i**2 / 5 for i, item in enumerate(ITEMS)}
+
+
+@pytest.mark.usefixtures("world")
+def test_the_watched_mean_is_that_of_these_scenarios_alone() -> None:
+    def found(items: list[Scenario], watched: int, scores: dict[str, float]) -> HeldOut:
+        return evaluate(Names(), items, Judge(scores), 0, 1.0, watched)  # type: ignore[arg-type]
+
+    whole, few = found(ITEMS, 4, SCORES), found(ITEMS[:4], 4, SCORES)
+    assert whole.score[WATCHED] == few.score[""] == few.score[WATCHED] != whole.score[""]
+    assert whole.proxy[WATCHED] == few.proxy[""] != whole.proxy[""]
+    assert found(ITEMS, 6, SCORES).score[WATCHED] != few.score[""] and WATCHED not in found(ITEMS, 0, SCORES).score
+    assert watch.point(3, whole) == Point(3, few.score[""], few.proxy[""])
+    with pytest.raises(MetronomeError, match=r"held-out scenario b/held_out/1: the score by the rules is nan"):
+        found(ITEMS, 4, SCORES | {"b/held_out/1": math.nan})
+
+
+def test_a_watch_without_scenarios_is_refused() -> None:
+    learned = ["--source.models", "[somewhere]", "--source.rewards", "learned"]
+    parse([*learned, "--eval.during", "1"])  # the control
+    with pytest.raises(MetronomeError, match=r"eval\.during is 0"):
+        parse([*learned, "--eval.during", "0"])
 
 
 @pytest.mark.slow

@@ -84,6 +84,15 @@ class Diagnosis:
         return {name: to_json(value) for name, value in fields.items()}
 
 
+def explain(model: InteractionModel, evidence: Evidence) -> tuple[Diagnosis | None, str]:
+    """(the diagnosis, ""), or (None, a sentence that says why there is none): whatever goes wrong in a diagnosis, the
+    difference that it was to explain must still be reported."""
+    try:
+        return diagnose(model, evidence), ""
+    except Exception as error:
+        return None, f"The difference could not be explained ({type(error).__name__}: {error})."
+
+
 def diagnose(model: InteractionModel, evidence: Evidence, sampling: InteractionModel | None = None) -> Diagnosis:
     """Explains the first difference between what the episodes hold and what the learner ``model`` gave.
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.weights import checkpoint, manifest, packs
-from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
+from rl.audit.diagnosis.diagnose import Diagnosis, explain
 from rl.audit.document import Reason
 from rl.audit.records import Records
 from rl.audit.replay.comparable import incomparable, other_contract
 from rl.step.batch import choice_logprobs, collate
-from rl.step.identity import Evidence, Mismatch, compare, unequal_bits
+from rl.step.identity import Evidence, Mismatch, compare, unequal
 from rollout.record.episode import Episode, load_episodes
 from rollout.turn.vocabulary import Vocabulary
 
@@ -47,10 +47,10 @@ class CheckedEpisode:
 
     @property
     def token_differs(self) -> Tensor:
-        """bool [N]: the log-prob's bits are not the learner's."""
+        """bool [N]: the log-prob's bits are not the learner's, or it is no finite number."""
         if self.logprob is None:
             return torch.zeros(len(self.episode.text.logprob), dtype=torch.bool)
-        return unequal_bits(self.episode.text.logprob, self.logprob)
+        return unequal(self.episode.text.logprob, self.logprob)
 
     @property
     def row_differs(self) -> Tensor:
@@ -84,9 +84,12 @@ class CheckedStep:
 def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedStep]:
     """Re-scores every step with saved episodes, in order. Adds gaps to ``records.gaps``, and checkpoints that are not
     as they were saved to ``records.damaged_checkpoints``. ``at_most``: most episodes to re-score, an equal share of
-    each step."""
-    _check_checkpoints(records)
-    share = None if at_most is None else max(1, at_most // max(1, len(records.episodes)))
+    each step and at least one; 0 for none. Raises ValueError for a negative number."""
+    if at_most is not None and at_most < 0:
+        raise ValueError(f"at_most is {at_most}, a number of episodes")
+    check_checkpoints(records)
+    _check_saved(records)
+    share = at_most and max(1, at_most // max(1, len(records.episodes)))
     for step in sorted(records.episodes):
         episodes = _load(records, step)
         if not episodes or records.config is None:
@@ -109,12 +112,13 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
             records.gaps.append(
                 f"Step {step}: {left} of {len(checked)} saved episodes were not re-scored, to save time."
             )
-        yield CheckedStep(
-            step, checked, digest, packs.digest(model), _diagnosis(model, checked, records.config.rl.micro_batch)
-        )
+        diagnosis = _diagnosis(model, checked, records.config.rl.micro_batch, records.gaps)
+        yield CheckedStep(step, checked, digest, packs.digest(model), diagnosis)
 
 
-def _diagnosis(model: InteractionModel, checked: Sequence[CheckedEpisode], micro_batch: int) -> Diagnosis | None:
+def _diagnosis(
+    model: InteractionModel, checked: Sequence[CheckedEpisode], micro_batch: int, gaps: list[str]
+) -> Diagnosis | None:
     """Of the step's first difference, if there is one."""
     scored = [one for one in checked if one.logprob is not None and one.digest is not None]
     if all(one.state == "identical" for one in scored):
@@ -126,7 +130,9 @@ def _diagnosis(model: InteractionModel, checked: Sequence[CheckedEpisode], micro
         torch.cat([one.digest for one in scored if one.digest is not None]),
         micro_batch,
     )
-    return diagnose(model, evidence)
+    diagnosis, failure = explain(model, evidence)
+    gaps += [f"Step {evidence.step}: {failure}"] if failure else []
+    return diagnosis
 
 
 def _load(records: Records, step: int) -> list[Episode]:
@@ -136,10 +142,23 @@ def _load(records: Records, step: int) -> list[Episode]:
             episodes += load_episodes(file)
         except MetronomeError as error:
             records.gaps.append(f"Step {step}: {error}")
+    planned = records.config.rl.groups * records.config.rl.rollouts if records.config else 0
+    if len(episodes) < planned:
+        records.gaps.append(f"Step {step}: {len(episodes):,} of its {planned:,} episodes are there and can be read.")
     return episodes
 
 
-def _check_checkpoints(records: Records) -> None:
+def _check_saved(records: Records) -> None:
+    """A gap where the recipe saves the episodes of steps that were taken, and they are not there."""
+    every = records.config.rl.save_episodes_every if records.config else 0
+    saved = [r["step"] for r in records.metrics if every and r["step"] % every == 0]
+    if records.episodes and (gone := [step for step in saved if step not in records.episodes]):
+        records.gaps.append(f"The run saved episodes of {len(gone)} more steps, which are gone: {gone[:6]}.")
+
+
+def check_checkpoints(records: Records) -> None:
+    """Compares every checkpoint with its manifest. Adds those that differ to ``records.damaged_checkpoints``, and those
+    without a manifest to ``records.gaps``."""
     without = []
     for step, folder in sorted(records.checkpoints.items()):
         if not (folder / manifest.MANIFEST).is_file():

@@ -47,7 +47,10 @@ def test_an_untouched_run_is_identical(run: Path) -> None:
     report = checked(run)
     count = tokens(run)
     assert (report["verdict"], report["basis"]) == ("identical", "rescored")
-    assert report["headline"] == f"0 of {count:,} sampled tokens differ; full-vocabulary KL exactly 0 on every row."
+    assert report["headline"] == (
+        f"0 of {count:,} sampled tokens differ (8 episodes of steps 0, 1, re-scored now); full-vocabulary KL exactly 0 "
+        "on every row."
+    )
     assert (report["num_tokens"], report["num_unequal"], report["rows_unequal"]) == (count, 0, 0)
     assert (report["k1"], report["k3"], report["max_abs"], report["first_difference"]) == (0.0, 0.0, 0.0, None)
     assert report["rescored"]["episodes"] == report["rescored"]["saved_episodes"] == 4 * STEPS
@@ -228,7 +231,7 @@ def test_without_a_checkpoint_nothing_of_its_step_is_claimed(run: Path) -> None:
     ]
     shutil.rmtree(run / "checkpoints")
     report = checked(run)
-    assert (report["verdict"], report["basis"]) == ("identical", "records")
+    assert (report["verdict"], report["basis"]) == ("nothing_compared", "records")
     assert report["headline"].startswith("Nothing could be re-scored: see the gaps. By the run's own records, 0 of")
     assert report["scope"].startswith("Nothing was re-scored now.")
 
@@ -241,20 +244,21 @@ def test_a_run_without_episodes_says_that_nothing_could_be_re_scored(
     assert all(part in (run / "audit/report.html").read_text() for part in full)  # the control
     shutil.rmtree(run / "episodes")
     report = checked(run)
-    assert (report["verdict"], report["basis"], report["rescored"]["episodes"]) == ("identical", "records", 0)
+    assert (report["verdict"], report["basis"], report["rescored"]["episodes"]) == ("nothing_compared", "records", 0)
+    assert report["k1"] is report["k3"] is report["max_abs"] is None
     assert report["headline"].startswith(
         "Nothing could be re-scored: no episode was saved. By the run's own records, 0"
     )
     assert "KL" not in report["headline"] and "No episodes were saved" in report["gaps"][0]
     page = (run / "audit/report.html").read_text()
     assert not any(part in page for part in full)
-    assert (
-        "Identical by the run&#x27;s own records · run small" in page and 'class="verdict identical by_record"' in page
-    )
-    main(["--run", str(run), "--fail-on", "mismatch"])
+    assert "Nothing compared · run small" in page and 'class="verdict nothing_compared"' in page
+    main(["--run", str(run)])
     assert capsys.readouterr().out.startswith(
-        "Audit: identical by the run's own records. Nothing could be re-scored: no episode was saved."
+        "Audit: nothing compared. Nothing could be re-scored: no episode was saved. By the run's own records, 0 of"
     )
+    with pytest.raises(SystemExit, match="3"):
+        main(["--run", str(run), "--fail-on", "mismatch"])
 
 
 def test_damaged_files_are_gaps(run: Path) -> None:
@@ -277,7 +281,12 @@ def test_nothing_at_all_is_not_identical(run: Path) -> None:
         shutil.rmtree(run / name)
     (run / "metrics.jsonl").unlink()
     report = checked(run)
-    assert (report["verdict"], report["basis"], report["num_tokens"]) == ("not_comparable", "none", 0)
+    assert report["verdict"] == "not_comparable", "a summary that says that it finished, without a record"
+    assert "records of 0 of its 2 steps" in report["headline"]
+    (run / "summary.json").unlink()
+    report = checked(run)
+    assert (report["verdict"], report["basis"], report["num_tokens"]) == ("nothing_compared", "none", 0)
+    assert "left no record" in report["headline"]
 
 
 def test_a_recipe_of_another_version_is_a_gap(run: Path) -> None:
@@ -291,6 +300,9 @@ def test_re_scoring_may_be_bounded_and_says_so(run: Path) -> None:
     assert report["rescored"]["episodes"] == 4 and [p["rescored"] for p in report["parts"]] == [2, 2]
     assert report["gaps"][0] == "Step 0: 2 of 4 saved episodes were not re-scored, to save time."
     assert "4 of 8 saved episodes" in report["scope"]
+    assert checked(run, at_most=0)["verdict"] == "nothing_compared"
+    with pytest.raises(ValueError, match="at_most is -1"):
+        audit(run, -1)
 
 
 def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -13,8 +15,9 @@ import jsonschema
 import pytest
 
 from kernels.errors import MetronomeError
+from model.weights import manifest
 from rl.audit.command import main
-from rl.audit.compare import compare_runs
+from rl.audit.compare import _fields, compare_runs
 from rl.audit.document import to_json
 from rl.audit.schema import schema
 from rollout.record.episode import load_episodes, save_episodes
@@ -82,17 +85,170 @@ def test_other_contract(run: Path, other: Path) -> None:
     assert compared(run, other)["verdict"] == "not_comparable"
 
 
-def test_a_shorter_run_is_compared_as_far_as_it_goes(run: Path, other: Path) -> None:
-    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (other / "metrics.jsonl").write_text(lines[0])
-    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("groups: 2", "groups: 3"))
+def shorten(run: Path, keep: int = 1, summary: bool = False) -> None:
+    """Cuts a run's records; without its summary it has not finished."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:keep]))
+    if not summary:
+        (run / "summary.json").unlink()
+
+
+def test_a_shorter_run_is_equal_as_far_as_both_go(
+    run: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorten(other)
     report = compared(run, other)
-    assert (report["verdict"], report["steps_compared"]) == ("identical", 1)
-    assert "Not compared: 1 steps of A alone" in report["scope"]
-    assert report["recipe"] == [{"field": "rl.groups", "a": "2", "b": "3"}]
+    assert (report["verdict"], report["whole"], report["steps_compared"]) == ("identical", False, 1)
+    assert report["only_one"] == ["A has 1 step more, from step 1 on.", "B has not finished."]
+    says = "Equal as far as both go: 1 step and 8 saved episodes are equal. A has 1 step more, from step 1 on."
+    assert report["headline"].startswith(says) and "One run" not in report["headline"]
+    main(["--compare", str(run), str(other), "--out", str(tmp_path / "out"), "--fail-on", "mismatch"])
+    assert capsys.readouterr().out.startswith("Audit: equal as far as both go. Equal as")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Equal as far as both go · runs" in page and 'class="verdict identical partial"' in page
+
+
+def test_a_run_whose_last_record_is_gone_and_whose_summary_names_other_weights(run: Path, other: Path) -> None:
+    for keep in (1, 0):  # however many are missing
+        shorten(other, keep, summary=True)
+        summary = json.loads((other / "summary.json").read_text())
+        (other / "summary.json").write_text(json.dumps(summary | {"weights_digest": "0" * 32}))
+        report = compared(run, other)
+        assert (report["verdict"], report["final_weights_equal"]) == ("different", False)
+        assert "The summaries name other final weights." in report["headline"]
+        with pytest.raises(SystemExit, match="1"):
+            main(["--compare", str(run), str(other), "--fail-on", "mismatch"])
+
+
+def test_a_finished_run_that_lacks_a_record_contradicts_itself(run: Path, other: Path) -> None:
+    shorten(other, summary=True)
+    report = compared(run, other)
+    assert (report["verdict"], report["final_weights_equal"]) == ("not_comparable", True)
+    assert report["headline"].startswith("Not comparable. B contradicts itself. ")
+
+
+def test_nothing_in_common_is_nothing_compared(run: Path, other: Path) -> None:
     (other / "metrics.jsonl").unlink()
-    shutil.rmtree(other / "episodes")
-    assert compared(run, other)["verdict"] == "not_comparable"
+    (other / "summary.json").unlink()
+    for file in (other / "episodes").iterdir():
+        file.write_bytes(b"no")
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(other / "episodes")
+        report = compared(run, other)
+        assert report["verdict"] == "nothing_compared" and report["headline"].startswith("Nothing compared: the runs")
+        with pytest.raises(SystemExit, match="3"):
+            main(["--compare", str(run), str(other), "--fail-on", "mismatch"])
+
+
+def test_a_run_compared_with_itself_is_nothing_compared(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "again").symlink_to(run)
+    for same in (run, tmp_path / "again"):
+        report = compared(run, same)
+        assert (report["verdict"], report["steps_compared"]) == ("nothing_compared", 0)
+        assert "A and B are one folder" in report["headline"]
+
+
+def test_what_could_not_be_used_is_no_part_of_one_run(run: Path, other: Path) -> None:
+    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join([lines[0], lines[0].replace("0.5", "0.7"), lines[1]]))
+    (other / "summary.json").write_text('{"wall_s": 1.0}')
+    report = compared(run, other)
+    assert (report["verdict"], report["whole"]) == ("identical", False)
+    assert report["only_one"] == ["B's summary names no final weights.", "1 line of B's records could not be used."]
+
+
+def test_a_folder_with_a_recipe_alone_is_nothing_compared(run: Path, other: Path) -> None:
+    for one in other.iterdir():
+        if one.name != "config.yaml":
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+    for a, b in ((run, other), (other, run)):
+        assert compared(a, b)["verdict"] == "nothing_compared"
+
+
+def test_saved_episodes_that_only_one_run_has(run: Path, other: Path) -> None:
+    first_file(other).unlink()  # half of a step: another set of episodes
+    report = compared(run, other)
+    assert (report["verdict"], report["episode_fields"]) == ("different", {"name": 2})
+    shutil.rmtree(other / "episodes")  # all: nothing to say of them
+    report = compared(run, other)
+    assert (report["verdict"], report["whole"], report["episodes_compared"]) == ("identical", False, 0)
+    assert report["only_one"] == ["A has 8 saved episodes of steps of which the other has none."]
+
+
+def test_only_a_name_differs_or_an_episode_comes_twice(run: Path, other: Path) -> None:
+    tamper(first_file(other), lambda e: replace(e, rollout=7))
+    report = compared(run, other)
+    assert (report["verdict"], report["episode_fields"]) == ("different", {"name": 2})
+    one, two = load_episodes(first_file(run))
+    save_episodes(first_file(other), [one, two, deepcopy(two)])
+    assert compared(run, other)["episode_fields"] == {"name": 1}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "differs"),
+    [
+        (1.5, 1.5, False), (0.0, -0.0, True), (1, 1.0, True), (1, True, True), (0.5, None, True), ([1], [1], False),
+        (math.nan, math.nan, False), (math.nan, 0.0, True), (1e-300, 1.1e-300, True),
+    ],
+)  # fmt: skip
+def test_fields_of_records_are_compared_in_bits(a: Any, b: Any, differs: bool) -> None:
+    assert _fields({"x": a, "time/s": 1}, {"x": b, "time/s": 2}) == (["x"] if differs else [])
+
+
+def test_a_field_that_only_one_record_has_is_a_difference(run: Path, other: Path) -> None:
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    del lines[0]["packs_digest"]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for a, b, label in ((run, other, "A"), (other, run, "B")):
+        report = compared(a, b)
+        assert (report["verdict"], report["first_step"]["fields"]) == ("different", [f"packs_digest (only {label})"])
+
+
+def test_facts_and_actions_are_compared(run: Path, other: Path) -> None:
+    tamper(first_file(other), lambda e: replace(e, facts={**e.facts, "chunks": -1}))
+    tamper(first_file(other), lambda e: replace(e, actions=e.actions[1:]), which=[1])
+    assert compared(run, other)["episode_fields"] == {"facts": 1, "actions": 1}
+
+
+def test_checkpoints_that_changed_places(run: Path, other: Path) -> None:
+    report = compared(run, other)  # the control
+    assert (report["verdict"], report["checkpoints_compared"]) == ("identical", 3)
+    one, two = (other / f"checkpoints/step_00000{n}" for n in (0, 1))
+    one.rename(other / "aside")
+    two.rename(one)
+    (other / "aside").rename(two)
+    report = compared(run, other)
+    assert report["verdict"] == "not_comparable" and report["reasons"][0].startswith("B contradicts itself. The check")
+    for name in ("step_000000", "step_000001"):
+        manifest.write(other / "checkpoints" / name, name, (other / "config.yaml").read_text())
+    report = compared(run, other)
+    assert (report["verdict"], report["checkpoints_unequal"]) == ("different", 2)
+    assert "checkpoints of step 0 hold other weights" in report["headline"]
+
+
+def test_records_of_another_run_contradict_the_checkpoints(run: Path, other: Path) -> None:
+    """The records of A lie in B, whose weights were others."""
+    for gone in (run / "checkpoints", other / "episodes"):
+        shutil.rmtree(gone)
+    folder = other / "checkpoints/step_000001"
+    shutil.rmtree(folder / "model")
+    shutil.copytree(other / "checkpoints/step_000002/model", folder / "model")
+    manifest.write(folder, folder.name, (other / "config.yaml").read_text())
+    report = compared(run, other)
+    assert report["verdict"] == "not_comparable"
+    assert "B contradicts itself. The checkpoint of step 1 holds weights" in report["headline"]
+
+
+@pytest.mark.parametrize(("field", "decides"), [("groups", True), ("checkpoint_every", False)])
+def test_a_recipe_that_decides_bits_and_equal_records(run: Path, other: Path, field: str, decides: bool) -> None:
+    shutil.rmtree(other / "checkpoints")  # whose manifests name the recipe
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub(rf"(  {field}:) \d+", r"\1 3", text))
+    report = compared(run, other)
+    assert [one["field"] for one in report["recipe"]] == [f"rl.{field}"]
+    assert report["verdict"] == ("not_comparable" if decides else "identical")
+    assert (f"The recipes differ in rl.{field}, which decides bits" in report["headline"]) == decides
 
 
 def test_the_command(run: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

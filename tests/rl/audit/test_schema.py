@@ -59,7 +59,7 @@ def test_what_an_audit_writes_is_valid_and_nothing_else(run: Path, made: Path, t
         jsonschema.validate(report, published)
         wrongs: list[dict[str, Any]] = [
             report | wrong
-            for wrong in ({"verdict": "fine"}, {"num_unequal": -1}, {"schema": "metronome.audit/2"}, {"extra": 1})
+            for wrong in ({"verdict": "fine"}, {"num_unequal": -1}, {"schema": "metronome.audit/1"}, {"extra": 1})
         ]
         wrongs += [{name: value for name, value in report.items() if name != left_out} for left_out in report]
         for wrong in wrongs:

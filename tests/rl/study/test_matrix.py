@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.weights import checkpoint
+from rl.audit import command
 from rl.audit.diagnosis.diagnose import diagnose
 from rl.audit.document import to_json
+from rl.audit.table import Cell, Table
 from rl.step.gradient import gradient_of
 from rl.step.identity import Evidence, NotEqualError, check_identity
 from rl.study import lesson, matrix, variants
@@ -174,6 +177,63 @@ def test_completions_of_ours_are_one_under_any_load(folder: Path, monkeypatch: p
     assert theirs.count == 40 and theirs.distinct_rows > 1 and theirs.distinct >= 1
 
 
+def table(*rows: tuple[str, int, int, int]) -> Table:
+    """Of (variant, tokens, unequal, rows unequal)."""
+    cells = [["order", "reversed", name, "float32", n, m, k, 0.0, 0.0] for name, n, m, k in rows]
+    return Table("Invariance matrix", matrix.COLUMNS, cells)
+
+
+THEIRS = ("naive torch", 9, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "says"),
+    [
+        (
+            [("ours", 9, 0, 0), THEIRS],
+            "identical",
+            "0 of 1 comparisons of ours differ, over 9 tokens. The control: 1 of 1",
+        ),
+        ([("ours", 9, 1, 0), THEIRS], "different", "The first: order, reversed, ours, float32."),
+        ([("ours", 9, 0, 1), THEIRS], "different", "1 of 1 comparisons of ours differ"),
+        ([("ours", 9, 0, 0), ("naive torch", 9, 0, 0)], "identical", "so that nothing here shows that a difference"),
+        ([("ours", 9, 0, 0), ("ours", 0, 0, 0), THEIRS], "nothing_compared", "1 of these compared no token"),
+        ([THEIRS], "nothing_compared", "0 of 0 comparisons of ours"),
+        ([], "nothing_compared", "0 of 0 comparisons of ours"),
+    ],
+)
+def test_the_verdict_is_on_ours_and_the_control_is_stated(rows: Any, verdict: str, says: str) -> None:
+    found = matrix.finding([table(*rows)])
+    assert found.verdict == verdict and says in found.headline
+
+
+def test_the_lesson_enters_the_verdict() -> None:
+    ours = table(("ours", 9, 0, 0), THEIRS)
+    for distinct, verdict in ((1, "identical"), (2, "different")):
+        cells = [
+            ["ours", "float32", "6 chunks", 9, 40, 1, distinct],
+            ["naive torch", "float32", "6 chunks", 9, 40, 1, 7],
+        ]
+        assert matrix.finding([ours, Table("Distinct", lesson.COMPLETIONS, cells)]).verdict == verdict
+    for gap, verdict in ((0.0, "identical"), (1e-9, "different"), (float("nan"), "different")):
+        rows: list[list[Cell]] = [["float32", lesson.ZERO[3], 0.1, 0.1, gap], ["float32", "time", 1.0, 1.0, 0.7]]
+        assert matrix.finding([ours, Table("The lesson", lesson.LESSON, rows)]).verdict == verdict
+
+
+@pytest.mark.parametrize(("unequal", "tokens", "status"), [(1, 9, 1), (0, 9, 0), (0, 0, 3)])
+def test_both_commands_fail_on_a_mismatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unequal: int, tokens: int, status: int
+) -> None:
+    result = matrix.Matrix("", "", {}, [table(("ours", tokens, unequal, 0), THEIRS)])
+    monkeypatch.setattr(matrix, "run", lambda *a, **k: result)
+    of_audit = ["--checkpoint", str(tmp_path), "--matrix", "--out", str(tmp_path / "out")]
+    own = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]
+    for main, arguments in ((command.main, of_audit), (matrix.main, own)):
+        main(arguments)  # without the option the status is 0
+        with pytest.raises(SystemExit, match=str(status)) if status else nullcontext():
+            main([*arguments, "--fail-on", "mismatch"])
+
+
 @pytest.mark.slow
 def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in (("GROUPS", 1), ("ROLLOUTS", 2), ("MAX_TOGETHER", 2), ("MAX_OTHERS", 1), ("LONG", 1)):
@@ -181,7 +241,8 @@ def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: py
     result = matrix.run(
         folder, tmp_path, episodes=2, completions=2, long_completions=0, rounds=1, dtypes=[torch.float32]
     )
-    assert json.loads((tmp_path / "matrix.json").read_text()) == to_json(result)
+    written = json.loads((tmp_path / "matrix.json").read_text())
+    assert written == to_json(result) | to_json(matrix.finding(result.tables)) and written["verdict"] == "identical"
     titles = [table.title for table in result.tables]
     assert titles[0] == "Invariance matrix" and "lesson" in titles[1] and len(titles) == 3
     for table in result.tables:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from rl.study.traffic import episode_bytes, main, traffic
@@ -47,6 +48,5 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     counted = sum(p.numel() for p in InteractionModel(preset("tiny")).parameters())
     assert f"tiny: {counted:,} parameters" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["traffic", "--preset", "tiny", "--seconds", "2", "--words", "11"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(MetronomeError, match="hold 0 to 10"):
         main()
-    assert "hold 0 to 10" in capsys.readouterr().err
