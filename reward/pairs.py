@@ -29,9 +29,11 @@ from pathlib import Path
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.program.reading import parse_yaml
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from reward.learned.human import read_labels
+from reward.learned.origin import digest_of, recordings_digest
 from reward.learned.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
 from reward.learned.preference import Preference, save_preferences
 from rollout.engines.embedded import SessionEngine
@@ -105,7 +107,8 @@ class PairsConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     description = "Make preference pairs for reward models."
-    config = read_recipe("reward.pairs", description, PairsConfig, arguments).config
+    recipe = read_recipe("reward.pairs", description, PairsConfig, arguments)
+    config = recipe.config
     out = Path(config.out)
     if out.exists():
         raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
@@ -117,7 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, preferences in splits.items():
         if not preferences:
             raise MetronomeError(f"the recipe gives no pair for the split {name!r}; ask for more scenarios or groups")
-    save_preferences(out, splits)
+    values = {name: value for name, value in parse_yaml(recipe.text).items() if name != "out"}
+    policies = [checkpoint.weights_digest(policy) for policy, _ in maker.policies]
+    save_preferences(out, splits, digest_of(values), recordings_digest(maker.bank), policies)
     for name, preferences in splits.items():
         kinds = Counter((p.axis, p.source) for p in preferences)
         print(f"{name}: {len(preferences)} pairs; " + ", ".join(f"{a} {s} {n}" for (a, s), n in sorted(kinds.items())))

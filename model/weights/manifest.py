@@ -51,15 +51,16 @@ def write(folder: Path, name: str, recipe: str = "") -> None:
     write_whole(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def check(folder: Path, *, part: str = "", recipe: str | None = None) -> None:
+def check(folder: Path, *, part: str = "", recipe: str | None = None, what: str = "checkpoint") -> None:
     """Raises CheckpointError unless ``folder`` holds exactly the files that were saved, under the name that it was
     saved as. The message names the first wrong file and the newest undamaged checkpoint before this one.
 
-    ``part``: check only this subfolder. ``recipe``: text of the recipe that it must be of; None for any."""
+    ``part``: check only this subfolder. ``recipe``: text of the recipe that it must be of; None for any. ``what``: the
+    message's word for what the folder holds."""
     try:
         _check(folder, part, recipe)
     except _Fault as fault:
-        raise CheckpointError(f"checkpoint {folder}: {fault}. {_advice(folder, recipe)}") from None
+        raise CheckpointError(f"{what} {folder}: {fault}. {_advice(folder, recipe)}") from None
 
 
 def check_loaded(folder: Path) -> None:
@@ -104,7 +105,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if not folder.is_dir():
             raise _Fault("there is no such folder") from None
-        raise _Fault(f"{MANIFEST} is missing: an older version saved this checkpoint, or the file was lost") from None
+        raise _Fault(f"{MANIFEST} is missing: an older version saved this, or the file was lost") from None
     except OSError as error:
         raise _Fault(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):

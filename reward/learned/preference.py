@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
 from model.program.files import whole_folder
+from reward.learned.origin import UNKNOWN, PairsOrigin, pairs_digest, read_pairs_origin, write_pairs_origin
 from rollout.turn.action import CHUNK_FRAMES
 
 
@@ -109,11 +110,21 @@ def _decompressed(codes: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(zlib.decompress(codes), np.uint8)
 
 
-def save_preferences(folder: Path, splits: Mapping[str, Sequence[Preference]]) -> None:
-    """Writes a `DatasetDict`, whole or not at all."""
+def save_preferences(
+    folder: Path,
+    splits: Mapping[str, Sequence[Preference]],
+    recipe: str = UNKNOWN,
+    recordings: str = UNKNOWN,
+    policies: Sequence[str] = (),
+) -> None:
+    """Writes a `DatasetDict`, whole or not at all, with a `PairsOrigin`; ``recipe``, ``recordings`` and ``policies`` as
+    there."""
     tables = DatasetDict({name: table(preferences) for name, preferences in splits.items()})
+    counts = {name: len(preferences) for name, preferences in splits.items()}
+    origin = PairsOrigin(pairs_digest(splits), counts, recipe, recordings, tuple(policies))
     with whole_folder(folder) as temporary:
         tables.save_to_disk(temporary)
+        write_pairs_origin(temporary, folder.name, origin)
 
 
 def table(preferences: Sequence[Preference]) -> Dataset:
@@ -125,9 +136,11 @@ def table(preferences: Sequence[Preference]) -> Dataset:
 def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) -> Dataset:
     """The rows of one split whose axis is among ``axes``, each checked by `check`.
 
-    ``audio``: id of the audio token. Raises MetronomeError when the data set is missing, lacks the split or a column,
-    has no pair of these axes, or at the first row that `check` refuses."""
+    ``audio``: id of the audio token. Raises MetronomeError when the data set is missing or damaged, lacks the
+    split or a column, has no pair of these axes, or at the first row that `check` refuses."""
     try:
+        if (folder / "dataset_dict.json").is_file():
+            read_pairs_origin(folder)
         splits = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise MetronomeError(
