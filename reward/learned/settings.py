@@ -6,14 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
+from model.program.ranges import Range, shown
 from model.program.startup import import_deepspeed, prepare_process
 
 FIXED_FIELDS: dict[str, Any] = {
@@ -31,6 +33,27 @@ FIXED_FIELDS: dict[str, Any] = {
 }
 """Fields of trl.RewardConfig that the program needs to have these values; a recipe may not set them."""
 
+RANGES: dict[str, Range] = {
+    "max_steps": Range(-1, 10**7),  # -1: by num_train_epochs
+    "num_train_epochs": Range(0, 10**6),
+    "per_device_train_batch_size": Range(1, 10**6),
+    "gradient_accumulation_steps": Range(1, 10**6),
+    "learning_rate": Range(0, 3e38),
+    "weight_decay": Range(0, 1),
+    "adam_beta1": Range(0, 1),
+    "adam_beta2": Range(0, 1),
+    "adam_epsilon": Range(0, 1, open_low=True),
+    "max_grad_norm": Range(0, 3e38),
+    "center_rewards_coefficient": Range(0, 3e38),
+    "warmup_steps": Range(0, 10**7),
+    "logging_steps": Range(0, 10**7, open_low=True),  # below 1: a share of all steps
+    "save_steps": Range(0, 10**7, open_low=True),
+    "save_total_limit": Range(1, 10**7),
+    "seed": Range(0, 2**32 - 1),
+    "data_seed": Range(0, 2**32 - 1),
+}
+"""Numbers that those fields of trl.RewardConfig may have which TRL does not check itself."""
+
 
 def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> TrainingArguments:
     """TRL's arguments for the run in ``folder``; ``given``: the recipe's trainer fields. Raises MetronomeError for
@@ -38,6 +61,7 @@ def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> Trai
     _prepare_libraries(folder, given)
     from trl import RewardConfig  # after the settings above: it reads them when imported
 
+    _check_fields(get_type_hints(RewardConfig), given)
     chosen = {"report_to": "none", "seed": seed} | dict(given)
     try:
         arguments = RewardConfig(output_dir=str(folder / "checkpoints"), **FIXED_FIELDS, **chosen)
@@ -48,6 +72,21 @@ def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> Trai
             "recipe: trainer.max_steps and trainer.num_train_epochs give no step; set one of them to 1 or more"
         )
     return arguments
+
+
+def _check_fields(types: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises MetronomeError for the first field whose value is not of its type or outside its range."""
+    for name, value in given.items():
+        problem = None
+        if name in types:
+            try:
+                TypeAdapter(types[name]).validate_python(value, strict=True)
+            except ValidationError as error:
+                problem = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
+        if problem is None and name in RANGES and value is not None:
+            problem = RANGES[name].problem(value)
+        if problem is not None:
+            raise MetronomeError(f"recipe: trainer.{name} is {shown(value)}: {problem[:1].lower()}{problem[1:]}")
 
 
 def trainer_defaults(arguments: TrainingArguments) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_other_content_at_the_same_path_is_refused(
         (lambda c: replace(c, trainer=c.trainer | {"max_steps": 5}), "trainer.max_steps is 5, and was 4"),
         (lambda c: replace(c, trainer=c.trainer | {"learning_rate": 1e-3}), "learning_rate is 0.001, and was the def"),
         (lambda c: replace(c, backbone=BackboneRecipe(preset="nano")), None),  # fresh weights of seed 0: the same
-        (lambda c: replace(c, trainer=c.trainer | {"max_steps": 4.0, "max_grad_norm": 1}), None),
+        (lambda c: replace(c, trainer=c.trainer | {"max_grad_norm": 1, "adam_beta1": 0.9}), None),
         (lambda c: replace(c, trainer=c.trainer | {"save_steps": 1, "logging_steps": 2, "save_total_limit": 9}), None),
     ],
 )
@@ -254,6 +254,37 @@ def test_settings_that_would_hide_or_change_what_was_trained_are_refused(tmp_pat
     with pytest.raises(MetronomeError, match=f"trainer.{name} is set by the program; remove it"):
         train(config(tmp_path, **{name: True}), RECIPE, False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_steps", 4.0),
+        ("max_steps", "4"),
+        ("max_steps", -2),
+        ("learning_rate", -1.0),
+        ("learning_rate", "fast"),
+        ("learning_rate", True),
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("logging_steps", 0),
+        ("save_steps", -1),
+        ("save_total_limit", 0),
+        ("num_train_epochs", [3]),
+        ("weight_decay", 1.5),
+        ("seed", -1),
+        ("eval_strategy", "steps"),
+        ("save_strategy", "sometimes"),
+        ("lr_scheduler_type", "wavy"),
+        ("optim", "best"),
+        ("no_such_field", 1),
+    ],
+)
+def test_a_trainer_field_that_cannot_be_is_refused_by_name(tmp_path: Path, name: str, value: Any) -> None:
+    inputs(tmp_path)
+    with pytest.raises(MetronomeError, match=r"recipe: trainer[.:]") as caught:
+        train(config(tmp_path, **{name: value}), RECIPE, False)
+    assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("trainer", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
