@@ -50,11 +50,10 @@ from reward.learned.origin import (
     TRAINING,
     TrainingOrigin,
     digest_of,
-    read_pairs_origin,
     read_training_origin,
     recipe_differences,
 )
-from reward.learned.preference import from_row, load_preferences
+from reward.learned.preference import from_row, load_preferences, origin_of
 from reward.learned.report import Report
 from reward.learned.resuming import Progress
 from reward.learned.settings import optimizer, trainer_arguments, trainer_defaults, uses_deepspeed
@@ -117,7 +116,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
     origin = TrainingOrigin(
         recipe=deciding,
-        pairs=read_pairs_origin(Path(config.pairs)).digest,
+        pairs=origin_of(Path(config.pairs)).digest,
         backbone=checkpoint.weights_digest(model.backbone),
         processes=arguments.world_size,
         contract_id=dispatch.contract_id(),

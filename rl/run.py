@@ -212,6 +212,7 @@ class Run:
             "wall_s": self.wall_s(),
         }
         if self.source.models:
+            summary["reward_models"] = ", ".join(self.source.digests)
             points = [*watch.evaluations(self.folder, progress.before), watch.point(progress.step, after)]
             summary |= watch.summary(watch.watch(self.folder, points, self.config.source.watch))
         self.folder.write_json("summary.json", summary)

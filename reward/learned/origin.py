@@ -123,6 +123,11 @@ def write_pairs_origin(folder: Path, name: str, origin: PairsOrigin) -> None:
     manifest.write(folder, name)
 
 
+def has_pairs_origin(folder: Path) -> bool:
+    """Whether `save_preferences` wrote the data set, and not another program."""
+    return (folder / PAIRS).exists() or (folder / manifest.MANIFEST).exists()
+
+
 def read_pairs_origin(folder: Path) -> PairsOrigin:
     """Raises MetronomeError, naming the file, when the data set in ``folder`` is not what was saved."""
     manifest.check(folder, what="preference pairs")

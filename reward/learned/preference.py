@@ -26,7 +26,14 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
 from model.program.files import whole_folder
-from reward.learned.origin import UNKNOWN, PairsOrigin, pairs_digest, read_pairs_origin, write_pairs_origin
+from reward.learned.origin import (
+    UNKNOWN,
+    PairsOrigin,
+    has_pairs_origin,
+    pairs_digest,
+    read_pairs_origin,
+    write_pairs_origin,
+)
 from rollout.turn.action import CHUNK_FRAMES
 
 
@@ -139,7 +146,7 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
     ``audio``: id of the audio token. Raises MetronomeError when the data set is missing or damaged, lacks the
     split or a column, has no pair of these axes, or at the first row that `check` refuses."""
     try:
-        if (folder / "dataset_dict.json").is_file():
+        if has_pairs_origin(folder):
             read_pairs_origin(folder)
         splits = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, OSError) as error:
@@ -157,6 +164,18 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
     if not wanted:
         raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
     return rows
+
+
+def origin_of(folder: Path) -> PairsOrigin:
+    """What is known of a data set that `load_preferences` reads; of one that another program wrote its digest is
+    computed here. Raises MetronomeError for a data set that is damaged."""
+    if has_pairs_origin(folder):
+        return read_pairs_origin(folder)
+    try:
+        splits = {name: [from_row(row) for row in rows] for name, rows in load_from_disk(str(folder)).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, zlib.error) as error:
+        raise MetronomeError(f"{folder}: holds pairs that cannot be read ({error})") from None
+    return PairsOrigin(pairs_digest(splits), {name: len(pairs) for name, pairs in splits.items()})
 
 
 def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:
