@@ -72,7 +72,9 @@ def score_stored(episode: Episode, scenarios: ScenarioConfig) -> Score | None:
         return None
     try:
         return _scored(episode.family, facts, episode.actions, scenarios)
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+    except MetronomeError:
+        raise
+    except Exception as error:  # a family's scorer may be anyone's code and raise anything
         at = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {' '.join(str(error).split())} ({at.filename}, line {at.lineno})"
         raise MetronomeError(

@@ -54,7 +54,8 @@ def test_facts_of_another_kind_have_no_score(
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("late"), ValueError("wrong"), TypeError("no"), IndexError(7), ZeroDivisionError()]
+    "error",
+    [KeyError("late"), ValueError("wrong"), TypeError("no"), IndexError(7), ZeroDivisionError(), StopIteration()],
 )
 def test_a_scorer_that_fails_is_named(episode: Episode, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def scorer(*_: Any) -> Score:
