@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from model.program.files import write_json
 from model.program.reading import read_record
 from model.weights import manifest
 from rollout.world.speech import SpeechBank
-
-if TYPE_CHECKING:
-    from reward.learned.preference import Preference
 
 PAIRS, TRAINING = "pairs.json", "origin.json"
 UNKNOWN = ""
@@ -86,8 +83,9 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def pairs_digest(splits: Mapping[str, Sequence[Preference]]) -> str:
-    """Digest of all that is stored of each pair, in the order of the pairs, split by split in the order of names."""
+def pairs_digest(splits: Mapping[str, Sequence[Any]]) -> str:
+    """Digest of all that is stored of each pair, in the order of the pairs, split by split in the order of names.
+    Pairs are `Preference`s, whose module imports this one."""
     digest = hashlib.sha256()
     for name in sorted(splits):
         digest.update(f"{name} {len(splits[name])}\n".encode())
@@ -98,7 +96,7 @@ def pairs_digest(splits: Mapping[str, Sequence[Preference]]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _parts(pair: Preference) -> Iterable[bytes]:
+def _parts(pair: Any) -> Iterable[bytes]:
     texts = [pair.axis, pair.source, pair.family, pair.scenario]
     yield json.dumps([texts, pair.size_ms]).encode()
     yield struct.pack("<f", pair.margin)  # as stored
