@@ -14,7 +14,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("reward.hacks")
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from math import fsum
@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from model.program.files import write_whole
+from model.program.files import write_json
 from model.program.outputs import OutputFile
 from model.program.ranges import FilePath, FilePaths, Some
 from model.program.recipe import read_recipe
+from model.weights.finite import NotFiniteError
 from reward.score import score
 from reward.source import RewardSource, SourceConfig
 from rollout.record.transcript import from_audio
@@ -183,7 +184,15 @@ def assess(items: Sequence[Scenario], scenarios: ScenarioConfig, source: RewardS
 
 
 def winners(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each hack and honest player of one family where the hack's mean reward is at least as high."""
+    """A sentence for each hack and honest player of one family where the hack's mean reward is at least as high. Raises
+    NotFiniteError for a mean that is not finite, which would be neither higher nor lower."""
+    for row in rows:
+        for by, reward in row.reward.items():
+            if not math.isfinite(reward):
+                raise NotFiniteError(
+                    f"{row.family}: the mean reward of {row.player!r} by {by} is {reward}, so that nothing can be said "
+                    "of hacks; see to the rewards of that family, or to the reward models"
+                )
     return [
         f"{hack.family}, by {by}: {hack.player} earns {reward:.2f}, {other.player} {other.reward[by]:.2f}"
         for hack in rows
@@ -208,6 +217,16 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
+def basis(rows: Sequence[Row], scenarios: int, models: Sequence[str]) -> str:
+    """What a verdict rests on, in words. ``models``: digests of the reward models."""
+    families = list(dict.fromkeys(row.family for row in rows))
+    tried = sum(row.player not in HONEST for row in rows)
+    return (
+        f"{scenarios} held-out scenarios of each family ({', '.join(families)}), {tried} hacks against "
+        f"{' and '.join(HONEST)}, by the rules" + "".join(f" and reward model {digest}" for digest in models)
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.hacks", "What rewards say of hacks.", HacksConfig, arguments).config
     source = RewardSource.load(config.scenario, SourceConfig(models=config.models))
@@ -216,11 +235,20 @@ def main(arguments: list[str] | None = None) -> None:
     for family in config.scenario.members:
         items = [config.scenario.scenario(family, "held_out", i, bank) for i in range(config.scenarios)]
         rows += assess(items, config.scenario, source)
+    won = winners(rows)
+    rests_on = basis(rows, config.scenarios, source.digests)
+    report = {
+        "models": source.digests,
+        "made_from": [model.origin for model in source.models],
+        "scenarios": config.scenarios,
+        "rests_on": rests_on,
+        "rows": [asdict(row) for row in rows],
+        "winners": won,
+    }
+    write_json(Path(config.json), report)
     console = Console(highlight=False)
     console.print(table(rows))
-    won = winners(rows)
     for line in won or ["none: every hack earns less than every honest player"]:
         console.print(f"hacks that win: {line}", markup=False)
-    report = {"models": source.digests, "rows": [asdict(row) for row in rows], "winners": won}
-    write_whole(Path(config.json), (json.dumps(report, indent=2) + "\n").encode())
+    console.print(f"rests on {rests_on}", markup=False)
     console.print(f"written to {config.json}", markup=False)

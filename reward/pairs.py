@@ -45,9 +45,11 @@ from model.program.ranges import (
     Tokens,
     Words,
 )
-from model.program.recipe import read_recipe
+from model.program.reading import parse_yaml
+from model.program.recipe import Recipe, read_recipe
 from model.weights import checkpoint
 from reward.learned.human import read_all_labels
+from reward.learned.origin import digest_of
 from reward.learned.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
 from reward.learned.preference import Preference, save_preferences
 from rollout.engines.embedded import SessionEngine
@@ -124,7 +126,8 @@ class PairsConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     description = "Make preference pairs for reward models."
-    config = read_recipe("reward.pairs", description, PairsConfig, arguments).config
+    recipe = read_recipe("reward.pairs", description, PairsConfig, arguments)
+    config = recipe.config
     out = Path(config.out)
     if out.exists():
         raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
@@ -134,19 +137,21 @@ def main(arguments: list[str] | None = None) -> None:
     if rollouts.policies:
         check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk)
     with locked(out):
-        make(config, out)
+        make(recipe, out)
 
 
-def make(config: PairsConfig, out: Path) -> None:
+def make(recipe: Recipe[PairsConfig], out: Path) -> None:
     """Makes the data set in the folder ``out`` and says what is in it. Raises MetronomeError for a split without
     pairs."""
     start = time.perf_counter()
-    maker = PairMaker(config)
+    maker = PairMaker(recipe.config)
     splits = {"train": maker.split("train"), "held_out": maker.split("held_out")}
     for name, preferences in splits.items():
         if not preferences:
             raise MetronomeError(f"the recipe gives no pair for the split {name!r}; ask for more scenarios or groups")
-    save_preferences(out, splits)
+    values = {name: value for name, value in parse_yaml(recipe.text).items() if name != "out"}
+    policies = [checkpoint.weights_digest(policy) for policy, _ in maker.policies]
+    save_preferences(out, splits, digest_of(values), maker.bank.digest(), policies)
     for name, preferences in splits.items():
         kinds = Counter((p.axis, p.source) for p in preferences)
         print(f"{name}: {len(preferences)} pairs; " + ", ".join(f"{a} {s} {n}" for (a, s), n in sorted(kinds.items())))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
+
 from kernels.errors import MetronomeError
 from model.program.ranges import Probability, Range
 from model.program.reading import UnreadableError
+from model.weights.finite import NotFiniteError
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
 from rollout.turn.action import Action
+from rollout.world.base import Facts
 
 Reward = Annotated[float, Range(-100.0, 100.0)]
 
@@ -34,26 +39,50 @@ def score(family: str, facts: Mapping[str, Any], actions: Sequence[Action], scen
     """Scores an episode from what is stored with it: ``facts`` as `Facts.to_json` gave them, ``actions`` [chunks].
 
     Raises ValueError where facts, family and actions do not belong together, MetronomeError for a scorer whose rewards
-    have other axes or another length than its family states."""
+    have other axes or another length than its family states, or are not finite."""
+    return _scored(family, _read(family, facts, actions, scenarios), actions, scenarios)
+
+
+def _read(family: str, facts: Mapping[str, Any], actions: Sequence[Action], scenarios: ScenarioConfig) -> Facts:
     if facts["family"] != family:
         raise ValueError(f"an episode of {family} carries facts of {facts['family']}")
-    kind, read = scenarios.family(family), scenarios.facts(facts)
+    read = scenarios.facts(facts)
     if len(actions) != read.chunks:
         raise ValueError(f"{family}: {len(actions)} actions for an episode of {read.chunks} chunks")
-    scored: Score = kind.score(read, actions, scenarios.settings_of(family))
+    return read
+
+
+def _scored(family: str, facts: Facts, actions: Sequence[Action], scenarios: ScenarioConfig) -> Score:
+    kind = scenarios.family(family)
+    scored: Score = kind.score(facts, actions, scenarios.settings_of(family))
     forms = {axis: rewards.shape for axis, rewards in scored.rewards.items()}
-    if list(forms.items()) != [(axis, (read.chunks,)) for axis in kind.axes]:
+    if list(forms.items()) != [(axis, (facts.chunks,)) for axis in kind.axes]:
         raise MetronomeError(
             f"the scorer of family {family!r} gave rewards of {forms}; its family names the axes "
-            f"{', '.join(kind.axes)} in this order, each [{read.chunks}], one reward a chunk"
+            f"{', '.join(kind.axes)} in this order, each [{facts.chunks}], one reward a chunk"
         )
+    for name, values in {"score": scored.value, "tight score": scored.tight, **scored.rewards}.items():
+        if not np.isfinite(np.asarray(values)).all():
+            raise NotFiniteError(f"the scorer of family {family!r} gave a {name} that is not finite")
     return scored
 
 
 def score_stored(episode: Episode, scenarios: ScenarioConfig) -> Score | None:
-    """The score of an episode that comes from a file; None where its facts are not what its family's scorer reads."""
+    """The score of an episode that comes from a file; None where its facts are not what its family reads. Raises
+    MetronomeError, naming family and episode, when the scorer itself fails on facts that could be read."""
     try:
         scenarios.stored_facts(episode.facts)
-        return score(episode.family, episode.facts, episode.actions, scenarios)
+        facts = _read(episode.family, episode.facts, episode.actions, scenarios)
     except (UnreadableError, KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError):
         return None
+    try:
+        return _scored(episode.family, facts, episode.actions, scenarios)
+    except MetronomeError:
+        raise
+    except Exception as error:  # a family's scorer may be anyone's code and raise anything
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {' '.join(str(error).split())} ({at.filename}, line {at.lineno})"
+        raise MetronomeError(
+            f"the scorer of family {episode.family!r} fails on the stored episode {episode.name}: {what}; the scorer "
+            "has a bug, or the facts are another version's"
+        ) from error

@@ -6,10 +6,15 @@ TRL gives the training loop and the form of the loss. Loss, clipping and AdamW a
 (`reward.learned.graded`; under accelerate's DeepSpeed, DeepSpeed clips), and the model and the collator are ours: a
 conversation that is in several pairs of a batch goes through the model once. Pairs are taken in the order of the data
 set, in which pairs that share conversations stand together. ``--resume`` goes on from the newest checkpoint that has a
-manifest and exactly the files listed there. Checkpoints are read with ``weights_only``, as tensors and plain values, so
-that nothing in them is executed.
+manifest and exactly the files listed there, and ends with the weights of the uninterrupted run or refuses
+(`reward.learned.resuming`); a finished run is left as it is. Checkpoints are read with ``weights_only``, as tensors and
+plain values, so that nothing in them is executed. A training whose numbers cease to be finite stops with an error.
 
-    runs/<name>/config.yaml, checkpoints/checkpoint-NNN/ (TRL's), model/ (RewardModel.load), summary.json
+    runs/<name>/config.yaml, origin.json (`TrainingOrigin`), checkpoints/checkpoint-NNN/ (TRL's),
+                model/ (RewardModel.load), summary.json
+
+The summary's ``loss`` is the mean over all ``steps`` of the loss before each one's update, and ``wall_s`` the time of
+all parts of the run that led to its end.
 """
 
 from __future__ import annotations
@@ -19,43 +24,51 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("reward.train")
 
-import json
 import os
 import pickle
 import re
-import time
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.training_args import OptimizerNames
+from datasets import Dataset
+from transformers import TrainingArguments
 
 from kernels import dispatch
-from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
 from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
-from model.program.files import write_whole
+from model.program.files import write_json, write_whole
 from model.program.folders import RunName, locate, locked
 from model.program.memory import check_room
 from model.program.outputs import OutputFolder
-from model.program.ranges import Fields, FilePath, Limit, Names, Range, Seed, Weight
+from model.program.ranges import Fields, FilePath, Names, Range, Seed, Weight
 from model.program.recipe import read_recipe
-from model.program.startup import import_deepspeed, prepare_process
 from model.tokenizer import load_tokenizer
-from model.weights import checkpoint, manifest
+from model.weights import checkpoint
+from reward.learned import resuming
 from reward.learned.model import RewardModel
-from reward.learned.preference import load_preferences
+from reward.learned.origin import (
+    TRAINING,
+    TrainingOrigin,
+    digest_of,
+    read_training_origin,
+    recipe_differences,
+)
+from reward.learned.preference import from_row, load_preferences, origin_of
+from reward.learned.report import Report
+from reward.learned.resuming import Progress
+from reward.learned.settings import RANGES, optimizer, trainer_arguments, trainer_defaults, uses_deepspeed
 from reward.learned.trainable import Collator, Trainable
 
-UNREAD_FILES = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
-"""Files that TRL and DeepSpeed write into a checkpoint and nothing reads (a pickled object, scripts); they are
-deleted."""
+if TYPE_CHECKING:
+    from reward.learned.graded import GradedTrainer
+
+CHECKED_PAIRS = 8
+"""How many pairs a trained model must be able to score before it is saved."""
 
 
 @dataclass(frozen=True)
@@ -64,33 +77,6 @@ class BackboneRecipe:
 
     checkpoint: FilePath | None = None  # a policy's folder in transformers' format; None: fresh weights of the preset
     preset: Preset = "tiny"
-
-
-_EVERY = Range(0, 10**7, open_low=True)
-TRAINER: dict[str, Limit] = {
-    "learning_rate": Range(0.0, 1.0),
-    "weight_decay": Range(0.0, 1.0),
-    "adam_beta1": Range(0.0, 0.999999),
-    "adam_beta2": Range(0.0, 0.999999),
-    "adam_epsilon": Range(0.0, 1.0, open_low=True),
-    "max_grad_norm": Range(0.0, 1e6),
-    "center_rewards_coefficient": Range(0.0, 1e3),
-    "num_train_epochs": Range(0, 10**4, open_low=True),
-    "max_steps": Range(-1, 10**7),
-    "warmup_steps": Range(0, 10**7),
-    "warmup_ratio": Range(0.0, 1.0),
-    "logging_steps": _EVERY,
-    "save_steps": _EVERY,
-    "eval_steps": _EVERY,
-    "save_total_limit": Range(1, 10**6),
-    "per_device_train_batch_size": Range(1, 10**5),
-    "per_device_eval_batch_size": Range(1, 10**5),
-    "gradient_accumulation_steps": Range(1, 10**5),
-    "dataloader_num_workers": Range(0, 1024),
-    "seed": Range(0, 2**32 - 1),
-    "data_seed": Range(0, 2**32 - 1),
-}
-"""Ranges of numbers in trl.RewardConfig."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +92,7 @@ class RewardTrainConfig:
     margin_scale: Weight = 1.0  # the loss subtracts margin_scale * margin; 0 turns margins off
     # If given, margins make soft labels instead (reward.learned.graded).
     rationality: Annotated[float, Range(1e-6, 1e6)] | None = None
-    trainer: Annotated[dict[str, Any], Fields(TRAINER)] = field(default_factory=dict)  # any field of trl.RewardConfig
-
-
-FIXED_FIELDS: dict[str, Any] = {
-    "remove_unused_columns": False,  # TRL would drop all but three of our columns
-    "max_length": None,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "train_sampling_strategy": "sequential",
-}
-"""Fields of trl.RewardConfig that the program needs to have these values; a recipe may not set them."""
+    trainer: Annotated[dict[str, Any], Fields(RANGES)] = field(default_factory=dict)  # any field of trl.RewardConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,44 +105,113 @@ def main(arguments: list[str] | None = None) -> None:
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     """Trains and writes the run's folder. ``recipe``: the resolved recipe as YAML, saved with the run; ``resume``: go
     on from the newest finished checkpoint. Raises MetronomeError for a recipe, data set or folder that does not fit."""
-    start = time.perf_counter()
-    _check_room(config)
+    progress = Progress()
     folder = locate(config.runs, config.name)
-    checkpoints = folder / "checkpoints"
-    earlier = _prepare_folder(folder, recipe, resume)
-    _prepare_libraries(folder, config)
-    from trl import RewardConfig  # after the settings above: it reads them when imported
-
-    from reward.learned.graded import GradedTrainer
-
-    try:
-        arguments = RewardConfig(
-            output_dir=str(checkpoints), **FIXED_FIELDS, **({"report_to": "none", "seed": config.seed} | config.trainer)
-        )
-    except (TypeError, ValueError) as error:
-        raise MetronomeError(f"recipe: trainer: {error}. The fields are those of trl.RewardConfig") from error
-    is_main = arguments.process_index == 0
+    _check_folder(folder, resume)
+    arguments = trainer_arguments(folder, config.seed, config.trainer)
+    deciding = resuming.deciding_fields(asdict(config), trainer_defaults(arguments))
+    before = read_training_origin(folder) if resume else None
+    if before is not None:
+        _check_same(folder, list(recipe_differences(before.recipe, deciding)))
+        if (end := resuming.finished(folder)) is not None:
+            print(
+                f"Run {config.name} is finished: {end.steps} steps, weights_digest {end.weights_digest}. Left as it is"
+            )
+            return
+    _check_room(config)
     model = RewardModel.build(_backbone(config), config.axes)
     rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
-    trainer = GradedTrainer(
-        model=Trainable(model),
-        args=arguments,
-        data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
-        train_dataset=rows,
-        processing_class=load_tokenizer(),
-        optimizer_cls_and_kwargs=_optimizer(arguments),
-        callbacks=[
-            Report(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size, recipe)
-        ],
+    origin = TrainingOrigin(
+        recipe=deciding,
+        pairs=origin_of(Path(config.pairs)).digest,
+        backbone=checkpoint.weights_digest(model.backbone),
+        processes=arguments.world_size,
+        contract_id=dispatch.contract_id(),
     )
-    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
-        trainer.remove_callback(callback)
-    if is_main:
+    earlier = None
+    if before is not None:
+        called = config.backbone.checkpoint or config.backbone.preset
+        _check_same(folder, list(before.differences(origin, config.pairs, called)))
+        origin = before  # equal in meaning, and in the text that its checkpoints name
+        earlier = resuming.newest_checkpoint(folder, origin, uses_deepspeed())
+        progress.read(earlier)
+    trainer = _trainer(config, arguments, model, rows, Report(arguments, origin.text, progress))
+    if arguments.process_index == 0:
         weights = sum(p.numel() for p in model.parameters())
+        write_json(folder / TRAINING, asdict(origin))
         write_whole(folder / "config.yaml", recipe.encode())
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
+    steps = _run(trainer, earlier)
+    model.repack()
+    model.origin = {"pairs": origin.pairs, "backbone": origin.backbone, "recipe": digest_of(origin.recipe)}
+    _check_scores(model, rows)
+    summary = {
+        "weights_digest": checkpoint.weights_digest(model),
+        "contract_id": dispatch.contract_id(),
+        "steps": steps,
+        "loss": progress.loss_sum / steps,
+        "pairs": len(rows),
+        "wall_s": progress.wall_s,
+        "origin": model.origin,
+    }
+    if arguments.process_index == 0:
+        model.save(folder / resuming.MODEL)
+        write_json(folder / resuming.SUMMARY, summary)
+        print(f"weights_digest {summary['weights_digest']}\nRun folder: {folder.resolve()}")
+
+
+def _check_scores(model: RewardModel, rows: Dataset) -> None:
+    """Raises NotFiniteError when a trained model cannot score the first pairs: weights can be finite and too large."""
+    some = [from_row(rows[i]) for i in range(min(CHECKED_PAIRS, len(rows)))]
+    model.score([stretch for pair in some for stretch in (pair.chosen, pair.rejected)])
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    saved = folder / "config.yaml"
+    if not resume and saved.exists():
+        raise MetronomeError(f"{folder} already holds a run; --resume goes on with it, or choose another --name")
+    if resume and not saved.is_file():
+        raise MetronomeError(f"{folder} holds no run to resume (no config.yaml); start without --resume")
+
+
+def _check_same(folder: Path, differences: list[str]) -> None:
+    if differences:
+        raise MetronomeError(
+            f"{folder} cannot be resumed, it would end with other weights: {'; '.join(differences)}. Put back what it "
+            "began with, or start a new run under another --name"
+        )
+
+
+def _trainer(
+    config: RewardTrainConfig, arguments: TrainingArguments, model: RewardModel, rows: Dataset, report: Report
+) -> GradedTrainer:
+    from reward.learned.graded import GradedTrainer  # imports trl
+
     try:
-        result = trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier))
+        trainer = GradedTrainer(
+            model=Trainable(model),
+            args=arguments,
+            data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
+            train_dataset=rows,
+            processing_class=load_tokenizer(),
+            optimizer_cls_and_kwargs=optimizer(arguments),
+            callbacks=[report],
+            progress=report.progress,
+        )
+    except ValueError as error:
+        raise MetronomeError(f"recipe: trainer: {' '.join(str(error).split())}") from error
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _run(trainer: GradedTrainer, earlier: Path | None) -> int:
+    """Trains to the last step, from the checkpoint ``earlier`` if there is one; the number of steps."""
+    if earlier is not None and (steps := resuming.steps_at_end(earlier)) is not None:  # TRL would take one more
+        resuming.load_weights(trainer.model, earlier)
+        return steps
+    try:
+        return int(trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier)).global_step)
     except pickle.UnpicklingError as error:
         pickled = re.search(r"GLOBAL (\S+)", str(error))
         kind = pickled[1] if pickled else "a pickle"
@@ -176,70 +219,6 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
             f"checkpoint {earlier}: one of its files is no plain data ({kind}) and was not read. "
             "Move the checkpoint away to resume from the one before it"
         ) from error
-    model.repack()
-    digest = checkpoint.weights_digest(model)
-    if is_main:
-        model.save(folder / "model")
-        summary = {
-            "weights_digest": digest,
-            "contract_id": dispatch.contract_id(),
-            "steps": result.global_step,
-            "loss": result.training_loss,
-            "pairs": len(rows),
-            "wall_s": time.perf_counter() - start,
-        }
-        write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-        print(f"weights_digest {digest}\nRun folder: {folder.resolve()}")
-
-
-def _prepare_folder(folder: Path, recipe: str, resume: bool) -> Path | None:
-    """The checkpoint to resume from; raises MetronomeError when the folder does not fit."""
-    saved = folder / "config.yaml"
-    if not resume:
-        if saved.exists():
-            raise MetronomeError(f"{folder} already holds a run; --resume goes on with it, or choose another --name")
-        return None
-    if not saved.is_file():
-        raise MetronomeError(f"{folder} holds no run to resume (no config.yaml); start without --resume")
-    if saved.read_text() != recipe:
-        raise MetronomeError(f"{saved} is the recipe of another run; resuming needs the same one")
-    finished = [
-        (int(m[1]), path)
-        for path in (folder / "checkpoints").glob("checkpoint-*")
-        if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / manifest.MANIFEST).exists()
-    ]
-    if not finished:
-        raise MetronomeError(f"{folder / 'checkpoints'} holds no finished checkpoint; start under another --name")
-    newest = max(finished)[1]
-    manifest.check(newest, recipe=recipe)
-    return newest
-
-
-def _prepare_libraries(folder: Path, config: RewardTrainConfig) -> None:
-    """Sets what trl reads when it is imported; raises MetronomeError for a recipe's value that cannot be."""
-    prepare_process()
-    if wrong := sorted(config.trainer.keys() & (FIXED_FIELDS.keys() | {"output_dir"})):
-        raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
-    if "wandb" in str(config.trainer.get("report_to")):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", config.name)):
-            os.environ.setdefault(f"WANDB_{name}", value)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
-            raise MetronomeError(
-                "on the CPU accelerate's DeepSpeed integration takes every process for the only one: launch with "
-                "--num_processes 1, or with configs/accelerate/reward.yaml"
-            )
-        import_deepspeed()
-
-
-def _optimizer(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, float]] | None:
-    """AdamW by our op where the recipe asks for AdamW, as it does by default; None leaves another choice to TRL."""
-    if arguments.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
-        return None
-    numbers = {"beta1": arguments.adam_beta1, "beta2": arguments.adam_beta2, "eps": arguments.adam_epsilon}
-    return AdamW, {"lr": arguments.learning_rate, **numbers}
 
 
 def _check_room(config: RewardTrainConfig) -> None:
@@ -257,47 +236,3 @@ def _backbone(config: RewardTrainConfig) -> InteractionModel:
     model = InteractionModel(preset(config.backbone.preset))
     model.init_weights(config.seed)
     return model
-
-
-class Report(TrainerCallback):
-    """Prints a line at each of the trainer's logs, and writes the manifest of each finished checkpoint."""
-
-    def __init__(self, pairs_a_step: int, recipe: str) -> None:
-        self._pairs_a_step = pairs_a_step
-        self._recipe = recipe
-        self._last: tuple[float, int] | None = None
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._last is None:
-            self._last = time.perf_counter(), state.global_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._last is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
-            return
-        (then, before), now = self._last, time.perf_counter()
-        self._last = now, state.global_step
-        steps = state.global_step - before
-        print(
-            f"step {state.global_step}/{state.max_steps} · loss {float(logs['loss']):.4f} · pairs in order "
-            f"{float(logs['accuracy']):.1%} · {steps * self._pairs_a_step / (now - then):.1f} pairs/s · "
-            f"{(state.max_steps - state.global_step) * (now - then) / steps:.0f} s left",
-            flush=True,
-        )
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process writes a file of its own
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            for name in UNREAD_FILES:
-                (folder / name).unlink(missing_ok=True)
-            manifest.write(folder, folder.name, self._recipe)

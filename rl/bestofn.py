@@ -14,7 +14,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rl.bestofn")
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import MetronomeError
-from model.program.files import write_whole
+from model.program.files import write_json, write_whole
 from model.program.outputs import OutputFile
 from model.program.ranges import FilePath, FilePaths, Range, Some, Steps
 from model.program.recipe import read_recipe
@@ -106,11 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
         "policy": str(path),
         "weights_digest": engine.weights_digest,
         "reward_models": source.digests,
+        "made_from": [model.origin for model in source.models],
         "scenarios": given.scenarios,
         "samples": given.samples,
         "picks": [asdict(p) for p in picks],
     }
-    write_whole(Path(given.json), (json.dumps(report, indent=2) + "\n").encode())
+    write_json(Path(given.json), report)
     from reward.study.pictures import best_of_n  # takes a second to import
 
     picture = Path(given.json).with_suffix(".png")

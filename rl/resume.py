@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +28,6 @@ from rl.learner.deepspeed import Learner
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch
 from rollout.scenarios.registry import SHIPPED
-from rollout.world.speech import SpeechBank
 
 PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
@@ -79,15 +77,6 @@ def load_progress(path: Path) -> Progress:
     except UnreadableError as error:
         remedy = "Delete this checkpoint to resume from the one before."
         raise MetronomeError(f"{path / PROGRESS}: cannot be read ({error.problem}). {remedy}") from error
-
-
-def recordings_digest(bank: SpeechBank) -> str:
-    """16 hexadecimal digits; equal for equal words and samples in one order, wherever they lie."""
-    digest = blake2b(digest_size=8)
-    for clip in bank.clips:
-        digest.update(f"{clip.text}\n{len(clip.samples)}\n".encode())
-        digest.update(clip.samples.tobytes())
-    return digest.hexdigest()
 
 
 def read_saved(folder: RunFolder, config: TrainConfig) -> Recipe[TrainConfig]:

@@ -44,7 +44,6 @@ from rl.resume import (
     check_contract,
     load_progress,
     read_saved,
-    recordings_digest,
     save,
 )
 from rl.rollers import check_workers, start_roller
@@ -162,7 +161,7 @@ class Run:
             wall_s=self.wall_s(),
             reward_models=self.source.digests,
             processes=ranks.world(),
-            recordings=recordings_digest(self.bank),
+            recordings=self.bank.digest(),
         )
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         save(self.folder, learner, progress)
@@ -184,7 +183,7 @@ class Run:
                 f"--num_processes {progress.processes}, or start a new run under another --name"
             )
         known = progress.recordings or "speech_dir" in changed
-        if known and progress.recordings != recordings_digest(self.bank):
+        if known and progress.recordings != self.bank.digest():
             raise MetronomeError(
                 f"speech_dir: other recordings than the run in {self.folder.path} began with; put those back, or start "
                 "a new run under another --name"
@@ -256,6 +255,7 @@ class Run:
             "wall_s": self.wall_s(),
         }
         if self.source.models:
+            summary["reward_models"] = ", ".join(self.source.digests)
             points = watch.evaluations(self.folder, progress.before)
             if points[-1].step < progress.step:  # a run that was stopped was evaluated at its last step
                 points.append(watch.point(progress.step, after))

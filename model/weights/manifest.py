@@ -50,16 +50,18 @@ def write(folder: Path, name: str, recipe: str = "") -> None:
     write_json(folder / MANIFEST, content)
 
 
-def check(folder: Path, *, part: str = "", recipe: str | tuple[str, ...] | None = None) -> None:
+def check(
+    folder: Path, *, part: str = "", recipe: str | tuple[str, ...] | None = None, what: str = "checkpoint"
+) -> None:
     """Raises CheckpointError unless ``folder`` holds exactly the files that were saved, under the name that it was
     saved as. The message names the first wrong file and the newest undamaged checkpoint before this one.
 
     ``part``: check only this subfolder. ``recipe``: text of the recipe that it must be of, or texts of which one must
-    be its; None for any."""
+    be its; None for any. ``what``: the message's word for what the folder holds."""
     try:
         _check(folder, part, recipe)
     except _Fault as fault:
-        raise CheckpointError(one_line(f"checkpoint {folder}: {fault}. {_advice(folder, recipe)}")) from None
+        raise CheckpointError(one_line(f"{what} {folder}: {fault}. {_advice(folder, recipe)}")) from None
 
 
 def check_loaded(folder: Path) -> None:

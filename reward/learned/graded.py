@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from trl import RewardTrainer
 
 from kernels import ops
-from kernels.errors import MetronomeError
+from model.weights.finite import NotFiniteError
+from reward.learned.resuming import Progress
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -36,7 +37,21 @@ def log_sigmoid(x: Tensor) -> Tensor:
 class GradedTrainer(RewardTrainer):
     """TRL's trainer with labels p instead of 1. TRL's loss is -log sigmoid(d - margin); by -log sigmoid(-d) =
     d - log sigmoid(d), a label p adds (1 - p) d. Batches hold ``doubt`` = 1 - p, fp32 [P], beside the arguments of
-    `Trainable`; where it is 0 the loss is TRL's."""
+    `Trainable`; where it is 0 the loss is TRL's. Raises NotFiniteError, on every process, in the step in which scores,
+    loss, gradient or (`reward.train.Report`) weights cease to be finite."""
+
+    def __init__(self, *args: Any, progress: Progress | None = None, **kwargs: Any) -> None:
+        """``progress``: to be added to."""
+        super().__init__(*args, **kwargs)
+        self.progress = Progress() if progress is None else progress
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        mean = float(self.accelerator.gather(loss).mean())
+        if not math.isfinite(mean):
+            raise self._diverged("loss is")
+        self.progress.loss_sum += mean  # of a part of the step, and already divided by the number of parts
+        return loss
 
     def compute_loss(
         self,
@@ -46,6 +61,8 @@ class GradedTrainer(RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # which also keeps TRL's records
+        if not bool(torch.isfinite(self.accelerator.gather(outputs.logits.detach())).all()):
+            raise self._diverged("scores are")
         chosen, rejected = outputs.logits[:, 0].chunk(2)
         difference, both = chosen - rejected, chosen + rejected
         terms = inputs["doubt"] * difference - log_sigmoid(difference - inputs["margin"])
@@ -57,19 +74,29 @@ class GradedTrainer(RewardTrainer):
     @torch.no_grad()
     def _clip_grad_norm(self, model: nn.Module) -> float:
         """Clips the gradient and returns its norm before clipping, summed in a fixed order (torch's depends on the
-        number of threads). Raises MetronomeError when the norm is not finite."""
+        number of threads)."""
         if (
             self.accelerator.distributed_type == DistributedType.DEEPSPEED
         ):  # whose engine clips, and has stepped already
             return float(super()._clip_grad_norm(model))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = math.sqrt(math.fsum(float(ops.dot(g, g)) for g in gradients))
-        if not math.isfinite(norm):
-            raise MetronomeError(
-                f"the gradient of step {self.state.global_step} is not finite; no step was taken. Lower "
-                "trainer.learning_rate, or resume from an earlier checkpoint"
-            )
         if norm > self.args.max_grad_norm:
             for g in gradients:
                 g *= self.args.max_grad_norm / norm
         return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> Any:
+        """The gradient's norm, with clipping or without; called before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise self._diverged("gradient is")
+        return norm
+
+    def _diverged(self, what: str) -> NotFiniteError:
+        return NotFiniteError(diverged(self.state.global_step + 1, f"the {what} not finite"))
+
+
+def diverged(step: int, what: str) -> str:
+    """The one line in which a training ends whose numbers have left those that fp32 can hold; ``step``: from 1."""
+    return f"training diverged at step {step}: {what}. No model was written; lower trainer.learning_rate"

@@ -11,8 +11,9 @@ which order, or on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -30,23 +31,25 @@ from model.program.files import whole_folder, write_json
 from model.program.ranges import Range
 from model.program.reading import UnreadableError, read_record
 from model.weights import checkpoint, manifest, packs
-from model.weights.finite import check_finite
+from model.weights.finite import NotFiniteError, check_finite
 from model.weights.tensors import read_tensors
 from reward.learned.prefixes import last_hidden
 from rollout.turn.grammar import chunk_ends
 
 BACKBONE, HEAD, DESCRIPTION = "backbone", "head.safetensors", "reward.json"
+HEAD_WEIGHT = "heads.weight"
 EPISODES_PER_PASS = 24
 """How many episodes `RewardModel.score` reads in one pass: several groups of rollouts, whose shared beginnings are then
 read once; more would cost memory and gain no speed."""
 
 
 @dataclass(frozen=True)
-class _Description:
-    """Content of `DESCRIPTION`."""
+class Description:
+    """What reward.json says."""
 
     axes: tuple[str, ...]
-    temperature: dict[str, Annotated[float, Range(0, 1e9, open_low=True)]]
+    temperature: dict[str, Annotated[float, Range(0, 1e9, open_low=True)]]  # of each axis
+    origin: dict[str, str] = field(default_factory=dict)  # "pairs", "backbone", "recipe" -> digest
 
 
 class RewardModel(nn.Module):
@@ -54,13 +57,17 @@ class RewardModel(nn.Module):
     `load`; `score` gives rewards."""
 
     def __init__(self, backbone: InteractionModel, axes: Sequence[str]) -> None:
-        """Allocates the heads' weights without setting them; raises MetronomeError unless the axes are distinct and at
-        least one."""
+        """Allocates the heads' weights without setting them; raises MetronomeError unless the axes are names, distinct
+        and at least one."""
         super().__init__()
         self.axes = tuple(axes)
         if not self.axes or len(set(self.axes)) != len(self.axes):
             raise MetronomeError(f"a reward model needs at least one axis, and each once, not {list(axes)}")
+        if wrong := next((axis for axis in self.axes if not axis.isidentifier()), None):
+            raise MetronomeError(f"{wrong!r} cannot be the name of an axis; use letters, digits and '_'")
         self.temperature = dict.fromkeys(self.axes, 1.0)  # P(a preferred to b) = sigmoid((a - b) / temperature)
+        self.origin: dict[str, str] = {}  # digests of what it was made from (`Description`)
+        self.name = f"reward model of {' and '.join(self.axes)}"  # for messages
         self.backbone = backbone
         backbone.lm_head.requires_grad_(False)  # unused, but kept so that the folder is an ordinary checkpoint
         self.heads = Weight(len(self.axes), backbone.config.text_config.hidden_size, dtype=backbone.dtype)
@@ -101,12 +108,15 @@ class RewardModel(nn.Module):
     @torch.inference_mode()
     def score(self, episodes: Sequence[Conversation]) -> list[Tensor]:
         """Each chunk's rewards, fp32 [chunks, axes] for each `Episode` or `Transcript`, with the bits of `forward`.
-        Beginnings that episodes share are read once (`reward.learned.prefixes`)."""
+        Beginnings that episodes share are read once (`reward.learned.prefixes`). Raises NotFiniteError for rewards that
+        are not finite, so that nothing is ever compared with them."""
         packed = self._ready()
         out: list[Tensor] = []
         for first in range(0, len(episodes), EPISODES_PER_PASS):
             hidden = last_hidden(self.backbone, episodes[first : first + EPISODES_PER_PASS])
             rewards = ops.linear(torch.cat(hidden), packed, torch.float32)
+            if not bool(torch.isfinite(rewards).all()):
+                raise NotFiniteError(f"{self.name}: it gives rewards that are not finite; train it anew")
             out += rewards.split([len(rows) for rows in hidden])
         return out
 
@@ -116,37 +126,76 @@ class RewardModel(nn.Module):
         return self.packed
 
     def save(self, folder: Path | str) -> None:
-        """Writes the model to ``folder``, whole or not at all: the backbone in transformers' format beside the head,
-        and a manifest of all files. Raises NotFiniteError for weights that are not finite; an
-        older model is kept."""
-        check_finite(f"reward model {folder}", self.state_dict().items(), "it was not saved. Lower the learning rate")
+        """Writes the model to ``folder``, whole or not at all (`write`)."""
         with whole_folder(Path(folder)) as temporary:
-            checkpoint.save(self.backbone, temporary / BACKBONE)
-            save_file({"heads.weight": self.heads.weight.detach().contiguous()}, temporary / HEAD)
-            description = {"axes": self.axes, "temperature": self.temperature}
-            write_json(temporary / DESCRIPTION, description)
-            manifest.write(temporary, Path(folder).name)
+            self.write(temporary, Path(folder).name)
+
+    def write(self, folder: Path, name: str) -> None:
+        """Writes the model's files into an empty folder, which will be called ``name``: the backbone in transformers'
+        format beside the head, and a manifest of all files. Raises NotFiniteError for weights that are not finite."""
+        check_finite(self.name, self.state_dict().items(), "nothing was saved")
+        checkpoint.save(self.backbone, folder / BACKBONE)
+        save_file({HEAD_WEIGHT: self.heads.weight.detach().contiguous()}, folder / HEAD)
+        write_json(folder / DESCRIPTION, asdict(Description(self.axes, self.temperature, self.origin)))
+        manifest.write(folder, name)
 
     @staticmethod
     def load(folder: Path | str) -> RewardModel:
-        """Raises MetronomeError when ``folder`` holds no reward model, a damaged one, or one that is not finite."""
+        """Raises MetronomeError when ``folder`` holds no reward model, a damaged one, or one with weights that are not
+        finite."""
         folder = Path(folder)
         if (folder / DESCRIPTION).exists() or (folder / manifest.MANIFEST).exists():
-            manifest.check(folder)
+            manifest.check(folder, what="reward model")
         try:
-            description = read_record(folder / DESCRIPTION, _Description)
+            description = read_record(folder / DESCRIPTION, Description)
             model = RewardModel(checkpoint.load(folder / BACKBONE), description.axes)
-            stored = read_tensors(folder / HEAD)["heads.weight"]
-            check_finite(f"reward model {folder}", [("heads.weight", stored)], "train it again")
-            with torch.no_grad():
-                model.heads.weight.copy_(stored)
-            model.temperature = {axis: description.temperature[axis] for axis in model.axes}
-        except (UnreadableError, KeyError, RuntimeError) as error:
+        except (MetronomeError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            problem = f"{DESCRIPTION} {error.problem}" if isinstance(error, UnreadableError) else str(error)
             raise MetronomeError(
-                f"{folder}: cannot be read as a reward model ({error}). Name a folder that `reward.train` wrote"
+                f"{folder}: cannot be read as a reward model ({problem}). Name a folder that `reward.train` wrote"
             ) from error
+        model.name = f"reward model {folder}"
+        with torch.no_grad():
+            model.heads.weight.copy_(_head(folder, model.heads.weight))
+        model.temperature, model.origin = _temperature(folder, description), description.origin
         model.pack()
         return model
+
+
+def _head(folder: Path, like: Tensor) -> Tensor:
+    """The stored heads' weights; raises MetronomeError unless they are one tensor of the shape and type of ``like``
+    whose values are finite. (`Tensor.copy_` would spread a single row over all axes.)"""
+    path = folder / HEAD
+    try:
+        stored = read_tensors(path)
+    except UnreadableError as error:
+        raise MetronomeError(f"{error}; copy the reward model again") from None
+    found = ", ".join(_form(name, tensor) for name, tensor in stored.items())
+    if found != (wanted := _form(HEAD_WEIGHT, like)):
+        raise MetronomeError(
+            f"{path}: holds {found or 'nothing'}, but its axes and its backbone's width need {wanted} alone; name "
+            "another reward model"
+        )
+    check_finite(f"reward model {folder}", stored.items(), "train it anew")
+    return stored[HEAD_WEIGHT]
+
+
+def _form(name: str, tensor: Tensor) -> str:
+    return f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _temperature(folder: Path, description: Description) -> dict[str, float]:
+    """The temperature of each axis, in the order of axes; raises MetronomeError unless each has one above 0."""
+    found = description.temperature
+    if found.keys() != set(description.axes):
+        raise MetronomeError(
+            f"{folder / DESCRIPTION}: has temperatures of {', '.join(found) or 'nothing'}, but axes "
+            f"{', '.join(description.axes)}; evaluate the reward model anew"
+        )
+    for axis, value in found.items():
+        if not 0 < value < math.inf:
+            raise MetronomeError(f"{folder / DESCRIPTION}: the temperature of {axis} is {value}; it must be above 0")
+    return {axis: found[axis] for axis in description.axes}
 
 
 def episode_scores(rewards: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,14 @@ from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
 from model.program.files import whole_folder
 from model.program.ranges import Range
+from reward.learned.origin import (
+    UNKNOWN,
+    PairsOrigin,
+    has_pairs_origin,
+    pairs_digest,
+    read_pairs_origin,
+    write_pairs_origin,
+)
 from rollout.turn.action import CHUNK_FRAMES
 
 MOST_MARGIN = 10_000
@@ -139,12 +147,22 @@ def _stored_digest(tokens: bytes, codes: bytes) -> bytes:
     return _conversation_digest(np.frombuffer(tokens, np.int32), _decompressed(codes))
 
 
-def save_preferences(folder: Path, splits: Mapping[str, Sequence[Preference]]) -> None:
-    """Writes a `DatasetDict`, whole or not at all. Raises MetronomeError as `check_apart` does."""
+def save_preferences(
+    folder: Path,
+    splits: Mapping[str, Sequence[Preference]],
+    recipe: str = UNKNOWN,
+    recordings: str = UNKNOWN,
+    policies: Sequence[str] = (),
+) -> None:
+    """Writes a `DatasetDict`, whole or not at all, with a `PairsOrigin`; ``recipe``, ``recordings`` and ``policies`` as
+    there. Raises MetronomeError as `check_apart` does."""
     check_apart(folder, {name: _held(preferences) for name, preferences in splits.items()})
     tables = DatasetDict({name: table(preferences) for name, preferences in splits.items()})
+    counts = {name: len(preferences) for name, preferences in splits.items()}
+    origin = PairsOrigin(pairs_digest(splits), counts, recipe, recordings, tuple(policies))
     with whole_folder(folder) as temporary:
         tables.save_to_disk(temporary)
+        write_pairs_origin(temporary, folder.name, origin)
 
 
 def check_apart(folder: Path, splits: Mapping[str, Iterable[tuple[int, bytes]]]) -> None:
@@ -188,9 +206,12 @@ def table(preferences: Sequence[Preference]) -> Dataset:
 def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) -> Dataset:
     """The rows of one split whose axis is among ``axes``, each checked by `check`.
 
-    ``audio``: id of the audio token. Raises MetronomeError when the data set is missing, lacks the split or a column,
-    has no pair of these axes, or at the first row that `check` refuses; and as `check_apart` does."""
+    ``audio``: id of the audio token. Raises MetronomeError when the data set is missing or damaged, lacks the
+    split or a column, has no pair of these axes, or at the first row that `check` refuses; and as `check_apart`
+    does."""
     try:
+        if has_pairs_origin(folder):
+            read_pairs_origin(folder)
         splits = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise MetronomeError(
@@ -213,6 +234,18 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
         raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
     check_apart(folder, {name: _held_in(one) for name, one in splits.items()})
     return rows
+
+
+def origin_of(folder: Path) -> PairsOrigin:
+    """What is known of a data set that `load_preferences` reads; of one that another program wrote its digest is
+    computed here. Raises MetronomeError for a data set that is damaged."""
+    if has_pairs_origin(folder):
+        return read_pairs_origin(folder)
+    try:
+        splits = {name: [from_row(row) for row in rows] for name, rows in load_from_disk(str(folder)).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, zlib.error) as error:
+        raise MetronomeError(f"{folder}: holds pairs that cannot be read ({error})") from None
+    return PairsOrigin(pairs_digest(splits), {name: len(pairs) for name, pairs in splits.items()})
 
 
 def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:

@@ -14,6 +14,8 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
+from model.weights.finite import NotFiniteError
+
 
 @dataclass(frozen=True)
 class Pick:
@@ -32,9 +34,11 @@ def best_of(n: int, values: NDArray[np.float64], by: NDArray[np.float64]) -> flo
     """Expected value of the sample with the highest ``by`` among n drawn without replacement from the N given, both
     [N]: the unbiased estimator sum_i C(i - 1, n - 1) / C(N, n) v_i, v sorted by ``by``, i from 1 (Nakano et al. 2021,
     arXiv 2112.09332, appendix I). Samples with equal ``by`` are equally likely to be picked. Raises ValueError unless
-    1 <= n <= N."""
+    1 <= n <= N, and NotFiniteError for values that are not finite."""
     if not 1 <= n <= len(values):
         raise ValueError(f"best_of: n = {n} of {len(values)} samples")
+    if not (np.isfinite(values).all() and np.isfinite(by).all()):
+        raise NotFiniteError("best of n: a score or a learned reward is not finite, and ranks nowhere")
     _, place = np.unique(by, return_inverse=True)
     evened = np.bincount(place, values) / np.bincount(place)
     weights = [math.comb(i, n - 1) / math.comb(len(values), n) for i in range(len(values))]

@@ -137,6 +137,14 @@ class SpeechBank:
             raise SpeechError(f"{manifest} lists no recordings: write one object a line, {_EXAMPLE}")
         return cls(folder, tuple(clips))
 
+    def digest(self) -> str:
+        """16 hexadecimal digits; equal for equal words and samples in one order, wherever they lie."""
+        digest = blake2b(digest_size=8)
+        for clip in self.clips:
+            digest.update(f"{clip.text}\n{len(clip.samples)}\n".encode())
+            digest.update(clip.samples.tobytes())
+        return digest.hexdigest()
+
     def saying(self, *texts: str) -> tuple[Clip, ...]:
         """The recordings whose words are exactly one of ``texts``. Raises `SpeechError` if there is none."""
         clips = tuple(clip for text in texts for clip in self._by_words.get(normalise(text), ()))

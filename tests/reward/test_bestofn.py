@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from model.weights.finite import NotFiniteError
 from reward.study.bestofn import best_of, curve, mean
 from reward.study.pictures import best_of_n
 from rl.bestofn import table
@@ -48,6 +49,16 @@ def test_of_one_scenario_there_is_no_standard_error() -> None:
     assert best_of_n([mean([two, one]), two, one]).startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no scenario"):
         curve("none", np.zeros((0, 2)), np.zeros((0, 2)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_values_that_are_not_finite_rank_nowhere(value: float, which: int) -> None:
+    both = [np.arange(3.0), np.arange(3.0)]
+    assert best_of(3, *both) == 2.0
+    both[which][1] = value
+    with pytest.raises(NotFiniteError, match="is not finite, and ranks nowhere"):
+        best_of(3, *both)
 
 
 def test_a_good_proxy_climbs_and_a_bad_one_falls() -> None:

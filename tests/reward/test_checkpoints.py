@@ -1,4 +1,5 @@
-"""Reward training's checkpoints, which are TRL's: checked before `--resume` reads them, and never executed."""
+"""Reward training's checkpoints, which are TRL's: checked before `--resume` reads them, and never executed. What is
+resumed is in test_resuming.py."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 from kernels.errors import MetronomeError
 from model.weights import manifest
 from reward.learned.model import RewardModel
+from reward.learned.origin import read_training_origin
 from reward.learned.preference import save_preferences
 from reward.train import BackboneRecipe, RewardTrainConfig, train
 from tests.model.damage import Payload, flip_bit
@@ -52,6 +54,10 @@ def digest(folder: Path) -> str:
     return str(json.loads((folder / "r/summary.json").read_text())["weights_digest"])
 
 
+def origin(folder: Path) -> str:
+    return read_training_origin(folder / "r").text
+
+
 def plant(file: Path, trace: Path) -> None:
     state = torch.load(file, weights_only=False)
     torch.save({**state, "extra": Payload(trace)}, file)
@@ -60,7 +66,7 @@ def plant(file: Path, trace: Path) -> None:
 def test_a_checkpoint_holds_its_state_and_a_manifest(made: Path) -> None:
     for step in (2, 4):
         folder = made / f"r/checkpoints/checkpoint-{step}"
-        manifest.check(folder, recipe=RECIPE)
+        manifest.check(folder, recipe=origin(made))
         names = set(json.loads((folder / manifest.MANIFEST).read_text())["files"])
         assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} <= names
         assert "training_args.bin" not in names and not [n for n in names if n.endswith((".py", ".bin"))]
@@ -94,14 +100,15 @@ def test_damage_is_refused_by_name(copy: Path, name: str, damage: Callable[[Path
 @pytest.mark.parametrize("forged", [False, True])
 def test_a_planted_payload_never_runs(copy: Path, monkeypatch: pytest.MonkeyPatch, name: str, forged: bool) -> None:
     """Not even where the manifest was made anew, so that it lists the payload."""
-    folder, trace = copy / "r/checkpoints/checkpoint-4", copy / "EXECUTED"
+    folder, trace = copy / "r/checkpoints/checkpoint-2", copy / "EXECUTED"
+    shutil.rmtree(copy / "r/checkpoints/checkpoint-4")  # from the last one no optimizer state is read
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # `train` sets it to 1
     plant(folder / name, trace)
     torch.load(folder / name, weights_only=False)
     assert trace.exists(), "the control: the payload works"
     trace.unlink()
     if forged:
-        manifest.write(folder, folder.name, RECIPE)
+        manifest.write(folder, folder.name, origin(copy))
     says = r"is no plain data \(\S*exec\) and was not read" if forged else f"{re.escape(name)} is damaged"
     with pytest.raises(MetronomeError, match=says):
         train(config(copy), RECIPE, True)
@@ -111,7 +118,8 @@ def test_a_planted_payload_never_runs(copy: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_unfinished_checkpoint_is_not_resumed_from(copy: Path) -> None:
     (copy / "r/checkpoints/checkpoint-4/manifest.json").unlink()  # as if killed while TRL was writing
     train(config(copy), RECIPE, True)
-    manifest.check(copy / "r/checkpoints/checkpoint-4", recipe=RECIPE)
+    manifest.check(copy / "r/checkpoints/checkpoint-4", recipe=origin(copy))
+    shutil.rmtree(copy / "r/model")
     (copy / "r/checkpoints/checkpoint-2/manifest.json").unlink()
     (copy / "r/checkpoints/checkpoint-4/manifest.json").unlink()
     with pytest.raises(MetronomeError, match="no finished checkpoint"):

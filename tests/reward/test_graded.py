@@ -14,16 +14,17 @@ from torch.nn.functional import logsigmoid
 from trl import RewardConfig
 
 from kernels.adamw import AdamW
-from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.tokenizer import load_tokenizer
 from model.weights import checkpoint
+from model.weights.finite import NotFiniteError
 from reward.learned.graded import GradedTrainer, log_sigmoid
 from reward.learned.model import RewardModel
 from reward.learned.preference import table
+from reward.learned.settings import optimizer
 from reward.learned.trainable import Collator, Trainable, doubt
-from reward.train import BackboneRecipe, RewardTrainConfig, _backbone, _optimizer
+from reward.train import BackboneRecipe, RewardTrainConfig, _backbone
 from tests.kernels.contract import normal, threads
 from tests.reward.test_trainable import AXES, pairs
 from tests.support.models import VOCABULARY, reward_model
@@ -110,14 +111,27 @@ def test_gradients_are_clipped_to_a_norm_that_threads_do_not_move(trainer: Grade
     assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_gradient_that_is_not_finite_is_an_error(trainer: GradedTrainer, value: float) -> None:
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.0])
+def test_gradient_that_is_not_finite_is_an_error(trainer: GradedTrainer, value: float, clipped: bool) -> None:
     model = torch.nn.Linear(3, 4)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     model.bias.grad[2] = value
-    with pytest.raises(MetronomeError, match="gradient of step 0 is not finite; no step was taken"):
-        trainer._clip_grad_norm(model)
+    norm = trainer._clip_grad_norm(model) if clipped else None
+    if math.isfinite(value):  # the control
+        assert float(trainer._get_grad_norm(model, norm)) == pytest.approx(4.0)
+        return
+    with pytest.raises(NotFiniteError, match="diverged at step 1: the gradient is not finite"):
+        trainer._get_grad_norm(model, norm)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_an_error(trainer: GradedTrainer, value: float) -> None:
+    good = torch.tensor([1.0, 2.0])
+    assert math.isfinite(loss_of(trainer, good, torch.zeros(2), torch.zeros(2)))
+    with pytest.raises(NotFiniteError, match="diverged at step 1: the scores are not finite"):
+        loss_of(trainer, torch.tensor([1.0, value]), torch.zeros(2), torch.zeros(2))
 
 
 def test_a_policy_in_bf16_is_trained_in_fp32(tmp_path: Path) -> None:
@@ -132,7 +146,7 @@ def test_a_policy_in_bf16_is_trained_in_fp32(tmp_path: Path) -> None:
 def test_adamw_of_the_recipe_is_ours(tmp_path: Path) -> None:
     for optim, ours in (("adamw_torch_fused", True), ("adamw_torch", True), ("sgd", False)):
         arguments = RewardConfig(output_dir=str(tmp_path), report_to="none", optim=optim, use_cpu=True, bf16=False)
-        chosen = _optimizer(arguments)
+        chosen = optimizer(arguments)
         assert (chosen is not None and chosen[0] is AdamW) == ours
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels import dispatch
@@ -15,6 +17,7 @@ from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.weights import checkpoint, manifest
+from model.weights.finite import NotFiniteError
 from reward.learned.model import RewardModel, episode_scores
 from rollout.record.transcript import Transcript
 from rollout.turn.grammar import chunk_ends
@@ -157,10 +160,112 @@ def test_a_damaged_folder_is_named(tmp_path: Path, model: RewardModel, file: str
         RewardModel.load(tmp_path / "saved")
 
 
-def test_a_head_of_another_shape_is_refused(tmp_path: Path, model: RewardModel) -> None:
+def head(model: RewardModel) -> torch.Tensor:
+    return model.heads.weight.detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda w: w, ""),  # the control
+        (lambda w: w[:1], r"heads\.weight \[1, 128\] float32, but .* need heads\.weight \[2, 128\] float32 alone"),
+        (lambda w: torch.tensor(1.0), r"heads\.weight \[\] float32, but"),
+        (lambda w: w.T.contiguous(), r"\[128, 2\] float32, but"),
+        (lambda w: w.double(), r"\[2, 128\] float64, but"),
+        (lambda w: w.to(torch.int64), r"\[2, 128\] int64, but"),
+        (lambda w: w * math.nan, "256 of 256 values of heads.weight are not finite"),
+        (lambda w: w.index_fill(0, torch.tensor([1]), math.inf), "128 of 256 values of heads.weight are not finite"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(
+    tmp_path: Path, model: RewardModel, spoil: Callable[[Tensor], Tensor], says: str
+) -> None:
     model.save(tmp_path / "saved")
-    description = tmp_path / "saved" / "reward.json"
-    description.write_text(description.read_text().replace('"timing",', "", 1))
+    save_file({"heads.weight": spoil(head(model))}, tmp_path / "saved" / "head.safetensors")
     manifest.write(tmp_path / "saved", "saved")
-    with pytest.raises(MetronomeError, match="cannot be read as a reward model"):
+    if not says:
+        assert torch.equal(RewardModel.load(tmp_path / "saved").heads.weight, model.heads.weight)
+        return
+    with pytest.raises(MetronomeError, match=says):
         RewardModel.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["other", "heads.weight.1"])
+def test_a_head_file_with_more_or_another_tensor_is_refused(tmp_path: Path, model: RewardModel, name: str) -> None:
+    model.save(tmp_path / "saved")
+    save_file({"heads.weight": head(model), name: torch.ones(2)}, tmp_path / "saved" / "head.safetensors")
+    manifest.write(tmp_path / "saved", "saved")
+    with pytest.raises(MetronomeError, match=f"{name} .*, but"):
+        RewardModel.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"axes": ["timing", "content"], "temperature": {"timing": 1, "content": 2}}', ""),  # the control, as ever
+        ('{"axes": ["timing", "timing"], "temperature": {"timing": 1}}', "at least one axis, and each once"),
+        ('{"axes": [], "temperature": {}}', "at least one axis"),
+        ('{"axes": ["timing", "a/b"], "temperature": {"timing": 1, "a/b": 1}}', "'a/b' cannot be the name of an axis"),
+        ('{"axes": "timing", "temperature": {"timing": 1}}', "axes"),
+        ('{"axes": ["timing", 7], "temperature": {"timing": 1}}', "axes"),
+        ('{"axes": ["timing", "content"], "temperature": {"timing": 1}}', "has temperatures of timing, but axes"),
+        (
+            '{"axes": ["timing", "content"], "temperature": {"timing": 0, "content": 1}}',
+            r"timing is 0\.0: give",
+        ),
+        (
+            '{"axes": ["timing", "content"], "temperature": {"timing": 1, "content": -2}}',
+            r"content is -2\.0: give",
+        ),
+        ('{"axes": ["timing", "content"], "temperature": {"timing": "1", "content": 1}}', "temperature"),
+        ('{"axes": ["timing", "content"], "temperature": {"timing": NaN, "content": 1}}', "NaN is no number"),
+        ('{"axes": ["timing", "content"], "temperature": {"timing": 1e999, "content": 1}}', "is too large"),
+        ('{"axes": ["timing"], "temperature": {"timing": 1}}', r"need heads\.weight \[1, 128\]"),
+        ("[]", "reward.json"),
+        ("null", "reward.json"),
+        ("", "reward.json"),
+    ],
+)
+def test_a_description_is_checked(tmp_path: Path, model: RewardModel, text: str, says: str) -> None:
+    model.save(tmp_path / "saved")
+    (tmp_path / "saved" / "reward.json").write_text(text)
+    manifest.write(tmp_path / "saved", "saved")
+    if not says:
+        assert RewardModel.load(tmp_path / "saved").temperature == {"timing": 1.0, "content": 2.0}
+        return
+    with pytest.raises(MetronomeError, match=says) as caught:
+        RewardModel.load(tmp_path / "saved")
+    assert "saved" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_neither_saved_nor_scored_with(
+    tmp_path: Path, talks: list[Transcript], value: float
+) -> None:
+    spoiled = reward_model(seed=7)
+    spoiled.save(tmp_path / "saved")
+    before = (tmp_path / "saved" / "manifest.json").read_bytes()
+    with torch.no_grad():
+        spoiled.heads.weight[1, 5] = value
+    spoiled.repack()
+    with pytest.raises(NotFiniteError, match=r"reward model of timing and content: 1 of 256 values of heads\.weight"):
+        spoiled.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "manifest.json").read_bytes() == before, "the older model is as it was"
+    with pytest.raises(NotFiniteError, match="gives rewards that are not finite"):
+        spoiled.score(talks[:1])
+
+
+def test_weights_too_large_to_score_with_are_named_by_folder(tmp_path: Path, talks: list[Transcript]) -> None:
+    large = reward_model(seed=7)
+    with torch.no_grad():
+        large.heads.weight.fill_(3e38)  # finite
+    large.save(tmp_path / "large")
+    with pytest.raises(NotFiniteError, match=f"reward model {tmp_path / 'large'}: it gives rewards"):
+        RewardModel.load(tmp_path / "large").score(talks[:1])
+
+
+def test_disk_keeps_what_a_model_was_made_from(tmp_path: Path) -> None:
+    made = reward_model()
+    made.origin = {"pairs": "a" * 32}
+    made.save(tmp_path / "saved")
+    assert RewardModel.load(tmp_path / "saved").origin == {"pairs": "a" * 32}

@@ -26,7 +26,6 @@ from rl.resume import (
     finished,
     load_progress,
     read_saved,
-    recordings_digest,
 )
 from rl.run import Run
 from rl.train import parse
@@ -217,7 +216,7 @@ def test_a_recipe_that_this_version_does_not_know(copy: Path) -> None:
 def test_recordings_count_by_their_content(copy: Path) -> None:
     cut(copy, 2)
     place = Path(shutil.copytree(DEFAULT_FOLDER, copy.parent.parent / "speech"))
-    assert load_progress(copy / "checkpoints/step_000002").recordings == recordings_digest(SpeechBank.open(place))
+    assert load_progress(copy / "checkpoints/step_000002").recordings == SpeechBank.open(place).digest()
     lines = (place / "manifest.jsonl").read_text().splitlines(keepends=True)
     (place / "manifest.jsonl").write_text("".join(reversed(lines)))
     assert "speech_dir: other recordings than the run in" in refusal(copy.parent, "moved", speech_dir=place)

@@ -1,0 +1,128 @@
+"""Settings of TRL's trainer, and of the process that it runs in, by the recipe of `reward.train`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from kernels.adamw import AdamW
+from kernels.errors import MetronomeError
+from model.program.ranges import Limit, Range, shown
+from model.program.startup import import_deepspeed, prepare_process
+
+FIXED_FIELDS: dict[str, Any] = {
+    "remove_unused_columns": False,  # TRL would drop all but three of our columns
+    "max_length": None,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "train_sampling_strategy": "sequential",
+    "logging_nan_inf_filter": False,  # it shows another loss in the place of one that is not finite
+    "ignore_data_skip": False,  # resuming would begin with the first pairs again
+    "auto_find_batch_size": False,  # the batch would depend on the machine's memory
+    "load_best_model_at_end": False,  # nothing is evaluated during training
+}
+"""Fields of trl.RewardConfig that the program needs to have these values; a recipe may not set them."""
+
+_EVERY = Range(0, 10**7, open_low=True)
+RANGES: dict[str, Limit] = {
+    "learning_rate": Range(0.0, 1.0),
+    "weight_decay": Range(0.0, 1.0),
+    "adam_beta1": Range(0.0, 0.999999),
+    "adam_beta2": Range(0.0, 0.999999),
+    "adam_epsilon": Range(0.0, 1.0, open_low=True),
+    "max_grad_norm": Range(0.0, 1e6),
+    "center_rewards_coefficient": Range(0.0, 1e3),
+    "num_train_epochs": Range(0, 10**4, open_low=True),
+    "max_steps": Range(-1, 10**7),  # -1: by num_train_epochs
+    "warmup_steps": Range(0, 10**7),
+    "warmup_ratio": Range(0.0, 1.0),
+    "logging_steps": _EVERY,  # below 1: a share of all steps
+    "save_steps": _EVERY,
+    "eval_steps": _EVERY,
+    "save_total_limit": Range(1, 10**6),
+    "per_device_train_batch_size": Range(1, 10**5),
+    "per_device_eval_batch_size": Range(1, 10**5),
+    "gradient_accumulation_steps": Range(1, 10**5),
+    "dataloader_num_workers": Range(0, 1024),
+    "seed": Range(0, 2**32 - 1),
+    "data_seed": Range(0, 2**32 - 1),
+}
+"""Ranges of numbers in trl.RewardConfig; the recipe's type has them, and so `read_recipe` checks them."""
+
+
+def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> TrainingArguments:
+    """TRL's arguments for the run in ``folder``; ``given``: the recipe's trainer fields. Raises MetronomeError for
+    fields or values that cannot be."""
+    _prepare_libraries(folder, given)
+    from trl import RewardConfig  # after the settings above: it reads them when imported
+
+    _check_fields(get_type_hints(RewardConfig), given)
+    chosen = {"report_to": "none", "seed": seed} | dict(given)
+    try:
+        arguments = RewardConfig(output_dir=str(folder / "checkpoints"), **FIXED_FIELDS, **chosen)
+    except (TypeError, ValueError) as error:
+        raise MetronomeError(f"recipe: trainer: {error}. The fields are those of trl.RewardConfig") from error
+    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
+        raise MetronomeError(
+            "recipe: trainer.max_steps and trainer.num_train_epochs give no step; set one of them to 1 or more"
+        )
+    return arguments
+
+
+def _check_fields(types: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises MetronomeError for the first field whose value is not of its type."""
+    for name, value in given.items():
+        problem = None
+        if name in types:
+            try:
+                TypeAdapter(types[name]).validate_python(value, strict=True)
+            except ValidationError as error:
+                problem = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
+        if problem is not None:
+            raise MetronomeError(f"recipe: trainer.{name} is {shown(value)}: {problem[:1].lower()}{problem[1:]}")
+
+
+def trainer_defaults(arguments: TrainingArguments) -> dict[str, Any]:
+    """Each field's value in a recipe that does not name it."""
+    return {f.name: f.default for f in fields(arguments)}
+
+
+def _prepare_libraries(folder: Path, given: Mapping[str, Any]) -> None:
+    """Sets what trl reads when it is imported."""
+    prepare_process()
+    if wrong := sorted(given.keys() & (FIXED_FIELDS.keys() | {"output_dir"})):
+        raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
+    if "wandb" in str(given.get("report_to")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", folder.name)):
+            os.environ.setdefault(f"WANDB_{name}", value)
+    if uses_deepspeed():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+            raise MetronomeError(
+                "on the CPU accelerate's DeepSpeed integration takes every process for the only one: launch with "
+                "--num_processes 1, or with configs/accelerate/reward.yaml"
+            )
+        import_deepspeed()
+
+
+def uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def optimizer(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, float]] | None:
+    """AdamW by our op where the recipe asks for AdamW, as it does by default; None leaves another choice to TRL."""
+    if arguments.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+        return None
+    numbers = {"beta1": arguments.adam_beta1, "beta2": arguments.adam_beta2, "eps": arguments.adam_epsilon}
+    return AdamW, {"lr": arguments.learning_rate, **numbers}
