@@ -3,11 +3,10 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml -m rl.minimal --config configs/quickstart.yaml
 
 It ends with the very weights of `rl.train` on the same recipe and number of processes, and prints their digest. Left
-out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers and vLLM.
-Refused: learned rewards, distance from a reference policy, bf16 (which needs fp32 masters).
-
-Why there is no importance ratio, no clipping of one and no second step on a batch: sampler and learner are one
-function, so the ratio is exactly 1, and the `check` below stops the run where it would not be.
+out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers and vLLM. Refused:
+learned rewards, distance from a reference policy, bf16 (it needs fp32 masters). Why there is no importance ratio, no
+clipping of one and no second step on a batch: sampler and learner are one function, so the ratio is exactly 1, and the
+`check` below stops the run where it would not be.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from model.placement import Placement
 from model.weights.checkpoint import weights_digest
 from reward.source import RewardSource
 from rl.config import OptimConfig, TrainConfig
+from rl.consistency import check_recipe
 from rl.learner import ranks
 from rl.learner.deepspeed import learning_rate
 from rl.rollers import plays_of_a_step
-from rl.room import check_fits
-from rl.run import build_model, check_shares
+from rl.run import build_model
 from rl.step import tree
 from rl.step.advantage import RunningScale
 from rl.step.credit import token_weights
@@ -54,8 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     if config.rl.reference_weight or config.source.models or config.model.dtype != "float32":
         raise MetronomeError("rl.minimal knows fp32 and the rules' rewards only; use rl.train")
     ranks.join()
-    check_shares(config)
-    check_fits(config)
+    check_recipe(config)
     digest = train(config)
     if ranks.rank() == 0:
         print(f"weights_digest {digest}")

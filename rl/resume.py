@@ -20,6 +20,7 @@ from model.program.ranges import Range, shown
 from model.program.reading import UnreadableError, read_record
 from model.program.recipe import Recipe, flat, read_recipe
 from model.weights import checkpoint
+from reward.source import RewardSource
 from rl.config import TrainConfig
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
@@ -28,6 +29,7 @@ from rl.learner.deepspeed import Learner
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch
 from rollout.scenarios.registry import SHIPPED
+from rollout.world.speech import SpeechBank
 
 PROGRESS = "progress.json"
 """In a checkpoint folder: what a resumed run must know beside weights and optimizer state."""
@@ -149,6 +151,31 @@ def finished(config: TrainConfig) -> str:
         f"The run in {folder.path} is finished: {step} steps, weights {digest}. It stays as it is. A larger --rl.steps "
         f"goes on with it; `python -m rl.audit --run {folder.path}` audits it again."
     )
+
+
+def check_same(
+    folder: RunFolder, progress: Progress, changed: Mapping[str, Any], source: RewardSource, bank: SpeechBank
+) -> None:
+    """Raises MetronomeError when what decides bits, beside the recipe, is not what the run began with. ``changed``:
+    the fields of the recipe that are not."""
+    check_contract(folder)
+    if progress.reward_models != source.digests:
+        raise MetronomeError(
+            f"source.models: other weights than the run in {folder.path} began with; put those back, or start "
+            "a new run under another --name"
+        )
+    if progress.processes != ranks.world():
+        raise MetronomeError(
+            f"the run in {folder.path} was begun by {progress.processes} processes, this is {ranks.world()}: "
+            "another number sums gradients in another order and ends with other weights. Give the launcher "
+            f"--num_processes {progress.processes}, or start a new run under another --name"
+        )
+    known = progress.recordings or "speech_dir" in changed
+    if known and progress.recordings != bank.digest():
+        raise MetronomeError(
+            f"speech_dir: other recordings than the run in {folder.path} began with; put those back, or start "
+            "a new run under another --name"
+        )
 
 
 def check_contract(folder: RunFolder) -> None:

@@ -7,7 +7,7 @@ Owns everything that lasts as long as the run: its folder, what the user sees, t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,11 @@ from rl.audit.document import to_json
 from rl.audit.finding import Verdict
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
+from rl.consistency import check_recipe
 from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
-from rl.ignored import check_read
 from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
@@ -41,21 +41,18 @@ from rl.resume import (
     Progress,
     announcement,
     changes,
-    check_contract,
+    check_same,
     load_progress,
     read_saved,
     save,
 )
-from rl.rollers import check_workers, start_roller
-from rl.room import check_fits
+from rl.rollers import start_roller
 from rl.step import loop
 from rl.step.identity import Mismatch, NotEqualError
 from rl.tracking.samples import samples
-from rl.tracking.settings import check as check_tracking
 from rl.tracking.tracker import Tracker
 from rl.warmstart import warm_start
 from rollout.record.episode import save_episodes
-from rollout.seeds import FIRST_DEMONSTRATION_SEED, SEEDS_PER_RUN
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
@@ -82,11 +79,7 @@ class Run:
         number that will not do, before anything is written over."""
         self._start = time.perf_counter()
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
-        check_shares(config)
-        check_workers(config)
-        check_fits(config)
-        check_read(config)
-        check_tracking(config.tracking)
+        check_recipe(config)
         self.config = config
         self.display = Display(ranks.rank() == 0)
         self._newest: tuple[int, Path] | None = None  # checkpoint to go on from
@@ -99,7 +92,7 @@ class Run:
         self.source = RewardSource.load(config.scenarios, config.source)
         self.bank = SpeechBank.open(config.speech_dir)
         if self._newest:
-            self.check_same(load_progress(self._newest[1]), changed)
+            check_same(self.folder, load_progress(self._newest[1]), changed, self.source, self.bank)
         if not resume:
             self.folder = RunFolder.create(Path(config.runs), config.name, recipe)
         self.model = build_model(config, self._newest and self._newest[1] / "model")
@@ -166,28 +159,6 @@ class Run:
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         save(self.folder, learner, progress)
         return learner, progress
-
-    def check_same(self, progress: Progress, changed: Mapping[str, Any]) -> None:
-        """Raises MetronomeError when what decides bits, beside the recipe, is not what the run began with. ``changed``:
-        the fields of the recipe that are not."""
-        check_contract(self.folder)
-        if progress.reward_models != self.source.digests:
-            raise MetronomeError(
-                f"source.models: other weights than the run in {self.folder.path} began with; put those back, or start "
-                "a new run under another --name"
-            )
-        if progress.processes != ranks.world():
-            raise MetronomeError(
-                f"the run in {self.folder.path} was begun by {progress.processes} processes, this is {ranks.world()}: "
-                "another number sums gradients in another order and ends with other weights. Give the launcher "
-                f"--num_processes {progress.processes}, or start a new run under another --name"
-            )
-        known = progress.recordings or "speech_dir" in changed
-        if known and progress.recordings != self.bank.digest():
-            raise MetronomeError(
-                f"speech_dir: other recordings than the run in {self.folder.path} began with; put those back, or start "
-                "a new run under another --name"
-            )
 
     def resume(self, step: int, path: Path) -> tuple[Learner, Progress]:
         """Model, optimizer and progress as the checkpoint of ``step`` finished steps in ``path`` holds them; later
@@ -322,30 +293,6 @@ class Run:
 
     def wall_s(self) -> float:
         return self._earlier_s + time.perf_counter() - self._start
-
-
-def check_shares(config: TrainConfig) -> None:
-    """Raises MetronomeError for a setting that does not fit the others: a process would have nothing to do, scenarios
-    would come twice, an axis is not rewarded, or the policy would not be sampled from."""
-    if config.rollout.temperature == 0:
-        raise MetronomeError(
-            f"rollout.temperature is {config.rollout.temperature}: RL needs a number above 0. At 0 the sampler takes "
-            "the most likely token, which is no sample of the policy whose log-probs are learned from"
-        )
-    for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
-        if count < ranks.world():
-            raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
-    for name, steps, each, seeds in (
-        ("rl.steps", config.rl.steps, config.rl.groups, FIRST_DEMONSTRATION_SEED),
-        ("warmstart.steps", config.warmstart.steps, config.warmstart.episodes, SEEDS_PER_RUN),
-    ):
-        if steps * each > seeds:
-            raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
-    if wrong := sorted(config.rl.axis_weights.keys() - set(config.scenarios.axes)):
-        raise MetronomeError(
-            f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on "
-            f"{', '.join(config.scenarios.axes)}"
-        )
 
 
 def build_model(config: TrainConfig, resumed: Path | None = None) -> InteractionModel:

@@ -36,11 +36,10 @@ from rl.audit.pictures import chart, line
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import check_checkpoints
 from rl.audit.report import machines, write
+from rl.resume import CHECKED, FREE
 
-FREE = (
-    *LOCATION_FIELDS, "speech_dir", "placement", "eval", "model.checkpoint", "rollout.engine", "rollout.workers",
-    "rollout.worker_threads", "rollout.worker_timeout_s", "rollout.max_tokens", "source.models", "source.watch",
-    "rl.steps", "rl.micro_batch", "rl.checkpoint_every", "rl.evaluate_every", "rl.save_episodes_every",
+DECIDE_NOTHING = (
+    *FREE, *CHECKED, "placement", "eval", "source.watch", "rl.steps", "rl.micro_batch", "rl.evaluate_every",
 )  # fmt: skip
 """Fields of a recipe, and groups of them, that runs of equal bits may differ in: places, engines and processes, what is
 kept, how long. All others decide bits."""
@@ -167,7 +166,8 @@ def _contradictions(label: str, records: Records, weights: Mapping[int, str]) ->
 
 def _recipes(recipe: Sequence[RecipeField]) -> list[str]:
     """A reason where recipes differ in what decides bits, though no bit differs."""
-    names = [r.field for r in recipe if not any(r.field == free or r.field.startswith(f"{free}.") for free in FREE)]
+    parts = tuple(f"{free}." for free in DECIDE_NOTHING)
+    names = [r.field for r in recipe if not f"{r.field}.".startswith(parts)]
     if not names:
         return []
     return [

@@ -27,8 +27,8 @@ from reward.train import RewardTrainConfig
 from rl import minimal
 from rl.bestofn import BestOfNConfig
 from rl.config import TrainConfig
+from rl.consistency import check_shares
 from rl.room import check_fits
-from rl.run import check_shares
 from rl.train import main as train_policy
 from rl.train import parse
 from rollout.scenarios.family import AnyFamily

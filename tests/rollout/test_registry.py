@@ -10,7 +10,7 @@ import pytest
 from kernels.errors import MetronomeError
 from reward.rules.timespeak import TIMESPEAK, TimespeakSettings
 from reward.score import score
-from rl.run import check_shares
+from rl.consistency import check_shares
 from rl.train import parse
 from rollout.scenarios.family import Family
 from rollout.scenarios.registry import SHIPPED, ScenarioConfig, find_family

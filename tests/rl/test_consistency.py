@@ -6,7 +6,7 @@ import pytest
 
 from kernels.errors import MetronomeError
 from model.program import shipped
-from rl.ignored import UNREAD, check_read
+from rl.consistency import UNREAD, check_read
 from rl.train import parse
 
 CASES = {

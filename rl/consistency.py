@@ -1,0 +1,99 @@
+"""Whether the settings of a run's recipe fit one another, beyond the range of each (`model.program.ranges`), and the
+number of processes.
+
+`check_read` refuses settings that are given and that nothing would read, since another setting turns off what they are
+for. Given is what differs from the default. Not meant are settings of a phase that has no steps, which wait for its
+steps, and ``model.preset`` beside a checkpoint, which replaces it as the recipe says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+from kernels.errors import MetronomeError
+from model.program.ranges import shown
+from rl.config import TrainConfig
+from rl.learner import ranks
+from rl.rollers import check_workers
+from rl.room import check_fits
+from rl.tracking.settings import check as check_tracking
+from rollout.seeds import FIRST_DEMONSTRATION_SEED, SEEDS_PER_RUN
+
+UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] = (
+    (
+        ("rollout.worker_threads", "rollout.worker_timeout_s"),
+        lambda config: not config.rollout.workers,
+        "rollout.workers is 0: episodes are rolled out in the learner's own process",
+    ),
+    (
+        ("rollout.worker_threads",),
+        lambda config: config.rollout.engine == "vllm",
+        "rollout.engine is vllm, which divides the cores itself",
+    ),
+    (
+        ("tracking.mode", "tracking.project"),
+        lambda config: not config.tracking.trackers,
+        "tracking.trackers names no tracker",
+    ),
+    (
+        ("source.watch",),
+        lambda config: not config.source.models,
+        "source.models names no reward model, so no learned reward is watched",
+    ),
+    (
+        ("eval.during",),
+        lambda config: config.eval.during > config.eval.scenarios,
+        "eval.scenarios is less, and evaluations during RL are made on the first of these",
+    ),
+)
+"""(settings, whether nothing reads them, why)."""
+
+
+def check_recipe(config: TrainConfig) -> None:
+    """Raises MetronomeError, naming the field, for a recipe that cannot be run here: settings that do not fit one
+    another, the number of processes, the machine or what is installed, and settings that would be ignored."""
+    check_shares(config)
+    check_workers(config)
+    check_fits(config)
+    check_read(config)
+    check_tracking(config.tracking)
+
+
+def check_read(config: TrainConfig) -> None:
+    """Raises MetronomeError for the first setting that is given and would be ignored."""
+    usual = TrainConfig()
+    for names, unread, why in UNREAD:
+        for name in names:
+            if unread(config) and _value(config, name) != _value(usual, name):
+                value = shown(_value(config, name))
+                raise MetronomeError(f"{name} is {value}, but would be ignored: {why}. Leave it out, or change that")
+
+
+def _value(config: TrainConfig, name: str) -> Any:
+    return reduce(getattr, name.split("."), config)
+
+
+def check_shares(config: TrainConfig) -> None:
+    """Raises MetronomeError for a setting that does not fit the others: a process would have nothing to do, scenarios
+    would come twice, an axis is not rewarded, or the policy would not be sampled from."""
+    if config.rollout.temperature == 0:
+        raise MetronomeError(
+            f"rollout.temperature is {config.rollout.temperature}: RL needs a number above 0. At 0 the sampler takes "
+            "the most likely token, which is no sample of the policy whose log-probs are learned from"
+        )
+    for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
+        if count < ranks.world():
+            raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
+    for name, steps, each, seeds in (
+        ("rl.steps", config.rl.steps, config.rl.groups, FIRST_DEMONSTRATION_SEED),
+        ("warmstart.steps", config.warmstart.steps, config.warmstart.episodes, SEEDS_PER_RUN),
+    ):
+        if steps * each > seeds:
+            raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
+    if wrong := sorted(config.rl.axis_weights.keys() - set(config.scenarios.axes)):
+        raise MetronomeError(
+            f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on "
+            f"{', '.join(config.scenarios.axes)}"
+        )
