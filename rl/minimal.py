@@ -5,8 +5,7 @@
 It ends with the very weights of `rl.train` on the same recipe and number of processes, and prints their digest. Left
 out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers and vLLM. Refused:
 learned rewards, distance from a reference policy, bf16 (it needs fp32 masters). Why there is no importance ratio, no
-clipping of one and no second step on a batch: sampler and learner are one function, so the ratio is exactly 1, and the
-`check` below stops the run where it would not be.
+clipping of one, no second step on a batch: sampler and learner are one function, so it is 1, and `check` sees to it.
 """
 
 from __future__ import annotations
