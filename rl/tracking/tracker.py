@@ -148,9 +148,8 @@ def _earlier(journal: Path) -> list[Record]:
     data = read_bytes(journal)
     if whole_lines(data) != data:
         write_whole(journal, whole_lines(data))
-    entries = [
-        as_record(decode(line), _Entry, f"{journal}, line {number}") for number, line in lines(whole_lines(data))
-    ]
+    numbered = [(f"{journal}, line {number}", line) for number, line in lines(whole_lines(data))]
+    entries = [as_record(decode(line, where), _Entry, where) for where, line in numbered]
     return [Record(entry.step, entry.metrics) for entry in entries]
 
 
