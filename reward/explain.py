@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
-from model.program.reading import read_yaml, to_json
+from model.program.reading import read_yaml
 from model.program.recipe import read_recipe
+from model.program.yaml_text import to_yaml
 from reward.score import score_stored
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ForeignFamilyError, ScenarioConfig
@@ -58,5 +59,5 @@ def families(run: Path) -> ScenarioConfig:
         fields = read_yaml(path)["scenarios"]
     except (KeyError, TypeError) as error:
         raise MetronomeError(f"{path}: no recipe of a run with its families ({error!r})") from error
-    text = to_json({"scenarios": fields})  # which is YAML, too
+    text = to_yaml({"scenarios": fields})
     return read_recipe("rollout.show", "", _ScenarioRecipe, ["--config", text]).config.scenarios

@@ -43,6 +43,7 @@ from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
 from model.program.files import write_json, write_whole
 from model.program.folders import RunName, locate, locked
+from model.program.launched import local_world
 from model.program.memory import check_room
 from model.program.outputs import OutputFolder
 from model.program.ranges import Fields, FilePath, Names, Range, Seed, Weight
@@ -226,7 +227,7 @@ def _check_room(config: RewardTrainConfig) -> None:
     path = config.backbone.checkpoint
     shape = preset(config.backbone.preset) if path is None else checkpoint.config_of(path)
     name = f"backbone.preset {config.backbone.preset!r}" if path is None else f"backbone.checkpoint {path!r}"
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * training_bytes(empty(shape, torch.float32))
+    needed = local_world() * training_bytes(empty(shape, torch.float32))
     check_room(needed, f"recipe: {name}: training it", "take a smaller model, or a machine with more memory")
 
 

@@ -1,15 +1,18 @@
-"""Whether the settings of a run's recipe fit one another, beyond the range of each (`model.program.ranges`), and the
-number of processes.
+"""What a run's recipe must meet beyond the range of each field (`model.program.ranges`).
 
-`check_read` refuses settings that are given and that nothing would read, since another setting turns off what they are
-for. Given is what differs from the default. Not meant are settings of a phase that has no steps, which wait for its
-steps, and ``model.preset`` beside a checkpoint, which replaces it as the recipe says.
+- `check_recipe`: all of it, before anything is written.
+- `check_read`: each setting that is given is read.
+- `check_shares`: every process has its share of scenarios, none comes twice, and there is a policy to learn from.
+
+Given is what differs from the default. Not meant by `check_read` are settings of a phase that has no steps, which wait
+for its steps, and ``model.preset`` beside a checkpoint, which replaces it as the recipe says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
@@ -51,12 +54,13 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
 """(settings, whether nothing reads them, why)."""
 
 
-def check_recipe(config: TrainConfig) -> None:
+def check_recipe(config: TrainConfig, resumed: Path | None = None) -> None:
     """Raises MetronomeError, naming the field, for a recipe that cannot be run here: settings that do not fit one
-    another, the number of processes, the machine or what is installed, and settings that would be ignored."""
+    another, the number of processes, the machine or what is installed, and settings that would be ignored.
+    ``resumed``: as in `rl.run.build_model`."""
     check_shares(config)
     check_workers(config)
-    check_fits(config)
+    check_fits(config, resumed)
     check_read(config)
     check_tracking(config.tracking)
 

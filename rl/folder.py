@@ -25,6 +25,7 @@ from model.program.exhausted import naming, sentence
 from model.program.files import replace_folder, write_whole
 from model.program.folders import locate, locked
 from model.program.reading import (
+    MOST_RECIPE_BYTES,
     UnreadableError,
     as_record,
     decode,
@@ -103,7 +104,7 @@ class RunFolder:
         path = locate(runs, name)
         if not (path / RECIPE).is_file():
             raise MetronomeError(f"{path} holds no run to resume (no {RECIPE}); start without --resume")
-        return RunFolder(path, _read_lines(path / "metrics.jsonl"), read_text(path / RECIPE))
+        return RunFolder(path, _read_lines(path / "metrics.jsonl"), read_text(path / RECIPE, MOST_RECIPE_BYTES))
 
     def recipes(self) -> tuple[str, ...]:
         """Texts of all recipes that the run has had, today's first."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
+from model.program.launched import local_world
 from rl.config import TrainConfig
 from rl.learner import ranks
 from rollout.engines.embedded import SessionEngine
@@ -95,7 +96,7 @@ def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Rolle
         max_tokens=rollout.max_tokens,
         words_per_chunk=rollout.words_per_chunk,
     )
-    even = max(1, len(os.sched_getaffinity(0)) // (ranks.local_world() * rollout.workers))
+    even = max(1, len(os.sched_getaffinity(0)) // (local_world() * rollout.workers))
     threads = even if rollout.worker_threads is None else rollout.worker_threads
     pool = WorkerPool(model, setup, workers=rollout.workers, threads=threads, timeout_s=rollout.worker_timeout_s)
     with closing(pool):

@@ -3,6 +3,8 @@ recipe, before anything is allocated or written."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from kernels import dispatch
@@ -10,6 +12,7 @@ from kernels.errors import MetronomeError
 from model.backbone.size import empty, training_bytes
 from model.backbone.state import state_bytes
 from model.config import preset
+from model.program.launched import local_world
 from model.program.memory import check_room
 from model.weights import checkpoint
 from rl.config import TrainConfig
@@ -18,11 +21,11 @@ from rl.rollers import plays_of_a_step
 from rollout.turn.grammar import check_context, context_rows
 
 
-def check_fits(config: TrainConfig) -> None:
+def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, and for a model or
-    sessions beyond what this machine's memory, or its GPU's, has left."""
+    sessions beyond what this machine's memory, or its GPU's, has left. ``resumed``: as in `rl.run.build_model`."""
     rollout, path = config.rollout, config.model.checkpoint
-    shape = preset(config.model.preset) if path is None else checkpoint.config_of(path)
+    shape = preset(config.model.preset) if path is None else checkpoint.config_of(resumed or path)
     check_context("rollout.max_tokens", rollout.max_tokens, config.scenarios.most_chunks, rollout.words_per_chunk)
     rows = context_rows(config.scenarios.most_chunks, rollout.words_per_chunk)
     positions = shape.text_config.max_position_embeddings
@@ -35,7 +38,7 @@ def check_fits(config: TrainConfig) -> None:
     model = empty(shape, dtype)
     count = sum(w.numel() for w in model.parameters())
     shards = ranks.world() if config.rl.optim.zero_stage else 1
-    together = ranks.local_world() if device.type == "cpu" else 1  # a GPU is one process's own
+    together = local_world() if device.type == "cpu" else 1  # a GPU is one process's own
     needed = together * training_bytes(model, shards)
     name = f"model.preset {config.model.preset!r}" if path is None else f"model.checkpoint {path!r}"
     purpose = f"recipe: {name}: training its {count:,} weights in {together} processes"

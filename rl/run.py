@@ -79,7 +79,6 @@ class Run:
         number that will not do, before anything is written over."""
         self._start = time.perf_counter()
         self._earlier_s = 0.0  # wall seconds of the run before it was interrupted
-        check_recipe(config)
         self.config = config
         self.display = Display(ranks.rank() == 0)
         self._newest: tuple[int, Path] | None = None  # checkpoint to go on from
@@ -89,13 +88,15 @@ class Run:
             saved = read_saved(self.folder, config)
             self._newest = self.folder.checkpoint_to_resume(saved.text, recipe)
             changed = changes(self.folder, saved.config, config, self._newest is not None)
+        own = self._newest and self._newest[1] / "model"  # which replaces the recipe's checkpoint
+        check_recipe(config, own)
         self.source = RewardSource.load(config.scenarios, config.source)
         self.bank = SpeechBank.open(config.speech_dir)
         if self._newest:
             check_same(self.folder, load_progress(self._newest[1]), changed, self.source, self.bank)
         if not resume:
             self.folder = RunFolder.create(Path(config.runs), config.name, recipe)
-        self.model = build_model(config, self._newest and self._newest[1] / "model")
+        self.model = build_model(config, own)
         self.vocabulary = Vocabulary.build(self.model.vocab)
         self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
         if resume:

@@ -2,7 +2,8 @@
 one line, for `model.program.startup.run_command`.
 
 Libraries hide the system's error in their own (safetensors, torch's writers and allocator), so their text is searched
-for the system's words. Imports nothing but the standard library.
+for the system's words. An `OSError` that carries the system's number and names a file counts as one of these, whoever
+raised it; where that hides a defect, METRONOME_TRACEBACK=1 shows the cause. Imports nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -41,6 +41,20 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_whole(path, to_json(value, indent).encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds ``line``, which ends with a newline, to a file of lines. Only a crash leaves a part of it
+    (`model.program.reading.whole_lines`)."""
+    left = line.encode()
+    with naming(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to ``path``, replacing an older folder, when the block ends without an

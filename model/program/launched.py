@@ -20,6 +20,7 @@ class Launched:
     rank: int
     local_rank: int  # among those on this machine
     world: int
+    local_world: int  # how many run on this machine; all, if the launcher does not say
     address: str  # of the machine where the processes meet
     port: int
 
@@ -36,10 +37,13 @@ class Launched:
             present = " ".join(f"{name}={environment[name][:40]!r}" for name in given)
             raise MetronomeError(f"the environment has {present}, but not {', '.join(missing)}. {cure}")
         world = _whole(environment, "WORLD_SIZE", 1, 1 << 20, cure)
+        stated = "LOCAL_WORLD_SIZE" in environment
+        local_world = _whole(environment, "LOCAL_WORLD_SIZE", 1, world, cure) if stated else world
         return cls(
             rank=_whole(environment, "RANK", 0, world - 1, cure),
-            local_rank=_whole(environment, "LOCAL_RANK", 0, world - 1, cure),
+            local_rank=_whole(environment, "LOCAL_RANK", 0, local_world - 1, cure),
             world=world,
+            local_world=local_world,
             address=environment["MASTER_ADDR"],
             port=_whole(environment, "MASTER_PORT", 1, 65535, cure),
         )
@@ -53,6 +57,12 @@ class Launched:
                 f"MASTER_ADDR={self.address[:80]!r}: no machine of that name is known here ({error}). Give the "
                 "launcher the name or number of the machine of rank 0 (--main_process_ip)"
             ) from error
+
+
+def local_world() -> int:
+    """How many of the run's processes are on this machine; 1 without a launcher. Raises as `Launched.read` does."""
+    launched = Launched.read()
+    return 1 if launched is None else launched.local_world
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int, most: int, cure: str) -> int:

@@ -18,6 +18,11 @@ from typing import Any
 
 from kernels.errors import MetronomeError
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes that Linux's file systems take."""
+BESIDE = len("..old.12345678")
+"""Bytes that `model.program.files` and `model.program.folders` add to a name, for what they write beside it."""
+
 
 @dataclass(frozen=True)
 class OutputFile:
@@ -86,9 +91,12 @@ def problem_of_file(text: str, beside: tuple[str, ...] = ()) -> str | None:
         return problem
     if text.endswith("/") or path.is_dir():
         return "it is a folder; give the path of a file"
+    written = (path, *(path.with_suffix(ending) for ending in beside))
+    if problem := next((p for one in written if (p := _problem_of_last(one))), None):
+        return problem
     if path.suffix in beside:
         return f"a file of that name is written beside it; give a name with another ending than {path.suffix}"
-    for one in (path, *(path.with_suffix(ending) for ending in beside)):
+    for one in written:
         if os.path.lexists(one) and not one.is_file():
             return f"{one} is there and no regular file; give another path"
     return _problem_in(path.parent)
@@ -98,13 +106,20 @@ def problem_of_folder(text: str) -> str | None:
     """Why the folder ``text`` cannot be made or written into, and what to give instead; None when it can."""
     if not text or "\0" in text:
         return "give the path of a folder"
-    return _problem_of_names(Path(text)) or _problem_in(Path(text))
+    path = Path(text)
+    return _problem_of_names(path) or _problem_of_last(path) or _problem_in(path)
 
 
 def _problem_of_names(path: Path) -> str | None:
-    """Linux's file systems take names of up to 255 bytes, and paths of less than 4,096."""
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
-    return "give a shorter path" if longest > 255 or len(os.fsencode(path)) > 4095 else None
+    too_long = longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH - BESIDE
+    return "give a shorter path" if too_long else None
+
+
+def _problem_of_last(path: Path) -> str | None:
+    """Why there is no room for the names of what is written beside a file or folder."""
+    size, most = len(os.fsencode(path.name)), LONGEST_NAME - BESIDE
+    return f"a name of {size} bytes; give one of at most {most}" if size > most else None
 
 
 def _problem_in(folder: Path) -> str | None:

@@ -53,6 +53,19 @@ class Range:
 
 
 @dataclass(frozen=True)
+class ZeroOr(Range):
+    """0, which stands for something of its own, or numbers from ``low`` to ``high``."""
+
+    def __repr__(self) -> str:
+        return f"0 or {super().__repr__()}"
+
+    def problem(self, value: Any) -> str | None:
+        wrong = super().problem(value)
+        is_zero = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+        return None if wrong is None or is_zero else f"give {self!r}"
+
+
+@dataclass(frozen=True)
 class Length:
     """Lists of ``low`` to ``high`` items."""
 
@@ -249,15 +262,21 @@ def shown(value: Any) -> str:
 
 
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+"""Of all randomness of a run; 32 bits, as NumPy's and torch's generators take."""
 Steps = Annotated[int, Range(0, 10**7)]
+"""Of an optimizer; 0 leaves a phase out."""
 Every = Annotated[int, Range(1, 10**7)]
-"""Of so many steps one."""
+"""How often: of so many steps one, so never 0."""
 Count = Annotated[int, Range(0, 10**6)]
+"""How many of something; none is a choice."""
 Some = Annotated[int, Range(1, 10**6)]
+"""How many of something of which there must be one."""
 Tokens = Annotated[int, Range(1, 2**20)]
 Probability = Annotated[float, Range(0.0, 1.0)]
 Fraction = Probability
-Temperature = Annotated[float, Range(0.0, 100.0)]
+TEMPERATURE = ZeroOr(1e-6, 1e6)
+"""Temperatures that a policy may have: 0 is greedy, and fp32 divides logits by the others and stays finite."""
+Temperature = Annotated[float, TEMPERATURE]
 Words = Annotated[int, Range(1, 100)]
 """Of a micro-turn."""
 FilePath = Annotated[str, Text()]
@@ -268,5 +287,6 @@ SomeChunks = Annotated[int, Range(1, 3000)]
 """Of 200 ms: ten minutes at most."""
 Seconds = Annotated[float, Range(0.0, 60.0)]
 Few = Annotated[int, Range(0, 100)]
+"""How many of something that an episode holds a handful of, words or chunks; none is a choice."""
 SecondsPair = Annotated[tuple[Seconds, Seconds], Ascending()]
 FewPair = Annotated[tuple[Few, Few], Ascending()]

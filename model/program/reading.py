@@ -30,15 +30,15 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kernels.errors import MetronomeError
-from model.program.ranges import problems, shown
+from model.program.ranges import INT64, problems, shown
 
 DEEPEST = 64
 """Most levels of nesting."""
 MOST_BYTES = 1 << 30
-MOST_RECIPE_BYTES = 1 << 20
+MOST_RECIPE_BYTES = 1 << 18
+"""Of a YAML text: some hundred times as many as the longest recipe that is saved with a run."""
 MOST_VALUES = 100_000
 """Most values of a YAML text."""
-INT64 = 2**63
 
 MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -226,7 +226,7 @@ def _finite(text: str) -> float:
 
 
 def _int64(text: str) -> int:
-    if len(text) > 20 or not -INT64 <= int(text) < INT64:
+    if len(text) > 20 or not -INT64 - 1 <= int(text) <= INT64:
         raise ValueError(f"the number {_short(text)} has more than 64 bits")
     return int(text)
 
@@ -241,7 +241,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str | Path = "") -> Any:
-    """A YAML text's value. Raises UnreadableError for what is no YAML by the module's rules."""
+    """A YAML text's value. Raises UnreadableError for what is no YAML by the module's rules, and for a text of more
+    than `MOST_RECIPE_BYTES`."""
+    if (size := len(text.encode(errors="surrogatepass"))) > MOST_RECIPE_BYTES:
+        raise UnreadableError(where, f"has {size:,} bytes; at most {MOST_RECIPE_BYTES:,} are read")
     try:
         value = yaml.load(text, _Loader)  # a subclass of the safe loader: nothing is executed
         _check_tree(value, MOST_VALUES)

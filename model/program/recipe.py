@@ -25,11 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from kernels.errors import MetronomeError
 from model.program import ranges, shipped
 from model.program.outputs import OutputFile, OutputFolder
-from model.program.reading import DEEPEST, UnreadableError, parse_yaml, read_text
+from model.program.reading import DEEPEST, MOST_RECIPE_BYTES, UnreadableError, parse_yaml, read_text
 from model.program.yaml_text import to_yaml
-
-MOST_BYTES = 1 << 18
-"""Of a recipe's file: some hundred times as many as the longest that is saved with a run."""
 
 Config = TypeVar("Config")
 
@@ -170,7 +167,7 @@ def _recipe_of(given: str) -> dict[str, Any]:
 
 def _text_of(given: str, path: Path) -> str:
     try:
-        return read_text(path, MOST_BYTES)
+        return read_text(path, MOST_RECIPE_BYTES)
     except UnreadableError as error:
         known = f"give a YAML file, or the name of a shipped recipe ({', '.join(shipped.names())})"
         raise _NoRecipeError(f"--config {ranges.shown(given)}: it {error.problem}; {known}") from None

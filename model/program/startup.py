@@ -2,7 +2,8 @@
 
 It checks Python, our `kernels` package and the native library, prepares the process, runs the command, and turns a
 `MetronomeError` (something that a user can mend) into one line and exit status 2, and so what the machine ran out of
-or does not allow (`model.program.exhausted`). Other exceptions are bugs and keep their traceback.
+or does not allow (`model.program.exhausted`), which any `OSError` is that names a file. Other exceptions are bugs and
+keep their traceback. With METRONOME_TRACEBACK=1 in the environment the traceback stands above those lines, too.
 
 Nothing of the project is imported before the checks have passed, because another package called `kernels` may come
 first on the path.
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -121,12 +123,14 @@ def run_command(module: str) -> NoReturn:
         importlib.import_module(module).main()
         sys.stdout.flush()
     except (StartupError, errors.MetronomeError) as error:
+        _show_cause(error)
         fail(str(error))
     except Exception as error:
         if not _lost_a_process(error):
             problem = importlib.import_module("model.program.exhausted").sentence(error)
             if problem is None:
                 raise
+            _show_cause(error)
             fail(problem)
         # The one that ended has said why, or is about to; this message is only read when it could not.
         time.sleep(2 * RANK_DELAY_S)
@@ -134,6 +138,11 @@ def run_command(module: str) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted; finished files are whole, and the run can go on with --resume", status=130)
     sys.exit(0)
+
+
+def _show_cause(error: BaseException) -> None:
+    if os.environ.get("METRONOME_TRACEBACK") == "1":
+        traceback.print_exception(error)
 
 
 def _lost_a_process(error: Exception) -> bool:

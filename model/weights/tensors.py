@@ -1,4 +1,5 @@
-"""Reads safetensors files without trusting them. Every file of tensors that lies on a disk is read here.
+"""Reads safetensors files without trusting them. Every file of tensors that another program may have
+written is read here; what a run hands its own workers is not.
 
 The library checks that header and bytes agree; here all that it may raise, and what is no file, becomes
 `UnreadableError`, one line each.

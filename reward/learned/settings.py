@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
+from model.program.launched import Launched
 from model.program.ranges import Limit, Range, shown
 from model.program.startup import import_deepspeed, prepare_process
 
@@ -108,7 +109,8 @@ def _prepare_libraries(folder: Path, given: Mapping[str, Any]) -> None:
         for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", folder.name)):
             os.environ.setdefault(f"WANDB_{name}", value)
     if uses_deepspeed():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        launched = Launched.read()
+        if launched is not None and launched.world > 1 and not torch.cuda.is_available():
             raise MetronomeError(
                 "on the CPU accelerate's DeepSpeed integration takes every process for the only one: launch with "
                 "--num_processes 1, or with configs/accelerate/reward.yaml"

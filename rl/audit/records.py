@@ -16,6 +16,7 @@ from typing import Any
 from kernels.errors import MetronomeError
 from model.program.ranges import shown
 from model.program.reading import (
+    MOST_RECIPE_BYTES,
     UnreadableError,
     lines,
     parse_line,
@@ -23,9 +24,9 @@ from model.program.reading import (
     read_bytes,
     read_object,
     read_text,
-    to_json,
 )
 from model.program.recipe import read_recipe
+from model.program.yaml_text import to_yaml
 from rl.audit.document import DiagnosisSummary
 from rl.config import TrainConfig
 from rl.folder import Note, notes
@@ -115,7 +116,7 @@ def read(path: Path) -> Records:
     if not (path / "config.yaml").is_file():
         raise MetronomeError(f"{path} is not a run's folder (no config.yaml); name one, such as runs/quickstart")
     try:
-        text = read_text(path / "config.yaml")
+        text = read_text(path / "config.yaml", MOST_RECIPE_BYTES)
         recipe = parse_yaml(text)
     except UnreadableError as error:
         raise MetronomeError(f"{path / 'config.yaml'}: not a recipe ({error.problem}); restore the file") from error
@@ -162,7 +163,7 @@ def _config(path: Path, recipe: dict[str, Any], gaps: list[str]) -> tuple[TrainC
         gaps.append(f"No episode is judged by rules: {error}.")
         rest = {name: value for name, value in recipe.items() if not str(name).startswith("scenarios")}
         try:
-            return read_recipe("rl.audit", "", TrainConfig, ["--config", to_json(rest)], past=True).config, None
+            return read_recipe("rl.audit", "", TrainConfig, ["--config", to_yaml(rest)], past=True).config, None
         except (MetronomeError, ValueError) as problem:
             unreadable: Exception = problem
     except (MetronomeError, ValueError) as error:

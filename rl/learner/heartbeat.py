@@ -5,10 +5,10 @@ others would wait in the next sum for half an hour. Who was heard before and the
 killed if it is on this machine, because a stopped process does not end when its launcher asks; then this process ends
 with status 2, and the launcher ends the others.
 
-It does not measure speed: a thread beats however long a step takes. It takes no part in what the processes send one
-another for their work, so no bit depends on it. A machine that is held up itself (suspended, short of processors)
-accuses nobody: a gap between its own beats starts its counting anew. Where a network lets no datagrams through, nobody
-is heard and nobody accused.
+It does not measure speed: a thread of its own sends, however long a step takes. It takes no part in what the processes
+send one another for their work, so no bit depends on it. A machine that is held up itself (suspended, short of
+processors) names nobody: after a gap in its own sending it counts anew. Where a network lets no datagrams through,
+nobody is heard and nobody named.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from model.program.startup import end_now
 
 SILENT_S = 30.0
 BEAT_S = 1.0
-HELD_UP_S = 5.0  # a gap between own beats that says that this machine is held up
+HELD_UP_S = 5.0  # a gap in a process's own sending that says that this machine is held up
 BEAT, LEFT = b"beat", b"left"
 
 
@@ -47,7 +47,7 @@ class Place:
 
 
 class Heartbeat:
-    """Beats for one of a run's processes and listens to the others until `stop`."""
+    """Sends for one of a run's processes and listens to the others until `stop`."""
 
     def __init__(
         self, rank: int, meeting: tuple[str, int], gather: Callable[[Place], list[Any]], silent_s: float = SILENT_S
@@ -68,12 +68,13 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """From now on nobody minds this process's silence. Call it when the processes part."""
+        """Tells the others to expect nothing more of this process, and closes the socket. Call it when the processes
+        part."""
         self._stopped.set()
         self._thread.join(2 * BEAT_S)
 
     def _beat(self, rank: int) -> None:
-        heard: dict[int, float] = {}  # rank -> when, for those that beat
+        heard: dict[int, float] = {}  # rank -> when, for those that were heard at all
         before = time.monotonic()
         while not self._stopped.is_set():
             self._send(rank, BEAT)
@@ -86,6 +87,7 @@ class Heartbeat:
                 if now - since > self._silent_s:
                     self._end(other)
         self._send(rank, LEFT)
+        self._socket.close()
 
     def _send(self, rank: int, what: bytes) -> None:
         for place in self._others.values():

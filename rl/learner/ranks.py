@@ -89,11 +89,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_world() -> int:
-    """How many of the processes run on this machine; the launcher says so."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-
-
 def share(count: int) -> range:
     """The contiguous indices of ``count`` items that this rank works on; together the ranks cover all, in order."""
     return range(rank() * count // world(), (rank() + 1) * count // world())

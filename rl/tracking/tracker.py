@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
-from model.program.files import write_whole
+from model.program.files import append_line, write_whole
 from model.program.folders import NAME
 from model.program.reading import (
     as_record,
@@ -137,8 +137,7 @@ class _Thread:
 
 def _append(path: Path, line: str) -> None:
     path.parent.mkdir(exist_ok=True)  # and not the run's folder, should that have been moved away
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    append_line(path, line)
 
 
 def _earlier(journal: Path) -> list[Record]:
@@ -149,9 +148,8 @@ def _earlier(journal: Path) -> list[Record]:
     data = read_bytes(journal)
     if whole_lines(data) != data:
         write_whole(journal, whole_lines(data))
-    entries = [
-        as_record(decode(line), _Entry, f"{journal}, line {number}") for number, line in lines(whole_lines(data))
-    ]
+    numbered = [(f"{journal}, line {number}", line) for number, line in lines(whole_lines(data))]
+    entries = [as_record(decode(line, where), _Entry, where) for where, line in numbered]
     return [Record(entry.step, entry.metrics) for entry in entries]
 
 

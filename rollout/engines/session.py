@@ -12,13 +12,11 @@ from torch import Tensor
 
 from kernels import dispatch
 from model.backbone.state import ContextFull
+from model.program.ranges import TEMPERATURE
 from model.senses.audio import HOP, WINDOW
 from rollout.record.episode import TEXT, Episode, Stream
 from rollout.turn.action import Action
 from rollout.turn.observation import Observation, check_observation
-
-COLDEST, HOTTEST = 1e-6, 1e6
-"""Temperatures above 0 that a policy may have: fp32 divides logits by them and stays finite."""
 
 
 @dataclass(eq=False)
@@ -106,13 +104,9 @@ def check_key(key: int) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless the temperature is a plain number, 0 or from `COLDEST` to `HOTTEST`."""
-    number = type(temperature) in (int, float)
-    if not number or not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
-        raise ValueError(
-            f"open: temperature is {_shown(temperature)}; it must be 0 (greedy), or a number from {COLDEST:g} to "
-            f"{HOTTEST:g}"
-        )
+    """Raises ValueError unless the temperature is a plain number within `TEMPERATURE`."""
+    if type(temperature) not in (int, float) or TEMPERATURE.problem(temperature):
+        raise ValueError(f"open: temperature is {_shown(temperature)}: give {TEMPERATURE!r}; 0 is greedy")
 
 
 def check_own(session: Session, opened: Collection[Session]) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 from pathlib import Path
 
 import pytest
 
 from model.program import files
 from model.program.exhausted import naming, sentence
-from model.program.files import replace_folder, whole_folder, write_whole
+from model.program.files import append_line, replace_folder, whole_folder, write_whole
 from tests.model.test_startup import command, run
 
 LIMIT = """
@@ -199,3 +200,32 @@ def test_limits_are_those_of_this_process() -> None:
         assert f"allowed {soft - 1:,}" in (sentence(OSError(errno.EMFILE, "x")) or "")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_cause_is_shown_where_it_is_asked_for(tmp_path: Path) -> None:
+    for body in (
+        "def main(): open('/nowhere/x')",
+        "from kernels.errors import MetronomeError\ndef main(): raise MetronomeError('/nowhere/x: a mistake')",
+    ):
+        code = command(tmp_path, body)
+        plain, told = run(code, METRONOME_TRACEBACK="0"), run(code, METRONOME_TRACEBACK="1")
+        assert plain.returncode == told.returncode == 2
+        assert "Traceback" not in plain.stderr and "some_command.py" in told.stderr
+        assert told.stderr.endswith(plain.stderr) and plain.stderr.startswith("error: /nowhere/x: ")
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    append_line(file, "one\n")
+    append_line(file, "two\n")
+    assert file.read_text() == "one\ntwo\n"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            append_line(file, "a line of more than the four bytes that are left\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert f"{file}: " in str(sentence(error.value)) and file.read_text() == "one\ntwo\n"

@@ -205,3 +205,13 @@ def test_runs_that_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(MetronomeError, match=r"^name '.*file': .*no folder"):
         locate(tmp_path, "file")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_what_is_there_and_takes_no_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(MetronomeError, match="file is no folder; give another path"), locked(tmp_path / "file"):
+        raise AssertionError("the work was begun")
+    (tmp_path / "folder").mkdir()
+    with locked(tmp_path / "folder"), locked(tmp_path / "none yet"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

@@ -15,7 +15,7 @@ import pytest
 
 from kernels.errors import MetronomeError
 from model.program import lifeline
-from model.program.launched import Launched
+from model.program.launched import Launched, local_world
 from tests.support.settings import ROOT
 
 FOLLOWS = "from model.program.lifeline import follow; follow(os.getppid())"
@@ -109,9 +109,28 @@ WHOLE = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.
 
 
 def test_what_a_launcher_says() -> None:
-    assert Launched.read(WHOLE) == Launched(rank=1, local_rank=0, world=2, address="127.0.0.1", port=29500)
+    assert Launched.read(WHOLE) == Launched(
+        rank=1, local_rank=0, world=2, local_world=2, address="127.0.0.1", port=29500
+    )
     for nobody in ({}, {"MASTER_ADDR": "somewhere", "MASTER_PORT": "x"}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
         assert Launched.read(nobody) is None
+
+
+def test_how_many_are_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*WHOLE, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "nonsense")
+    assert local_world() == 1, "without a launcher, nobody has said it"
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    for value in ("nonsense", "0", "3"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+        with pytest.raises(MetronomeError, match=r"LOCAL_WORLD_SIZE=.*: a number from 1 to 2"):
+            local_world()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert local_world() == 1
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert local_world() == 2
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -120,7 +139,7 @@ def test_a_variable_that_is_missing_is_named(name: str) -> None:
         Launched.read({k: v for k, v in WHOLE.items() if k != name})
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
 @pytest.mark.parametrize("value", ["", "-1", "2x", "٣", "1e0", "9" * 400, "99999999"])
 def test_a_variable_that_is_no_such_number_is_named(name: str, value: str) -> None:
     with pytest.raises(MetronomeError, match=rf"{name}=.*: a number from .*unset ") as caught:

@@ -114,7 +114,7 @@ OUTSIDE = [
     (TrainConfig, "rl.gamma", ".nan", "0.0 to 1.0"),
     (TrainConfig, "rl.gamma", "1e999", "0.0 to 1.0"),
     (TrainConfig, "rl.optim.lr", "1e30", "0.0 to 1.0"),
-    (TrainConfig, "rollout.temperature", "-1", "0.0 to 100.0"),
+    (TrainConfig, "rollout.temperature", "-1", "0 or 1e-06 to 1,000,000.0"),
     (TrainConfig, "seed", "18446744073709551616", "0 to 4,294,967,295"),
     (TrainConfig, "warmstart.steps", "-4", "0 to 10,000,000"),
     (TrainConfig, "eval.during", "0", "1 to 1,000,000"),

@@ -16,7 +16,16 @@ import pytest
 from kernels.errors import MetronomeError
 from model.program import reading
 from model.program.ranges import Range
-from model.program.reading import UnreadableError, as_record, parse_json, parse_yaml, read_json_lines, read_text
+from model.program.reading import (
+    MOST_RECIPE_BYTES,
+    UnreadableError,
+    as_record,
+    parse_json,
+    parse_yaml,
+    read_json_lines,
+    read_text,
+    read_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -248,3 +257,14 @@ def test_the_locale_does_not_matter(tmp_path: Path) -> None:
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert output.split(maxsplit=1)[0] != "UTF-8", "the control: this locale is another"
     assert output.split(maxsplit=1)[1].strip() == r"{'a': '\xe9\u2028'}"
+
+
+def test_a_long_yaml_text_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:
+    longest = "a: " + "x" * (MOST_RECIPE_BYTES - 3)
+    assert parse_yaml(longest)["a"].startswith("xxx")
+    for text in (longest + "x", longest[:-1] + "é"):
+        with pytest.raises(UnreadableError, match=f"at most {MOST_RECIPE_BYTES:,} are read"):
+            parse_yaml(text)
+    (tmp_path / "f").write_text(longest + "x")
+    with pytest.raises(UnreadableError, match=r"f: has .* bytes; at most"):
+        read_yaml(tmp_path / "f")

@@ -79,7 +79,7 @@ LAUGHS = b"a: &a [1, 1]\n" + b"".join(b"%c: &%c [%s*a]\n" % (c, c, b"*%c, " % (c
         ),
         (b"rl: {steps: 1, steps: 2}\n", "'steps' comes twice"),
         (b"name: M\xfcller\n", "Latin-1"),
-        (b"\x00\x01\x02\xff", "not"),
+        (b"\x00\x01\x02\xff", "null characters"),
         (b"\xff\xfen\x00a\x00", "UTF-16"),
         (b"[1, 2]\n", "must have fields"),
         (b"name: " + b"x" * (1 << 19), "at most 262,144 are read"),

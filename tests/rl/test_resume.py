@@ -251,3 +251,16 @@ def test_a_folder_that_is_moved_away_in_mid_run(whole: Path, copy: Path, monkeyp
     manifest.check(copy.with_name("away") / "checkpoints/step_000002")
     go(copy.parent, "away")
     assert digests(copy.with_name("away")) == digests(whole)
+
+
+def test_the_start_checkpoint_may_be_gone_once_the_run_has_its_own(whole: Path, tmp_path: Path) -> None:
+    start = shutil.copytree(whole / "checkpoints/step_000003/model", tmp_path / "start")
+    go(tmp_path, "a", resume=False, model__checkpoint=start)
+    uninterrupted = digests(tmp_path / "a")
+    cut(tmp_path / "a", 1)
+    shutil.rmtree(start)
+    go(tmp_path, "a", model__checkpoint=start)
+    assert digests(tmp_path / "a") == uninterrupted
+    with pytest.raises(MetronomeError, match="start"):  # the control: a run that begins needs it
+        go(tmp_path, "b", resume=False, model__checkpoint=start)
+    assert not (tmp_path / "b").exists()

@@ -98,6 +98,9 @@ def test_rewards_are_those_of_the_runs_recipe(bank: SpeechBank, tmp_path: Path) 
     (tmp_path / "run/config.yaml").write_text("scenarios:\n  timespeak:\n    reward:\n      mis: -7.0\n")
     with pytest.raises(MetronomeError, match="mis"):
         shown(str(file))
+    (tmp_path / "run/config.yaml").write_text("scenarios:\n  timespeak:\n    reward:\n      miss: .nan\n")
+    with pytest.raises(MetronomeError, match=r"scenarios\.timespeak\.reward\.miss is nan"):
+        shown(str(file))
 
 
 def test_a_family_without_rules_is_shown_without(bank: SpeechBank, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rl.learner.heartbeat import Heartbeat
+
 ROOT = Path(__file__).resolve().parents[2]
 SILENT_S = 4.0
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
@@ -94,7 +96,7 @@ def test_a_stopped_process_is_named_and_the_run_ends(tmp_path: Path, silent: int
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["computes", "parts"])
-def test_control_long_work_and_an_early_end_accuse_nobody(tmp_path: Path, what: str) -> None:
+def test_control_long_work_and_an_early_end_name_nobody(tmp_path: Path, what: str) -> None:
     with launched(tmp_path, what) as launcher:
         error = launcher.communicate(timeout=100)[1]
     assert launcher.returncode == 0, error
@@ -108,3 +110,10 @@ def test_learners_end_with_their_launcher_even_stopped_ones(tmp_path: Path) -> N
         os.kill(learners[1], signal.SIGSTOP)
         launcher.kill()
         wait_for(lambda: not any(map(runs, learners)), 10)
+
+
+def test_a_heartbeat_that_stops_closes_its_socket() -> None:
+    heartbeat = Heartbeat(0, ("127.0.0.1", 9), lambda place: [place])
+    assert heartbeat._socket.fileno() >= 0, "the control"
+    heartbeat.stop()
+    assert heartbeat._socket.fileno() == -1

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -16,9 +17,11 @@ import torch
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.weights import checkpoint, manifest
+from rl.audit import command
 from rl.audit.command import main
 from rl.audit.report import audit
 from rl.audit.schema import schema
+from rl.study import matrix
 from rollout.record.episode import Episode, load_episodes
 from rollout.turn.action import Action, Mode
 from tests.model.damage import flip_bit
@@ -314,6 +317,28 @@ def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").write_text("[")
     with pytest.raises(MetronomeError, match="not a recipe"):
         audit(run)
+
+
+@pytest.mark.parametrize("how", ["--run", "--compare", "--matrix"])
+def test_a_file_where_the_report_should_go_is_refused_before_the_work(
+    run: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked: list[str] = []
+    for name in ("audit", "compare_runs"):
+        monkeypatch.setattr(command, name, lambda *_, name=name: worked.append(name) or nothing)
+    monkeypatch.setattr(matrix, "run", lambda *_: worked.append("matrix") or nothing)
+    monkeypatch.setattr(matrix, "show", lambda *_: None)
+    monkeypatch.setattr(command, "statement", lambda *_: "")
+    nothing = SimpleNamespace(verdict=None, tables=None)
+    given = {"--run": [], "--compare": [str(run)], "--matrix": ["--checkpoint", str(run / "checkpoints/step_000001")]}
+    arguments = [how, *([] if how == "--matrix" else [str(run)]), *given[how]]
+    main(arguments)
+    assert len(worked) == 1, "the control"
+    shutil.rmtree(run / "audit", ignore_errors=True)
+    (run / "audit").write_text("kept")
+    with pytest.raises(MetronomeError, match=r"audit.*; give "):
+        main(arguments)
+    assert len(worked) == 1 and (run / "audit").read_text() == "kept"
 
 
 def test_exit_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,12 @@ import pytest
 from rich.console import Console
 
 from kernels.errors import MetronomeError
+from model.program.reading import parse_yaml
+from model.program.yaml_text import to_yaml
 from model.weights import manifest
 from rl import bestofn
 from rl.audit.command import main
+from rl.audit.records import read
 from rollout import show
 from rollout.scenarios.registry import ForeignFamilyError, find_family, shipped_only
 from tests.rl.audit.runs import first_file
@@ -110,3 +113,14 @@ def test_the_guard_ends_with_its_block(module: str, tmp_path: Path) -> None:
     assert find_family(f"{module}:FAMILY").name == "timespeak" and executed(tmp_path, module)
     with shipped_only("--x"), pytest.raises(ForeignFamilyError):  # though it is known by now
         find_family(f"{module}:FAMILY")
+
+
+def test_a_foreign_run_s_number_that_is_none_is_a_gap_that_names_the_field(foreign: Path, module: str) -> None:
+    recipe = foreign / "config.yaml"
+    with shipped_only("--x"):
+        assert read(foreign).config is not None, "the control"
+        changed = parse_yaml(recipe.read_text())
+        changed["rollout"]["temperature"] = float("nan")
+        recipe.write_text(to_yaml(changed))
+        found = read(foreign)
+    assert found.config is None and any("rollout.temperature is nan: give" in gap for gap in found.gaps), found.gaps
