@@ -27,7 +27,7 @@ from rl.audit.document import (
     FirstStep,
     RecipeField,
     WeightsOfBoth,
-    to_json,
+    plain,
 )
 from rl.audit.finding import Verdict
 from rl.audit.page import render
@@ -72,7 +72,7 @@ def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
         "scatter": None,
         "episodes": [],
         "tables": [],
-        "machines": [to_json(machines({"A": first.environment, "B": second.environment}))],
+        "machines": [plain(machines({"A": first.environment, "B": second.environment}))],
         "recipes": [["Recipe of A", first.recipe_text], ["Recipe of B", second.recipe_text]],
     }
     write(out, report, render(report, data))

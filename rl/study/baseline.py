@@ -37,7 +37,7 @@ from model.program.outputs import output_folder
 from model.program.ranges import Range, number
 from model.weights import checkpoint
 from reward.source import RewardSource
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.finding import Finding, Verdict, add_fail_on, leave
 from rl.audit.table import Cell, Table
 from rl.config import EvalConfig, RLConfig, TrainConfig
@@ -273,8 +273,8 @@ def run(
     for method in METHODS:
         results.append(train(method, config, folder, bank))
         print(f"{method.name}: held-out score {results[-1].before:.1%} -> {results[-1].after:.1%}", flush=True)
-        content = {"checkpoint": str(folder), "environment": environment(), "tables": to_json(tables(results))}
-        content |= to_json(finding(results))
+        content = {"checkpoint": str(folder), "environment": environment(), "tables": plain(tables(results))}
+        content |= plain(finding(results))
         write_json(out / "baseline.json", content)
         write_whole(out / "baseline.png", picture(results))
     return content

@@ -29,7 +29,7 @@ from model.program.folders import locked
 from model.program.outputs import output_folder
 from model.program.ranges import Range, number
 from model.weights.checkpoint import weights_digest
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.finding import Finding, Verdict, add_fail_on, leave
 from rl.audit.table import Cell, Table
 from rl.environment import environment
@@ -234,7 +234,7 @@ def run(
     )
     tables = [table, *lesson.tables(variants, completions, long_completions, rounds)]
     result = Matrix(str(checkpoint), weights_digest(variants[0].model), environment(), tables)
-    write_json(out / "matrix.json", to_json(finding(tables)) | to_json(result))
+    write_json(out / "matrix.json", plain(finding(tables)) | plain(result))
     return result
 
 

@@ -18,7 +18,7 @@ from kernels.errors import MetronomeError
 from model.weights import manifest
 from rl.audit.command import main
 from rl.audit.compare import _fields, compare_runs
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.schema import schema
 from rollout.record.episode import load_episodes, save_episodes
 from tests.rl.audit.runs import changed, first_file, flip, tamper
@@ -31,7 +31,7 @@ def other(made: Path, tmp_path: Path) -> Path:
 
 
 def compared(a: Path, b: Path) -> dict[str, Any]:
-    report = to_json(compare_runs(a, b, a / "audit/compare"))
+    report = plain(compare_runs(a, b, a / "audit/compare"))
     jsonschema.validate(report, schema())
     assert json.loads((a / "audit/compare/report.json").read_text()) == report
     return dict(report)

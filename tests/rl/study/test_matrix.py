@@ -24,7 +24,7 @@ from model.config import preset
 from model.weights import checkpoint
 from rl.audit import command
 from rl.audit.diagnosis.diagnose import diagnose
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.table import Cell, Table
 from rl.step.gradient import gradient_of
 from rl.step.identity import Evidence, NotEqualError, check_identity
@@ -242,7 +242,7 @@ def test_command_writes_the_tables(folder: Path, tmp_path: Path, monkeypatch: py
         folder, tmp_path, episodes=2, completions=2, long_completions=0, rounds=1, dtypes=[torch.float32]
     )
     written = json.loads((tmp_path / "matrix.json").read_text())
-    assert written == to_json(result) | to_json(matrix.finding(result.tables)) and written["verdict"] == "identical"
+    assert written == plain(result) | plain(matrix.finding(result.tables)) and written["verdict"] == "identical"
     titles = [table.title for table in result.tables]
     assert titles[0] == "Invariance matrix" and "lesson" in titles[1] and len(titles) == 3
     for table in result.tables:
