@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.program.files import write_whole
+from model.program.files import write_json, write_whole
 from model.program.recipe import flat
 from rl.audit import pictures
 from rl.audit.document import Report, RunReport, plain
@@ -67,7 +67,7 @@ def _value(value: Any) -> str:
 def write(folder: Path, report: Report, page: str) -> None:
     """Writes report.html and report.json."""
     write_whole(folder / "report.html", page.encode())
-    write_whole(folder / "report.json", (json.dumps(plain(report), indent=2, allow_nan=False) + "\n").encode())
+    write_json(folder / "report.json", plain(report))
 
 
 def statement(report: Report, folder: Path) -> str:
