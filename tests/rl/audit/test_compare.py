@@ -67,6 +67,16 @@ def test_one_bit_of_an_episode(run: Path, other: Path) -> None:
     assert report["episode_fields"] == {"text.logprob": 1}
 
 
+def test_log_probs_that_are_not_finite_equal_nothing(run: Path, other: Path) -> None:
+    """Not even the same NaN of a copy. The control, finite ones, is the test above of a copy."""
+    for one in (run, other):
+        tamper(first_file(one), lambda e: with_text(e, logprob=changed(e.text.logprob, 3, math.nan)))
+    assert first_file(run).read_bytes() == first_file(other).read_bytes()
+    report = compared(run, other)
+    assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 1, 0)
+    assert report["episode_fields"] == {"text.logprob": 1}
+
+
 def test_other_tokens_are_no_mismatch(run: Path, other: Path) -> None:
     tamper(first_file(other), lambda e: with_text(replace(e, tokens=changed(e.tokens, 9, 0)), logprob=-e.text.logprob))
     report = compared(run, other)
@@ -143,9 +153,11 @@ def test_nothing_in_common_is_nothing_compared(run: Path, other: Path) -> None:
 
 def test_a_run_compared_with_itself_is_nothing_compared(run: Path, tmp_path: Path) -> None:
     (tmp_path / "again").symlink_to(run)
-    for same in (run, tmp_path / "again"):
+    for same, unknown in ((run, False), (tmp_path / "again", False), (run, True)):
+        if unknown:
+            (run / "environment.json").unlink()  # of two folders it makes the contract a reason: test_other_contract
         report = compared(run, same)
-        assert (report["verdict"], report["steps_compared"]) == ("nothing_compared", 0)
+        assert (report["verdict"], report["steps_compared"], report["reasons"]) == ("nothing_compared", 0, [])
         assert "A and B are one folder" in report["headline"]
 
 
