@@ -124,8 +124,8 @@ class RunFolder:
         if step is not None and (changed or other or before.is_file()):
             kept = read_record(before, dict[str, Any]) if before.is_file() else None
             note = Note(step, dict(changed), tuple(texts.values()), kept)
-            lines = "".join(to_json(asdict(one), None) for one in [*notes(self.path), note])
-            self.write_text(RESUMED, lines)
+            written = "".join(to_json(asdict(one), None) for one in [*notes(self.path), note])
+            self.write_text(RESUMED, written)
             with self.writing(before.name):
                 before.unlink(missing_ok=True)
         if text != recipe:

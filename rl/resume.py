@@ -8,7 +8,7 @@ would have had that number from its start, which is said, and kept in its folder
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +16,10 @@ from typing import Annotated, Any
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program.files import write_json
-from model.program.ranges import Range, shown
+from model.program.ranges import Range, Text, shown
 from model.program.reading import UnreadableError, read_record
 from model.program.recipe import Recipe, flat, read_recipe
-from model.weights import checkpoint
+from model.weights import checkpoint, manifest
 from reward.source import RewardSource
 from rl.config import TrainConfig
 from rl.evaluate import HeldOut
@@ -41,12 +41,25 @@ FREE = (
     *("rollout.engine", "rollout.workers", "rollout.worker_threads", "rollout.worker_timeout_s"),  # who rolls out
     "rollout.max_tokens",  # room of a session: an episode that needs more raises
 )
-"""Fields, or parts of a recipe, that decide no bit of a run's weights or records."""
+"""Fields of a recipe, and groups of them (`covered`), that decide no bit of a run's weights or records."""
 
 CHECKED = ("model.checkpoint", "source.models", "speech_dir")
 """Paths whose content counts: of a run with a checkpoint that is compared (`Run.resume`), or no longer read."""
 
 STEPS = "rl.steps"
+
+
+def covered(field: str, names: Iterable[str]) -> bool:
+    """Whether a field, by its dotted name, is one of ``names`` or lies in a group among them: "tracking.project" in
+    "tracking", but "rl.steps_more" not in "rl.steps"."""
+    return any(f"{field}.".startswith(f"{name}.") for name in names)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is read of a run's summary.json."""
+
+    weights_digest: Annotated[str, Text(200)]  # of the final weights
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ def changes(folder: RunFolder, saved: TrainConfig, now: TrainConfig, begun: bool
     free = {*FREE, *(CHECKED if begun else ()), STEPS}
     if not saved.source.models:
         free.add("rl.evaluate_every")  # with reward models it decides what the watch over them sees
-    refused = [name for name in differs if not free & {name, name.partition(".")[0]}]
+    refused = [name for name in differs if not covered(name, free)]
     if refused:
         said = "; ".join(f"{n}: {_shown(differs[n][0])} in the run, {_shown(differs[n][1])} now" for n in refused[:6])
         more = f"; and {len(refused) - 6} more" if len(refused) > 6 else ""
@@ -132,7 +145,8 @@ def announcement(changed: Mapping[str, tuple[Any, Any]], step: int) -> str:
 
 def finished(config: TrainConfig) -> str:
     """What to tell who resumes a run that is at its end, as a sentence; "" for a run that is not. Raises MetronomeError
-    as `changes` does, and when more steps are finished than the recipe has."""
+    as `changes` does, when more steps are finished than the recipe has, and when the summary or the newest checkpoint
+    of a run at its end is damaged."""
     folder = RunFolder.reopen(Path(config.runs), config.name)
     newest = folder.newest_checkpoint()
     changes(folder, read_saved(folder, config).config, config, newest is not None)
@@ -146,7 +160,11 @@ def finished(config: TrainConfig) -> str:
     summary = folder.path / "summary.json"
     if not summary.is_file() or not (step == config.rl.steps or load_progress(path).stopped):
         return ""
-    digest = read_record(summary, dict[str, Any]).get("weights_digest")
+    try:
+        digest = read_record(summary, Ended).weights_digest
+    except UnreadableError as error:
+        raise MetronomeError(f"{error}; move it away, and --resume writes it anew") from None
+    manifest.check(path)
     return (
         f"The run in {folder.path} is finished: {step} steps, weights {digest}. It stays as it is. A larger --rl.steps "
         f"goes on with it; `python -m rl.audit --run {folder.path}` audits it again."

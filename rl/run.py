@@ -24,7 +24,7 @@ from model.weights import checkpoint
 from reward.source import RewardSource
 from rl import watch
 from rl.audit.diagnosis.diagnose import explain
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.finding import Verdict
 from rl.audit.report import audit, statement
 from rl.config import TrainConfig
@@ -133,7 +133,7 @@ class Run:
         step, mismatch = next(counts for _, _, counts in found if counts)
         said = diagnosis.sentence() if diagnosis else next(text for _, text, _ in found if text)
         unexplained = {"step": step, "mismatch": mismatch.metrics(), "tables": [], "failure": said}
-        self.folder.write_json(DIFFERENCE, to_json(diagnosis.to_json() if diagnosis else unexplained))
+        self.folder.write_json(DIFFERENCE, plain(diagnosis.plain() if diagnosis else unexplained))
         try:
             self.audit()
             self.tracker.close()

@@ -20,7 +20,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
 import argparse
 import importlib
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from rich.text import Text
 from kernels.errors import MetronomeError
 from model.program.arguments import Parser
 from model.program.ranges import Range, number
+from model.program.reading import to_json
 from rollout.record.episode import Episode, check_tensors, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.scenarios.registry import shipped_only
@@ -77,7 +77,7 @@ def carry_out(given: argparse.Namespace, console: Console) -> None:
         )
     view = look(episodes[given.rollout], given.file)
     if given.json:
-        print(json.dumps(as_json(view), indent=2))
+        print(to_json(as_json(view)), end="")
         return
     show(view, console)
     if len(episodes) > 1:

@@ -81,7 +81,8 @@ def save(model: InteractionModel, folder: Path | str) -> None:
     with whole_folder(Path(folder)) as temporary:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
         config["dtype"] = str(model.dtype).removeprefix("torch.")
-        write_whole(temporary / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+        write_whole(temporary / CONFIG, f"{text}\n".encode())
         save_file(content, temporary / WEIGHTS, metadata={"format": "pt"})
 
 

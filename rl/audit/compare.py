@@ -27,7 +27,7 @@ from rl.audit.document import (
     FirstStep,
     RecipeField,
     WeightsOfBoth,
-    to_json,
+    plain,
 )
 from rl.audit.finding import Verdict
 from rl.audit.page import render
@@ -36,13 +36,14 @@ from rl.audit.pictures import chart, line
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import check_checkpoints
 from rl.audit.report import machines, write
-from rl.resume import CHECKED, FREE
+from rl.resume import CHECKED, FREE, STEPS, covered
 
 DECIDE_NOTHING = (
-    *FREE, *CHECKED, "placement", "eval", "source.watch", "rl.steps", "rl.micro_batch", "rl.evaluate_every",
+    *FREE, *CHECKED, STEPS, "placement", "eval", "source.watch", "rl.micro_batch", "rl.evaluate_every",
 )  # fmt: skip
 """Fields of a recipe, and groups of them, that runs of equal bits may differ in: places, engines and processes, what is
-kept, how long. All others decide bits."""
+kept, how long. `STEPS` decides bits too, by the learning rate, but not of steps that were taken before it was changed:
+a run that was resumed to more steps is equal to a copy from before as far as that goes. All others decide bits."""
 
 
 def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
@@ -72,7 +73,7 @@ def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
         "scatter": None,
         "episodes": [],
         "tables": [],
-        "machines": [to_json(machines({"A": first.environment, "B": second.environment}))],
+        "machines": [plain(machines({"A": first.environment, "B": second.environment}))],
         "recipes": [["Recipe of A", first.recipe_text], ["Recipe of B", second.recipe_text]],
     }
     write(out, report, render(report, data))
@@ -82,7 +83,7 @@ def compare_runs(a: Path, b: Path, out: Path) -> ComparisonReport:
 def comparison(a: Records, b: Records) -> ComparisonReport:
     """Compares what two runs' folders hold. Adds what cannot be read to the gaps of the run's records."""
     one_folder = a.path.samefile(b.path)
-    contracts = _reasons(a, b)
+    contracts = [] if one_folder else _reasons(a, b)
     apart = one_folder or bool(contracts)  # nothing is compared
     steps_a, steps_b = ({r["step"]: r for r in records.metrics} for records in (a, b))
     common = [] if apart else sorted(steps_a.keys() & steps_b.keys())
@@ -166,8 +167,7 @@ def _contradictions(label: str, records: Records, weights: Mapping[int, str]) ->
 
 def _recipes(recipe: Sequence[RecipeField]) -> list[str]:
     """A reason where recipes differ in what decides bits, though no bit differs."""
-    parts = tuple(f"{free}." for free in DECIDE_NOTHING)
-    names = [r.field for r in recipe if not f"{r.field}.".startswith(parts)]
+    names = [r.field for r in recipe if not covered(r.field, DECIDE_NOTHING)]
     if not names:
         return []
     return [

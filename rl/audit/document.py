@@ -263,16 +263,17 @@ def partial(report: Report) -> bool:
     return isinstance(report, ComparisonReport) and report.verdict is Verdict.IDENTICAL and not report.whole
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses, mappings, sequences and plain values as JSON values; numbers that are not finite become null."""
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and plain values as JSON values. Numbers that are not finite become null: in
+    what comes from here `write_json` finds none to refuse, so that whoever calls must not take them for a success."""
     if is_dataclass(value):
         out: dict[str, Any] = {}
         for one in fields(value):
-            item = to_json(getattr(value, one.name))
+            item = plain(getattr(value, one.name))
             out |= item if one.metadata == INLINE else {one.name: item}
         return out
     if isinstance(value, Mapping):
-        return {str(name): to_json(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

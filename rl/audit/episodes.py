@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from model.program.reading import UnreadableError
+from model.program.reading import UnreadableError, to_json
 from model.tokenizer import load_tokenizer
 from reward.score import score_stored
 from rl.audit.replay.rescore import CheckedEpisode
@@ -46,7 +45,7 @@ def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None
             judged = score_stored(one.episode, scenarios) if scenarios else None
             rows.append(_row(one, judged) | {"block": len(blocks), "place": place})
             details.append(_detail(one, judged, _user(one.episode.facts, scenarios), words, cells))
-        packed = gzip.compress(json.dumps({"cells": list(cells), "episodes": details}).encode(), 6, mtime=0)
+        packed = gzip.compress(to_json({"cells": list(cells), "episodes": details}, None).encode(), 6, mtime=0)
         blocks.append(base64.b64encode(packed).decode())
     return {"rows": rows, "blocks": blocks, "omitted": len(episodes) - len(kept)}
 

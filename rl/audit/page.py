@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.program.reading import read_text
-from rl.audit.document import Report, partial, to_json
+from rl.audit.document import Report, partial, plain
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("dom.js", "charts.js", "grid.js", "episodes.js", "page.js")
@@ -42,7 +42,7 @@ def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) 
         "subject": html.escape(report.title),
         "headline": html.escape(report.headline).replace("full-vocabulary", "<span>full-vocabulary</span>"),
         "scope": html.escape(report.scope),
-        "data": _json({"report": to_json(report), **data}),
+        "data": _json({"report": plain(report), **data}),
         "blocks": "\n".join(f'<script type="text/plain" id="block-{i}">{b}</script>' for i, b in enumerate(blocks)),
         "script": script,
     }

@@ -11,12 +11,13 @@ import torch
 
 from kernels.errors import MetronomeError
 from rl.audit.records import Records
-from rl.step.identity import unequal_bits
+from rl.step.identity import unequal, unequal_bits
 from rollout.record.episode import Episode, load_episodes, tensors
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Equal values of JSON, in type and bits: 0.0 is not -0.0, 1 is not 1.0, and NaN is NaN."""
+    """Equal values of JSON, in type and bits: 0.0 is not -0.0, and 1 is not 1.0. NaN, which no file of a run can hold,
+    is like NaN."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
@@ -83,7 +84,7 @@ class PairedEpisodes:
         tensors_x, tensors_y = tensors(x), tensors(y)
         differs = [
             f for f in tensors_x | tensors_y
-            if f not in tensors_x or f not in tensors_y or not _same(tensors_x[f], tensors_y[f])
+            if f not in tensors_x or f not in tensors_y or not _same(f, tensors_x[f], tensors_y[f])
         ]  # fmt: skip
         plain = ("seed", "temperature", "weights_digest", "facts")
         differs += [f for f in plain if not same_value(getattr(x, f), getattr(y, f))]
@@ -97,10 +98,12 @@ class PairedEpisodes:
             other = y.streams[stream]
             self.tokens += len(one.logprob)
             if len(one.logprob) == len(other.logprob) and len(one.digest) == len(other.digest):
-                self.tokens_unequal += int(unequal_bits(one.logprob, other.logprob).sum())
+                self.tokens_unequal += int(unequal(one.logprob, other.logprob).sum())
                 self.rows_unequal += int((one.digest != other.digest).sum())
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in shape, type and bits."""
-    return a.shape == b.shape and a.dtype == b.dtype and not bool(unequal_bits(a, b).any())
+def _same(field: str, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in shape, type and bits. Log-probs that are not finite equal nothing, as in the check of sampler and
+    learner: two runs that went wrong alike are no proof of each other."""
+    differ = unequal if field.endswith(".logprob") else unequal_bits
+    return a.shape == b.shape and a.dtype == b.dtype and not bool(differ(a, b).any())

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.program.files import write_whole
+from model.program.files import write_json, write_whole
 from model.program.recipe import flat
 from rl.audit import pictures
-from rl.audit.document import Report, RunReport, to_json
+from rl.audit.document import Report, RunReport, plain
 from rl.audit.episodes import browser
 from rl.audit.page import named, render
 from rl.audit.records import Records, read
@@ -45,8 +45,8 @@ def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport,
         "charts": pictures.curves(records, [p.step for p in steps if p.mismatch.num_tokens]),
         "scatter": pictures.scatter(episodes),
         "episodes": shown["rows"],
-        "tables": to_json(tables),
-        "machines": [to_json(machines({"Value": records.environment}))],
+        "tables": plain(tables),
+        "machines": [plain(machines({"Value": records.environment}))],
         "recipes": [["Recipe", records.recipe_text]],
     }
     return report, render(report, data, shown["blocks"])
@@ -67,7 +67,7 @@ def _value(value: Any) -> str:
 def write(folder: Path, report: Report, page: str) -> None:
     """Writes report.html and report.json."""
     write_whole(folder / "report.html", page.encode())
-    write_whole(folder / "report.json", (json.dumps(to_json(report), indent=2, allow_nan=False) + "\n").encode())
+    write_json(folder / "report.json", plain(report))
 
 
 def statement(report: Report, folder: Path) -> str:

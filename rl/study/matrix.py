@@ -4,7 +4,8 @@ For our kernels and for naive torch (`kernels.reference.naive`), in fp32 and bf1
 computed in two ways that differ in one thing only (how many episodes run together, where the input is cut, …), and
 every log-prob and row digest is compared bit for bit. Then the table of `rl.study.lesson`. Both are printed and written
 to FOLDER/matrix.json, with a verdict on our kernels; naive torch is the control, which is to differ. With
-``--fail-on mismatch`` the exit status is 1 when a bit of ours differs, 3 when nothing of ours was measured."""
+``--fail-on mismatch`` the exit status is 1 when a bit of ours differs, 3 when nothing of ours was measured or the
+control differs in nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from model.program.folders import locked
 from model.program.outputs import output_folder
 from model.program.ranges import Range, number
 from model.weights.checkpoint import weights_digest
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.finding import Finding, Verdict, add_fail_on, leave
 from rl.audit.table import Cell, Table
 from rl.environment import environment
@@ -234,12 +235,13 @@ def run(
     )
     tables = [table, *lesson.tables(variants, completions, long_completions, rounds)]
     result = Matrix(str(checkpoint), weights_digest(variants[0].model), environment(), tables)
-    write_json(out / "matrix.json", to_json(finding(tables)) | to_json(result))
+    write_json(out / "matrix.json", plain(finding(tables)) | plain(result))
     return result
 
 
 def finding(tables: Sequence[Table]) -> Finding:
-    """The verdict on our kernels, by the matrix's rows and the lesson's. A row that compared no token is none."""
+    """The verdict on our kernels, by the matrix's rows and the lesson's. Where a row compared no token, or the control
+    differs in nothing, equality shows nothing."""
     own = [table for table in tables if list(table.columns) == COLUMNS]
     rows = [dict(zip(COLUMNS, row, strict=True)) for table in own for row in table.rows]
     ours, control = ([row for row in rows if (row["variant"] == "naive torch") is naive] for naive in (False, True))
@@ -247,7 +249,7 @@ def finding(tables: Sequence[Table]) -> Finding:
     tokens = sum(int(row["tokens"] or 0) for row in ours)
     empty = [row for row in ours if not row["tokens"]]
     parted = [problem for table in tables for problem in lesson.problems(table)]
-    verdict = Verdict.of(0 if empty else tokens, len(differ) + len(parted))
+    verdict = Verdict.of(0 if empty or not told else tokens, len(differ) + len(parted))
     says = [f"{len(differ):,} of {len(ours):,} comparisons of ours differ, over {tokens:,} tokens."]
     if differ:
         first = differ[0]

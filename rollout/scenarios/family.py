@@ -20,7 +20,7 @@ from rollout.turn.action import Action
 from rollout.world.base import Facts, Mistakes, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
-RESERVED_NAMES = ("families", "mean")
+RESERVED_NAMES = ("families", "mean", "watched", "greedy")
 """Names that a family cannot have, because recipes and tables of results use them otherwise."""
 
 
@@ -63,7 +63,7 @@ class Family(Generic[SettingsT, ScenarioT, FactsT]):
         if not self.name.isidentifier() or self.name in RESERVED_NAMES:
             raise MetronomeError(
                 f"a scenario family is called {self.name!r}: give it a name of letters, digits and underscores, other "
-                f"than {' and '.join(RESERVED_NAMES)}"
+                f"than {', '.join(RESERVED_NAMES)}"
             )
         if not self.axes or len(set(self.axes)) < len(self.axes) or not all(axis.isidentifier() for axis in self.axes):
             raise MetronomeError(

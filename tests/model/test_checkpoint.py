@@ -61,6 +61,16 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     assert not [p.name for p in tmp_path.iterdir() if p.name != "a"], "a temporary folder was left"
 
 
+def test_a_config_that_is_not_finite_is_not_written(tmp_path: Path, tiny: InteractionModel) -> None:
+    save(tiny, tmp_path / "a")
+    before = (tmp_path / "a/config.json").read_bytes()
+    tiny.config.text_config.rms_norm_eps = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save(tiny, tmp_path / "a")
+    assert (tmp_path / "a/config.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a"]
+    load(tmp_path / "a")
+
+
 def test_another_config_is_refused_by_field(tmp_path: Path, tiny: InteractionModel) -> None:
     save(tiny, tmp_path / "tiny")
     with pytest.raises(CheckpointError, match=r"text_config\.hidden_size: wanted \d+, stored 128"):

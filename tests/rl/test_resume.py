@@ -4,6 +4,7 @@ decides bits must be equal, and what differs is named."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rl.resume import (
     STEPS,
     announcement,
     changes,
+    covered,
     finished,
     load_progress,
     read_saved,
@@ -138,6 +140,34 @@ def test_a_finished_run_stays_as_it_is(copy: Path) -> None:
     assert "holds records of a run, but no finished checkpoint" in refusal(copy.parent, "moved")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{}", r"summary\.json: weights_digest: field required; move it away, and --resume writes it anew"),
+        ('{"weights_digest": null}', r"weights_digest: input should be a valid string"),
+        ('{"weights_digest": ""}', "weights_digest is ''"),
+        ('{"weights_digest": 7', r"summary\.json: is not JSON"),
+    ],
+)
+def test_a_summary_that_names_no_weights_is_no_end(whole: Path, copy: Path, text: str, says: str) -> None:
+    (copy / "summary.json").write_text(text)
+    assert re.search(says, refusal(copy.parent, "moved"))
+    (copy / "summary.json").unlink()
+    go(copy.parent, "moved")
+    assert json.loads((copy / "summary.json").read_text())["weights_digest"] == digests(whole)[-1]
+
+
+def test_a_finished_run_whose_model_is_damaged_is_not_called_finished(copy: Path) -> None:
+    assert "is finished" in go(copy.parent, "moved")  # the control
+    model = copy / "checkpoints/step_000003/model/model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-1] ^= 1
+    model.write_bytes(data)
+    assert "model/model.safetensors" in refusal(copy.parent, "moved")
+    model.unlink()
+    assert "model/model.safetensors is missing" in refusal(copy.parent, "moved")
+
+
 def test_more_steps(whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rl.steps is 2, but the run in" in refusal(copy.parent, "moved", rl__steps=2)
     go(copy.parent, "moved", rl__steps=4)
@@ -200,6 +230,22 @@ def test_every_field_is_free_checked_or_refused(copy: Path) -> None:
             assert changes(folder, saved, now, begun=True).keys() == {name}
     with pytest.raises(MetronomeError, match=r"model\.checkpoint: None in the run, 7 now"):
         changes(folder, saved, parse([*arguments(copy.parent, "moved"), "--model.checkpoint", "7"])[0], begun=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "names", "inside"),
+    [
+        ("tracking.project", ["tracking"], True),
+        ("eval.scenarios", ["seed", "eval.scenarios"], True),
+        ("source.watch.every.x", ["source.watch"], True),
+        ("rl.steps_more", ["rl.steps"], False),
+        ("source", ["source.watch"], False),
+        ("rl.steps", ["steps"], False),
+        ("seed", [], False),
+    ],
+)
+def test_a_group_covers_its_fields_and_no_others(field: str, names: list[str], inside: bool) -> None:
+    assert covered(field, names) == inside
 
 
 def test_steps_raised_before_any_was_taken_need_no_excuse() -> None:

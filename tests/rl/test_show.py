@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,12 +80,18 @@ def test_speech_is_where_the_user_speaks(bank: SpeechBank) -> None:
     assert sum(spoken[end + 2 : one.facts["stop_start"] or len(rows)]) == 0
 
 
-def test_json_holds_the_same(bank: SpeechBank, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_same(
+    bank: SpeechBank, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_episodes(tmp_path / "run/episodes/e", [episode(bank)])
     main([str(tmp_path / "run/episodes/e"), "--json"])
     read = json.loads(capsys.readouterr().out)
     assert read["chunks"][5]["words"] == ["four"] and read["chunks"][5]["logprob"] == -2.25
     assert set(read["verdict"]) == {"score", "rewards", "events"} and read["facts"]["family"] == "timespeak"
+    monkeypatch.setattr("reward.explain.explain", lambda *_: read["verdict"] | {"score": math.nan})
+    with pytest.raises(MetronomeError, match=r"a result is not finite \(verdict\.score is nan\)"):
+        main([str(tmp_path / "run/episodes/e"), "--json"])
+    assert capsys.readouterr().out == ""
 
 
 def test_rewards_are_those_of_the_runs_recipe(bank: SpeechBank, tmp_path: Path) -> None:

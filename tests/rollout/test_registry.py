@@ -11,6 +11,7 @@ from kernels.errors import MetronomeError
 from reward.rules.timespeak import TIMESPEAK, TimespeakSettings
 from reward.score import score
 from rl.consistency import check_shares
+from rl.evaluate import WATCHED
 from rl.train import parse
 from rollout.scenarios.family import Family
 from rollout.scenarios.registry import SHIPPED, ScenarioConfig, find_family
@@ -20,6 +21,8 @@ from tests.reward.test_timespeak import FACTS
 BOTH = "[timespeak, tests.examples.confide:FAMILY]"
 NO_FAMILY = "not one"
 TWIN = replace(TIMESPEAK, axes=("timing",))
+RESERVED = ("families", "mean", WATCHED, "greedy")
+"""What stands among the names of families in recipes and tables of results."""
 
 
 def test_shipped_families_have_their_names() -> None:
@@ -93,7 +96,9 @@ def test_a_scorer_that_breaks_its_family_s_word_is_named() -> None:
         score("timespeak", FACTS.to_json(), [LISTEN] * 60, config)
 
 
-@pytest.mark.parametrize("wrong", [{"name": "a/b"}, {"name": "families"}, {"axes": ()}, {"axes": ("a", "a")}])
+@pytest.mark.parametrize(
+    "wrong", [{"name": "a/b"}, *({"name": name} for name in RESERVED), {"axes": ()}, {"axes": ("a", "a")}]
+)
 def test_a_family_with_an_impossible_name_or_axes(wrong: dict[str, object]) -> None:
     assert isinstance(replace(TIMESPEAK, name="other"), Family)
     with pytest.raises(MetronomeError, match="letters, digits and underscores"):

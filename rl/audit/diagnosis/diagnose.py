@@ -14,7 +14,7 @@ from typing import Any
 from model.backbone.transformer import InteractionModel
 from rl.audit.diagnosis.differences import OpDifference, Traces, compare_traces, first_unequal
 from rl.audit.diagnosis.suspects import suspects
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.table import Cell, Table
 from rl.step.identity import Evidence, Mismatch
 from rollout.turn.vocabulary import Vocabulary
@@ -78,10 +78,10 @@ class Diagnosis:
             ),
         ]
 
-    def to_json(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, Any]:
         """The content of audit/difference.json: plain values; numbers that are not finite become null."""
         fields = asdict(self) | {"mismatch": self.mismatch.metrics(), "first": self.first, "tables": self.tables()}
-        return {name: to_json(value) for name, value in fields.items()}
+        return {name: plain(value) for name, value in fields.items()}
 
 
 def explain(model: InteractionModel, evidence: Evidence) -> tuple[Diagnosis | None, str]:

@@ -18,7 +18,7 @@ from kernels.errors import MetronomeError
 from model.weights import manifest
 from rl.audit.command import main
 from rl.audit.compare import _fields, compare_runs
-from rl.audit.document import to_json
+from rl.audit.document import plain
 from rl.audit.schema import schema
 from rollout.record.episode import load_episodes, save_episodes
 from tests.rl.audit.runs import changed, first_file, flip, tamper
@@ -31,7 +31,7 @@ def other(made: Path, tmp_path: Path) -> Path:
 
 
 def compared(a: Path, b: Path) -> dict[str, Any]:
-    report = to_json(compare_runs(a, b, a / "audit/compare"))
+    report = plain(compare_runs(a, b, a / "audit/compare"))
     jsonschema.validate(report, schema())
     assert json.loads((a / "audit/compare/report.json").read_text()) == report
     return dict(report)
@@ -62,6 +62,16 @@ def test_the_first_step_that_differs(run: Path, other: Path) -> None:
 
 def test_one_bit_of_an_episode(run: Path, other: Path) -> None:
     tamper(first_file(other), lambda e: with_text(e, logprob=flip(e.text.logprob, 3)))
+    report = compared(run, other)
+    assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 1, 0)
+    assert report["episode_fields"] == {"text.logprob": 1}
+
+
+def test_log_probs_that_are_not_finite_equal_nothing(run: Path, other: Path) -> None:
+    """Not even the same NaN of a copy. The control, finite ones, is the test above of a copy."""
+    for one in (run, other):
+        tamper(first_file(one), lambda e: with_text(e, logprob=changed(e.text.logprob, 3, math.nan)))
+    assert first_file(run).read_bytes() == first_file(other).read_bytes()
     report = compared(run, other)
     assert (report["verdict"], report["num_unequal"], report["rows_unequal"]) == ("different", 1, 0)
     assert report["episode_fields"] == {"text.logprob": 1}
@@ -143,9 +153,11 @@ def test_nothing_in_common_is_nothing_compared(run: Path, other: Path) -> None:
 
 def test_a_run_compared_with_itself_is_nothing_compared(run: Path, tmp_path: Path) -> None:
     (tmp_path / "again").symlink_to(run)
-    for same in (run, tmp_path / "again"):
+    for same, unknown in ((run, False), (tmp_path / "again", False), (run, True)):
+        if unknown:
+            (run / "environment.json").unlink()  # of two folders it makes the contract a reason: test_other_contract
         report = compared(run, same)
-        assert (report["verdict"], report["steps_compared"]) == ("nothing_compared", 0)
+        assert (report["verdict"], report["steps_compared"], report["reasons"]) == ("nothing_compared", 0, [])
         assert "A and B are one folder" in report["headline"]
 
 

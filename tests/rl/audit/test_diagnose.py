@@ -209,7 +209,7 @@ def test_the_check_raises_with_what_a_diagnosis_needs(model: InteractionModel, m
     with pytest.raises(NotEqualError, match=r"step 4, episode noise/train/0#0, token \d+ .* was not taken") as caught:
         check_identity(Evidence(4, episodes, g.logprob, g.digest, 2))
     evidence = pickle.loads(pickle.dumps(caught.value)).evidence  # as processes exchange errors
-    difference = diagnose(model, evidence).to_json()
+    difference = diagnose(model, evidence).plain()
     assert difference["step"] == 4 and difference["first"]["op"] == "moe_combine"
     assert difference["mismatch"]["mismatch/num_unequal"] > 0 and difference["mismatch"]["mismatch/k3"] >= 0
     for table in difference["tables"]:
@@ -253,7 +253,7 @@ def test_a_run_that_stops_leaves_the_diagnosis(
     ):
         Run(TrainConfig(runs=str(tmp_path)), "name: quickstart\n", False).execute()
     difference = json.loads((tmp_path / "quickstart" / DIFFERENCE).read_text())
-    assert difference == diagnose(model, evidence).to_json()
+    assert difference == diagnose(model, evidence).plain()
     report = json.loads((tmp_path / "quickstart/audit/report.json").read_text())
     assert (report["verdict"], report["num_unequal"]) == ("different", counts.num_unequal)
     assert report["rows_unequal"] == counts.rows_unequal > 0

@@ -15,7 +15,7 @@ import pytest
 
 from rl.audit import schema
 from rl.audit.compare import compare_runs
-from rl.audit.document import Heading, to_json
+from rl.audit.document import Heading, plain
 from rl.audit.page import FOLDER
 from rl.audit.report import audit
 
@@ -53,7 +53,7 @@ def test_other_types_give_another_schema(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_an_audit_writes_is_valid_and_nothing_else(run: Path, made: Path, tmp_path: Path) -> None:
     published = json.loads(PUBLISHED)
     jsonschema.Draft202012Validator.check_schema(published)
-    both: list[dict[str, Any]] = [to_json(audit(run)), to_json(compare_runs(made, run, tmp_path / "both"))]
+    both: list[dict[str, Any]] = [plain(audit(run)), plain(compare_runs(made, run, tmp_path / "both"))]
     assert [report["kind"] for report in both] == ["run", "comparison"]
     for report in both:
         jsonschema.validate(report, published)

@@ -37,6 +37,13 @@ def test_the_verdict_is_on_ours(tokens: int, unequal: int, verdict: str) -> None
     assert found.verdict == verdict and found.headline.endswith("in the control, the other runs, 7 of 9.")
 
 
+@pytest.mark.parametrize(("unequal", "verdict"), [(0, "nothing_compared"), (1, "different")])
+def test_a_control_that_does_not_differ_shows_nothing(unequal: int, verdict: str) -> None:
+    for control in ([result("bf16 sampler", 9, 0)], []):
+        found = baseline.finding([result("ours", 9, unequal), *control])
+        assert found.verdict == verdict and "so that nothing here shows that a difference would" in found.headline
+
+
 def test_no_step_compares_nothing(tmp_path: Path) -> None:
     with pytest.raises(MetronomeError, match="nothing is compared"):
         baseline.run(tmp_path, tmp_path, 0)
