@@ -20,6 +20,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("reward.pairs")
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -129,14 +130,14 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe("reward.pairs", description, PairsConfig, arguments)
     config = recipe.config
     out = Path(config.out)
-    if out.exists():
-        raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
     if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
     chunks, rollouts = config.scenarios.most_chunks, config.rollouts
     if rollouts.policies:
         check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk)
     with locked(out):
+        if os.path.lexists(out):
+            raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
         make(recipe, out)
 
 

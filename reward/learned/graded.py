@@ -24,6 +24,7 @@ from trl import RewardTrainer
 
 from kernels import ops
 from model.weights.finite import NotFiniteError
+from reward.learned.report import REMEDY, diverged
 from reward.learned.resuming import Progress
 
 
@@ -94,9 +95,4 @@ class GradedTrainer(RewardTrainer):
         return norm
 
     def _diverged(self, what: str) -> NotFiniteError:
-        return NotFiniteError(diverged(self.state.global_step + 1, f"the {what} not finite"))
-
-
-def diverged(step: int, what: str) -> str:
-    """The one line in which a training ends whose numbers have left those that fp32 can hold; ``step``: from 1."""
-    return f"training diverged at step {step}: {what}. No model was written; lower trainer.learning_rate"
+        return NotFiniteError(f"{diverged(self.state.global_step + 1)}: the {what} not finite: {REMEDY}")

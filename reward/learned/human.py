@@ -94,13 +94,6 @@ class Label:
         return frozenset(side.digest for side in self.sides.values())
 
 
-def read_labels(
-    path: Path, split: str, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig
-) -> list[Preference]:
-    """The file's preferences of one split; else as `read_all_labels`."""
-    return read_all_labels([path], vocabulary, words_per_chunk, scenarios)[split]
-
-
 def read_all_labels(
     paths: Sequence[Path], vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig
 ) -> dict[str, list[Preference]]:

@@ -11,7 +11,6 @@ which order, or on the number of threads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -185,16 +184,13 @@ def _form(name: str, tensor: Tensor) -> str:
 
 
 def _temperature(folder: Path, description: Description) -> dict[str, float]:
-    """The temperature of each axis, in the order of axes; raises MetronomeError unless each has one above 0."""
+    """The temperature of each axis, in the order of axes; raises MetronomeError unless each has one."""
     found = description.temperature
     if found.keys() != set(description.axes):
         raise MetronomeError(
             f"{folder / DESCRIPTION}: has temperatures of {', '.join(found) or 'nothing'}, but axes "
             f"{', '.join(description.axes)}; evaluate the reward model anew"
         )
-    for axis, value in found.items():
-        if not 0 < value < math.inf:
-            raise MetronomeError(f"{folder / DESCRIPTION}: the temperature of {axis} is {value}; it must be above 0")
     return {axis: found[axis] for axis in description.axes}
 
 

@@ -14,12 +14,13 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from kernels.errors import MetronomeError
 from model.program.files import write_json
+from model.program.ranges import Range
 from model.program.reading import read_record
 from model.weights import manifest
 
@@ -33,7 +34,7 @@ class PairsOrigin:
     """A data set of pairs. Digests are 32 hexadecimal digits."""
 
     digest: str  # of all pairs (`pairs_digest`)
-    pairs: dict[str, int]  # split -> how many
+    pairs: dict[str, Annotated[int, Range(0, 10**9)]]  # split -> how many
     recipe: str = UNKNOWN  # digest of the recipe's values
     recordings: str = UNKNOWN  # digest of the recordings (`SpeechBank.digest`)
     policies: tuple[str, ...] = ()  # digest of each policy's weights, in the recipe's order
@@ -46,7 +47,7 @@ class TrainingOrigin:
     recipe: dict[str, Any]  # the recipe's fields that decide weights, by dotted name
     pairs: str  # digest of the data set
     backbone: str  # digest of the backbone's weights before the first step
-    processes: int  # that sum the gradients; another number sums them in another order
+    processes: Annotated[int, Range(1, 10**6)]  # that sum the gradients; another number sums them in another order
     contract_id: str  # of the kernels
 
     def differences(self, now: TrainingOrigin, pairs: str, backbone: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -28,6 +28,7 @@ from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
 from model.program.files import whole_folder
 from model.program.ranges import Range
+from model.program.reading import UnreadableError
 from reward.learned.origin import (
     UNKNOWN,
     PairsOrigin,
@@ -42,6 +43,7 @@ MOST_MARGIN = 10_000
 """Largest margin of a pair; an event on time is worth 1."""
 MOST_CODES = 1 << 26
 """dMel codes of a conversation; 64 Mi are more than two hours."""
+REMEDY = "Make the pairs anew: python -m reward.pairs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,16 +211,11 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
     ``audio``: id of the audio token. Raises MetronomeError when the data set is missing or damaged, lacks the
     split or a column, has no pair of these axes, or at the first row that `check` refuses; and as `check_apart`
     does."""
-    try:
-        if has_pairs_origin(folder):
-            read_pairs_origin(folder)
-        splits = load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        raise MetronomeError(
-            f"{folder}: holds no preference pairs ({error}). Make them: python -m reward.pairs"
-        ) from None
-    if not isinstance(splits, DatasetDict) or split not in splits:
-        raise MetronomeError(f"{folder}: has no split {split!r}. Make the pairs anew: python -m reward.pairs")
+    if has_pairs_origin(folder):
+        read_pairs_origin(folder)
+    splits = _tables(folder)
+    if split not in splits:
+        raise MetronomeError(f"{folder}: has no split {split!r}. {REMEDY}")
     for name, rows in splits.items():
         if missing := sorted(set(FEATURES) - set(rows.column_names)):
             raise MetronomeError(f"{folder}, {name}: the columns {', '.join(missing)} are missing")
@@ -227,12 +224,13 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
                 f"{folder}, {name}: the column {wrong} holds {rows.features[wrong]}, and must hold {FEATURES[wrong]}"
             )
     rows = splits[split]
-    wanted = [i for i, axis in enumerate(rows["axis"]) if axis in axes]
-    rows = rows.select(wanted)
-    check(((f"{folder}, {split}, row {i}", row) for i, row in zip(wanted, rows, strict=True)), audio)
-    if not wanted:
-        raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
-    check_apart(folder, {name: _held_in(one) for name, one in splits.items()})
+    with _reading(folder):
+        wanted = [i for i, axis in enumerate(rows["axis"]) if axis in axes]
+        rows = rows.select(wanted)
+        check(((f"{folder}, {split}, row {i}", row) for i, row in zip(wanted, rows, strict=True)), audio)
+        if not wanted:
+            raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
+        check_apart(folder, {name: _held_in(one) for name, one in splits.items()})
     return rows
 
 
@@ -241,11 +239,35 @@ def origin_of(folder: Path) -> PairsOrigin:
     computed here. Raises MetronomeError for a data set that is damaged."""
     if has_pairs_origin(folder):
         return read_pairs_origin(folder)
-    try:
-        splits = {name: [from_row(row) for row in rows] for name, rows in load_from_disk(str(folder)).items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, zlib.error) as error:
-        raise MetronomeError(f"{folder}: holds pairs that cannot be read ({error})") from None
+    tables = _tables(folder)
+    with _reading(folder):
+        splits = {name: [from_row(row) for row in rows] for name, rows in tables.items()}
     return PairsOrigin(pairs_digest(splits), {name: len(pairs) for name, pairs in splits.items()})
+
+
+def _tables(folder: Path) -> DatasetDict:
+    """The tables on disk by split, their rows unchecked. Raises UnreadableError when there are none or they are
+    damaged."""
+    with _reading(folder):
+        tables = load_from_disk(str(folder))
+    if not isinstance(tables, DatasetDict):
+        raise UnreadableError(folder, f"holds one table, and not one for each split. {REMEDY}")
+    return tables
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turns all that the library may raise for damaged tables into UnreadableError."""
+    try:
+        yield
+    except (MetronomeError, MemoryError):
+        raise
+    # Broad on purpose: what the library raises for damaged tables is open-ended.
+    except Exception as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UnreadableError(
+            folder, f"holds no preference pairs that can be read ({problem or type(error).__name__}). {REMEDY}"
+        ) from error
 
 
 def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:

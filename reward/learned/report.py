@@ -18,6 +18,13 @@ from reward.learned.resuming import Progress
 UNREAD_FILES = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")
 """Files that TRL and DeepSpeed write into a checkpoint and nothing reads (a pickled object, scripts); they are
 deleted."""
+REMEDY = "no model was written; lower trainer.learning_rate"
+"""For a training whose numbers have left those that fp32 can hold."""
+
+
+def diverged(step: int) -> str:
+    """How the one line begins in which such a training ends; ``step``: from 1."""
+    return f"training diverged at step {step}"
 
 
 class Report(TrainerCallback):
@@ -46,8 +53,7 @@ class Report(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None  # as TRL calls it
-        remedy = "no model was written; lower trainer.learning_rate"
-        check_finite(f"training diverged at step {state.global_step}", model.named_parameters(), remedy)
+        check_finite(diverged(state.global_step), model.named_parameters(), REMEDY)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

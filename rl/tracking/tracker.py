@@ -22,11 +22,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kernels.errors import MetronomeError
 from model.program.files import append_line, write_whole
 from model.program.folders import NAME
+from model.program.ranges import Range
 from model.program.reading import (
     as_record,
     decode,
@@ -157,7 +158,7 @@ def _earlier(journal: Path) -> list[Record]:
 class _Entry:
     """A line of the journal."""
 
-    step: int
+    step: Annotated[int, Range(0, 10**9)]
     metrics: dict[str, float | int | str]
 
 

@@ -26,7 +26,7 @@ from model.program.files import write_json
 from model.program.reading import parse_yaml
 from model.weights import checkpoint, manifest
 from reward.explain import families
-from reward.learned.human import read_labels
+from reward.learned.human import read_all_labels
 from reward.learned.model import RewardModel
 from rl import fingerprint
 from rl.audit import records
@@ -223,7 +223,7 @@ READERS = {
     "speech": Reader(("rollout.world.speech",), speech, "manifest.jsonl", "lines", SpeechBank.open, 60),
     "labels": Reader(
         ("reward.learned.human",), labels, "labels.jsonl", "lines",
-        lambda f: read_labels(f / "labels.jsonl", "train", Vocabulary.build(256), 1, ScenarioConfig()), 60,
+        lambda f: read_all_labels([f / "labels.jsonl"], Vocabulary.build(256), 1, ScenarioConfig()), 60,
     ),
     "metrics": Reader(("rl.folder",), a_run, "a/metrics.jsonl", "lines", reopened, 60),
     "a saved recipe": Reader(("rl.folder",), a_run, "a/config.yaml", "json", reopened),

@@ -14,7 +14,7 @@ import soundfile
 
 from kernels.errors import MetronomeError
 from model.tokenizer import SPECIALS
-from reward.learned.human import read_all_labels, read_labels
+from reward.learned.human import read_all_labels
 from reward.pairs import PairMaker, PairsConfig, PolicyRecipe, RolloutRecipe
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import CHUNK_SAMPLES
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(folder: Path, *labels: dict[str, Any] | str, split: str = "train") -> list[Any]:
     lines = [one if isinstance(one, str) else json.dumps(one) for one in labels]
     (folder / "labels.jsonl").write_text("\n".join(lines) + "\n")
-    return read_labels(folder / "labels.jsonl", split, VOCABULARY, 1, ScenarioConfig())
+    return read_all_labels([folder / "labels.jsonl"], VOCABULARY, 1, ScenarioConfig())[split]
 
 
 def turned(**changes: Any) -> dict[str, Any]:
@@ -147,13 +147,13 @@ def test_unusual_labels_are_taken(folder: Path) -> None:
     assert read(folder, label(second=side("long.wav", [["listen"]] * 300)))
     (folder / "labels.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(label(id="\u2028".join("ab"))).encode())
     with pytest.raises(MetronomeError, match="id must be"):
-        read_labels(folder / "labels.jsonl", "train", VOCABULARY, 1, ScenarioConfig())
+        read_all_labels([folder / "labels.jsonl"], VOCABULARY, 1, ScenarioConfig())
     text = json.dumps(label(id="caf\u00e9"), ensure_ascii=False)
     (folder / "labels.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert read_labels(folder / "labels.jsonl", "train", VOCABULARY, 1, ScenarioConfig())
+    assert read_all_labels([folder / "labels.jsonl"], VOCABULARY, 1, ScenarioConfig())
     (folder / "labels.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(MetronomeError, match="line 1: is not UTF-8"):
-        read_labels(folder / "labels.jsonl", "train", VOCABULARY, 1, ScenarioConfig())
+        read_all_labels([folder / "labels.jsonl"], VOCABULARY, 1, ScenarioConfig())
 
 
 @pytest.mark.parametrize(
@@ -249,4 +249,4 @@ def test_files_without_a_preference_are_refused(folder: Path) -> None:
     with pytest.raises(MetronomeError, match="every label is a tie"):
         read(folder, label(preferred="tie"))
     with pytest.raises(MetronomeError, match=r"nothing\.jsonl: is missing"):
-        read_labels(folder / "nothing.jsonl", "train", VOCABULARY, 1, ScenarioConfig())
+        read_all_labels([folder / "nothing.jsonl"], VOCABULARY, 1, ScenarioConfig())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kernels.errors import MetronomeError
+from model.weights import manifest
 from reward import pairs as command
 from reward.learned.origin import PairsOrigin, digest_of, pairs_digest
 from reward.learned.preference import Preference, origin_of, save_preferences, table
@@ -94,6 +96,40 @@ def test_recordings_are_named_by_texts_and_samples() -> None:
 
 def test_the_order_of_keys_is_no_difference() -> None:
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+
+
+def test_the_command_looks_for_the_folder_under_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that are started at once do not both find nothing there."""
+    out = tmp_path / "pairs"
+
+    @contextmanager
+    def slow(folder: Path) -> Iterator[None]:
+        assert folder == out
+        out.symlink_to("nowhere")  # made by another while this one waited
+        yield
+
+    made: list[Path] = []
+    monkeypatch.setattr(command, "make", lambda recipe, out: made.append(out))
+    command.main(["--out", str(out)])
+    assert made == [out], "the control"
+    monkeypatch.setattr(command, "locked", slow)
+    with pytest.raises(MetronomeError, match="already exists"):
+        command.main(["--out", str(out)])
+    assert made == [out]
+
+
+def test_numbers_of_pairs_are_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    save_preferences(folder, {"train": SOME})
+    origin = json.loads((folder / "pairs.json").read_text())
+    for count, says in ((-1, r"pairs\.train is -1: give a number from 0"), (6, None)):
+        (folder / "pairs.json").write_text(json.dumps(origin | {"pairs": {"train": count}}))
+        manifest.write(folder, folder.name)
+        if says is None:
+            origin_of(folder)
+            continue
+        with pytest.raises(MetronomeError, match=says):
+            origin_of(folder)
 
 
 def test_the_command_names_recipe_and_recordings(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from dataclasses import replace
@@ -22,10 +23,12 @@ from reward.learned.preference import (
     check,
     from_row,
     load_preferences,
+    origin_of,
     save_preferences,
     table,
     to_row,
 )
+from tests.fuzz.hostile import FILES, places, refusal, with_value
 from tests.support.models import conversation
 
 
@@ -142,6 +145,35 @@ def test_a_conversation_in_two_splits_is_refused(tmp_path: Path) -> None:
             load_preferences(tmp_path / "pairs", split, ["timing"], AUDIO)
     save_preferences(tmp_path / "apart", {"train": [one], "held_out": [pair(2), other]})  # the control
     assert len(load_preferences(tmp_path / "apart", "held_out", ["timing"], AUDIO)) == 1
+
+
+@pytest.mark.parametrize("file", ["dataset_dict.json", "train/state.json", "train/dataset_info.json", "train/data-*"])
+def test_damaged_tables_are_refused_in_one_line(tmp_path: Path, file: str) -> None:
+    """By both readers, of a data set that another program wrote, which no manifest covers."""
+    folder = tmp_path / "pairs"
+    DatasetDict({"train": table([pair(i) for i in range(3)])}).save_to_disk(str(folder))
+    (path,) = folder.glob(file)
+    good = path.read_bytes()
+
+    def refusals(content: bytes) -> list[str | None]:
+        path.write_bytes(content)
+        readers = (lambda: load_preferences(folder, "train", ["timing"], AUDIO), lambda: origin_of(folder))
+        return [refusal(read) for read in readers]
+
+    told = good if path.suffix == ".json" else b"null"
+    hostile = [*FILES, *(with_value(json.loads(told), at, text).encode() for at in places(json.loads(told))
+               for text in ("null", "[]", "3", '"no"', "{}"))]  # fmt: skip
+    hostile += [good[: len(good) // 2], good[:-1], good[100:]]
+    found = [refusals(content) for content in hostile]
+    assert sum(None not in one for one in found) > 10
+    assert refusals(good) == [None, None], "the control"
+
+
+def test_a_single_table_is_no_set_of_pairs(tmp_path: Path) -> None:
+    table([pair(0)]).save_to_disk(str(tmp_path / "pairs"))
+    for read in (lambda f: load_preferences(f, "train", ["timing"], AUDIO), origin_of):
+        with pytest.raises(MetronomeError, match=r"holds one table, and not one for each split.*reward\.pairs"):
+            read(tmp_path / "pairs")
 
 
 def test_columns_of_another_type_are_refused(tmp_path: Path) -> None:

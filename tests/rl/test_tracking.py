@@ -118,7 +118,15 @@ def test_a_run_that_was_renamed_is_the_same_run(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    "line", ["{}", "3", '{"step": "1", "metrics": {}}', '{"step": 1, "metrics": {"x": NaN}}', "\xff"]
+    "line",
+    [
+        "{}",
+        "3",
+        '{"step": -1, "metrics": {}}',
+        '{"step": "1", "metrics": {}}',
+        '{"step": 1, "metrics": {"x": NaN}}',
+        "\xff",
+    ],
 )
 def test_a_damaged_journal_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
     run = FakeRun()
