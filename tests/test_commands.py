@@ -8,14 +8,27 @@ import ast
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import pytest
 
 from kernels.errors import MetronomeError
-from model.program.outputs import OutputFile, OutputFolder, output_file, output_folder
+from model.program.files import whole_folder, write_whole
+from model.program.folders import locked
+from model.program.outputs import (
+    OutputFile,
+    OutputFolder,
+    output_file,
+    output_folder,
+    problem_of_file,
+    problem_of_folder,
+)
+from rl.config import TrainConfig
 from rl.console import VERBS
+from tests.support.recipes import commands as recipe_classes
+from tests.support.recipes import leaves, required
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "model", "rollout", "reward", "rl")
@@ -89,7 +102,11 @@ def test_help_lists_the_arguments(command: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as end:
         main_of(command)(["--help"])
     assert end.value.code == 0
-    assert "--help" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("usage: ")
+    names = [name for name, _ in leaves(RECIPES[command])] if command in RECIPES else []
+    names += [option.removeprefix("--") for action in options(command) for option in action.option_strings[-1:]]
+    assert names and all(f"--{name}" in said for name in names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -151,21 +168,17 @@ def test_output_paths_of_options(command: str, option: str, place: Path) -> None
 
 
 def outputs(command: str) -> list[tuple[str, OutputFile | OutputFolder]]:
-    """(field, kind) of a recipe's outputs; nothing for a command without a recipe."""
-    module = importlib.import_module(command)
-    kinds = [v for v in vars(module).values() if isinstance(v, type) and v.__name__.endswith("Config")]
-    out = []
-    for kind in kinds:
-        if kind.__module__ != command and not (
-            command in ("rl.train", "rl.minimal") and kind.__name__ == "TrainConfig"
-        ):
-            continue
-        for field, hint in get_type_hints(kind, include_extras=True).items():
-            if get_origin(hint) is Annotated:
-                out += [(field, one) for one in get_args(hint)[1:] if isinstance(one, OutputFile | OutputFolder)]
-    return out
+    """(dotted name, kind) of the outputs in a command's recipe; nothing for a command without a recipe."""
+    return outputs_of(RECIPES[command]) if command in RECIPES else []
 
 
+def outputs_of(kind: type[Any]) -> list[tuple[str, OutputFile | OutputFolder]]:
+    """The same of a recipe's class, those of the classes within it included."""
+    limits = [(field, one) for field, hint in leaves(kind) for one in getattr(hint, "__metadata__", ())]
+    return [(field, one) for field, one in limits if isinstance(one, OutputFile | OutputFolder)]
+
+
+RECIPES = recipe_classes() | {"rl.minimal": TrainConfig}  # which it reads by `rl.train.parse`
 RECIPE_OUTPUTS = [(command, field, kind) for command in COMMANDS for field, kind in outputs(command)]
 
 
@@ -174,15 +187,61 @@ def test_recipes_that_name_results_try_them() -> None:
     assert commands >= {"rl.train", "rl.bestofn", "reward.train", "reward.pairs", "reward.evaluate", "reward.hacks"}
 
 
+def test_control_an_output_within_a_part_is_found() -> None:
+    @dataclass(frozen=True)
+    class Part:
+        picture: Annotated[str, OutputFile()] = "x.png"
+
+    @dataclass(frozen=True)
+    class Whole:
+        name: str = "x"
+        part: Part = field(default_factory=Part)
+
+    Whole.__annotations__["part"] = Part
+    Part.__annotations__["picture"] = Annotated[str, OutputFile()]
+    assert outputs_of(Whole) == [("part.picture", OutputFile())]
+
+
 @pytest.mark.parametrize(("command", "field", "kind"), RECIPE_OUTPUTS)
 def test_output_paths_of_recipes(command: str, field: str, kind: Any, place: Path) -> None:
     before = content(place)
     wrong = FILES if isinstance(kind, OutputFile) else ("", "file", "file/x", "/proc/none/x")
     beside = tuple(f"x{ending}" for ending in getattr(kind, "beside", ()))
+    needed = [f"--{n}={value}" for n, value in required(RECIPES[command]).items() if n != field]
     for value in (*wrong, *beside):
-        line = refused(command, [f"--{field}={value}"])
+        line = refused(command, [*needed, f"--{field}={value}"])
         assert field in line, line
     assert content(place) == before
+
+
+LENGTHS = (200, *range(230, 257))
+"""Of names, in bytes. Linux takes up to 255, and what is written beside for a while has a longer name."""
+
+
+@pytest.mark.parametrize("beside", [(), (".png",)])
+def test_a_file_whose_name_is_taken_can_be_written(beside: tuple[str, ...], place: Path) -> None:
+    taken = []
+    for length in LENGTHS:
+        path = Path("x" * (length - 2) + ".j")
+        if problem_of_file(str(path), beside) is None:
+            taken.append(length)
+            for one in (path, *map(path.with_suffix, beside)):
+                write_whole(one, b"1")
+                write_whole(one, b"2")
+    assert taken and taken[0] == LENGTHS[0] and taken[-1] < 255
+    assert len(content(place)) == len(taken) * (1 + len(beside)) + 2, "and nothing else is left"
+
+
+def test_a_folder_whose_name_is_taken_can_be_written(place: Path) -> None:
+    taken = []
+    for path in (Path("x" * length) for length in LENGTHS):
+        if problem_of_folder(str(path)) is None:
+            taken.append(path.name)
+            for _ in range(2):
+                with locked(path), whole_folder(path):
+                    pass
+    assert taken and taken[0] == "x" * LENGTHS[0] and len(taken[-1]) < 255
+    assert content(place) == {"folder", "file", *taken}
 
 
 def test_outputs_that_will_do_leave_nothing(place: Path) -> None:

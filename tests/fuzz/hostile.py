@@ -1,4 +1,4 @@
-"""Hostile content of files, made from a good file: what crashes, editors, other programs and enemies leave."""
+"""Hostile content of files, made from a good file: what crashes, editors, other programs and attackers leave."""
 
 from __future__ import annotations
 
@@ -108,11 +108,12 @@ def _in_the_header(draw: st.DrawFn, good: bytes) -> bytes:
 
 
 def contents(good: bytes, form: str) -> st.SearchStrategy[bytes]:
-    """Hostile contents of a file of the ``form`` json, lines or safetensors."""
+    """Hostile contents of a file of the ``form`` json, lines, safetensors or bytes, of which nothing is known."""
     inside: Callable[[bytes], st.SearchStrategy[bytes]] = {
         "json": lambda data: json_text(data.decode()).map(lambda text: text.encode("utf-8", "surrogatepass")),
         "lines": _in_a_line,
         "safetensors": _in_the_header,
+        "bytes": damaged,
     }[form]
     return st.one_of(inside(good), inside(good), inside(good), damaged(good), st.sampled_from(FILES))
 

@@ -6,17 +6,20 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import MetronomeError
+from model.program import ranges
+from model.program.ranges import Range
 from model.program.recipe import Recipe, read_recipe
 from rl.config import TrainConfig
-from tests.support.recipes import classes, leaves, required
+from tests.support.recipes import classes, commands, leaves, required
 
 OPTIONS = [
     "", " ", "-1", "0", "nan", ".nan", "-.inf", "1e999", "1" + "0" * 400, "1" + "0" * 5000, "-0.0", "5e-324",
@@ -84,6 +87,43 @@ def test_fields_with_hostile_values(kind: type[Any], tmp_path: Path, monkeypatch
             assert read_recipe("a.command", "", kind, ["--config", recipe.text]) == recipe
     assert os.listdir(tmp_path) == []
     print(f"{kind.__name__}: {tried} inputs")
+
+
+NO_NUMBERS = ("nan", "inf", "-inf", ".nan", ".inf", "-.inf", "1e999", "-1e999")
+
+
+def is_number(hint: Any) -> bool:
+    """Whether a field is a number, a list of or a mapping to numbers, or one of these or null."""
+    kind = ranges.bare(hint)[0]
+    if get_origin(kind) is tuple:
+        return all(is_number(one) for one in get_args(kind) if one is not ...)
+    return is_number(get_args(kind)[1]) if is_mapping(hint) else kind in (int, float, int | float)
+
+
+def is_mapping(hint: Any) -> bool:
+    return get_origin(ranges.bare(hint)[0]) in (dict, Mapping)
+
+
+NUMERIC = [(kind, n, hint) for kind in classes() for n, hint in leaves(kind) if n in FIELDS[kind] and is_number(hint)]
+
+
+def test_no_field_takes_what_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(NUMERIC) > 100 and {"rl.axis_weights", "rl.steps"} <= {name for _, name, _ in NUMERIC}
+    for kind, name, hint in NUMERIC:
+        for value in NO_NUMBERS[:: 1 if name.count(".") < 2 else 3]:
+            several = f"{{timing: {value}}}" if is_mapping(hint) else f"[{value}]"
+            text = several if get_args(ranges.bare(hint)[0]) else value
+            assert outcome(kind, name, [f"--{name}={text}"]) is None, (name, text)
+            assert outcome(kind, name, ["--config", nested(name, text)]) is None, (name, text)
+    assert os.listdir(tmp_path) == []
+
+
+def test_control_a_name_may_be_nan() -> None:
+    assert "rl.train" in commands() and not is_number(str) and is_number(Annotated[float | None, Range(0, 1)])
+    for value in NO_NUMBERS[:3]:
+        read = outcome(TrainConfig, "speech_dir", [f"--speech_dir={value}"])
+        assert read is not None and read.config.speech_dir == value
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30)

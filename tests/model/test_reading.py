@@ -1,4 +1,4 @@
-"""Text, JSON, JSON lines and YAML as other programs, editors, crashes and enemies write them: the right value, or one
+"""Text, JSON, JSON lines and YAML as other programs, editors, crashes and attackers write them: the right value, or one
 line that names the place."""
 
 from __future__ import annotations
