@@ -6,9 +6,10 @@ TRL gives the training loop and the form of the loss. Loss, clipping and AdamW a
 (`reward.learned.graded`; under accelerate's DeepSpeed, DeepSpeed clips), and the model and the collator are ours: a
 conversation that is in several pairs of a batch goes through the model once. Pairs are taken in the order of the data
 set, in which pairs that share conversations stand together. ``--resume`` goes on from the newest checkpoint that has a
-manifest and exactly the files listed there, and ends with the weights of the uninterrupted run or refuses
-(`reward.learned.resuming`); a finished run is left as it is. Checkpoints are read with ``weights_only``, as tensors and
-plain values, so that nothing in them is executed. A training whose numbers cease to be finite stops with an error.
+manifest and exactly the files listed there, from the beginning where there is none yet, and ends with the weights of
+the uninterrupted run or refuses (`reward.learned.resuming`); a finished run is left as it is. Checkpoints are read with
+``weights_only``, as tensors and plain values, so that nothing in them is executed. A training whose numbers cease to be
+finite stops with an error. Several processes watch one another as those of `rl.train` do (`rl.learner.heartbeat`).
 
     runs/<name>/config.yaml, origin.json (`TrainingOrigin`), checkpoints/checkpoint-NNN/ (TRL's),
                 model/ (RewardModel.load), summary.json
@@ -27,7 +28,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 import os
 import pickle
 import re
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,8 +42,8 @@ from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
 from model.program.files import write_json, write_whole
-from model.program.folders import RunName, locate, locked
-from model.program.launched import local_world
+from model.program.folders import RunName, locate
+from model.program.launched import Launched, local_world
 from model.program.memory import check_room
 from model.program.outputs import OutputFolder
 from model.program.ranges import Fields, FilePath, Names, Range, Seed, Weight
@@ -64,6 +64,8 @@ from reward.learned.report import Report
 from reward.learned.resuming import Progress
 from reward.learned.settings import RANGES, optimizer, trainer_arguments, trainer_defaults, uses_deepspeed
 from reward.learned.trainable import Collator, Trainable
+from rl.folder import RECIPE, check_free, sole_writer
+from rl.learner import ranks
 
 if TYPE_CHECKING:
     from reward.learned.graded import GradedTrainer
@@ -93,19 +95,28 @@ class RewardTrainConfig:
     margin_scale: Weight = 1.0  # the loss subtracts margin_scale * margin; 0 turns margins off
     # If given, margins make soft labels instead (reward.learned.graded).
     rationality: Annotated[float, Range(1e-6, 1e6)] | None = None
-    trainer: Annotated[dict[str, Any], Fields(RANGES)] = field(default_factory=dict)  # any field of trl.RewardConfig
+    trainer: Annotated[dict[str, Any], Fields(RANGES)] = field(default_factory=dict)  # of trl.RewardConfig's
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe("reward.train", "Train a reward model.", RewardTrainConfig, arguments, resumes=True)
     folder = locate(recipe.config.runs, recipe.config.name)
-    with locked(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
-        train(recipe.config, recipe.text, recipe.resume)
+    launched = Launched.read()
+    if launched is not None and launched.world > 1:  # accelerate takes the group of processes that it finds
+        ranks.join()
+    if launched is None:
+        os.environ.pop("LOCAL_RANK", None)  # left over; accelerate would take it for a launcher's
+    try:
+        with sole_writer(folder):
+            train(recipe.config, recipe.text, recipe.resume)
+    finally:
+        ranks.leave()
 
 
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
     """Trains and writes the run's folder. ``recipe``: the resolved recipe as YAML, saved with the run; ``resume``: go
-    on from the newest finished checkpoint. Raises MetronomeError for a recipe, data set or folder that does not fit."""
+    on from the newest finished checkpoint, or from the beginning where there is none yet. Raises MetronomeError for a
+    recipe, data set or folder that does not fit."""
     progress = Progress()
     folder = locate(config.runs, config.name)
     _check_folder(folder, resume)
@@ -135,12 +146,13 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         _check_same(folder, list(before.differences(origin, config.pairs, called)))
         origin = before  # equal in meaning, and in the text that its checkpoints name
         earlier = resuming.newest_checkpoint(folder, origin, uses_deepspeed())
-        progress.read(earlier)
+        if earlier is not None:
+            progress.read(earlier)
     trainer = _trainer(config, arguments, model, rows, Report(arguments, origin.text, progress))
     if arguments.process_index == 0:
         weights = sum(p.numel() for p in model.parameters())
         write_json(folder / TRAINING, asdict(origin))
-        write_whole(folder / "config.yaml", recipe.encode())
+        write_whole(folder / RECIPE, recipe.encode())
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
     steps = _run(trainer, earlier)
     model.repack()
@@ -168,11 +180,11 @@ def _check_scores(model: RewardModel, rows: Dataset) -> None:
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    saved = folder / "config.yaml"
-    if not resume and saved.exists():
-        raise MetronomeError(f"{folder} already holds a run; --resume goes on with it, or choose another --name")
-    if resume and not saved.is_file():
-        raise MetronomeError(f"{folder} holds no run to resume (no config.yaml); start without --resume")
+    if not resume:
+        check_free(folder)
+        ranks.gather(None)  # all look before the first one writes
+    elif not (folder / RECIPE).is_file():
+        raise MetronomeError(f"{folder} holds no run to resume (no {RECIPE}); start without --resume")
 
 
 def _check_same(folder: Path, differences: list[str]) -> None:
@@ -199,7 +211,7 @@ def _trainer(
             callbacks=[report],
             progress=report.progress,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a tracker is not installed
         raise MetronomeError(f"recipe: trainer: {' '.join(str(error).split())}") from error
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
@@ -208,9 +220,10 @@ def _trainer(
 
 def _run(trainer: GradedTrainer, earlier: Path | None) -> int:
     """Trains to the last step, from the checkpoint ``earlier`` if there is one; the number of steps."""
-    if earlier is not None and (steps := resuming.steps_at_end(earlier)) is not None:  # TRL would take one more
-        resuming.load_weights(trainer.model, earlier)
-        return steps
+    if earlier is not None:
+        resuming.load_weights(trainer.model, earlier)  # TRL does so again, but looks at nothing
+        if (steps := resuming.steps_at_end(earlier)) is not None:  # TRL would take one more
+            return steps
     try:
         return int(trainer.train(resume_from_checkpoint=None if earlier is None else str(earlier)).global_step)
     except pickle.UnpicklingError as error:

@@ -73,6 +73,16 @@ def sole_writer(path: Path) -> Iterator[None]:
         yield
 
 
+def check_free(path: Path) -> None:
+    """Raises MetronomeError when the folder ``path`` holds results of a run, of `rl.train` or `reward.train`."""
+    taken = [result for result in RESULTS if os.path.lexists(path / result)]
+    if taken:
+        raise MetronomeError(
+            f"{path} already holds results of a run ({taken[0]}); go on with it by --resume, or choose another --name, "
+            "or move the folder away"
+        )
+
+
 class RunFolder:
     """Owns ``path`` and the metric records written so far. Use `create` or `reopen`."""
 
@@ -86,12 +96,7 @@ class RunFolder:
         """Makes a folder with config.yaml, the resolved recipe ``config``. Raises MetronomeError when ``name`` cannot
         name a folder, or a folder of that name holds results."""
         path = locate(runs, name)
-        taken = [p for p in (path / result for result in RESULTS) if os.path.lexists(p)]
-        if taken:
-            raise MetronomeError(
-                f"{path} already holds results of a run ({taken[0].name}); go on with it by --resume, or choose "
-                "another --name, or move the folder away"
-            )
+        check_free(path)
         folder = RunFolder(path, [], config)
         ranks.gather(None)  # all look before the first one writes
         folder._write_recipe()

@@ -13,21 +13,28 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from kernels.errors import MetronomeError
 from model.program.files import write_json
-from model.program.reading import read_record
+from model.program.ranges import Range
+from model.program.reading import UnreadableError, read_record
 from model.weights import checkpoint, manifest
+from model.weights.finite import check_finite
+from model.weights.tensors import read_tensors
 from reward.learned.model import RewardModel
 from reward.learned.origin import TrainingOrigin
 
 SUMMARY, MODEL, PROGRESS, STATE = "summary.json", "model", "progress.json", "trainer_state.json"
+WEIGHTS = "model.safetensors"
+AWAY = "Move the checkpoint away to resume from the one before it"
 SAVING_AND_LOGGING = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm")
 """How the names of those trainer fields begin that decide no weight."""
+
+StepCount = Annotated[int, Range(1, 10**9)]
+"""A training takes a step at least, and saves after a step only."""
 
 
 @dataclass
@@ -56,15 +63,15 @@ class Totals:
     """`Progress` in a checkpoint."""
 
     loss_sum: float
-    wall_s: float
+    wall_s: Annotated[float, Range(0, 10**10)]
 
 
 @dataclass(frozen=True)
 class State:
     """What we read of TRL's record of a training's state."""
 
-    global_step: int  # finished steps
-    max_steps: int
+    global_step: StepCount  # finished steps
+    max_steps: StepCount
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Finished:
     """What we read of a finished run's summary."""
 
     weights_digest: str
-    steps: int
+    steps: StepCount
 
 
 def deciding_fields(recipe: Mapping[str, Any], trainer_defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,15 +110,18 @@ def finished(folder: Path) -> Finished | None:
     return end
 
 
-def newest_checkpoint(folder: Path, origin: TrainingOrigin, deepspeed: bool) -> Path:
-    """The checkpoint to resume from: the newest that has a manifest. Raises MetronomeError without one, or when it is
-    damaged, of another run, or lacks a part of the training's state."""
+def newest_checkpoint(folder: Path, origin: TrainingOrigin, deepspeed: bool) -> Path | None:
+    """The checkpoint to resume from: the newest that has a manifest; None for a run that was stopped before its first.
+    Raises MetronomeError when it is damaged, of another run, or lacks a part of the training's state, and when there is
+    none of a run that has come to its end."""
     saved = [
         (int(m[1]), path)
         for path in (folder / "checkpoints").glob("checkpoint-*")
         if (m := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / manifest.MANIFEST).exists()
     ]
     if not saved:
+        if not (folder / SUMMARY).exists():
+            return None
         raise MetronomeError(
             f"{folder / 'checkpoints'} holds no finished checkpoint (trainer.save_strategy and trainer.save_steps say "
             "when one is written); start under another --name"
@@ -121,7 +131,7 @@ def newest_checkpoint(folder: Path, origin: TrainingOrigin, deepspeed: bool) -> 
     several = origin.processes > 1
     rng = [f"rng_state_{rank}.pth" for rank in range(origin.processes)] if several else ["rng_state.pth"]
     state = ["latest"] if deepspeed else ["optimizer.pt", "scheduler.pt"]
-    for name in ("model.safetensors", STATE, PROGRESS, *state, *rng):
+    for name in (WEIGHTS, STATE, PROGRESS, *state, *rng):
         if not (newest / name).is_file():
             raise MetronomeError(
                 f"checkpoint {newest}: has no {name}, without which a resumed training ends with other weights "
@@ -137,5 +147,12 @@ def steps_at_end(folder: Path) -> int | None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Sets a trained module's weights to those of a checkpoint."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    """Sets a trained module's weights to those of a checkpoint. Raises MetronomeError for weights that are damaged, not
+    finite, or of another model."""
+    stored = read_tensors(folder / WEIGHTS)
+    check_finite(f"checkpoint {folder}", stored.items(), AWAY)
+    try:
+        model.load_state_dict(stored)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UnreadableError(folder / WEIGHTS, f"holds no weights of this model ({problem}). {AWAY}") from None

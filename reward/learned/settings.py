@@ -34,6 +34,27 @@ FIXED_FIELDS: dict[str, Any] = {
 }
 """Fields of trl.RewardConfig that the program needs to have these values; a recipe may not set them."""
 
+CHOICES: dict[str, tuple[Any, ...]] = {
+    # schedules and optimizers that need no further settings or packages
+    "lr_scheduler_type": (
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ),
+    "optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    "logging_strategy": ("no", "steps", "epoch"),
+    "save_strategy": ("no", "steps", "epoch"),
+    "report_to": ("none", "tensorboard", "wandb"),  # these write into the run's folder
+    "logging_first_step": (False, True),
+    "save_only_model": (False, True),
+    "dataloader_drop_last": (False, True),
+    "use_cpu": (False, True),
+}
+"""What the fields of trl.RewardConfig that are no numbers may be; ``run_name`` is any text."""
+
 _EVERY = Range(0, 10**7, open_low=True)
 RANGES: dict[str, Limit] = {
     "learning_rate": Range(0.0, 1.0),
@@ -46,19 +67,18 @@ RANGES: dict[str, Limit] = {
     "num_train_epochs": Range(0, 10**4, open_low=True),
     "max_steps": Range(-1, 10**7),  # -1: by num_train_epochs
     "warmup_steps": Range(0, 10**7),
-    "warmup_ratio": Range(0.0, 1.0),
     "logging_steps": _EVERY,  # below 1: a share of all steps
     "save_steps": _EVERY,
-    "eval_steps": _EVERY,
     "save_total_limit": Range(1, 10**6),
     "per_device_train_batch_size": Range(1, 10**5),
-    "per_device_eval_batch_size": Range(1, 10**5),
     "gradient_accumulation_steps": Range(1, 10**5),
     "dataloader_num_workers": Range(0, 1024),
     "seed": Range(0, 2**32 - 1),
     "data_seed": Range(0, 2**32 - 1),
 }
-"""Ranges of numbers in trl.RewardConfig; the recipe's type has them, and so `read_recipe` checks them."""
+"""Ranges of numbers in trl.RewardConfig; the recipe's type has them, and so `read_recipe` checks them. With `CHOICES`
+these are all fields that a recipe may set: the others read or write elsewhere (``push_to_hub``, ``deepspeed``,
+``resume_from_checkpoint``), compute in another precision, or do nothing here."""
 
 
 def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> TrainingArguments:
@@ -68,11 +88,13 @@ def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> Trai
     from trl import RewardConfig  # after the settings above: it reads them when imported
 
     _check_fields(get_type_hints(RewardConfig), given)
+    if "wandb" in str(given.get("report_to")):
+        folder.mkdir(parents=True, exist_ok=True)  # WANDB_DIR
     chosen = {"report_to": "none", "seed": seed} | dict(given)
     try:
         arguments = RewardConfig(output_dir=str(folder / "checkpoints"), **FIXED_FIELDS, **chosen)
     except (TypeError, ValueError) as error:
-        raise MetronomeError(f"recipe: trainer: {error}. The fields are those of trl.RewardConfig") from error
+        raise MetronomeError(f"recipe: trainer: {' '.join(str(error).split())}") from error
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
         raise MetronomeError(
             "recipe: trainer.max_steps and trainer.num_train_epochs give no step; set one of them to 1 or more"
@@ -81,16 +103,26 @@ def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> Trai
 
 
 def _check_fields(types: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises MetronomeError for the first field whose value is not of its type."""
+    """Raises MetronomeError for the first field that a recipe may not set, or whose value cannot be."""
     for name, value in given.items():
-        problem = None
-        if name in types:
-            try:
-                TypeAdapter(types[name]).validate_python(value, strict=True)
-            except ValidationError as error:
-                problem = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
-        if problem is not None:
-            raise MetronomeError(f"recipe: trainer.{name} is {shown(value)}: {problem[:1].lower()}{problem[1:]}")
+        if problem := _problem(types, name, value):
+            raise MetronomeError(f"recipe: trainer.{name} is {shown(value)}: {problem}")
+
+
+def _problem(types: Mapping[str, Any], name: str, value: Any) -> str | None:
+    known = {*RANGES, *CHOICES, "run_name"}
+    if name not in known:
+        return f"reward training has no such field; there are {', '.join(sorted(known))}"
+    try:
+        TypeAdapter(types[name]).validate_python(value, strict=True)
+    except ValidationError as error:
+        text = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"])
+        return f"{text[:1].lower()}{text[1:]}"
+    choices = CHOICES.get(name, ())
+    several = value if name == "report_to" and isinstance(value, list) else [value]
+    if choices and any(one not in choices for one in several):
+        return f"choose {', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+    return None
 
 
 def trainer_defaults(arguments: TrainingArguments) -> dict[str, Any]:
@@ -105,7 +137,6 @@ def _prepare_libraries(folder: Path, given: Mapping[str, Any]) -> None:
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
     if "wandb" in str(given.get("report_to")):
-        folder.mkdir(parents=True, exist_ok=True)
         for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", folder.name)):
             os.environ.setdefault(f"WANDB_{name}", value)
     if uses_deepspeed():

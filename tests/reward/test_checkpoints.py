@@ -4,6 +4,7 @@ resumed is in test_resuming.py."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kernels.errors import MetronomeError
+from model.program.files import write_json
 from model.weights import manifest
+from model.weights.tensors import read_tensors
 from reward.learned.model import RewardModel
 from reward.learned.origin import read_training_origin
 from reward.learned.preference import save_preferences
@@ -24,6 +28,7 @@ from tests.reward.test_trainable import pairs
 from tests.support.models import reward_model
 
 RECIPE = "name: r\n"
+Weights = dict[str, torch.Tensor]
 SETTINGS = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
 
 
@@ -145,3 +150,57 @@ def test_a_flipped_bit_in_a_reward_model_is_refused_by_name(tmp_path: Path, file
     (tmp_path / "saved" / manifest.MANIFEST).unlink()
     with pytest.raises(MetronomeError, match=r"manifest\.json is missing"):
         RewardModel.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("last", [2, 4])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda w: {n: t * math.nan for n, t in w.items()}, "values of .* are not finite: Move the checkpoint away"),
+        (lambda w: dict(list(w.items())[1:]), "holds no weights of this model"),
+        (lambda w: {n: t[:1].clone() for n, t in w.items()}, "holds no weights of this model"),
+        (lambda w: None, "is damaged"),
+        (lambda w: w, None),  # the control: the same weights, written again
+    ],
+)
+def test_weights_of_a_checkpoint_are_looked_at(
+    copy: Path,
+    last: int,
+    damage: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor] | None],
+    says: str | None,
+) -> None:
+    """Whether a step is left to take or none, and even where the manifest lists them."""
+    (copy / "r/summary.json").unlink()
+    if last == 2:
+        shutil.rmtree(copy / "r/checkpoints/checkpoint-4")
+    folder = copy / f"r/checkpoints/checkpoint-{last}"
+    changed = damage(read_tensors(folder / "model.safetensors"))
+    if changed is None:
+        (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    else:
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    manifest.write(folder, folder.name, origin(copy))
+    if says is None:
+        train(config(copy), RECIPE, True)
+        return
+    with pytest.raises(MetronomeError, match=says) as caught:
+        train(config(copy), RECIPE, True)
+    assert "\n" not in str(caught.value) and not (copy / "r/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("r/origin.json", "processes", 0),
+        ("r/checkpoints/checkpoint-4/trainer_state.json", "global_step", 0),
+        ("r/checkpoints/checkpoint-4/trainer_state.json", "max_steps", -1),
+        ("r/checkpoints/checkpoint-4/progress.json", "wall_s", -1.0),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(copy: Path, file: str, name: str, value: float) -> None:
+    found = json.loads((copy / file).read_text())
+    write_json(copy / file, found | {name: value})
+    if "checkpoint-4" in file:
+        manifest.write((copy / file).parent, "checkpoint-4", origin(copy))
+    with pytest.raises(MetronomeError, match=rf"{name} is {value}: give a number from"):
+        train(config(copy), RECIPE, True)

@@ -16,7 +16,6 @@ import torch
 
 from kernels.errors import MetronomeError
 from model.program.files import write_json
-from model.program.ranges import check
 from model.weights import checkpoint, manifest
 from model.weights.finite import NotFiniteError
 from reward.learned import resuming
@@ -217,6 +216,12 @@ def test_a_run_without_its_origin_is_refused(cut: Path) -> None:
         resume(config(cut))
 
 
+def test_a_finished_run_of_no_step_is_refused(whole: Path) -> None:
+    write_json(whole / "r/summary.json", summary(whole) | {"steps": 0})
+    with pytest.raises(MetronomeError, match="steps is 0: give a number from"):
+        resume(config(whole))
+
+
 def test_a_finished_run_whose_model_was_replaced_is_named(whole: Path) -> None:
     model = RewardModel.load(whole / "r/model")
     with torch.no_grad():
@@ -243,58 +248,39 @@ def test_when_checkpoints_are_written_decides_no_weight(
     train(config(tmp_path, **trainer), RECIPE, False)
     found = sorted(int(p.name.rpartition("-")[2]) for p in (tmp_path / "r/checkpoints").glob("checkpoint-*"))
     assert found == checkpoints and summary(tmp_path)["weights_digest"] == summary(made)["weights_digest"]
-    (tmp_path / "r/summary.json").unlink()
-    if not checkpoints or trainer.get("save_only_model"):
-        says = "has no optimizer.pt" if checkpoints else "holds no finished checkpoint"
-        with pytest.raises(MetronomeError, match=says):
+    if not checkpoints:
+        shutil.rmtree(tmp_path / "r/model")
+        with pytest.raises(MetronomeError, match="holds no finished checkpoint"):
             resume(config(tmp_path, **trainer))
+    (tmp_path / "r/summary.json").unlink()
+    if trainer.get("save_only_model"):
+        with pytest.raises(MetronomeError, match=r"has no optimizer\.pt"):
+            resume(config(tmp_path, **trainer))
+    else:
+        resume(config(tmp_path, **trainer))
+        assert summary(tmp_path)["weights_digest"] == summary(made)["weights_digest"]
 
 
-@pytest.mark.parametrize("name", ["logging_nan_inf_filter", "ignore_data_skip", "output_dir"])
-def test_settings_that_would_hide_or_change_what_was_trained_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(MetronomeError, match=f"trainer.{name} is set by the program; remove it"):
-        train(config(tmp_path, **{name: True}), RECIPE, False)
-    assert not list(tmp_path.iterdir())
+def test_a_run_cut_before_its_first_checkpoint_begins_anew(made: Path, whole: Path) -> None:
+    """And only with what it began with; nor is it taken for an empty folder while it holds any result."""
+    shutil.rmtree(whole / "r/model")
+    (whole / "r/summary.json").unlink()
+    with pytest.raises(MetronomeError, match=r"already holds results of a run \(checkpoints\)"):
+        train(config(whole), RECIPE, False)
+    shutil.rmtree(whole / "r/checkpoints")
+    with pytest.raises(MetronomeError, match=r"cannot be resumed.*seed is 1, and was 0"):
+        resume(replace(config(whole), seed=1))
+    resume(config(whole))
+    assert {k: v for k, v in summary(whole).items() if k != "wall_s"} == {
+        k: v for k, v in summary(made).items() if k != "wall_s"
+    }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_steps", 4.0),
-        ("max_steps", "4"),
-        ("max_steps", -2),
-        ("learning_rate", -1.0),
-        ("learning_rate", "fast"),
-        ("learning_rate", True),
-        ("per_device_train_batch_size", 0),
-        ("gradient_accumulation_steps", 0),
-        ("logging_steps", 0),
-        ("save_steps", -1),
-        ("save_total_limit", 0),
-        ("num_train_epochs", [3]),
-        ("weight_decay", 1.5),
-        ("seed", -1),
-        ("eval_strategy", "steps"),
-        ("save_strategy", "sometimes"),
-        ("lr_scheduler_type", "wavy"),
-        ("optim", "best"),
-        ("no_such_field", 1),
-    ],
-)
-def test_a_trainer_field_that_cannot_be_is_refused_by_name(tmp_path: Path, name: str, value: Any) -> None:
-    inputs(tmp_path)
-    given = config(tmp_path, **{name: value})
-    with pytest.raises(MetronomeError, match=r"recipe: trainer[.:]") as caught:
-        check(given)  # as `read_recipe` does
-        train(given, RECIPE, False)
-    assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize("trainer", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
-def test_a_training_of_no_step_is_refused(tmp_path: Path, trainer: dict[str, Any]) -> None:
-    with pytest.raises(MetronomeError, match="give no step"):
-        train(config(tmp_path, **trainer), RECIPE, False)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("result", ["model", "metrics.jsonl", "episodes"])
+def test_a_folder_with_any_runs_results_is_not_begun_in(tmp_path: Path, result: str) -> None:
+    (tmp_path / "r" / result).mkdir(parents=True)
+    with pytest.raises(MetronomeError, match=rf"already holds results of a run \({result}\)"):
+        train(config(tmp_path), RECIPE, False)
 
 
 @pytest.mark.parametrize(("rate", "steps"), [(1e38, 1), (1e30, 4), (1e38, 4)])
@@ -303,13 +289,11 @@ def test_a_training_that_diverges_writes_no_model(
     tmp_path: Path, rate: float, steps: int, centred: float | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs(tmp_path)
-    (tmp_path / "r/model").mkdir(parents=True)
-    (tmp_path / "r/model/older").write_text("kept")
     diverging = {"learning_rate": rate, "max_steps": steps, "lr_scheduler_type": "constant"}
     with pytest.raises(NotFiniteError, match=r"at step \d|gives rewards that are not finite") as caught:
         train(config(tmp_path, **diverging, center_rewards_coefficient=centred), RECIPE, False)
     assert "\n" not in str(caught.value)
-    assert (tmp_path / "r/model/older").read_text() == "kept" and not (tmp_path / "r/summary.json").exists()
+    assert not (tmp_path / "r/model").exists() and not (tmp_path / "r/summary.json").exists()
     assert "loss 0.0000" not in capsys.readouterr().out
 
 
