@@ -25,7 +25,6 @@ BY_ITSELF = {
     "reward.study.pictures": "a picture, in memory",
     "rl.learner.deepspeed": "in the folder of `RunFolder.checkpoint`",
     "rl.study.baseline": "a picture, in memory",
-    "rl.tracking.tracker": "a journal, line by line; its reader drops half a last line",
     "rollout.engines.vllm.core": "in a temporary folder",
     "rollout.engines.vllm.process": "shared memory",
     "rollout.engines.workers.pool": "shared memory",
