@@ -77,6 +77,8 @@ def launch(verb: Verb, config: str | None, rest: Sequence[str]) -> NoReturn:
     from model.program.shipped import resolve
 
     path = resolve(config or str(verb.launcher))
+    if not os.path.isfile(path):
+        fail(f"--launch {config}: there is no such file; name one of accelerate's configurations, or leave it out")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", path]
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", verb.module, *rest])
@@ -98,7 +100,7 @@ def usage() -> str:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}\n\n{usage()}", file=sys.stderr)
+    print(f"error: {message}. `metronome --help` lists the verbs", file=sys.stderr)
     sys.exit(2)
 
 

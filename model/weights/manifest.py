@@ -141,6 +141,8 @@ def _has_ours(folder: Path) -> bool:
 def _advice(folder: Path, recipe: str | tuple[str, ...] | None) -> str:
     """What to do instead of reading ``folder``."""
     name = folder.resolve().name
+    if not folder.resolve().parent.is_dir():
+        return "Name a folder that a run saved"
     if not _SERIES.fullmatch(name):
         return "Copy it again from where it was whole, or make it anew"
     for before in _earlier(folder.resolve()):

@@ -165,3 +165,9 @@ def test_other_programs_manifests_are_none_of_ours(tmp_path: Path) -> None:
     for place in (tmp_path / "site", tmp_path / "site" / "model"):
         (place / MANIFEST).write_text('{"name": "My app", "icons": []}')
     checkpoint.load(tmp_path / "site" / "model")
+
+
+def test_a_checkpoint_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no such folder\. Name a folder that a run saved") as error:
+        manifest.check_loaded(tmp_path / "nowhere/checkpoints/step_000004/model")
+    assert "\n" not in str(error.value)

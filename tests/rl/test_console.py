@@ -70,7 +70,9 @@ def test_arguments_go_through_and_so_does_the_status(tmp_path: Path) -> None:
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "nothing" in refused.stderr
 
 
-def test_training_is_launched_with_the_shipped_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_launched_with_the_shipped_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     begun: list[list[str]] = []
 
     class Begun(Exception):
@@ -84,6 +86,11 @@ def test_training_is_launched_with_the_shipped_processes(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "execv", become)
     with pytest.raises(Begun):
         console.main(["train", "--rl.steps", "3"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        console.main(["--launch", "mine.yaml", "train"])
+    assert capsys.readouterr().err.startswith("error: --launch mine.yaml: there is no such file")
+    Path("mine.yaml").write_text("num_processes: 1\n")
     with pytest.raises(Begun):
         console.main(["--launch", "mine.yaml", "train"])
     first, second = begun
