@@ -176,8 +176,10 @@ def check(config: InklingConfig) -> None:
             wrong.append(f"{kind}num_attention_heads is {heads}, no multiple of {kv_heads} key_value_heads")
     if (text.unpadded_vocab_size or 0) > text.vocab_size:
         wrong.append(f"unpadded_vocab_size is {text.unpadded_vocab_size} of a vocab_size of {text.vocab_size}")
-    if problem := Range(0, text.vocab_size - 1).problem(config.audio_token_id):
-        wrong.append(f"audio_token_id is {shown(config.audio_token_id)}: {problem}, a token of the vocabulary")
+    if problem := Range(0, 2**31 - 1).problem(
+        config.audio_token_id
+    ):  # beyond the vocabulary: a model that hears nothing
+        wrong.append(f"audio_token_id is {shown(config.audio_token_id)}: {problem}")
     for name in LAYER_TYPES:
         if len(getattr(text, name)) != text.num_hidden_layers:
             wrong.append(f"{name} has {len(getattr(text, name))} entries for {text.num_hidden_layers} layers")

@@ -36,9 +36,34 @@ def upward_imports(source: str, package: str) -> list[str]:
     return found
 
 
+def allowed(path: Path, found: str) -> bool:
+    """The commands in package kernels start, read options and write as every other one does (`model.program`). They
+    are programs that use the kernels; no kernel imports them."""
+    command = path.name == "gpu_report.py" or path.parent.name == "tools"
+    return command and path.is_relative_to(ROOT / "kernels") and ": model.program." in found
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
-    assert upward_imports(path.read_text(), path.relative_to(ROOT).parts[0]) == []
+    upward = upward_imports(path.read_text(), path.relative_to(ROOT).parts[0])
+    assert [found for found in upward if not allowed(path, found)] == []
+
+
+def test_only_commands_among_the_kernels_may_use_the_program() -> None:
+    wanted = "line 1: model.program.files"
+    assert allowed(ROOT / "kernels/tools/bench.py", wanted)
+    assert not allowed(ROOT / "kernels/ops.py", wanted)
+    assert not allowed(ROOT / "kernels/tools/bench.py", "line 1: model.config")
+    assert not allowed(ROOT / "model/tools/bench.py", wanted)
+
+
+def test_no_kernel_imports_a_command() -> None:
+    library = [p for p in (ROOT / "kernels").rglob("*.py") if p.parent.name != "tools" and p.name != "gpu_report.py"]
+    for path in library:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if name.startswith(("kernels.tools", "kernels.gpu_report"))], path
 
 
 @pytest.mark.parametrize(

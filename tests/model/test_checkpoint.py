@@ -159,7 +159,7 @@ TEXT, AUDIO = "text_config", "audio_config"
         ("__class__", 3, "cannot be called '__class__'"),
         ("attribute_map", 3, "config.json"),
         ("num_labels", 10**9, "num_labels is 1000000000"),
-        ("audio_token_id", 256, "audio_token_id is 256: give a number from 0 to 255"),
+        ("audio_token_id", 2**31, "audio_token_id is 2147483648: give a number from 0"),
         ("audio_token_id", -1, "audio_token_id is -1"),
         (TEXT, [], "transformers refuses it"),
         (f"{TEXT}.dtype", "load", "dtype is 'load'"),
