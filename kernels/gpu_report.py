@@ -61,7 +61,8 @@ class Finding:
 
 def collect(folder: Path, golden: Path | None) -> Report:
     """What lies in ``folder``: parts.jsonl, one JSON file a part, tests.xml. ``golden``: a CPU's fingerprint."""
-    parts = [part for _, part in read_json_lines(folder / "parts.jsonl")]
+    file = folder / "parts.jsonl"
+    parts = [part for _, part in read_json_lines(file)] if file.is_file() else []
     report: Report = {"schema": SCHEMA, "parts": parts, "card": _text(folder / "card.csv").strip()}
     for name in ("machine", "variants", "quickstart", "audit", "again", "resumed", "crossing", "fingerprint", "longer"):
         report[name] = _json(folder / f"{name}.json")
