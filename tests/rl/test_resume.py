@@ -166,6 +166,50 @@ def test_a_finished_run_whose_model_is_damaged_is_not_called_finished(copy: Path
     assert "model/model.safetensors is missing" in refusal(copy.parent, "moved")
 
 
+@pytest.mark.parametrize("lines", [[], [0], [1, 2], [0, 2], [0, 1]])
+def test_records_that_are_missing_are_said_at_the_start(copy: Path, lines: list[int]) -> None:
+    path = copy / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[i] for i in lines)) if lines else path.unlink()
+    assert "metrics.jsonl: the record of step" in refusal(copy.parent, "moved")  # of a finished run
+    (copy / "summary.json").unlink()
+    assert "metrics.jsonl: the record of step" in refusal(copy.parent, "moved")
+
+
+@pytest.mark.parametrize("changed", ["0" * 32, "\u001b[8m", None, 7])
+def test_a_last_record_of_other_weights(whole: Path, copy: Path, changed: Any) -> None:
+    cut(copy, 2)
+    path = copy / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | {"weights_digest": changed}), ""]))
+    said = refusal(copy.parent, "moved")
+    assert "metrics.jsonl: the record of step 1 has weights_digest" in said and digests(whole)[1] in said
+    assert "\u001b" not in said
+    path.write_text("\n".join([*lines[:2], ""]))  # the control
+    go(copy.parent, "moved")
+    assert digests(copy) == digests(whole)
+
+
+def test_fewer_steps_than_the_killed_run_had_begun(copy: Path) -> None:
+    """Nothing of the steps that it does not take again remains, and its closing audit passes."""
+    cut(copy, 1)
+    assert (copy / "episodes/step_000002.rank_0.safetensors").exists()
+    go(copy.parent, "moved", rl__steps=2)
+    assert [p.name for p in sorted((copy / "episodes").iterdir())] == [
+        "step_000000.rank_0.safetensors",
+        "step_000001.rank_0.safetensors",
+    ]
+    assert len(digests(copy)) == 2 and not audit(copy).not_comparable.contradictions
+
+
+def test_a_copied_checkpoint_is_no_finished_step(copy: Path) -> None:
+    shutil.copytree(copy / "checkpoints/step_000002", copy / "checkpoints/step_1000000")
+    said = refusal(copy.parent, "moved")
+    assert "step_1000000: it was saved as step_000002" in said and "move step_1000000 away" in said
+    shutil.rmtree(copy / "checkpoints/step_1000000")
+    assert "is finished: 3 steps" in go(copy.parent, "moved")
+
+
 def test_more_steps(whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rl.steps is 2, but the run in" in refusal(copy.parent, "moved", rl__steps=2)
     go(copy.parent, "moved", rl__steps=4)
