@@ -154,14 +154,20 @@ class RunFolder:
 
     @contextmanager
     def writing(self, name: str, anew: bool = False) -> Iterator[None]:
-        """A block that writes ``name`` in the folder. Raises MetronomeError for what the disk refuses; and, before
-        anything is written, when the folder was moved away or deleted, unless it is made ``anew``."""
-        if not anew:
-            self.check()
+        """A block that writes ``name`` in the folder. Raises MetronomeError for what the disk refuses; and when the
+        folder was moved away or deleted, unless it is made ``anew``: before anything is written, or, when it was in
+        the block, at its end."""
+        check = (lambda: None) if anew else self.check
+        check()
         try:
             with naming(self.path / name):
                 yield
+            check()
+        except MetronomeError:
+            check()  # it may be what was to be read there
+            raise
         except (OSError, SafetensorError) as error:
+            check()
             reason = sentence(error)
             if reason is None:
                 raise

@@ -16,6 +16,7 @@ from kernels.errors import MetronomeError
 from model.program.recipe import flat
 from model.weights import manifest
 from rl import run as run_module
+from rl.audit import report as report_module
 from rl.audit.report import audit
 from rl.folder import RunFolder, notes
 from rl.resume import (
@@ -339,6 +340,32 @@ def test_a_folder_that_is_moved_away_in_mid_run(whole: Path, copy: Path, monkeyp
     manifest.check(copy.with_name("away") / "checkpoints/step_000002")
     go(copy.parent, "away")
     assert digests(copy.with_name("away")) == digests(whole)
+
+
+@pytest.mark.parametrize("when", ["before", "while it is written", "never"])
+def test_a_folder_that_is_moved_away_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """What is said of it then is true of a finished run, too, and does what it says."""
+    run, away = tmp_path / "a", tmp_path / "away"
+    module, name = {
+        "before": (run_module, "audit"),
+        "while it is written": (report_module, "write"),
+        "never": (run_module, "nothing"),
+    }[when]
+    call = getattr(module, name, None)
+
+    def moving(*given: Any) -> Any:
+        run.rename(away)
+        return call(*given)
+
+    monkeypatch.setattr(module, name, moving, raising=False)
+    if when == "never":  # the control
+        go(tmp_path, "a", resume=False, rl__steps=1)
+        return
+    with pytest.raises(MetronomeError, match=r"a was moved or deleted .* if it holds summary\.json, .*rl\.audit --run"):
+        go(tmp_path, "a", resume=False, rl__steps=1)
+    monkeypatch.undo()
+    assert "is finished: 1 steps" in go(tmp_path, "away", rl__steps=1)
+    assert audit(away).verdict == "identical"
 
 
 def test_the_start_checkpoint_may_be_gone_once_the_run_has_its_own(whole: Path, tmp_path: Path) -> None:
