@@ -14,9 +14,6 @@ import yaml
 
 from kernels.errors import MetronomeError
 from model.program.recipe import flat
-from model.weights import manifest
-from rl import run as run_module
-from rl.audit import report as report_module
 from rl.audit.report import audit
 from rl.folder import RunFolder, notes
 from rl.resume import (
@@ -26,67 +23,13 @@ from rl.resume import (
     announcement,
     changes,
     covered,
-    finished,
     load_progress,
     read_saved,
 )
 from rl.run import Run
 from rl.train import parse
 from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
-
-TINY: dict[str, Any] = {
-    "model.preset": "nano",
-    "warmstart.steps": 1,
-    "warmstart.episodes": 1,
-    "warmstart.optim.lr": "3e-3",
-    "scenarios.families": "[timespeak]",
-    "rl.steps": 3,
-    "rl.groups": 1,
-    "rl.rollouts": 2,
-    "rl.checkpoint_every": 1,
-    "rl.save_episodes_every": 1,
-    "eval.scenarios": 1,
-    "eval.during": 1,
-}
-
-
-def arguments(runs: Path, name: str, **changed: Any) -> list[str]:
-    recipe = TINY | {"runs": runs, "name": name} | {key.replace("__", "."): value for key, value in changed.items()}
-    return [f"--{key}={value}" for key, value in recipe.items()]
-
-
-def go(runs: Path, name: str, resume: bool = True, **changed: Any) -> str:
-    """Runs or resumes, and returns what is said of a finished run; "" when it ran."""
-    config, _, text = parse(arguments(runs, name, **changed))
-    said = finished(config) if resume else ""
-    if not said:
-        Run(config, text, resume).execute()
-    return said
-
-
-def refusal(runs: Path, name: str, **changed: Any) -> str:
-    before = content(runs)
-    with pytest.raises(MetronomeError) as error:
-        go(runs, name, **changed)
-    assert "\n" not in str(error.value) and content(runs) == before, "nothing is written"
-    return str(error.value)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def digests(folder: Path) -> list[str]:
-    """Of the weights after each step."""
-    return [json.loads(line)["weights_digest"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def cut(folder: Path, step: int) -> None:
-    """Leaves a folder as a run does that is killed in its step ``step``."""
-    for path in (folder / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    (folder / "summary.json").unlink()
+from tests.rl.resuming import arguments, content, cut, digests, go, refusal
 
 
 @pytest.fixture(scope="module")
@@ -165,50 +108,6 @@ def test_a_finished_run_whose_model_is_damaged_is_not_called_finished(copy: Path
     assert "model/model.safetensors" in refusal(copy.parent, "moved")
     model.unlink()
     assert "model/model.safetensors is missing" in refusal(copy.parent, "moved")
-
-
-@pytest.mark.parametrize("lines", [[], [0], [1, 2], [0, 2], [0, 1]])
-def test_records_that_are_missing_are_said_at_the_start(copy: Path, lines: list[int]) -> None:
-    path = copy / "metrics.jsonl"
-    whole = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(whole[i] for i in lines)) if lines else path.unlink()
-    assert "metrics.jsonl: the record of step" in refusal(copy.parent, "moved")  # of a finished run
-    (copy / "summary.json").unlink()
-    assert "metrics.jsonl: the record of step" in refusal(copy.parent, "moved")
-
-
-@pytest.mark.parametrize("changed", ["0" * 32, "\u001b[8m", None, 7])
-def test_a_last_record_of_other_weights(whole: Path, copy: Path, changed: Any) -> None:
-    cut(copy, 2)
-    path = copy / "metrics.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | {"weights_digest": changed}), ""]))
-    said = refusal(copy.parent, "moved")
-    assert "metrics.jsonl: the record of step 1 has weights_digest" in said and digests(whole)[1] in said
-    assert "\u001b" not in said
-    path.write_text("\n".join([*lines[:2], ""]))  # the control
-    go(copy.parent, "moved")
-    assert digests(copy) == digests(whole)
-
-
-def test_fewer_steps_than_the_killed_run_had_begun(copy: Path) -> None:
-    """Nothing of the steps that it does not take again remains, and its closing audit passes."""
-    cut(copy, 1)
-    assert (copy / "episodes/step_000002.rank_0.safetensors").exists()
-    go(copy.parent, "moved", rl__steps=2)
-    assert [p.name for p in sorted((copy / "episodes").iterdir())] == [
-        "step_000000.rank_0.safetensors",
-        "step_000001.rank_0.safetensors",
-    ]
-    assert len(digests(copy)) == 2 and not audit(copy).not_comparable.contradictions
-
-
-def test_a_copied_checkpoint_is_no_finished_step(copy: Path) -> None:
-    shutil.copytree(copy / "checkpoints/step_000002", copy / "checkpoints/step_1000000")
-    said = refusal(copy.parent, "moved")
-    assert "step_1000000: it was saved as step_000002" in said and "move step_1000000 away" in said
-    shutil.rmtree(copy / "checkpoints/step_1000000")
-    assert "is finished: 3 steps" in go(copy.parent, "moved")
 
 
 def test_more_steps(whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,53 +218,6 @@ def test_another_contract_is_refused(copy: Path) -> None:
     path = copy / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"contract_id": "0" * 16}))
     assert f"was computed under contract {'0' * 16}, and this program" in refusal(copy.parent, "moved")
-
-
-def test_a_folder_that_is_moved_away_in_mid_run(whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run ends in one line; where the folder is now, all that was finished is whole, and goes on."""
-    cut(copy, 1)
-    steps = run_module.loop.steps
-
-    def moving(*given: Any) -> Any:
-        for i, result in enumerate(steps(*given)):
-            if i == 1:
-                copy.rename(copy.with_name("away"))
-            yield result
-
-    monkeypatch.setattr(run_module.loop, "steps", moving)
-    with pytest.raises(MetronomeError, match="moved was moved or deleted while the run wrote into it"):
-        go(copy.parent, "moved")
-    assert [p.name for p in copy.parent.iterdir()] == ["away"]
-    monkeypatch.undo()
-    manifest.check(copy.with_name("away") / "checkpoints/step_000002")
-    go(copy.parent, "away")
-    assert digests(copy.with_name("away")) == digests(whole)
-
-
-@pytest.mark.parametrize("when", ["before", "while it is written", "never"])
-def test_a_folder_that_is_moved_away_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """What is said of it then is true of a finished run, too, and does what it says."""
-    run, away = tmp_path / "a", tmp_path / "away"
-    module, name = {
-        "before": (run_module, "audit"),
-        "while it is written": (report_module, "write"),
-        "never": (run_module, "nothing"),
-    }[when]
-    call = getattr(module, name, None)
-
-    def moving(*given: Any) -> Any:
-        run.rename(away)
-        return call(*given)
-
-    monkeypatch.setattr(module, name, moving, raising=False)
-    if when == "never":  # the control
-        go(tmp_path, "a", resume=False, rl__steps=1)
-        return
-    with pytest.raises(MetronomeError, match=r"a was moved or deleted .* if it holds summary\.json, .*rl\.audit --run"):
-        go(tmp_path, "a", resume=False, rl__steps=1)
-    monkeypatch.undo()
-    assert "is finished: 1 steps" in go(tmp_path, "away", rl__steps=1)
-    assert audit(away).verdict == "identical"
 
 
 def test_the_start_checkpoint_may_be_gone_once_the_run_has_its_own(whole: Path, tmp_path: Path) -> None:
