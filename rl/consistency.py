@@ -53,6 +53,12 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
 )
 """(settings, whether nothing reads them, why)."""
 
+NOT_IN_MINIMAL = (
+    *("rollout.engine", "rollout.workers", "tracking.trackers"),
+    *("source.models", "rl.reference_weight", "model.dtype"),
+)
+"""What `rl.minimal` refuses; what else it leaves out changes no weights and asks for nothing."""
+
 
 def check_recipe(config: TrainConfig, resumed: Path | None = None) -> None:
     """Raises MetronomeError, naming the field, for a recipe that cannot be run here: settings that do not fit one
@@ -73,6 +79,14 @@ def check_read(config: TrainConfig) -> None:
             if unread(config) and _value(config, name) != _value(usual, name):
                 value = shown(_value(config, name))
                 raise MetronomeError(f"{name} is {value}, but would be ignored: {why}. Leave it out, or change that")
+
+
+def check_minimal(config: TrainConfig, resume: bool) -> None:
+    """Raises MetronomeError for the first setting that asks for what `rl.minimal` leaves out."""
+    usual = TrainConfig()
+    given = {name: _value(config, name) for name in NOT_IN_MINIMAL if _value(config, name) != _value(usual, name)}
+    for name, value in (({"resume": True} if resume else {}) | given).items():
+        raise MetronomeError(f"{name} is {shown(value)}, which rl.minimal leaves out; leave it out, or use rl.train")
 
 
 def _value(config: TrainConfig, name: str) -> Any:

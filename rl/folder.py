@@ -40,6 +40,8 @@ from model.weights import manifest
 from rl.learner import ranks
 
 _STEP = re.compile(r"step_(\d{6,})")
+_EPISODES = re.compile(r"step_\d{6,}\.rank_\d+\.safetensors")
+_RESTORE = "restore the file, or cut it before this line, and --resume says from which checkpoint it can go on"
 RECIPE = "config.yaml"
 RESUMED = "resumed.jsonl"
 """A `Note` a line."""
@@ -146,19 +148,26 @@ class RunFolder:
         if ranks.rank() == 0 and not (self.path / RECIPE).is_file():
             raise MetronomeError(
                 f"{self.path} was moved or deleted while the run wrote into it (no {RECIPE}): the run ends, and writes "
-                "nothing there. Where the folder is now, --resume goes on from its newest checkpoint"
+                "nothing more there. Where the folder is now, --resume goes on from its newest checkpoint; if it holds "
+                "summary.json, the run is finished, and `python -m rl.audit --run` writes the report"
             )
 
     @contextmanager
     def writing(self, name: str, anew: bool = False) -> Iterator[None]:
-        """A block that writes ``name`` in the folder. Raises MetronomeError for what the disk refuses; and, before
-        anything is written, when the folder was moved away or deleted, unless it is made ``anew``."""
-        if not anew:
-            self.check()
+        """A block that writes ``name`` in the folder. Raises MetronomeError for what the disk refuses; and when the
+        folder was moved away or deleted, unless it is made ``anew``: before anything is written, or, when it was in
+        the block, at its end."""
+        check = (lambda: None) if anew else self.check
+        check()
         try:
             with naming(self.path / name):
                 yield
+            check()
+        except MetronomeError:
+            check()  # it may be what was to be read there
+            raise
         except (OSError, SafetensorError) as error:
+            check()
             reason = sentence(error)
             if reason is None:
                 raise
@@ -193,12 +202,36 @@ class RunFolder:
         """The records so far, one for each step."""
         return [parse_line(line, "metrics.jsonl") for line in self._metrics]
 
-    def keep_metrics_before(self, step: int) -> None:
-        """Drops records of steps that a resumed run will take again."""
+    def check_records(self, step: int) -> None:
+        """Raises MetronomeError unless metrics.jsonl has a record of each of the first ``step`` steps."""
+        unbroken = 0
+        while unbroken < min(step, len(self._metrics)) and _step(self._metrics[unbroken]) == unbroken:
+            unbroken += 1
+        if unbroken < step:
+            sound = [one for one, _ in self._checkpoints() if one <= unbroken]
+            other = f"move the checkpoints after step_{max(sound):06d} away, or " if sound else ""
+            raise MetronomeError(
+                f"{self.path / 'metrics.jsonl'}: the record of step {unbroken} is missing, and {step} steps are "
+                f"finished; put the file back as the run wrote it, or {other}start under another --name"
+            )
+
+    def keep_before(self, step: int) -> None:
+        """Drops the records, and all processes' episodes, of steps that a resumed run will take again."""
         kept = [line for line in self._metrics if _step(line) < step]
         if len(kept) < len(self._metrics):
             self._metrics = kept
             self.write_bytes("metrics.jsonl", b"".join(kept))
+        ranks.gather(None)  # no process has begun to write episodes
+        if ranks.rank() == 0:
+            with self.writing("episodes"):
+                for path in self._episodes():
+                    if int(path.name.removeprefix("step_").partition(".")[0]) >= step:
+                        path.unlink()
+        ranks.gather(None)
+
+    def _episodes(self) -> list[Path]:
+        found = (self.path / "episodes").glob("step_*.safetensors")
+        return [path for path in found if _EPISODES.fullmatch(path.name)]
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
@@ -230,9 +263,11 @@ class RunFolder:
 
     def newest_checkpoint(self) -> tuple[int, Path] | None:
         """(finished steps, folder) of the newest finished checkpoint, if there is one."""
+        return max(self._checkpoints(), default=None)
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
         parent = self.path / "checkpoints"
-        finished = [(int(m[1]), p) for p in parent.glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
-        return max(finished) if finished else None
+        return [(int(m[1]), p) for p in parent.glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
 
     def latest_checkpoint(self) -> tuple[int, Path]:
         """The same; raises MetronomeError when there is none."""
@@ -245,11 +280,12 @@ class RunFolder:
         """The newest checkpoint, after comparing every file with the manifest; None for a run that was interrupted
         before its first one, and so begins anew. ``recipes``: further texts of the run's recipe. Raises
         CheckpointError, which names the file and the checkpoint before, when a file differs, and MetronomeError when
-        the run has records but no checkpoint."""
+        the run has records but no checkpoint, or a checkpoint but not the records of the steps before it."""
         newest = self.newest_checkpoint()
         if newest is not None:
             manifest.check(newest[1], recipe=(*self.recipes(), *recipes))
-        elif self._metrics or (self.path / "summary.json").exists():
+            self.check_records(newest[0])
+        elif self._metrics or (self.path / "summary.json").exists() or self._episodes():
             raise MetronomeError(
                 f"{self.path} holds records of a run, but no finished checkpoint to go on from: put one back into "
                 "checkpoints, or start under another --name"
@@ -280,10 +316,10 @@ def _read_lines(path: Path) -> list[bytes]:
         except UnreadableError as error:
             if number == data.count(b"\n") + 1:  # no newline ends it
                 break
-            raise MetronomeError(f"{error}; restore or remove the file") from None
+            raise MetronomeError(f"{error}; {_RESTORE}") from None
         if type(step) is not int or step <= last:
             after = f" after step {last}" if last >= 0 else ""
-            raise MetronomeError(f"{where}: not a metric record with a step{after}; restore or remove the file")
+            raise MetronomeError(f"{where}: not a metric record with a step{after}; {_RESTORE}")
         kept.append(line + b"\n")
         last = step
     return kept

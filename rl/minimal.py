@@ -3,9 +3,10 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml -m rl.minimal --config configs/quickstart.yaml
 
 It ends with the very weights of `rl.train` on the same recipe and number of processes, and prints their digest. Left
-out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit, workers and vLLM. Refused:
-learned rewards, distance from a reference policy, bf16 (it needs fp32 masters). Why there is no importance ratio, no
-clipping of one, no second step on a batch: sampler and learner are one function, so it is 1, and `check` sees to it.
+out: DeepSpeed (its step is AdamW's, to the bit), evaluation, checkpoints, records, audit. Refused (`check_minimal`):
+what needs those, learned rewards, a reference policy, bf16 (it needs fp32 masters), workers and vLLM. Why there is no
+importance ratio, no clipping of one, no second step on a batch: sampler and learner are one function, so it is 1, and
+`check` sees to it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ import torch
 
 from kernels import ops
 from kernels.adamw import AdamW
-from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.placement import Placement
 from model.weights.checkpoint import weights_digest
 from reward.source import RewardSource
 from rl.config import OptimConfig, TrainConfig
-from rl.consistency import check_recipe
+from rl.consistency import check_minimal, check_recipe
 from rl.learner import ranks
 from rl.learner.deepspeed import learning_rate
 from rl.rollers import plays_of_a_step
@@ -47,12 +47,11 @@ from rollout.world.speech import SpeechBank
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config, _, _ = parse(arguments)
+    config, resume, _ = parse(arguments)
     Placement.enter(config.placement, config.model.dtype)
-    if config.rl.reference_weight or config.source.models or config.model.dtype != "float32":
-        raise MetronomeError("rl.minimal knows fp32 and the rules' rewards only; use rl.train")
     ranks.join()
     check_recipe(config)
+    check_minimal(config, resume)
     digest = train(config)
     if ranks.rank() == 0:
         print(f"weights_digest {digest}")

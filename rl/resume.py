@@ -154,6 +154,7 @@ def finished(config: TrainConfig) -> str:
         return ""
     step, path = newest
     if step > config.rl.steps:
+        manifest.check(path)  # a copied folder has finished nothing
         raise MetronomeError(
             f"rl.steps is {config.rl.steps}, but the run in {folder.path} has finished {step}: give as many at least"
         )
@@ -165,6 +166,7 @@ def finished(config: TrainConfig) -> str:
     except UnreadableError as error:
         raise MetronomeError(f"{error}; move it away, and --resume writes it anew") from None
     manifest.check(path)
+    folder.check_records(step)
     return (
         f"The run in {folder.path} is finished: {step} steps, weights {digest}. It stays as it is. A larger --rl.steps "
         f"goes on with it; `python -m rl.audit --run {folder.path}` audits it again."
@@ -193,6 +195,18 @@ def check_same(
         raise MetronomeError(
             f"speech_dir: other recordings than the run in {folder.path} began with; put those back, or start "
             "a new run under another --name"
+        )
+
+
+def check_weights(folder: RunFolder, step: int, path: Path, digest: str) -> None:
+    """Raises MetronomeError unless the last record before the checkpoint in ``path``, of ``step`` finished steps, is of
+    weights of ``digest``, the checkpoint's."""
+    recorded = next((r.get("weights_digest") for r in folder.metrics() if r["step"] == step - 1), None)
+    if step and recorded != digest:
+        raise MetronomeError(
+            f"{folder.path / 'metrics.jsonl'}: the record of step {step - 1} has weights_digest {shown(recorded)}, but "
+            f"the weights in {path} have {digest}: one of them is not this run's. Put back what the run wrote, or "
+            "start under another --name"
         )
 
 

@@ -42,6 +42,7 @@ from rl.resume import (
     announcement,
     changes,
     check_same,
+    check_weights,
     load_progress,
     read_saved,
     save,
@@ -97,6 +98,9 @@ class Run:
         if not resume:
             self.folder = RunFolder.create(Path(config.runs), config.name, recipe)
         self.model = build_model(config, own)
+        if self._newest:
+            checkpoint.load_into(self.model, self._newest[1] / "model")
+            check_weights(self.folder, *self._newest, checkpoint.weights_digest(self.model))
         self.vocabulary = Vocabulary.build(self.model.vocab)
         self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
         if resume:
@@ -163,14 +167,13 @@ class Run:
 
     def resume(self, step: int, path: Path) -> tuple[Learner, Progress]:
         """Model, optimizer and progress as the checkpoint of ``step`` finished steps in ``path`` holds them; later
-        metrics are dropped."""
+        metrics and episodes are dropped. The model has its weights (`__init__`)."""
         progress = load_progress(path)
         if progress.step != step:
             raise MetronomeError(f"{path / PROGRESS}: says step {progress.step}, in the checkpoint of step {step}")
-        checkpoint.load_into(self.model, path / "model")
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         learner.load(path)
-        self.folder.keep_metrics_before(step)
+        self.folder.keep_before(step)
         self._earlier_s = progress.wall_s
         return learner, progress
 

@@ -36,7 +36,12 @@ class CheckpointError(MetronomeError):
 
 
 class _Fault(Exception):
-    """What is wrong with a checkpoint, as the rest of a sentence that begins with its path."""
+    """What is wrong with a checkpoint, as the rest of a sentence that begins with its path. ``remedy``: what mends it,
+    where something does."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.remedy = remedy
 
 
 def write(folder: Path, name: str, recipe: str = "") -> None:
@@ -61,7 +66,8 @@ def check(
     try:
         _check(folder, part, recipe)
     except _Fault as fault:
-        raise CheckpointError(one_line(f"{what} {folder}: {fault}. {_advice(folder, recipe)}")) from None
+        advice = fault.remedy or _advice(folder, recipe)
+        raise CheckpointError(one_line(f"{what} {folder}: {fault}. {advice}")) from None
 
 
 def check_loaded(folder: Path) -> None:
@@ -85,11 +91,9 @@ def _check(folder: Path, part: str, recipe: str | tuple[str, ...] | None) -> Non
     inside = f"{part}/" if part else ""
     listed = {at: entry for at, entry in content["files"].items() if at.startswith(inside)}
     present = {at for at in _files(folder) if at.startswith(inside)}
-    for at in sorted(listed.keys() | present):
+    for at in sorted(listed):
         if at not in present:
             raise _Fault(f"{at} is missing")
-        if at not in listed:
-            raise _Fault(f"{at} is not listed in {MANIFEST}: it was put there later")
         try:
             size, saved = (folder / at).stat().st_size, listed[at]["size"]
             if size != saved:
@@ -98,6 +102,10 @@ def _check(folder: Path, part: str, recipe: str | tuple[str, ...] | None) -> Non
                 raise _Fault(f"{at} is damaged: its digest is not the one in {MANIFEST}")
         except OSError as error:
             raise _Fault(f"{at} cannot be read ({error.strerror})") from None
+    if added := sorted(present - listed.keys()):
+        more = f", nor are {len(added) - 1} more" if added[1:] else ""
+        remedy = f"All that was saved is whole: remove {'these files' if more else 'that file'}"
+        raise _Fault(f"{added[0]} is not listed in {MANIFEST}{more}: put there later", remedy)
 
 
 def _read(folder: Path) -> dict[str, Any]:

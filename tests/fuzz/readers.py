@@ -153,7 +153,7 @@ def compared(folder: Path) -> None:
 
 
 def reopened(folder: Path) -> None:
-    RunFolder.reopen(folder, "a").keep_metrics_before(2)
+    RunFolder.reopen(folder, "a").keep_before(2)
 
 
 def progress(folder: Path) -> None:

@@ -92,7 +92,6 @@ DAMAGES = [
     (empty, r"learner/optimizer\.safetensors is damaged: it has 0 bytes"),
     (step_changed, r"progress\.json is damaged: its digest"),
     (pickle_in_place, r"learner/optimizer\.safetensors is damaged"),
-    (pickle_beside, r"learner/optim_states\.pt is not listed in manifest\.json"),
     (swapped, r"it was saved as step_000002 .*: another one lies in its place"),
     (swapped_file, r"learner/optimizer\.safetensors is damaged"),
     (a_pipe, r"learner/optimizer\.safetensors"),

@@ -13,7 +13,7 @@ from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.weights import checkpoint, manifest
 from model.weights.manifest import MANIFEST, CheckpointError
-from tests.model.damage import DAMAGES, edit_manifest, flip_bit
+from tests.model.damage import DAMAGES, edit_manifest, flip_bit, pickle_beside
 
 RECIPE = "seed: 0\n"
 FILES = {
@@ -52,6 +52,19 @@ def test_each_damage_is_one_line_with_the_file_and_the_checkpoint_before(
         manifest.check(series / "step_000004", recipe=RECIPE)
     assert "step_000004" in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).endswith("whole is step_000002: to resume from it, move step_000004 away")
+
+
+def test_what_was_put_there_later_is_to_be_removed(series: Path) -> None:
+    folder = series / "step_000004"
+    pickle_beside(folder)
+    with pytest.raises(CheckpointError, match=r"learner/optim_states\.pt is not listed .* whole: remove that file"):
+        manifest.check(folder)
+    (folder / ".DS_Store").touch()
+    with pytest.raises(CheckpointError, match=r"\.DS_Store is not listed .* nor are 1 more.*remove these files"):
+        manifest.check(folder, recipe=RECIPE)
+    flip_bit(folder / "progress.json")  # the control: then removing them would not do
+    with pytest.raises(CheckpointError, match=r"progress\.json is damaged.*move step_000004 away"):
+        manifest.check(folder)
 
 
 @pytest.mark.parametrize("byte", range(0, 256, 51))

@@ -17,6 +17,7 @@ from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.program.startup import prepare_process
 from model.weights import manifest
+from model.weights.checkpoint import weights_digest
 from rl import run as run_module
 from rl.config import TrainConfig
 from rl.evaluate import HeldOut
@@ -25,7 +26,7 @@ from rl.resume import Progress, save
 from rl.run import Run, build_model
 from rl.step.identity import Mismatch
 from rl.train import parse
-from tests.model.damage import DAMAGES, OPTIMIZER, Payload, edit_manifest
+from tests.model.damage import DAMAGES, OPTIMIZER, Payload, edit_manifest, pickle_beside
 
 
 class SavedLearner:
@@ -56,7 +57,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.lm_head.weight += 1.0
         progress = Progress(step, HeldOut({"": 0.5}, {}), Mismatch.total([]), 1.0, (), 1)
         save(folder, SavedLearner(model), progress)  # type: ignore[arg-type]
-        folder.append_metrics({"step": step, "weights_digest": "0"})
+        for taken in range(len(folder.metrics()), step):
+            folder.append_metrics({"step": taken, "weights_digest": weights_digest(model)})
     return runs
 
 
@@ -106,6 +108,11 @@ def test_every_damage_is_refused_by_name(runs: Path, damage: Callable[[Path], No
     shutil.rmtree(runs / "whole/checkpoints/step_000004")  # which is what the message says helps
     newest = RunFolder.reopen(runs, "whole").checkpoint_to_resume()
     assert newest is not None and newest[0] == 2
+
+
+def test_a_file_beside_is_refused_and_never_executed(runs: Path) -> None:
+    pickle_beside(runs / "whole/checkpoints/step_000004")
+    assert "remove that file" in refused(runs)
 
 
 def test_a_run_that_was_moved_keeps_its_checkpoints(runs: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:
     run.append_metrics(record(0))
     path = run.path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + line + b'\n{"step": 2}\n')
-    with pytest.raises(MetronomeError, match=f"metrics.jsonl, {says}.*restore or remove"):
+    with pytest.raises(MetronomeError, match=f"metrics.jsonl, {says}.*restore the file, or cut it before this line"):
         RunFolder.reopen(tmp_path, "a")
     path.write_bytes(path.read_bytes().replace(line, b'{"step": 1, "a": "\xe2\x80\xa8"}\r'))
     assert [r["step"] for r in RunFolder.reopen(tmp_path, "a").metrics()] == [0, 1, 2]
@@ -134,6 +134,8 @@ def test_reopening_gives_the_saved_recipe(tmp_path: Path) -> None:
 
 def test_recipes_and_summaries_before_are_kept(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "steps: 4\n")
+    for step in range(4):
+        run.append_metrics(record(step))
     with run.checkpoint(4):
         pass
     run.write_json("summary.json", {"weights_digest": "ab"})
@@ -165,6 +167,42 @@ def test_records_without_a_checkpoint_do_not_begin_anew(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "")
     assert run.checkpoint_to_resume() is None
     run.append_metrics(record(0))
+    with pytest.raises(MetronomeError, match="holds records of a run, but no finished checkpoint"):
+        run.checkpoint_to_resume()
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [
+        (
+            [],
+            "the record of step 0 is missing, and 4 steps are finished.* the checkpoints after step_000000 away",
+        ),
+        ([0], "the record of step 1 is missing, .*after step_000000 away"),
+        ([0, 1, 3, 4], "the record of step 2 is missing, .*after step_000002 away"),
+        ([1, 2, 3], "the record of step 0 is missing, "),
+        ([0, 1, 2], "the record of step 3 is missing, "),
+    ],
+)
+def test_a_checkpoint_needs_the_records_before_it(tmp_path: Path, kept: list[int], says: str) -> None:
+    run = RunFolder.create(tmp_path, "a", "")
+    for step in (0, 2, 4):
+        with run.checkpoint(step):
+            pass
+    for step in kept:
+        run.append_metrics(record(step))
+    with pytest.raises(MetronomeError, match=rf"metrics\.jsonl: {says}") as error:
+        run.checkpoint_to_resume()
+    assert "\n" not in str(error.value)
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(record(step)) + "\n" for step in range(6)))
+    assert RunFolder.reopen(tmp_path, "a").checkpoint_to_resume() == (4, run.checkpoint_path(4))  # the control
+
+
+def test_episodes_without_a_checkpoint_do_not_begin_anew(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "a", "")
+    (run.path / "episodes").mkdir()
+    assert run.checkpoint_to_resume() is None
+    (run.path / "episodes" / "step_000000.rank_0.safetensors").touch()
     with pytest.raises(MetronomeError, match="holds records of a run, but no finished checkpoint"):
         run.checkpoint_to_resume()
 
@@ -205,8 +243,15 @@ def test_resuming_drops_the_steps_to_be_taken_again(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "")
     for step in range(5):
         run.append_metrics(record(step))
+    episodes = [run.path / "episodes" / f"step_{s:06d}.rank_{r}.safetensors" for s in range(5) for r in (0, 1)]
+    for path in (*episodes, episodes[0].with_name("step_000004.txt")):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     again = RunFolder.reopen(tmp_path, "a")
-    again.keep_metrics_before(3)
+    again.keep_before(5)
+    assert len(list(episodes[0].parent.iterdir())) == 11, "the control: nothing is taken again"
+    again.keep_before(3)
+    assert sorted(episodes[0].parent.iterdir()) == [*episodes[:6], episodes[0].with_name("step_000004.txt")]
     again.append_metrics(record(3))
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
@@ -239,6 +284,8 @@ def test_an_unfinished_checkpoint_is_begun_anew(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "a", "")
+    for step in range(5):
+        run.append_metrics(record(step))
     with run.checkpoint(5) as path:
         (path / "weights").write_text("old")
     for step in (5, 10):

@@ -14,8 +14,6 @@ import yaml
 
 from kernels.errors import MetronomeError
 from model.program.recipe import flat
-from model.weights import manifest
-from rl import run as run_module
 from rl.audit.report import audit
 from rl.folder import RunFolder, notes
 from rl.resume import (
@@ -25,67 +23,13 @@ from rl.resume import (
     announcement,
     changes,
     covered,
-    finished,
     load_progress,
     read_saved,
 )
 from rl.run import Run
 from rl.train import parse
 from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
-
-TINY: dict[str, Any] = {
-    "model.preset": "nano",
-    "warmstart.steps": 1,
-    "warmstart.episodes": 1,
-    "warmstart.optim.lr": "3e-3",
-    "scenarios.families": "[timespeak]",
-    "rl.steps": 3,
-    "rl.groups": 1,
-    "rl.rollouts": 2,
-    "rl.checkpoint_every": 1,
-    "rl.save_episodes_every": 1,
-    "eval.scenarios": 1,
-    "eval.during": 1,
-}
-
-
-def arguments(runs: Path, name: str, **changed: Any) -> list[str]:
-    recipe = TINY | {"runs": runs, "name": name} | {key.replace("__", "."): value for key, value in changed.items()}
-    return [f"--{key}={value}" for key, value in recipe.items()]
-
-
-def go(runs: Path, name: str, resume: bool = True, **changed: Any) -> str:
-    """Runs or resumes, and returns what is said of a finished run; "" when it ran."""
-    config, _, text = parse(arguments(runs, name, **changed))
-    said = finished(config) if resume else ""
-    if not said:
-        Run(config, text, resume).execute()
-    return said
-
-
-def refusal(runs: Path, name: str, **changed: Any) -> str:
-    before = content(runs)
-    with pytest.raises(MetronomeError) as error:
-        go(runs, name, **changed)
-    assert "\n" not in str(error.value) and content(runs) == before, "nothing is written"
-    return str(error.value)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def digests(folder: Path) -> list[str]:
-    """Of the weights after each step."""
-    return [json.loads(line)["weights_digest"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def cut(folder: Path, step: int) -> None:
-    """Leaves a folder as a run does that is killed in its step ``step``."""
-    for path in (folder / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    (folder / "summary.json").unlink()
+from tests.rl.resuming import arguments, content, cut, digests, go, refusal
 
 
 @pytest.fixture(scope="module")
@@ -274,27 +218,6 @@ def test_another_contract_is_refused(copy: Path) -> None:
     path = copy / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"contract_id": "0" * 16}))
     assert f"was computed under contract {'0' * 16}, and this program" in refusal(copy.parent, "moved")
-
-
-def test_a_folder_that_is_moved_away_in_mid_run(whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run ends in one line; where the folder is now, all that was finished is whole, and goes on."""
-    cut(copy, 1)
-    steps = run_module.loop.steps
-
-    def moving(*given: Any) -> Any:
-        for i, result in enumerate(steps(*given)):
-            if i == 1:
-                copy.rename(copy.with_name("away"))
-            yield result
-
-    monkeypatch.setattr(run_module.loop, "steps", moving)
-    with pytest.raises(MetronomeError, match="moved was moved or deleted while the run wrote into it"):
-        go(copy.parent, "moved")
-    assert [p.name for p in copy.parent.iterdir()] == ["away"]
-    monkeypatch.undo()
-    manifest.check(copy.with_name("away") / "checkpoints/step_000002")
-    go(copy.parent, "away")
-    assert digests(copy.with_name("away")) == digests(whole)
 
 
 def test_the_start_checkpoint_may_be_gone_once_the_run_has_its_own(whole: Path, tmp_path: Path) -> None:
