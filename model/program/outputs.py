@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
+from model.program.ranges import hints_of, limits_of, shown
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes that Linux's file systems take."""
@@ -118,6 +119,32 @@ def problem_of_file(text: str, beside: tuple[str, ...] = ()) -> str | None:
     return next((p for one in written if (p := _problem_of_place(one, is_file=True))), None) or _problem_in(path.parent)
 
 
+def check_apart(recipe: Any, read: Sequence[str]) -> None:
+    """Raises MetronomeError when a file that a command will write, by a recipe's dataclass, is a file that the recipe
+    names elsewhere or one of those ``read`` for it."""
+    kind: Any = type(recipe)
+    values: dict[str, Any] = asdict(recipe)
+    for name, hint in hints_of(kind).items():
+        for limit in limits_of(hint):
+            if isinstance(limit, OutputFile) and values[name] is not None:
+                path = Path(values[name])
+                written = [one for one in (path, *map(path.with_suffix, limit.beside)) if one.is_file()]
+                texts = [*read, *_texts({at: value for at, value in values.items() if at != name})]
+                same = (t for t in texts for one in written if os.path.isfile(t) and os.path.samefile(t, one))
+                if (text := next(same, None)) is not None:
+                    raise MetronomeError(
+                        f"recipe: {name} is {shown(values[name])}: {shown(text)} is read; give another path"
+                    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
+
+
 def problem_of_folder(text: str) -> str | None:
     """Why the folder ``text`` cannot be made or written into, and what to give instead; None when it can."""
     if not text or "\0" in text:
@@ -135,8 +162,8 @@ def _problem_of_place(path: Path, is_file: bool = False) -> str | None:
     """Why a result at ``path`` would damage what a run, a model or a data set consists of."""
     # A file replaces a link of its name; a folder is written into where the link leads.
     place = Path(os.path.realpath(path.parent), path.name) if is_file else Path(os.path.realpath(path))
-    if is_file and place.is_file() and _is_bare_model(place.parent):
-        return "it is a file of a model; give another path"
+    if is_file and place.is_file() and (what := _held_in(place.parent)):
+        return f"it is a file of {what}; give another path"
     for folder in place.parents if is_file else (place, *place.parents):
         if _has_manifest(folder):
             return f"{folder} has a manifest of its files, and takes no others; give a path outside of it"
@@ -159,9 +186,11 @@ def _has_manifest(folder: Path) -> bool:
         return False
 
 
-def _is_bare_model(folder: Path) -> bool:
-    """Whether it is a model in transformers' format; it may have no manifest."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+def _held_in(folder: Path) -> str | None:
+    """What a folder of inputs without a manifest of ours holds: a model in transformers' format, or speech."""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "a model"
+    return "a folder of speech" if (folder / "manifest.jsonl").is_file() else None
 
 
 def _is_run(folder: Path) -> bool:

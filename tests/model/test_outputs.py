@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
+from kernels.errors import MetronomeError
 from model.program.files import whole_folder, write_whole
 from model.program.folders import locked
-from model.program.outputs import RUN_FILES, RUN_FOLDERS, problem_of_file, problem_of_folder
+from model.program.outputs import RUN_FILES, RUN_FOLDERS, OutputFile, problem_of_file, problem_of_folder
+from model.program.recipe import read_recipe
 from model.weights import manifest
 
 LONGEST = 241
@@ -99,3 +103,32 @@ def test_files_of_a_model_without_a_manifest_are_not_written_over(tmp_path: Path
     for name in ("config.json", "model.safetensors"):
         assert problem_of_file(str(tmp_path / name)) == "it is a file of a model; give another path"
     assert problem_of_file(str(tmp_path / "x.json")) is None
+
+
+def test_files_of_speech_are_not_written_over(tmp_path: Path) -> None:
+    assert problem_of_file(str(tmp_path / "manifest.jsonl")) is None
+    (tmp_path / "manifest.jsonl").write_text("")
+    assert problem_of_file(str(tmp_path / "manifest.jsonl")) == "it is a file of a folder of speech; give another path"
+    assert problem_of_file(str(tmp_path / "x.json")) is None
+
+
+@dataclass(frozen=True)
+class Results:
+    json: Annotated[str, OutputFile(beside=(".png",))]
+    labels: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("json", ["labels.yaml", "labels.json"], ids=["the file", "a file beside it"])
+def test_what_a_recipe_reads_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, json: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("labels.yaml", "labels.png", "recipe.yaml", "recipe.json"):
+        Path(name).write_text("{}")
+
+    def read(*options: str) -> None:
+        read_recipe("x.y", "", Results, options)
+
+    with pytest.raises(MetronomeError, match=r"recipe: json is 'labels.*: './labels\.(yaml|png)' is read"):
+        read("--json", json, "--labels", f"[other, ./labels{'.png' if json.endswith('json') else '.yaml'}]")
+    with pytest.raises(MetronomeError, match=r"recipe: json is '\./recipe.yaml': 'recipe.yaml' is read"):
+        read("--config", "recipe.yaml", "--json", "./recipe.yaml")
+    read("--json", json, "--labels", "[recipe.yaml]", "--config", "recipe.yaml")
