@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
-from model.program.outputs import check_folder, problem_of_folder
+from model.program.outputs import check_folder, problem_of_writing
 from model.program.ranges import shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -65,7 +65,7 @@ def locked(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     """While the block runs, no other process can lock ``folder``, which need not exist. Raises MetronomeError, naming
     the process, when one has locked it and has not ended within ``wait_s``; when the file system refuses; and, before
     anything is made, when ``folder`` is there and no folder that can be written into."""
-    if os.path.lexists(folder) and (problem := problem_of_folder(str(folder))):
+    if os.path.lexists(folder) and (problem := problem_of_writing(folder)):
         raise MetronomeError(f"{folder}: {problem}")
     owner, made = os.getpid(), []
     try:

@@ -4,6 +4,9 @@ In a recipe the type says it, and `model.program.ranges.check` tries the path: `
 Options of argparse have the types `output_file()` and `output_folder()`; `check_file` and `check_folder` are for paths
 that are only known later. Trying a path writes an empty file beside it, or in
 the nearest folder above it that exists, and removes it at once.
+
+No result may damage what others rest on, so none is written into a model, a checkpoint or a data set of pairs, or over
+what a run has in its folder (`_problem_of_place`). Whatever writes those itself asks `problem_of_writing` alone.
 """
 
 from __future__ import annotations
@@ -11,17 +14,31 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
+from model.program.ranges import hints_of, limits_of, shown
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes that Linux's file systems take."""
 BESIDE = len("..old.12345678")
 """Bytes that `model.program.files` and `model.program.folders` add to a name, for what they write beside it."""
+
+RUN_FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "resumed.jsonl",
+    "summary.json",
+    "origin.json",
+    "audit/report.html",
+    "audit/report.json",
+)
+RUN_FOLDERS = ("checkpoints", "episodes", "tracking", "model")
+"""What a run of `rl.train` or `reward.train` consists of, by its path within the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,33 @@ def problem_of_file(text: str, beside: tuple[str, ...] = ()) -> str | None:
     for one in written:
         if os.path.lexists(one) and not one.is_file():
             return f"{one} is there and no regular file; give another path"
-    return _problem_in(path.parent)
+    return next((p for one in written if (p := _problem_of_place(one, is_file=True))), None) or _problem_in(path.parent)
+
+
+def check_apart(recipe: Any, read: Sequence[str]) -> None:
+    """Raises MetronomeError when a file that a command will write, by a recipe's dataclass, is a file that the recipe
+    names elsewhere or one of those ``read`` for it."""
+    kind: Any = type(recipe)
+    values: dict[str, Any] = asdict(recipe)
+    for name, hint in hints_of(kind).items():
+        for limit in limits_of(hint):
+            if isinstance(limit, OutputFile) and values[name] is not None:
+                path = Path(values[name])
+                written = [one for one in (path, *map(path.with_suffix, limit.beside)) if one.is_file()]
+                texts = [*read, *_texts({at: value for at, value in values.items() if at != name})]
+                same = (t for t in texts for one in written if os.path.isfile(t) and os.path.samefile(t, one))
+                if (text := next(same, None)) is not None:
+                    raise MetronomeError(
+                        f"recipe: {name} is {shown(values[name])}: {shown(text)} is read; give another path"
+                    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
 
 
 def problem_of_folder(text: str) -> str | None:
@@ -107,7 +150,52 @@ def problem_of_folder(text: str) -> str | None:
     if not text or "\0" in text:
         return "give the path of a folder"
     path = Path(text)
-    return _problem_of_names(path) or _problem_of_last(path) or _problem_in(path)
+    return _problem_of_names(path) or _problem_of_last(path) or _problem_of_place(path) or _problem_in(path)
+
+
+def problem_of_writing(folder: Path) -> str | None:
+    """Why a program cannot write into ``folder``, whatever it holds; None when it can."""
+    return _problem_of_names(folder) or _problem_of_last(folder) or _problem_in(folder)
+
+
+def _problem_of_place(path: Path, is_file: bool = False) -> str | None:
+    """Why a result at ``path`` would damage what a run, a model or a data set consists of."""
+    # A file replaces a link of its name; a folder is written into where the link leads.
+    place = Path(os.path.realpath(path.parent), path.name) if is_file else Path(os.path.realpath(path))
+    if is_file and place.is_file() and (what := _held_in(place.parent)):
+        return f"it is a file of {what}; give another path"
+    for folder in place.parents if is_file else (place, *place.parents):
+        if _has_manifest(folder):
+            return f"{folder} has a manifest of its files, and takes no others; give a path outside of it"
+        if folder != place and _is_run(folder):
+            at = place.relative_to(folder)
+            if at.parts[0] in RUN_FOLDERS or (is_file and str(at) in RUN_FILES):
+                return f"{at} is a part of the run {folder}; give another path"
+    return None
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether it is a checkpoint, a model or a data set with a manifest by `model.weights.manifest`."""
+    path = folder / "manifest.json"
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return b"metronome." in file.read(4096)
+    except OSError:  # if it matters, `_problem_in` says so
+        return False
+
+
+def _held_in(folder: Path) -> str | None:
+    """What a folder of inputs without a manifest of ours holds: a model in transformers' format, or speech."""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "a model"
+    return "a folder of speech" if (folder / "manifest.jsonl").is_file() else None
+
+
+def _is_run(folder: Path) -> bool:
+    """A folder may have a config.yaml of another kind, so one more file of a run is asked for."""
+    return (folder / "config.yaml").is_file() and any((folder / name).is_file() for name in RUN_FILES[1:6])
 
 
 def _problem_of_names(path: Path) -> str | None:

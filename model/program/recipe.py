@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kernels.errors import MetronomeError
 from model.program import ranges, shipped
-from model.program.outputs import OutputFile, OutputFolder
+from model.program.outputs import OutputFile, OutputFolder, check_apart
 from model.program.reading import DEEPEST, MOST_RECIPE_BYTES, UnreadableError, parse_yaml, read_text
 from model.program.yaml_text import to_yaml
 
@@ -105,6 +105,8 @@ def read_recipe(
     except _NoRecipeError as error:
         raise MetronomeError(f"recipe: {error}. `python -m {command} --help` lists every field and its type") from None
     ranges.check(read, leave_out=(OutputFile, OutputFolder) if past else ())
+    if not past:
+        check_apart(read, [shipped.resolve(value) for name, value in _options(given, resumes) if name == "config"])
     members = {f.name: getattr(read, f.name) for f in fields(read)}
     return Recipe(
         kind(**members | {name: part.from_schema(members[name]) for name, part in parts.items()}),

@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError("--checkpoint and --matrix go together: name a checkpoint's folder and ask for its matrix")
     if given.run and given.out:
         raise MetronomeError("--out: the report of a run goes to RUN/audit; leave --out away")
+    if given.compare and given.out and holds_audit(given.out):
+        raise MetronomeError(f"--out {str(given.out)!r}: the run's own report is there; give another folder")
     with shipped_only("--trust-families", unless=given.trust_families) as refused:
         verdict = carry_out(given)
     for line in refused.values():
@@ -66,6 +68,12 @@ def carry_out(given: argparse.Namespace) -> Verdict:
             report = audit(given.run)
     print(statement(report, out))
     return report.verdict
+
+
+def holds_audit(folder: Path) -> bool:
+    """Whether ``folder`` is RUN/audit, where a comparison's report would take the place of the run's."""
+    place = folder.resolve()
+    return place.name == "audit" and (place.parent / "config.yaml").is_file()
 
 
 def enter_placement(run: Path) -> None:

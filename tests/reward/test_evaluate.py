@@ -165,6 +165,15 @@ def test_a_failure_is_one_line_and_leaves_the_models_as_they_were(
     assert content(folder) == before and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", ["timing/x.json", "timing/backbone/x.json", "pairs/new/x.json", "policy/config.json"])
+def test_results_are_not_written_into_what_is_evaluated(folder: Path, place: str) -> None:
+    """The model takes its place last: a result in it would be gone. The control is the test of results above."""
+    before = content(folder)
+    with pytest.raises(MetronomeError, match=r"json.*has a manifest of its files|json.*a file of a model"):
+        run(folder, "timing", "content", json=folder / place)
+    assert content(folder) == before
+
+
 @pytest.mark.parametrize("models", [[], ["timing", "timing"], ["nowhere"]])
 def test_models_must_be_some_and_different(folder: Path, models: list[str]) -> None:
     before = content(folder)

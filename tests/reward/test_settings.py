@@ -48,6 +48,7 @@ def test_settings_that_would_hide_or_change_what_was_trained_are_refused(tmp_pat
         ("lr_scheduler_type", "wavy"),
         ("optim", "best"),
         ("optim", "adamw_bnb_8bit"),
+        ("optim", "paged_adamw_8bit"),
         ("report_to", ["wandb", "comet_ml"]),
         ("report_to", "all"),
         ("no_such_field", 1),
@@ -71,6 +72,14 @@ def test_a_trainer_field_that_cannot_be_is_refused_by_name(tmp_path: Path, name:
     with pytest.raises(MetronomeError, match=r"recipe: trainer[.:]") as caught:
         check(given)  # as `read_recipe` does
         train(given, RECIPE, False)
+    assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    inputs(tmp_path)
+    with pytest.raises(MetronomeError, match=r"recipe: trainer: TensorBoardCallback requires") as caught:
+        train(config(tmp_path, report_to="tensorboard"), RECIPE, False)
     assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
 
 

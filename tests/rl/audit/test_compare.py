@@ -283,3 +283,17 @@ def test_a_stream_that_only_one_run_has_is_a_difference_both_ways(run: Path, oth
         report = compared(a, b)
         assert (report["verdict"], report["episodes_unequal"]) == ("different", 1)
         assert report["episode_fields"].keys() >= {"voice.logprob", "voice.digest"}
+
+
+def test_a_comparison_is_not_written_over_what_a_run_has(run: Path, other: Path, tmp_path: Path) -> None:
+    report = other / "audit" / "report.json"
+    report.parent.mkdir(exist_ok=True)
+    report.write_text("{}")
+    for place, says in (("audit", "own report is there"), ("checkpoints/x", "is a part of"), ("episodes", "is a part")):
+        for to in (other / place, tmp_path / "other" / "." / place):
+            with pytest.raises((MetronomeError, SystemExit), match=f"--out.*{says}"):
+                main(["--compare", str(run), str(other), "--out", str(to)])
+    assert report.read_text() == "{}" and not (other / "checkpoints" / "x").exists()
+    for place in ("audit/compare_run", "../audit"):
+        main(["--compare", str(run), str(other), "--out", str(other / place)])
+        assert (other / place / "report.json").is_file()
