@@ -34,7 +34,7 @@ from rich.text import Text
 from kernels.errors import MetronomeError
 from model.program.arguments import Parser
 from model.program.ranges import Range, number
-from model.program.reading import to_json
+from model.program.reading import one_line, to_json
 from rollout.record.episode import Episode, check_tensors, load_episodes
 from rollout.record.timeline import Moment, moments
 from rollout.scenarios.registry import shipped_only
@@ -125,7 +125,8 @@ def as_json(view: View) -> dict[str, Any]:
 def show(view: View, console: Console) -> None:
     """Prints the timeline and the verdict."""
     e = view.episode
-    console.print(Text(f"{e.name} · weights {e.weights_digest[:12]} · seed {e.seed} · temperature {e.temperature:g}"))
+    head = f"{e.name} · weights {e.weights_digest[:12]} · seed {e.seed} · temperature {e.temperature:g}"
+    console.print(Text(one_line(head)))  # texts come from a file, and could otherwise control the terminal
     events: dict[int, list[dict[str, Any]]] = {}
     for event in view.verdict["events"] if view.verdict else ():
         events.setdefault(event["chunk"], []).append(event)
@@ -146,7 +147,7 @@ def show(view: View, console: Console) -> None:
             Text(bar, "cyan" if m.speech else "dim"),
             "speech" if m.speech else "",
             Text(m.mode.value, style),
-            Text(printable(" ".join(m.words)), style),
+            Text(one_line(" ".join(m.words)), style),
             f"{m.logprob:.3f}",
             Text("; ".join(described(event) for event in events.get(m.chunk, ())), _colour(events.get(m.chunk, ()))),
         )
@@ -165,8 +166,10 @@ def listing(episodes: Sequence[Episode], file: Path, console: Console) -> None:
         table.add_column(name, justify="left" if name in ("episode", "said") else "right")
     for n, episode in enumerate(episodes):
         verdict = look(episode, file).verdict
-        said = printable(" ".join(word for action in episode.actions for word in action.words))
-        table.add_row(str(n), Text(episode.name), "" if verdict is None else f"{verdict['score']:.2f}", Text(said))
+        said = one_line(" ".join(word for action in episode.actions for word in action.words))
+        table.add_row(
+            str(n), Text(one_line(episode.name)), "" if verdict is None else f"{verdict['score']:.2f}", Text(said)
+        )
     console.print(table)
 
 
@@ -174,12 +177,7 @@ def described(event: dict[str, Any]) -> str:
     """One event as text: ``reminder hit +0.60 timing +1.00 content, due 28``."""
     rewards = "".join(f" {value:+.2f} {axis}" for axis, value in event["rewards"].items() if value)
     due = "" if event["due"] in (None, event["chunk"]) else f", due {event['due']}"
-    return f"{event['kind']} {event['outcome']}{rewards}{due}"
-
-
-def printable(text: str) -> str:
-    """Replaces control characters: words come from a file, and could otherwise control the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return one_line(f"{event['kind']} {event['outcome']}{rewards}{due}")
 
 
 def _colour(events: Sequence[dict[str, Any]]) -> str:

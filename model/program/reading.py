@@ -48,7 +48,6 @@ MARKS = (
 )
 """First bytes of other encodings, the longer ones first."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NOT_IN_A_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 Kind = TypeVar("Kind")
 
@@ -62,9 +61,9 @@ class UnreadableError(MetronomeError):
 
 
 def one_line(text: str) -> str:
-    """A text that a file may have had a part in, for an error: control characters and lone surrogates are written as
-    escapes."""
-    return _NOT_IN_A_LINE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """A text that a file may have had a part in, for a terminal: what is not printable is written as escapes: control
+    and format characters (U+202E turns a line around), lone surrogates, spaces other than U+0020."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def size_of(path: Path) -> int:

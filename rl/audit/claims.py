@@ -2,13 +2,18 @@
 
 A run claims to have finished by its summary. Then its records must go to the last step, and the summary's final weights
 and counts must be those of the records. A checkpoint's weights must have the digest that was recorded at its step.
+Each process saves the episodes that it played, each of them once, under the contract that environment.json names.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from kernels.errors import MetronomeError
 from model.weights import checkpoint
-from rl.audit.records import COUNTS, Records
+from rl.audit.records import COUNTS, Records, rank_of
+from rollout.record.episode import Episode
 
 
 def claimed_steps(records: Records) -> int | None:
@@ -48,6 +53,27 @@ def contradictions(records: Records) -> list[str]:
             sentences.append(
                 f"The run's summary has {records.summary[name]!r} as {name}; its records have {counted} together."
             )
+    return sentences
+
+
+def of_episodes(records: Records, step: int, episodes: Sequence[Episode]) -> list[str]:
+    """What the saved ``episodes`` of ``step`` contradict, in sentences: one that comes twice would count twice."""
+    sentences, processes = [], records.processes
+    files = [file.name for file in records.episodes.get(step, ())]
+    if processes and (strange := [name for name in files if rank_of(name) >= processes]):
+        sentences.append(f"{strange[0]} is of a process that the run, of {processes}, does not have.")
+    names = Counter(episode.name for episode in episodes)
+    if twice := [name for name, count in names.items() if count > 1]:
+        sentences.append(f"Step {step}: the episode {twice[0]} was saved {names[twice[0]]} times.")
+    planned = records.config.rl.groups * records.config.rl.rollouts if records.config else None
+    if planned is not None and len(episodes) > planned:
+        sentences.append(f"Step {step}: {len(episodes):,} episodes were saved, and the recipe plays {planned:,}.")
+    contracts = {episode.contract_id for episode in episodes} - {records.contract_id}
+    if records.contract_id is not None and contracts:
+        sentences.append(
+            f"environment.json names the contract {records.contract_id}; of step {step}, episodes are of contract "
+            f"{sorted(contracts)[0]}."
+        )
     return sentences
 
 

@@ -31,7 +31,7 @@ from model.program.outputs import output_folder
 from rl.audit.compare import compare_runs
 from rl.audit.document import Report
 from rl.audit.finding import Verdict, add_fail_on, leave
-from rl.audit.records import read
+from rl.audit.records import check_run, read
 from rl.audit.report import audit, statement
 from rollout.scenarios.registry import shipped_only
 
@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def carry_out(given: argparse.Namespace) -> Verdict:
     """Does what the options ask for, prints what was found, and returns the verdict."""
+    for run in given.compare or [given.run] * bool(given.run):
+        check_run(run)  # before anything is made in it
     if given.checkpoint:
         return measure(given.checkpoint, given.out)
     if given.compare:

@@ -34,7 +34,7 @@ from rl.audit.page import render
 from rl.audit.paired import PairedEpisodes, same_value, saved
 from rl.audit.pictures import chart, line
 from rl.audit.records import Records, read
-from rl.audit.replay.rescore import check_checkpoints
+from rl.audit.replay.rescore import check_checkpoints, without_manifest
 from rl.audit.report import machines, write
 from rl.resume import CHECKED, FREE, STEPS, covered
 
@@ -88,9 +88,12 @@ def comparison(a: Records, b: Records) -> ComparisonReport:
     steps_a, steps_b = ({r["step"]: r for r in records.metrics} for records in (a, b))
     common = [] if apart else sorted(steps_a.keys() & steps_b.keys())
     unequal = [(step, fields) for step in common if (fields := _fields(steps_a[step], steps_b[step]))]
-    episodes = PairedEpisodes()
+    episodes, own = PairedEpisodes(), list[str]()
     for step in [] if apart else sorted(a.episodes.keys() | b.episodes.keys()):
-        episodes.add(saved(a, step), saved(b, step), step)
+        pair = saved(a, step), saved(b, step)
+        episodes.add(*pair, step)
+        for label, records, one in zip("AB", (a, b), pair, strict=True):
+            own += _own(label, claims.of_episodes(records, step, list(one.episodes.values())))
     weights_a, weights_b = ({}, {}) if apart else (_checkpoints(a), _checkpoints(b))
     read_twice = sorted(weights_a.keys() & weights_b.keys())
     other_weights = [step for step in read_twice if weights_a[step] != weights_b[step]]
@@ -102,13 +105,13 @@ def comparison(a: Records, b: Records) -> ComparisonReport:
         if name.split(".")[0] not in LOCATION_FIELDS and _value(recipe_a, name) != _value(recipe_b, name)
     ]
     differ = len(unequal) + episodes.unequal + len(other_weights) + (final is False)
-    reasons = contracts + episodes.reasons
+    reasons = contracts + episodes.reasons + own
     if not one_folder:
         reasons += _contradictions("A", a, weights_a) + _contradictions("B", b, weights_b)
     if not apart and not differ and (len(common) or episodes.compared):
         reasons += _recipes(recipe)
     verdict = Verdict.of(len(common) + episodes.compared, differ, len(reasons))
-    only_one = _only_one(a, b, episodes)
+    only_one = _only_one(a, b, episodes) + ([] if apart else _checkpoints_alone(a, b, weights_a, weights_b))
     whole = verdict is Verdict.IDENTICAL and not only_one
     return ComparisonReport(
         verdict=verdict,
@@ -161,7 +164,10 @@ def _final_equal(a: Records, b: Records) -> bool | None:
 
 def _contradictions(label: str, records: Records, weights: Mapping[int, str]) -> list[str]:
     own = [claims.other_weights(records, step, digest) for step, digest in weights.items()]
-    sentences = [*claims.contradictions(records), *filter(None, own), *records.damaged_checkpoints]
+    return _own(label, [*claims.contradictions(records), *filter(None, own), *records.damaged_checkpoints])
+
+
+def _own(label: str, sentences: Sequence[str]) -> list[str]:
     return [f"{label} contradicts itself. {sentence}" for sentence in sentences]
 
 
@@ -193,6 +199,23 @@ def _only_one(a: Records, b: Records, episodes: PairedEpisodes) -> list[str]:
             sentences.append(f"{label} has {_count(lone, 'saved episode')} of steps of which the other has none.")
     if episodes.unread:
         sentences.append(f"{_count(episodes.unread, 'file')} of episodes could not be read.")
+    return sentences
+
+
+def _checkpoints_alone(a: Records, b: Records, weights_a: Mapping[int, str], weights_b: Mapping[int, str]) -> list[str]:
+    """Which checkpoints one run has and the other lacks, and of which it cannot be seen whether they are as they were
+    saved, in sentences. ``weights``: of those that can be read."""
+    sentences = []
+    for label, one, other, weights in (("A", a, b, weights_a), ("B", b, a, weights_b)):
+        kinds = (
+            (one.checkpoints.keys() - other.checkpoints.keys(), "{} has {}, which the other lacks: {}."),
+            (one.checkpoints.keys() - weights.keys(), "Of {}, {} cannot be read: {}."),
+            (without_manifest(one), "Of {}, {} without a manifest may be damaged: {}."),
+        )
+        for steps, sentence in kinds:
+            if names := [one.checkpoints[step].name for step in sorted(steps)]:
+                listed = ", ".join(names[:6]) + (" …" if len(names) > 6 else "")
+                sentences.append(sentence.format(label, _count(len(names), "checkpoint"), listed))
     return sentences
 
 
@@ -275,7 +298,11 @@ def _headline(
 
 def _scope(common: int, episodes: PairedEpisodes, checkpoints: int, final: bool | None, only_one: Sequence[str]) -> str:
     end = "" if final is None else ", and the final weights by the summaries"
-    left = f"Not compared: {' '.join(only_one)}" if only_one else "Neither has a step or episode that the other lacks."
+    left = (
+        f"Not compared: {' '.join(only_one)}"
+        if only_one
+        else "Neither has a step, episode or checkpoint that the other lacks."
+    )
     return (
         f"Compared: the records of {_count(common, 'step')} (weights' digest, rewards, mismatch, entropy; not times), "
         f"{_count(episodes.compared, 'saved episode')} with {episodes.tokens:,} sampled tokens, the weights of "

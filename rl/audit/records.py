@@ -37,7 +37,7 @@ _EPISODES = re.compile(r"step_(\d{6,})\.rank_(\d+)\.safetensors")
 _CHECKPOINT = re.compile(r"step_(\d{6,})")
 ENVIRONMENT = {"contract": dict, "contract_id": str, "processes": int}
 SUMMARY = {"weights_digest": str}
-"""Types of what is read of environment.json and summary.json; the rest is only shown."""
+"""Types of what is read of environment.json and summary.json, texts being printable; the rest is only shown."""
 MOST_STEPS, MOST_TOKENS = 10**9, 2**53
 COUNTS = ("mismatch/num_tokens", "mismatch/num_unequal", "mismatch/rows_unequal")
 
@@ -109,12 +109,19 @@ class Records:
         return None if digest is None else str(digest)
 
 
-def read(path: Path) -> Records:
-    """Raises MetronomeError when ``path`` is not a run's folder or its recipe is not YAML."""
+def check_run(path: Path) -> None:
+    """Raises MetronomeError when ``path`` is not a run's folder."""
+    if path.exists() and not path.is_dir():
+        raise MetronomeError(f"{path} is not a run's folder (it is a file); name one, such as runs/quickstart")
     if not path.is_dir():
         raise MetronomeError(f"{path}: there is no such folder; name a run's folder, such as runs/quickstart")
     if not (path / "config.yaml").is_file():
         raise MetronomeError(f"{path} is not a run's folder (no config.yaml); name one, such as runs/quickstart")
+
+
+def read(path: Path) -> Records:
+    """Raises MetronomeError when ``path`` is not a run's folder or its recipe is not YAML."""
+    check_run(path)
     try:
         text = read_text(path / "config.yaml", MOST_RECIPE_BYTES)
         recipe = parse_yaml(text)
@@ -154,6 +161,13 @@ def read(path: Path) -> Records:
     return replace(records, stopped=_stopped(records))
 
 
+def rank_of(name: str) -> int:
+    """The rank in the name of a file of episodes."""
+    match = _EPISODES.fullmatch(name)
+    assert match is not None, name
+    return int(match[2])
+
+
 def _config(path: Path, recipe: dict[str, Any], gaps: list[str]) -> tuple[TrainConfig | None, ScenarioConfig | None]:
     """The recipe parsed, and its families; without them where they are not to be imported."""
     try:
@@ -191,7 +205,7 @@ def _resumed(path: Path, gaps: list[str]) -> list[Note]:
 
 
 def _json(path: Path, gaps: list[str], otherwise: str, types: Mapping[str, type]) -> dict[str, Any]:
-    """A file's object, without fields that are of another type than in ``types``."""
+    """A file's object, without fields that are of another type than in ``types``, or not printable."""
     try:
         value = read_object(path)
     except UnreadableError as error:
@@ -199,8 +213,11 @@ def _json(path: Path, gaps: list[str], otherwise: str, types: Mapping[str, type]
         gaps.append(f"{path.name} {problem}: {otherwise}.")
         return {}
     for name, kind in types.items():
-        if name in value and type(value[name]) is not kind:
+        one = value.get(name, kind())
+        if type(one) is not kind:
             gaps.append(f"{path.name}: {name} is {shown(value.pop(name))}, no {kind.__name__}; it is left out.")
+        elif isinstance(one, str) and not one.isprintable():
+            gaps.append(f"{path.name}: {name} is {shown(value.pop(name))}, which is not printable; it is left out.")
     return value
 
 
@@ -216,7 +233,8 @@ def _metrics(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
         try:
             record = parse_line(line, "")
             counts = [record[name] for name in COUNTS]
-            whole = isinstance(record["weights_digest"], str) and all(
+            texts = [*record, record["weights_digest"], record.get("packs_digest", "")]
+            whole = all(isinstance(text, str) and text.isprintable() for text in texts) and all(
                 type(count) is int and 0 <= count <= limit
                 for count, limit in ((record["step"], MOST_STEPS), *((count, MOST_TOKENS) for count in counts))
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.program.files import write_json, write_whole
+from model.program.reading import one_line
 from model.program.recipe import flat
 from rl.audit import pictures
 from rl.audit.document import Report, RunReport, plain
@@ -71,8 +72,11 @@ def write(folder: Path, report: Report, page: str) -> None:
 
 
 def statement(report: Report, folder: Path) -> str:
-    """The report's verdict, scope and path, as lines for a terminal."""
-    lines = [f"Audit: {named(report).lower()}. {report.headline}", report.scope]
+    """The report's verdict, scope and path, as lines for a terminal. What a run's files say cannot add a line to them,
+    nor control the terminal."""
+    name, headline = named(report).lower(), report.headline
+    said = headline.lower().startswith(name)  # "Not comparable. …", "Nothing compared: …"
+    lines = [f"Audit: {name}{headline[len(name) :] if said else f'. {headline}'}", report.scope]
     if report.gaps:
         lines.append(f"What could not be compared, and other gaps: {len(report.gaps)}, listed in the report.")
-    return "\n".join([*lines, f"Audit report: {(folder / 'report.html').resolve()}"])
+    return "\n".join(map(one_line, [*lines, f"Audit report: {(folder / 'report.html').resolve()}"]))

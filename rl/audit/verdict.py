@@ -134,9 +134,11 @@ def _unequal(mismatch: Mismatch) -> int:
 
 def _contradictions(records: Records, steps: Sequence[CheckedStep]) -> list[str]:
     """Where a checkpoint's weights are not those whose digest the run recorded, or its files not those it saved, or the
-    summary does not agree with the records."""
+    summary or the episodes do not agree with the records."""
     own = [claims.other_weights(records, checked.step, checked.weights_digest) for checked in steps]
     sentences = [*filter(None, own), *records.damaged_checkpoints]
+    for checked in steps:
+        sentences += claims.of_episodes(records, checked.step, [one.episode for one in checked.episodes])
     sentences += [
         f"Step {checked.step} multiplied with copies {copies} of the weights; the checkpoint's weights give "
         f"{checked.packs_digest}: the run computed with others than it saved."

@@ -37,8 +37,10 @@ def read_recording(folder: Path, file: str, longest_s: float) -> NDArray[np.floa
         raise RecordingError(
             f"recording {shown(file)}: give a file's name of up to {LONGEST_NAME} characters, none of control"
         )
-    if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+    if PurePosixPath(file).is_absolute():
         raise RecordingError(f"recording {shown(file)} lies outside the folder {folder}: give a path inside it")
+    if ".." in PurePosixPath(file).parts:  # a link before it could lead out
+        raise RecordingError(f"recording {shown(file)}: give its path in the folder {folder} without '..'")
     path, most = folder / file, round(longest_s * SAMPLE_RATE_HZ)
     try:
         with soundfile.SoundFile(io.BytesIO(read_bytes(path))) as sound:

@@ -20,6 +20,7 @@ from model.program.reading import (
     MOST_RECIPE_BYTES,
     UnreadableError,
     as_record,
+    one_line,
     parse_json,
     parse_yaml,
     read_json_lines,
@@ -268,3 +269,9 @@ def test_a_long_yaml_text_is_refused_wherever_it_comes_from(tmp_path: Path) -> N
     (tmp_path / "f").write_text(longest + "x")
     with pytest.raises(UnreadableError, match=r"f: has .* bytes; at most"):
         read_yaml(tmp_path / "f")
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[8m", "\u202eabc", "\u2028", "\u200b", "\x9b", "\ud800", "\U000e0001"])
+def test_what_is_not_printable_is_escaped(text: str) -> None:
+    assert one_line(text).isprintable() and one_line(text) != text
+    assert one_line("«café» 四 …") == "«café» 四 …", "the control"

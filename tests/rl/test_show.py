@@ -141,6 +141,18 @@ def test_words_cannot_steer_the_terminal(bank: SpeechBank, tmp_path: Path) -> No
     assert "\x1b" not in shown(str(tmp_path / "e")) and "[red]" in shown(str(tmp_path / "e"))
 
 
+def test_names_and_digests_cannot_steer_the_terminal(bank: SpeechBank, tmp_path: Path) -> None:
+    one = episode(bank)
+    save_episodes(tmp_path / "e", [one])
+    for options in ([], ["--list"]):
+        lines = len(shown(str(tmp_path / "e"), *options).splitlines())
+        evil = replace(one, scenario=f"{one.scenario}\n\u202e", weights_digest="a\nb\x1b[8m")
+        save_episodes(tmp_path / "evil", [evil])
+        text = shown(str(tmp_path / "evil"), *options)
+        assert text.replace("\n", "").isprintable() and r"\n\u202e" in text
+        assert len(text.splitlines()) == lines, "the control: that of the sound one"
+
+
 def test_the_sound_of_an_episode_is_what_was_heard(bank: SpeechBank) -> None:
     """Its codes are the episode's own; with other actions of the model the user says something else."""
     one = episode(bank, "turn_taking")

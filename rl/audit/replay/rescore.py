@@ -159,17 +159,22 @@ def _check_saved(records: Records) -> None:
 def check_checkpoints(records: Records) -> None:
     """Compares every checkpoint with its manifest. Adds those that differ to ``records.damaged_checkpoints``, and those
     without a manifest to ``records.gaps``."""
-    without = []
+    without = without_manifest(records)
     for step, folder in sorted(records.checkpoints.items()):
-        if not (folder / manifest.MANIFEST).is_file():
-            without.append(folder.name)
+        if step in without:
             continue
         try:
             manifest.check(folder, recipe=(records.recipe_text, *records.earlier_recipes))
         except manifest.CheckpointError as error:
             records.damaged_checkpoints.append(f"The checkpoint of step {step} is not as the run saved it: {error}.")
     if without:
-        records.gaps.append(f"Without a manifest, so that damage to their files is not seen: {', '.join(without)}.")
+        names = ", ".join(records.checkpoints[step].name for step in without)
+        records.gaps.append(f"Without a manifest, so that damage to their files is not seen: {names}.")
+
+
+def without_manifest(records: Records) -> list[int]:
+    """Steps whose checkpoints have no manifest."""
+    return [step for step, path in sorted(records.checkpoints.items()) if not (path / manifest.MANIFEST).is_file()]
 
 
 def _policy(records: Records, step: int) -> InteractionModel | None:

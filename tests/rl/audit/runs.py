@@ -28,7 +28,7 @@ RECIPE = {"name": "small", "rl.steps": STEPS, "rl.groups": 2, "rl.rollouts": 2, 
 def make(runs: Path) -> Path:
     config, _, text = parse([part for name, value in RECIPE.items() for part in (f"--{name}", str(value))])
     folder, bank, before = RunFolder.create(runs, config.name, text), SpeechBank.open(), 0
-    folder.write_json("environment.json", environment())
+    folder.write_json("environment.json", environment() | {"processes": 2})
     digest = ""
     for step in range(STEPS + 1):
         model = build_model(replace(config, seed=step))

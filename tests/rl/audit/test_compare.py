@@ -113,7 +113,7 @@ def test_a_shorter_run_is_equal_as_far_as_both_go(
     says = "Equal as far as both go: 1 step and 8 saved episodes are equal. A has 1 step more, from step 1 on."
     assert report["headline"].startswith(says) and "One run" not in report["headline"]
     main(["--compare", str(run), str(other), "--out", str(tmp_path / "out"), "--fail-on", "mismatch"])
-    assert capsys.readouterr().out.startswith("Audit: equal as far as both go. Equal as")
+    assert capsys.readouterr().out.startswith("Audit: equal as far as both go: 1 step")
     page = (tmp_path / "out/report.html").read_text()
     assert "Equal as far as both go · runs" in page and 'class="verdict identical partial"' in page
 
@@ -237,6 +237,29 @@ def test_checkpoints_that_changed_places(run: Path, other: Path) -> None:
     report = compared(run, other)
     assert (report["verdict"], report["checkpoints_unequal"]) == ("different", 2)
     assert "checkpoints of step 0 hold other weights" in report["headline"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("gone", "A has 3 checkpoints, which the other lacks: step_000000, step_000001, step_000002."),
+        ("no manifest", "Of B, 1 checkpoint without a manifest may be damaged: step_000001."),
+        ("unreadable", "Of B, 1 checkpoint cannot be read: step_000001."),
+    ],
+)
+def test_checkpoints_that_one_run_lacks_are_named(run: Path, other: Path, damage: str, says: str) -> None:
+    assert compared(run, other)["whole"], "the control"
+    folder = other / "checkpoints/step_000001"
+    if damage == "gone":
+        shutil.rmtree(other / "checkpoints")
+    else:
+        (folder / "manifest.json").unlink()
+        if damage == "unreadable":
+            (folder / "model/model.safetensors").write_bytes(b"")
+    report = compared(run, other)
+    assert (report["verdict"], report["whole"]) == ("identical", False)
+    assert says in report["only_one"] and says in report["headline"]
+    assert report["headline"].startswith("Equal as far as both go")
 
 
 def test_records_of_another_run_contradict_the_checkpoints(run: Path, other: Path) -> None:
