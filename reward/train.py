@@ -9,7 +9,7 @@ set, in which pairs that share conversations stand together. ``--resume`` goes o
 manifest and exactly the files listed there, from the beginning where there is none yet, and ends with the weights of
 the uninterrupted run or refuses (`reward.learned.resuming`); a finished run is left as it is. Checkpoints are read with
 ``weights_only``, as tensors and plain values, so that nothing in them is executed. A training whose numbers cease to be
-finite stops with an error. Several processes watch one another as those of `rl.train` do (`rl.learner.heartbeat`).
+finite stops with an error. Several processes watch one another as those of `rl.train` do (`model.program.heartbeat`).
 
     runs/<name>/config.yaml, origin.json (`TrainingOrigin`), checkpoints/checkpoint-NNN/ (TRL's),
                 model/ (RewardModel.load), summary.json
@@ -41,6 +41,7 @@ from kernels.errors import MetronomeError
 from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
+from model.program import ranks
 from model.program.files import write_json, write_whole
 from model.program.folders import RunName, locate
 from model.program.launched import Launched, local_world
@@ -48,6 +49,7 @@ from model.program.memory import check_room
 from model.program.outputs import OutputFolder
 from model.program.ranges import Fields, FilePath, Names, Range, Seed, Weight
 from model.program.recipe import read_recipe
+from model.program.runs import RECIPE, check_free, sole_writer
 from model.tokenizer import load_tokenizer
 from model.weights import checkpoint
 from reward.learned import resuming
@@ -64,8 +66,6 @@ from reward.learned.report import Report
 from reward.learned.resuming import Progress
 from reward.learned.settings import RANGES, optimizer, trainer_arguments, trainer_defaults, uses_deepspeed
 from reward.learned.trainable import Collator, Trainable
-from rl.folder import RECIPE, check_free, sole_writer
-from rl.learner import ranks
 
 if TYPE_CHECKING:
     from reward.learned.graded import GradedTrainer

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
+from model.program import ranks
 from model.program.ranges import shown
 from rl.config import TrainConfig
-from rl.learner import ranks
 from rl.rollers import check_workers
 from rl.room import check_fits
 from rl.tracking.settings import check as check_tracking

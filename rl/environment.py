@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernels import dispatch
-from rl.learner import ranks
+from model.program import ranks
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "safetensors", "soundfile", "triton")
 

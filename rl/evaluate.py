@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kernels.errors import MetronomeError
+from model.program import ranks
 from reward.source import RewardSource
-from rl.learner import ranks
 from rollout.engines.roller import Roller
 from rollout.play import Play
 from rollout.world.base import Scenario

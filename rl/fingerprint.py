@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.errors import MetronomeError
+from model.program import ranks
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
@@ -39,7 +40,6 @@ from reward.source import RewardSource
 from rl.audit.finding import Finding, Verdict, leave
 from rl.config import TrainConfig
 from rl.environment import environment
-from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.rollers import build_engine
 from rl.run import build_model

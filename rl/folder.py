@@ -9,11 +9,10 @@ so no reader and no crash ever meets half a line.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kernels.errors import MetronomeError
+from model.program import ranks
 from model.program.exhausted import naming, sentence
 from model.program.files import replace_folder, write_whole
-from model.program.folders import locate, locked
+from model.program.folders import locate
 from model.program.reading import (
     MOST_RECIPE_BYTES,
     UnreadableError,
@@ -36,17 +36,12 @@ from model.program.reading import (
     read_text,
     to_json,
 )
+from model.program.runs import RECIPE, RESUMED, check_free
 from model.weights import manifest
-from rl.learner import ranks
 
 _STEP = re.compile(r"step_(\d{6,})")
 _EPISODES = re.compile(r"step_\d{6,}\.rank_\d+\.safetensors")
 _RESTORE = "restore the file, or cut it before this line, and --resume says from which checkpoint it can go on"
-RECIPE = "config.yaml"
-RESUMED = "resumed.jsonl"
-"""A `Note` a line."""
-RESULTS = ("metrics.jsonl", "summary.json", "checkpoints", "episodes", "tracking", "model", RESUMED)
-"""What only a run that has begun has in its folder (``model``: a run of `reward.train`)."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +52,6 @@ class Note:
     changed: dict[str, tuple[Any, Any]]  # fields of the recipe -> values before and after
     recipes: tuple[str, ...]  # texts of the recipe before: as it stood in config.yaml, and as the program read it
     summary: dict[str, Any] | None  # the summary before, if it was finished
-
-
-@contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
-    """While the block runs, no other run writes into the folder: the first process locks it. Raises MetronomeError in
-    every process when another run has."""
-    with ExitStack() as held:
-        refusal = None
-        if ranks.rank() == 0:
-            try:
-                held.enter_context(locked(path))
-            except MetronomeError as error:
-                refusal = str(error)
-        if said := ranks.gather(refusal)[0]:
-            raise MetronomeError(said)
-        yield
-
-
-def check_free(path: Path) -> None:
-    """Raises MetronomeError when the folder ``path`` holds results of a run, of `rl.train` or `reward.train`."""
-    taken = [result for result in RESULTS if os.path.lexists(path / result)]
-    if taken:
-        raise MetronomeError(
-            f"{path} already holds results of a run ({taken[0]}); go on with it by --resume, or choose another --name, "
-            "or move the folder away"
-        )
 
 
 class RunFolder:

@@ -24,11 +24,11 @@ from kernels import ops
 from kernels.adamw import AdamW
 from model.backbone.transformer import InteractionModel
 from model.placement import Placement
+from model.program import ranks
 from model.weights.checkpoint import weights_digest
 from reward.source import RewardSource
 from rl.config import OptimConfig, TrainConfig
 from rl.consistency import check_minimal, check_recipe
-from rl.learner import ranks
 from rl.learner.deepspeed import learning_rate
 from rl.rollers import plays_of_a_step
 from rl.run import build_model

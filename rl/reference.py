@@ -18,8 +18,8 @@ from torch import Tensor
 
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
+from model.program import ranks
 from model.weights import checkpoint
-from rl.learner import ranks
 from rl.step.batch import choice_logprobs, collate
 from rollout.record.episode import Episode, concatenate
 

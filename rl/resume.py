@@ -3,7 +3,7 @@ scores are of; `FREE` and `CHECKED` are the rest.
 
 ``rl.steps`` is a case of its own: it enters the learning rate of every step (`rl.learner.deepspeed.learning_rate`). A
 run may go on to another number of steps; the steps already taken keep their learning rates. So it is not the run that
-would have had that number from its start, which is said, and kept in its folder (`rl.folder.RESUMED`).
+would have had that number from its start, which is said, and kept in its folder (`model.program.runs.RESUMED`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
+from model.program import ranks
 from model.program.files import write_json
 from model.program.ranges import Range, Text, shown
 from model.program.reading import UnreadableError, read_record
@@ -24,7 +25,6 @@ from reward.source import RewardSource
 from rl.config import TrainConfig
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
-from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch

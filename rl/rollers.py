@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
+from model.program import ranks
 from model.program.launched import local_world
 from rl.config import TrainConfig
-from rl.learner import ranks
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
 from rollout.engines.roller import InProcess, Roller

@@ -12,11 +12,11 @@ from kernels.errors import MetronomeError
 from model.backbone.size import empty, training_bytes
 from model.backbone.state import state_bytes
 from model.config import preset
+from model.program import ranks
 from model.program.launched import local_world
 from model.program.memory import check_room
 from model.weights import checkpoint
 from rl.config import TrainConfig
-from rl.learner import ranks
 from rl.rollers import plays_of_a_step
 from rollout.turn.grammar import check_context, context_rows
 

@@ -19,6 +19,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
+from model.program import ranks
 from model.program.folders import locked
 from model.weights import checkpoint
 from reward.source import RewardSource
@@ -33,7 +34,6 @@ from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
-from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.resume import (

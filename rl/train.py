@@ -15,12 +15,12 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("rl.train")
 
 from model.placement import Placement
+from model.program import ranks
 from model.program.folders import locate
 from model.program.recipe import read_recipe
+from model.program.runs import sole_writer
 from rl.config import TrainConfig
 from rl.display import Display
-from rl.folder import sole_writer
-from rl.learner import ranks
 from rl.resume import finished
 from rl.run import Run
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from model.backbone.transformer import InteractionModel
+from model.program import ranks
 from rl.config import TrainConfig
-from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.step.gradient import gradient_of
 from rollout.record.transcript import Transcript, from_audio

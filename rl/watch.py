@@ -9,10 +9,10 @@ Everything is read from the run's records, so that a resumed run decides as an u
 from __future__ import annotations
 
 from kernels.errors import MetronomeError
+from model.program import ranks
 from reward.study.overoptimisation import Alarm, Point, WatchConfig, alarm
 from rl.evaluate import WATCHED, HeldOut
 from rl.folder import RunFolder
-from rl.learner import ranks
 
 PICTURE = "report/overoptimisation.png"
 

@@ -29,7 +29,7 @@ def bank() -> SpeechBank:
 @pytest.fixture(scope="session")
 def world() -> Iterator[None]:
     """One world of one process for all tests that need DeepSpeed: it does not survive a second one in a process."""
-    from rl.learner import ranks  # here, because most tests need no DeepSpeed
+    from model.program import ranks  # here, because most tests need no DeepSpeed
 
     ranks.join()
     yield

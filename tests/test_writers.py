@@ -88,10 +88,10 @@ NO_LOCK = {"rl.minimal": "writes nothing"}
 
 
 def locks(tree: ast.AST) -> bool:
-    """Whether a module locks a folder: enters `locked` or `rl.folder.sole_writer`."""
+    """Whether a module locks a folder: enters `locked` or `model.program.runs.sole_writer`."""
     entered = {ast.unparse(item.context_expr) for node in ast.walk(tree) if isinstance(node, ast.With)
                for item in node.items}  # fmt: skip
-    names = ("model.program.folders.locked", "rl.folder.sole_writer")
+    names = ("model.program.folders.locked", "model.program.runs.sole_writer")
     for name, call in calls(tree):
         if name.endswith(".enter_context") and call.args:
             entered.add(ast.unparse(call.args[0]))

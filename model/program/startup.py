@@ -161,6 +161,8 @@ def fail(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     Most errors occur on every rank, and the launcher stops all ranks as soon as one exits. So ranks other than 0 wait
     for `RANK_DELAY_S` before they print: the user reads one line, and also reads it when only a later rank fails. The
     launcher's own report ends with what it finds in TORCHELASTIC_ERROR_FILE, so the message is written there too."""
+    # One line, in which nothing that came from a file can move the cursor or pass for a line of ours.
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
     text = os.environ.get("RANK", "0")
     rank = int(text) if text.isdecimal() else 0
     if rank > 0:

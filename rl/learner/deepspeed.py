@@ -27,6 +27,7 @@ from kernels import ops
 from kernels.adamw import MOMENTS, AdamW
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
+from model.program import ranks
 from model.program.files import write_json
 from model.program.ranges import Range
 from model.program.reading import UnreadableError, read_record
@@ -35,7 +36,6 @@ from model.weights.checkpoint import weights_digest
 from model.weights.finite import NotFiniteError, check_finite
 from model.weights.tensors import read_tensors
 from rl.config import OptimConfig
-from rl.learner import ranks
 from rl.step import tree
 from rl.step.gradient import Gradient
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
+from model.program import ranks
 from reward.source import Rewards
 from rl.config import RLConfig
-from rl.learner import ranks
 from rl.step.advantage import RunningScale, informative_groups, leave_one_out, reward_to_go
 from rollout.record.episode import Episode
 

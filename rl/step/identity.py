@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from rl.learner import ranks
+from model.program import ranks
 from rollout.record.episode import TEXT, Episode, concatenate
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kernels import dispatch
+from model.program import ranks
 from model.weights import packs
 from model.weights.checkpoint import weights_digest
 from reward.source import Judged, RewardSource
 from rl import reference
 from rl.config import TrainConfig
-from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.step import tree

@@ -13,7 +13,7 @@ from math import fsum
 import torch
 from torch import Tensor
 
-from rl.learner import ranks
+from model.program import ranks
 
 
 def over_micro_batches(total: list[Tensor] | None, part: Sequence[Tensor]) -> list[Tensor]:

@@ -30,6 +30,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from kernels.reference import naive
 from model.backbone.transformer import InteractionModel
+from model.program import ranks
 from model.program.arguments import Parser
 from model.program.files import write_json, write_whole
 from model.program.folders import locked
@@ -43,7 +44,6 @@ from rl.audit.table import Cell, Table
 from rl.config import EvalConfig, RLConfig, TrainConfig
 from rl.environment import environment
 from rl.evaluate import evaluate
-from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.rollers import build_engine
 from rl.step import loop
@@ -100,7 +100,7 @@ class Result:
 
 
 def train(method: Method, config: TrainConfig, folder: Path, bank: SpeechBank) -> Result:
-    """One run from the checkpoint in ``folder``. `rl.learner.ranks.join` must have been called."""
+    """One run from the checkpoint in ``folder``. `model.program.ranks.join` must have been called."""
     with method.backend():
         model = checkpoint.load(folder, torch.float32)
         sampling = model if method.sampler == torch.float32 else checkpoint.load(folder, method.sampler)

@@ -21,7 +21,7 @@ from rl.tracking.samples import SAMPLE_RATE_HZ, Sample
 from rl.tracking.settings import Record, RunIdentity, TrackingConfig
 
 # accelerate's logger and its decorator for the first process ask for accelerate's own `PartialState`, which would join
-# processes, set threads and the environment. Ours have joined (`rl.learner.ranks`), and only the first one has
+# processes, set threads and the environment. Ours have joined (`model.program.ranks`), and only the first one has
 # trackers.
 accelerate_tracking.logger = logging.getLogger("accelerate.tracking")
 

@@ -19,6 +19,7 @@ import soundfile
 from kernels import gpu_report
 from model.program.files import write_json
 from model.program.reading import parse_yaml, to_json
+from model.program.runs import RESUMED
 from model.weights import checkpoint, manifest
 from reward.explain import families
 from reward.learned import origin, resuming
@@ -28,7 +29,7 @@ from rl import fingerprint
 from rl.audit.compare import compare_runs
 from rl.audit.report import audit
 from rl.config import OptimConfig
-from rl.folder import RESUMED, Note, RunFolder, notes
+from rl.folder import Note, RunFolder, notes
 from rl.learner.deepspeed import Learner
 from rl.resume import load_progress
 from rl.tracking import tracker

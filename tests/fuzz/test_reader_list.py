@@ -28,6 +28,7 @@ BY_ITSELF = {
     "model.program.files": "opens what it has written, for the disk to take it",
     "model.program.folders": "the name in a lock, which must match a pattern",
     "model.program.lifeline": "/proc",
+    "model.program.outputs": "the first bytes of a manifest, which tell whose it is",
     "model.program.memory": "/proc",
     "model.weights.manifest": "bytes of any file, for its digest",
     "reward.learned.preference": "tables: by the library that wrote them",

@@ -16,9 +16,9 @@ from torch import Tensor
 import rl.learner.deepspeed
 from model.backbone.transformer import InteractionModel
 from model.config import preset
+from model.program import ranks
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig
-from rl.learner import ranks
 from rl.learner.deepspeed import Learner
 from rl.step.gradient import Gradient
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import rl.step.loop
 import rl.run
-from rl.learner import ranks
+from model.program import ranks
 from rl.train import main as train
 from tests.support.episodes import with_text
 from tests.rl.audit.runs import flip

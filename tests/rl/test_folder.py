@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from kernels.errors import MetronomeError
+from model.program.runs import RESUMED
 from rl import folder as folder_module
-from rl.folder import RESUMED, Note, RunFolder, notes
+from rl.folder import Note, RunFolder, notes
 
 
 def record(step: int) -> dict[str, float | int | str]:

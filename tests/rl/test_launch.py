@@ -46,7 +46,7 @@ def test_an_error_of_one_process_is_told_though_the_other_waits(tmp_path: Path, 
         f"""
 import torch.distributed as dist
 from kernels.errors import MetronomeError
-from rl.learner import ranks
+from model.program import ranks
 from model.program.startup import import_deepspeed
 
 def main():
@@ -69,7 +69,7 @@ def test_ranks_tensors_are_added_in_rank_order(tmp_path: Path) -> None:
         """
 import torch
 import torch.distributed as dist
-from rl.learner import ranks
+from model.program import ranks
 
 def main():
     ranks.join()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rl.learner.heartbeat import Heartbeat
+from model.program.heartbeat import Heartbeat
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENT_S = 4.0
@@ -21,7 +21,7 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 COMMAND = f"""
 import os, sys, time
 from pathlib import Path
-from rl.learner import ranks
+from model.program import ranks
 
 def main():
     ranks.join(silent_s={SILENT_S})

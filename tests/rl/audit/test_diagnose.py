@@ -19,11 +19,11 @@ from kernels import dispatch
 from kernels.layout import PackedLinear
 from kernels.reference import attention as reference_attention
 from model.backbone.transformer import InteractionModel
+from model.program import ranks
 from rl.audit.diagnosis import trace
 from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
 from rl.audit.diagnosis.differences import compare_traces
 from rl.config import TrainConfig
-from rl.learner import ranks
 from rl.run import DIFFERENCE, Run
 from rl.step.gradient import Gradient, gradient_of
 from rl.step.identity import Evidence, NotEqualError, check_identity

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from kernels.errors import MetronomeError
+from model.program.heartbeat import SILENT_S, Heartbeat
 from model.program.launched import Launched
 from model.program.startup import accelerator, import_deepspeed
-from rl.learner.heartbeat import SILENT_S, Heartbeat
 
 MEET_S = 300.0
 """So long processes wait for one another at the start."""
