@@ -28,6 +28,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 import os
 import pickle
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,15 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe("reward.train", "Train a reward model.", RewardTrainConfig, arguments, resumes=True)
     folder = locate(recipe.config.runs, recipe.config.name)
     launched = Launched.read()
-    if launched is not None and launched.world > 1:  # accelerate takes the group of processes that it finds
-        ranks.join()
     if launched is None:
         os.environ.pop("LOCAL_RANK", None)  # left over; accelerate would take it for a launcher's
-    try:
-        with sole_writer(folder):
-            train(recipe.config, recipe.text, recipe.resume)
-    finally:
-        ranks.leave()
+    several = launched is not None and launched.world > 1  # accelerate takes the group of processes that it finds
+    with ranks.joined() if several else nullcontext(), sole_writer(folder):
+        train(recipe.config, recipe.text, recipe.resume)
 
 
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:

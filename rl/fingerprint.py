@@ -164,13 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
     be read."""
     given = parser().parse_args(arguments)
     earlier = None if given.against is None else _read(given.against)
-    ranks.join()
-    if ranks.world() != 1:
-        raise MetronomeError(f"a fingerprint is of one process, not of {ranks.world()}: start it without a launcher")
-    try:
+    with ranks.joined():
+        if ranks.world() != 1:
+            raise MetronomeError(f"a fingerprint is of one process, not {ranks.world()}: start it without a launcher")
         current = fingerprint()
-    finally:
-        ranks.leave()
     if given.json is not None:
         write_json(given.json, current)
     print(f"contract {current['contract_id']}, {current['instruction_set']}, {current['processor']}")

@@ -49,13 +49,12 @@ from rollout.world.speech import SpeechBank
 def main(arguments: list[str] | None = None) -> None:
     config, resume, _ = parse(arguments)
     Placement.enter(config.placement, config.model.dtype)
-    ranks.join()
-    check_recipe(config)
-    check_minimal(config, resume)
-    digest = train(config)
-    if ranks.rank() == 0:
-        print(f"weights_digest {digest}")
-    ranks.leave()
+    with ranks.joined():
+        check_recipe(config)
+        check_minimal(config, resume)
+        digest = train(config)
+        if ranks.rank() == 0:
+            print(f"weights_digest {digest}")
 
 
 def train(config: TrainConfig) -> str:

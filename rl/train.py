@@ -29,15 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
     config, resume, recipe = parse(arguments)
     folder = locate(config.runs, config.name)
     Placement.enter(config.placement, config.model.dtype)
-    ranks.join()
-    try:
-        with sole_writer(folder):
-            if resume and (said := finished(config)):
-                Display(ranks.rank() == 0).say(said)
-                return
-            Run(config, recipe, resume).execute()
-    finally:
-        ranks.leave()
+    with ranks.joined(), sole_writer(folder):
+        if resume and (said := finished(config)):
+            Display(ranks.rank() == 0).say(said)
+            return
+        Run(config, recipe, resume).execute()
 
 
 def parse(arguments: list[str] | None = None, past: bool = False) -> tuple[TrainConfig, bool, str]:

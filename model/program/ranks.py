@@ -4,6 +4,8 @@ one process without a launcher works too."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -28,10 +30,8 @@ def join(silent_s: float = SILENT_S) -> None:
     world of its own. From then on a process that does not answer for ``silent_s`` seconds is named and ends the run.
 
     Raises MetronomeError for a launcher's variables that do not fit, a port that is taken, and processes that do not
-    come within `MEET_S`. Does nothing when it has joined already."""
+    come within `MEET_S`."""
     global _heartbeat
-    if dist.is_initialized():
-        return
     launched = Launched.read()
     store: dist.Store = dist.HashStore()
     if launched is None:
@@ -51,8 +51,23 @@ def join(silent_s: float = SILENT_S) -> None:
         _heartbeat = Heartbeat(rank, (launched.address, launched.port), gather, silent_s)
 
 
+@contextmanager
+def joined() -> Iterator[None]:
+    """`join`, and `leave` at the block's end; within such a block, nothing."""
+    if dist.is_initialized():
+        yield
+        return
+    join()
+    try:
+        yield
+    finally:
+        leave()
+
+
 def leave() -> None:
     global _heartbeat
+    if "RANK" not in os.environ:
+        os.environ.pop("LOCAL_RANK", None)  # set by `join`; accelerate would take it for a launcher's
     if _heartbeat is not None:
         _heartbeat.stop()
         _heartbeat = None

@@ -100,7 +100,7 @@ class Result:
 
 
 def train(method: Method, config: TrainConfig, folder: Path, bank: SpeechBank) -> Result:
-    """One run from the checkpoint in ``folder``. `model.program.ranks.join` must have been called."""
+    """One run from the checkpoint in ``folder``. `model.program.ranks.joined` must have been called."""
     with method.backend():
         model = checkpoint.load(folder, torch.float32)
         sampling = model if method.sampler == torch.float32 else checkpoint.load(folder, method.sampler)
@@ -291,12 +291,8 @@ def parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     a = parser().parse_args(arguments)
-    ranks.join()
-    try:
-        with locked(a.out):
-            content = run(a.checkpoint, a.out, a.steps)
-    finally:
-        ranks.leave()
+    with ranks.joined(), locked(a.out):
+        content = run(a.checkpoint, a.out, a.steps)
     found = Finding(Verdict(content["verdict"]), content["headline"])
     print(f"Baseline: {found}")
     leave(found.verdict, a.fail_on)

@@ -81,7 +81,6 @@ def test_the_verdict_on_two_fingerprints(earlier: dict[str, str], verdict: str, 
 def test_a_file_of_no_stages_ends_the_command_with_status_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     current = golden()
     monkeypatch.setattr(fingerprint, "fingerprint", lambda: current)
-    monkeypatch.setattr(fingerprint.ranks, "leave", lambda: None)  # the other tests' world stays
     file = tmp_path / "earlier.json"
     for stages, status in (({}, 3), (current["stages"] | {"weights": "0"}, 3), (current["stages"], 0)):
         file.write_text(json.dumps(current | {"stages": stages}))
