@@ -96,4 +96,4 @@ def test_pairs_training_and_evaluation(tmp_path: Path) -> None:
     assert RewardModel.load(tmp_path / "first" / "model").temperature["timing"] == found["timing/temperature"]
 
     again = run([*python, "reward.pairs"], "--out", str(tmp_path / "pairs"))
-    assert again.returncode == 2 and "already exists" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode == 2 and "takes no others" in again.stderr and "Traceback" not in again.stderr
