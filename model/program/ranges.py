@@ -134,7 +134,7 @@ class Ascending:
 def check(config: Any, prefix: str = "", leave_out: tuple[type, ...] = ()) -> None:
     """Raises MetronomeError, naming field, value and range, for the first field of a dataclass (or of one within it)
     that is outside its range. ``prefix``: dotted name of the dataclass in the recipe, with its dot; ``leave_out``:
-    limits of these types are not looked at."""
+    fields with a limit of these types are not looked at."""
     for name, value, problem in problems(config, prefix, leave_out):
         raise MetronomeError(f"recipe: {name} is {shown(value)}: {problem}")
 
@@ -156,9 +156,9 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def _problems(name: str, value: Any, hint: Any, leave_out: tuple[type, ...]) -> Iterator[tuple[str, Any, str]]:
-    if value is None:
+    limits = limits_of(hint)
+    if value is None or any(isinstance(limit, leave_out) for limit in limits):
         return
-    limits = [limit for limit in limits_of(hint) if not isinstance(limit, leave_out)]
     within = list(_within(name, value, hint, leave_out))
     if (isinstance(value, str) or not limits) and (wrong := _unlimited(value)):  # a number's range says it better
         within = [(name, value, wrong)]

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kernels.errors import MetronomeError
 from model.program import ranges, shipped
+from model.program.folders import RunName
 from model.program.outputs import OutputFile, OutputFolder, check_apart
 from model.program.reading import DEEPEST, MOST_RECIPE_BYTES, UnreadableError, parse_yaml, read_text
 from model.program.yaml_text import to_yaml
@@ -88,8 +89,8 @@ def read_recipe(
 ) -> Recipe[Config]:
     """Reads the recipe of class ``kind`` from ``arguments`` (default: the command line). ``command`` ("rl.train") is
     its module's name for messages; ``resumes`` adds the option ``--resume``; ``past``: the recipe is of a finished run,
-    so that its output paths are not tried. ``--help`` prints every field. Raises MetronomeError, in one line, for what
-    is no recipe of the class."""
+    so that its output paths are not tried and its name may be any. ``--help`` prints every field. Raises
+    MetronomeError, in one line, for what is no recipe of the class."""
     given = sys.argv[1:] if arguments is None else arguments
     if "--help" in given or "-h" in given:
         print(_help(command, description, kind, resumes))
@@ -104,7 +105,7 @@ def read_recipe(
         read = _instance(closed, whole)
     except _NoRecipeError as error:
         raise MetronomeError(f"recipe: {error}. `python -m {command} --help` lists every field and its type") from None
-    ranges.check(read, leave_out=(OutputFile, OutputFolder) if past else ())
+    ranges.check(read, leave_out=(OutputFile, OutputFolder, RunName) if past else ())
     if not past:
         check_apart(read, [shipped.resolve(value) for name, value in _options(given, resumes) if name == "config"])
     members = {f.name: getattr(read, f.name) for f in fields(read)}

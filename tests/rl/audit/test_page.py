@@ -156,7 +156,7 @@ def test_words_names_and_recipes_are_only_text(browser: Tab, run: Path) -> None:
     (run / "audit").mkdir()
     table = {"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "note": HOSTILE}
     (run / "audit/matrix.json").write_text(json.dumps({"tables": [table]}))
-    assert audit(run).verdict == "nothing_compared"  # such a name is no recipe's, so nothing was re-scored
+    assert audit(run).verdict == "not_comparable"
     assert "<script>window" not in (run / "audit/report.html").read_text()
     browser.open(run / "audit/report.html")
     browser.settle()
