@@ -32,20 +32,6 @@ from rollout.world.speech import DEFAULT_FOLDER, SpeechBank
 from tests.rl.resuming import arguments, content, cut, digests, go, refusal
 
 
-@pytest.fixture(scope="module")
-def whole(world: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run."""
-    runs = tmp_path_factory.mktemp("runs")
-    go(runs, "whole", resume=False)
-    return runs / "whole"
-
-
-@pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it in another folder of runs, under another name."""
-    return Path(shutil.copytree(whole, tmp_path / "elsewhere" / "moved"))
-
-
 def test_a_run_that_was_moved_and_renamed(
     whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,20 +17,6 @@ from rl.audit.report import audit
 from tests.rl.resuming import cut, digests, go, refusal
 
 
-@pytest.fixture(scope="module")
-def whole(world: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run."""
-    runs = tmp_path_factory.mktemp("runs")
-    go(runs, "whole", resume=False)
-    return runs / "whole"
-
-
-@pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it in another folder of runs, under another name."""
-    return Path(shutil.copytree(whole, tmp_path / "elsewhere" / "moved"))
-
-
 @pytest.mark.parametrize("lines", [[], [0], [1, 2], [0, 2], [0, 1]])
 def test_records_that_are_missing_are_said_at_the_start(copy: Path, lines: list[int]) -> None:
     path = copy / "metrics.jsonl"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,24 +16,12 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.backbone.state import ContextFull
-from model.backbone.transformer import InteractionModel
 from rollout.engines.service import Client, OutOfOrder, Refused, Service
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import context_rows
 from rollout.turn.observation import MissingSenseError, Observation
-from tests.support.models import fresh_model
-from tests.support.services import MAX_CHUNKS, make_service, record
+from tests.support.services import MAX_CHUNKS, record
 from tests.support.sessions import sound
-
-
-@pytest.fixture(scope="module")
-def model() -> InteractionModel:
-    return fresh_model()
-
-
-@pytest.fixture
-def make(model: InteractionModel) -> Callable[..., Service]:
-    return partial(make_service, model)
 
 
 @pytest.mark.parametrize(

@@ -5,31 +5,18 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.errors import MetronomeError
-from model.backbone.transformer import InteractionModel
 from rollout.bench.overhead import heap_bytes
 from rollout.engines.service import Busy, Client, Duplicate, Ended, Late, OutOfOrder, Refused, Service
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.observation import Observation
-from tests.support.models import fresh_model
-from tests.support.services import MAX_CHUNKS, make_service, record
+from tests.support.services import MAX_CHUNKS, record
 from tests.support.sessions import sound
-
-
-@pytest.fixture(scope="module")
-def model() -> InteractionModel:
-    return fresh_model()
-
-
-@pytest.fixture
-def make(model: InteractionModel) -> Callable[..., Service]:
-    return partial(make_service, model)
 
 
 def test_clients_hear_what_they_offered(make: Callable[..., Service]) -> None:
