@@ -14,6 +14,7 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
+from model.program import gpu
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,10 @@ class Placement:
                     f"placement.device is cuda, but METRONOME_BACKEND={named} works on the CPU: unset it, or give "
                     "--placement.device cpu"
                 )
-            if not torch.cuda.is_available():
-                build = "a build for the CPU" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
-                raise MetronomeError(
-                    f"placement.device is cuda, but torch {torch.__version__} ({build}) finds no GPU. `nvidia-smi` "
-                    "lists the machine's; give --placement.device cpu to run without one"
-                )
+            gpu.check()
             os.environ |= {"METRONOME_BACKEND": "triton", "DS_ACCELERATOR": "cuda"}
             dispatch.use_backend("triton")
-        elif dispatch.device().type == "cuda":
+        elif dispatch.device().type != "cpu":
             raise MetronomeError(
                 f"placement.device is cpu, but METRONOME_BACKEND={os.environ.get('METRONOME_BACKEND')} works on a GPU: "
                 "give --placement.device cuda, or unset it"

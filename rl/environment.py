@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernels import dispatch
-from model.program import ranks
+from model.program import gpu, ranks
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "safetensors", "soundfile", "triton")
 
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu.name(),
         "cores": os.cpu_count(),
         "processes": ranks.world(),
         "threads": torch.get_num_threads(),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kernels.errors import MetronomeError
+from model.program import gpu
 
 RESERVED_FRACTION = 0.1
 """Fraction of the free memory that `check_room` leaves to activations, libraries and other processes."""
@@ -41,8 +42,8 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUP
 def check_room(needed: int, purpose: str, remedy: str, device: torch.device | None = None) -> None:
     """Raises MetronomeError, before anything is allocated, when ``needed`` bytes are more than ``device`` (the CPU if
     None) can give; the message says that ``purpose`` needs them and what to do (``remedy``)."""
-    on_gpu = device is not None and device.type == "cuda"
-    usable = int((1 - RESERVED_FRACTION) * (torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()))
+    free = available_bytes() if device is None or device.type == "cpu" else gpu.free_bytes(device)
+    usable = int((1 - RESERVED_FRACTION) * free)
     if needed > usable:
         raise MetronomeError(
             f"{purpose} would take {needed / 2**30:.2f} GiB of memory, of which {usable / 2**30:.2f} GiB can be had: "

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from kernels.errors import MetronomeError
+from model.program import gpu
 from model.program.heartbeat import SILENT_S, Heartbeat
 from model.program.launched import Launched
 from model.program.startup import accelerator, import_deepspeed
@@ -41,9 +42,10 @@ def join(silent_s: float = SILENT_S) -> None:
     else:
         rank, world, local_rank = launched.rank, launched.world, launched.local_rank
         store = _meet(launched)
-    backend = "cpu:gloo,cuda:nccl" if accelerator() == "cuda" else "gloo"
+    backend = "gloo"
     if accelerator() == "cuda":
-        torch.cuda.set_device(local_rank)
+        gpu.take(local_rank)
+        backend = gpu.COLLECTIVES
     timeout = dist.distributed_c10d.default_pg_timeout
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
