@@ -22,7 +22,8 @@ number of rows. Therefore
 - RMS norm, log-probabilities, the router: n neighbouring columns at a time, summed by one tree that the compiler makes;
 - convolution, experts' weighted sum, embedding: one chain in ascending index.
 
-`contract` lists all of it for the contract id. Left out on purpose: autotuning, by which a timing would choose bits.
+`contract` lists all of it for the contract id; `kernels.triton.compiler` adds who compiles. Left out on purpose:
+autotuning, by which a timing would choose bits.
 """
 
 from __future__ import annotations
