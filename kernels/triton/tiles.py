@@ -14,8 +14,8 @@ number of rows. Therefore
 **Orders of reduction**, each within one program, in fp32; no atomics, no reduction split over programs:
 
 - products (linear, experts, their gradients): k terms of a tile at a time, tiles in ascending order of k; the order
-  within a tile is the matrix unit's (bf16) or the compiler's sequence of multiplies and adds (fp32), the same for
-  every row of a tile;
+  within a tile is the matrix unit's (bf16) or one chain of k fused multiply-adds (fp32 on Nvidia; AMD's matrix units
+  take fp32), the same for every row of a tile and in every kernel (`kernels.tools.compile_products`);
 - attention: n keys at a time, aligned parts of a split (16 keys in fp32, 32 in bf16; whole splits of 64 would spill
   registers), each with its own maximum, sum of exp and weighted values, combined from left to right; a score is a
   product over the head's width plus a chain over the bias's channels;
