@@ -5,7 +5,8 @@
 A fake driver says that there is a card of sm_90. The backend's host code runs as it does in the interpreter, but each
 launch goes through Triton's binder, which decides from types, addresses and integers which compiled kernel the call
 needs; there a hook of Triton's notes the key and says that nothing is to be compiled. No values are computed: outputs
-hold what memory held, and of what a kernel would have found wrong (arguments named ``status…``) it found nothing.
+hold what memory held. Where a kernel would tell that something is wrong (arguments named ``status…`` or ``noticed``),
+nothing is.
 """
 
 from __future__ import annotations
@@ -67,19 +68,18 @@ def prepare() -> None:
         importlib.import_module("kernels.dispatch").use_backend("triton")
     finally:
         torch.cuda.is_available = there
-    placed = importlib.import_module("kernels.triton.launch").placed
     for module in modules:
         for name, value in (("INTERPRET", True), ("PLACE", "cpu"), ("DEVICE", "cpu")):
             if hasattr(module, name):
                 setattr(module, name, value)
         if hasattr(module, "placed"):  # segments come from the host to a card: also here by the copy, not as they are
-            module.placed = lambda segments, device: placed(segments, device.type)
+            module.placed = lambda segments, device, placed=module.placed: placed(segments, device.type)
     driver.set_active(Sm90())
     bind = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         for name, x in zip(self.arg_names, args, strict=False):
-            if name.startswith("status"):
+            if name.startswith(("status", "noticed")):
                 x.zero_()
         return bind(self, *args, grid=grid, warmup=True, **kwargs)
 
