@@ -1,6 +1,7 @@
 """Trains a reward model on preference pairs, with TRL's `RewardTrainer` (Bradley-Terry, margin, centring).
 
     accelerate launch --config_file configs/accelerate/reward.yaml -m reward.train --config configs/reward_timing.yaml
+    python -m reward.train --config configs/reward_timing.yaml --placement.device cuda
 
 TRL gives the training loop and the form of the loss. Loss, clipping and AdamW are computed by our ops
 (`reward.learned.graded`; under accelerate's DeepSpeed, DeepSpeed clips), and the model and the collator are ours: a

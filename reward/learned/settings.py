@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -111,13 +112,21 @@ def _stays_on_cpu() -> bool:
 
 
 def _check_place(arguments: TrainingArguments) -> None:
-    """Raises MetronomeError when accelerate has not put the trainer on the recipe's device."""
-    wanted = dispatch.device().type
-    if arguments.device.type != wanted:
+    """Raises MetronomeError when accelerate puts the trainer on another device than the recipe, or takes each of
+    several processes for the only one."""
+    launched, wanted = Launched.read(), dispatch.device().type
+    found = "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else arguments.device.type
+    if found != wanted:
         placed, file = ("cpu", "reward.yaml") if wanted == "cpu" else ("cuda", "gpu.yaml")
         raise MetronomeError(
-            f"placement.device is {placed}, but as this process was launched the trainer works on {arguments.device}: "
-            f"launch with configs/accelerate/{file}, or start by `python -m reward.train`"
+            f"placement.device is {placed}, but as this process was launched the trainer works on {found}: launch with "
+            f"configs/accelerate/{file}, or start by `python -m reward.train`"
+        )
+    if launched is not None and launched.world != arguments.world_size:
+        raise MetronomeError(
+            f"the launcher started {launched.world} processes, but accelerate counts {arguments.world_size} (on the "
+            "CPU its DeepSpeed integration takes every process for the only one): launch with --num_processes 1, or "
+            "with configs/accelerate/reward.yaml"
         )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one GPU a process; transformers would split each batch over all that it sees
@@ -161,12 +170,6 @@ def _prepare_libraries(folder: Path, given: Mapping[str, Any]) -> None:
         for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", folder.name)):
             os.environ.setdefault(f"WANDB_{name}", value)
     if uses_deepspeed():
-        launched = Launched.read()
-        if launched is not None and launched.world > 1 and dispatch.device().type == "cpu":
-            raise MetronomeError(
-                "on the CPU accelerate's DeepSpeed integration takes every process for the only one: launch with "
-                "--num_processes 1, or with configs/accelerate/reward.yaml"
-            )
         import_deepspeed()
 
 
