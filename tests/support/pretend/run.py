@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from tests.support.pretend.device import DEVICE, install, ledger
+from tests.support.pretend.trainer import be_the_trainers_gpu
 
 
 def be_the_gpu(spoilt: frozenset[str] = frozenset()) -> None:
@@ -55,6 +56,7 @@ def be_the_gpu(spoilt: frozenset[str] = frozenset()) -> None:
     gpu.free_bytes = lambda device: 2**34
     gpu.name = lambda: "pretend GPU"
     gpu.COLLECTIVES = "gloo"
+    be_the_trainers_gpu()
 
 
 def main(arguments: list[str]) -> None:
