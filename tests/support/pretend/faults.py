@@ -2,11 +2,13 @@
 
     python -m tests.support.pretend.run --fail memory:adamw:2 rl.train …
 
-is out of memory at the second launch of the kernel ``adamw``; ``*`` is any kernel or launch. `ERRORS` has the kinds.
-Each error has the class and the text that torch 2.11 to 2.13 gives it."""
+is out of memory at the second launch of the kernel ``adamw``; ``*`` is any kernel or launch, and ``memory:adamw:2:1``
+does so in the process of rank 1 only. `ERRORS` has the kinds; each error has the class and the text that torch 2.11 to
+2.13 gives it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -54,9 +56,11 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 def fail_at(where: str) -> None:
-    """``KIND:KERNEL:N``, as in the module's text. Once it has failed the device fails at everything: a GPU that faulted
-    does, and one that is out of memory is not asked again."""
-    kind, kernel, count = where.split(":")
+    """``KIND:KERNEL:N`` or ``KIND:KERNEL:N:RANK``, as in the module's text. Once it has failed the device fails at
+    everything, as a GPU that faulted does, until `mend`."""
+    kind, kernel, count, *rank = where.split(":")
+    if rank and rank != [os.environ.get("RANK", "0")]:
+        return
     left = int(count)
 
     def failing(launch: Callable[[str], None]) -> Callable[[str], None]:
@@ -71,3 +75,9 @@ def fail_at(where: str) -> None:
 
     ledger.kernel = failing(ledger.kernel)  # type: ignore[method-assign]
     ledger.launch = failing(ledger.launch)  # type: ignore[method-assign]
+
+
+def mend() -> None:
+    """Undoes `fail_at`."""
+    for name in ("kernel", "launch"):
+        vars(ledger).pop(name, None)
