@@ -1,7 +1,7 @@
 """What the program asks of a GPU's driver, in one place: whether one can be used, which one is ours, what it has left.
 
-Nothing here is called unless the recipe's ``placement.device`` is cuda, except `card`. What goes wrong with one in the
-middle of the work is told by `model.program.gpu_faults`.
+Nothing here is called unless the recipe's ``placement.device`` is cuda. What goes wrong with a GPU in the middle of the
+work is told by `model.program.gpu_faults`.
 """
 
 from __future__ import annotations
@@ -71,11 +71,18 @@ def check() -> None:
 
 
 def take(local_rank: int) -> None:
-    """Makes the GPU of that number this process's own, one GPU a process, and makes sure that it can be had. Raises
-    MetronomeError where there is no such GPU, torch's errors when another process has it to itself."""
+    """Makes the GPU of that number this process's own, one GPU a process. Raises MetronomeError where there is no such
+    GPU, or it does not answer, as when another process has it to itself."""
     _check_count(local_rank + 1)
-    torch.cuda.set_device(local_rank)
-    memory(torch.device("cuda", local_rank))  # the first call that the card itself must answer
+    try:
+        torch.cuda.set_device(local_rank)
+        memory(torch.device("cuda", local_rank))  # the first call that the card itself must answer
+    except RuntimeError as error:
+        raise MetronomeError(
+            f"GPU {local_rank} cannot be had ({_first_line(str(error))}): `nvidia-smi` lists what else runs there and "
+            "holds its memory (`-q -d COMPUTE` says whether one process may have it to itself); end that, or take "
+            "another card by CUDA_VISIBLE_DEVICES"
+        ) from error
 
 
 def memory(device: torch.device) -> Memory:
@@ -86,10 +93,8 @@ def memory(device: torch.device) -> Memory:
 
 
 def card() -> dict[str, Any]:
-    """The GPU that this process uses, or would: ``{"gpu": "NVIDIA H100 80GB HBM3", "gpu_memory_bytes": 84929347584,
-    "gpu_driver": "580.65.06", "cuda": "13.0"}``; {"gpu": None} where there is none."""
-    if not torch.cuda.is_available():
-        return {"gpu": None}
+    """This process's GPU: ``{"gpu": "NVIDIA H100 80GB HBM3", "gpu_memory_bytes": 84929347584, "gpu_driver":
+    "580.65.06", "cuda": "13.0"}``. The last is what torch is built for: CUDA's version, or ROCm's."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "gpu_memory_bytes": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,

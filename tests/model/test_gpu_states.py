@@ -20,12 +20,14 @@ from model.config import preset
 from model.placement import Placement, PlacementConfig
 from model.program import gpu, memory, startup
 from rl import room
+from rl.environment import environment
 from rl.step.batch import choice_logprobs, collate
 from rl.train import parse
 from rollout.record.transcript import write_transcript
 from rollout.turn.action import LISTEN
 from rollout.turn.grammar import Grammar
 from tests.support.models import VOCABULARY, conversation, fresh_model
+from tests.support.pretend.faults import cuda_error
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by downloading "
@@ -198,6 +200,36 @@ def test_a_process_takes_its_own_card_and_no_other(monkeypatch: pytest.MonkeyPat
     assert taken == [1, 1]
     with pytest.raises(MetronomeError, match="has 3 processes on this machine, and torch sees 2 GPUs"):
         gpu.take(2)
+
+
+@pytest.mark.parametrize("words", ["CUDA-capable device(s) is/are busy or unavailable", "out of memory"])
+def test_a_card_that_another_process_has_is_said(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(device: int) -> None:
+        raise cuda_error(words)
+
+    Machine().install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(
+        MetronomeError, match=r"GPU 0 cannot be had .*: `nvidia-smi` lists what else runs there"
+    ) as error:
+        gpu.take(0)
+    assert f"(CUDA error: {words})" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_says_its_card_and_a_run_on_the_cpu_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError("the driver was asked")
+
+    for name in ("is_available", "init", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    assert environment()["gpu"] is None
+    Machine().install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=2**36))
+    monkeypatch.setattr(dispatch, "device", lambda: torch.device("cuda", 0))
+    found = environment()
+    assert (found["gpu"], found["gpu_memory_bytes"], found["cuda"]) == ("Tesla V100-SXM2-32GB", 2**36, "13.0")
+    assert found["gpu_driver"] == gpu.driver()
 
 
 def test_what_others_hold_of_the_card_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
