@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,11 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from model.program import exhausted, ranks
 from model.program.exhausted import needing, sentence
+from reward.learned.settings import RANGES
 from rl import resume, rollers
 from tests.model.test_startup import command, run
 from tests.support.pretend.faults import ALLOCATOR, ERRORS, cuda_error
+from tests.support.recipes import ROOT, classes, leaves
 
 PTXAS = (
     "Internal Triton PTX codegen error\n`ptxas` stderr:\nptxas fatal   : Value 'sm_123a' is not defined for option "
@@ -152,3 +157,19 @@ def test_what_was_raised_first_is_told_when_the_processes_cannot_part(monkeypatc
 def test_the_standard_library_is_enough(tmp_path: Path) -> None:
     code = "import sys, model.program.exhausted; print('torch' in sys.modules, 'triton' in sys.modules)"
     assert run(code).stdout.split() == ["False", "False"] and exhausted.__name__ in sys.modules
+
+
+def test_each_phase_of_a_run_names_fields_that_its_recipe_has() -> None:
+    """What the program gives to `needing`, found in its source."""
+    known = {name for kind in classes() for name, _ in leaves(kind)} | {f"trainer.{name}" for name in RANGES}
+    found: dict[str, str] = {}
+    for path in (p for package in ("rl", "reward") for p in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "needing":
+                module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+                phase, lower = (eval(ast.unparse(argument), vars(module)) for argument in node.args)
+                found[phase] = lower
+    assert len(found) >= 9
+    for phase, lower in found.items():
+        names = re.findall(r"\b[a-z]+\.[a-z_.]*[a-z_]", lower)
+        assert names and {*names} <= known, (phase, names)
