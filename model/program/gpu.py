@@ -116,6 +116,7 @@ def _why_none(error: str) -> str:
     """Why CUDA did not start, and what to do, by torch's text (c10/cuda/CUDAFunctions.cpp)."""
     version = torch.version.cuda or torch.version.hip
     mine = f"torch {torch.__version__}, built for {'CUDA' if torch.version.cuda else 'ROCm'} {version},"
+    lists = "`nvidia-smi -L`" if torch.version.cuda else "`amd-smi list`"
     hidden = next((f"{name}={os.environ[name]!r}" for name in _VISIBLE if name in os.environ), None)
     if found := re.search(r"driver on your system is too old \(found version (\d+)\)", error):
         knows = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
@@ -130,10 +131,11 @@ def _why_none(error: str) -> str:
         )
     if re.search(r"No (CUDA|HIP) GPUs are available", error):
         if hidden is not None:
-            return f"{hidden} names no GPU of this machine: `nvidia-smi -L` numbers them; mend it, {_OTHERWISE}"
-        return f"{mine} finds no GPU: `nvidia-smi -L` lists the machine's; {_OTHERWISE.removeprefix('or ')}"
+            return f"{hidden} names no GPU of this machine: {lists} numbers them; mend it, {_OTHERWISE}"
+        return f"{mine} finds no GPU: {lists} shows the machine's; {_OTHERWISE.removeprefix('or ')}"
     said = f" (with {hidden})" if hidden else ""
-    return f"{mine} cannot start it{said}: {_first_line(error)}; see that `nvidia-smi` works, {_OTHERWISE}"
+    why = _first_line(error[error.find("Error ") :] if "cudaGetDeviceCount" in error else error)
+    return f"{mine} cannot start it{said}: {why}; see that {lists} works, {_OTHERWISE}"
 
 
 def _check_count(processes: int) -> None:

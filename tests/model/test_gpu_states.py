@@ -89,7 +89,7 @@ STATES: dict[str, tuple[Machine, dict[str, str], str]] = {
         {},
         "NVIDIA driver 535.129.03 knows CUDA 12.2, and torch .*, built for CUDA 13.0, needs a newer one: update",
     ),
-    "no GPU": (Machine(starts="No CUDA GPUs are available"), {}, "13.0, finds no GPU: `nvidia-smi -L` lists"),
+    "no GPU": (Machine(starts="No CUDA GPUs are available"), {}, "13.0, finds no GPU: `nvidia-smi -L` shows"),
     "none visible": (
         Machine(starts="No CUDA GPUs are available"),
         {"CUDA_VISIBLE_DEVICES": ""},
@@ -100,11 +100,15 @@ STATES: dict[str, tuple[Machine, dict[str, str], str]] = {
         {"CUDA_VISIBLE_DEVICES": "7"},
         "CUDA_VISIBLE_DEVICES='7' names no GPU",
     ),
-    "a driver that does not fit": (Machine(starts=MISMATCH), {}, "cannot start it: Unexpected error .*Error 803: sys"),
+    "a driver that does not fit": (
+        Machine(starts=MISMATCH),
+        {},
+        "cannot start it: Error 803: system has .* combination; see",
+    ),
     "no GPU of AMD's": (
         Machine(cuda=None, hip="7.0", starts="No HIP GPUs are available"),
         {},
-        "built for ROCm 7.0, finds no GPU",
+        "built for ROCm 7.0, finds no GPU: `amd-smi list` shows",
     ),
     "two processes on one GPU": (
         Machine(),
