@@ -45,6 +45,7 @@ from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
 from model.placement import Placement, PlacementConfig
 from model.program import ranks
+from model.program.exhausted import needing
 from model.program.files import write_json, write_whole
 from model.program.folders import RunName, locate
 from model.program.launched import Launched, local_world
@@ -75,6 +76,11 @@ if TYPE_CHECKING:
 
 CHECKED_PAIRS = 8
 """How many pairs a trained model must be able to score before it is saved."""
+
+SMALLER = (
+    "lower trainer.per_device_train_batch_size, and raise trainer.gradient_accumulation_steps by as much (in a new run)"
+)
+"""What makes a training step need less memory. A run that goes on keeps both (`reward.learned.resuming`)."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,7 @@ def _trainer(
     return trainer
 
 
+@needing("the training of a reward model", SMALLER)
 def _run(trainer: GradedTrainer, earlier: Path | None) -> int:
     """Trains to the last step, from the checkpoint ``earlier`` if there is one; the number of steps."""
     if earlier is not None:

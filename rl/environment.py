@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
-        "gpu": gpu.name(),
+        **({"gpu": None} if dispatch.device().type == "cpu" else gpu.card()),
         "cores": os.cpu_count(),
         "processes": ranks.world(),
         "threads": torch.get_num_threads(),

@@ -24,6 +24,9 @@ from rollout.turn.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from rollout.engines.vllm.engine import VllmEngine
 
+SMALLER = "lower rollout.max_tokens, or rl.groups or rl.rollouts (in a new run)"
+"""What makes a rollout need less memory. A run that goes on may have another rollout.max_tokens (`rl.resume.FREE`)."""
+
 
 def check_workers(config: TrainConfig) -> None:
     """Raises MetronomeError for rollout workers that cannot be or would have nothing to do."""

@@ -15,11 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from kernels.tools.compile_report import Compiled
+from dataclasses import dataclass, replace
 
 _WEIGHTS = re.compile(
     r"(?:linear|expert_linear(?: gather| grouped)?) (forward|input gradient|weight gradient): (\w+)(?: x (\w+) -> \w+)?"
@@ -32,6 +28,23 @@ _GCN_MATRIX = re.compile(r"\bv_mfma\w*")
 _PTX_CHAIN = re.compile(r"^\s*(fma\.rn\.f32(?:x2)?|mov\.b64)\s+(\{[^}]*\}|%\w+),\s*(.*);", re.MULTILINE)
 _FP32_MATRIX = re.compile(r"v_mfma_f32_\d+x\d+x\d+_?f32")
 _BF16_MATRIX = re.compile(r"mma\.sync\S*\.f32\.bf16\.bf16\.f32|v_mfma_f32_\w+_bf16\w*")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one target. ``Compiled("linear/bf16", "sm_90", 96, 0, 49152, 128, 2.1, ())`` passes."""
+
+    kernel: str
+    target: str
+    registers: int  # vector registers of a thread
+    spill_bytes: int  # of a thread
+    shared_bytes: int  # of a program
+    threads: int  # of a program
+    seconds: float  # near 0 when Triton's cache had it
+    problems: tuple[str, ...]  # empty: passes
+    tile: str = ""  # rows, columns, terms, warps and stages, as in the contract
+    product: str = ""  # the matrix product it computes, which other kernels may compute too
+    products: tuple[str, ...] = ()  # the instructions that compute it
 
 
 def product_of(kernel: str) -> str:

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.errors import MetronomeError
-from kernels.tools.compile_products import audit_kernel, audit_products, instructions, product_of, short
+from kernels.tools.compile_products import Compiled, audit_kernel, audit_products, instructions, product_of, short
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
@@ -76,23 +76,6 @@ _PTX_ATOMIC = re.compile(r"(?:\b(?:atom|red)|multimem\.red|cp\.reduce\S*)\.[\w.:
 _GCN_ATOMIC = re.compile(r"\b(?:global|flat|buffer|s)_atomic\w*")
 _PTX_TF32 = re.compile(r"\bmma\S*\.tf32\S*|\bwgmma\S*\.tf32\S*|\btcgen05\.mma\S*kind::tf32\S*")
 _GCN_TF32 = re.compile(r"\bv_mfma\w*xf32\w*")
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel on one target. ``Compiled("linear/bf16", "sm_90", 96, 0, 49152, 128, 2.1, ())`` passes."""
-
-    kernel: str
-    target: str
-    registers: int  # vector registers of a thread
-    spill_bytes: int  # of a thread
-    shared_bytes: int  # of a program
-    threads: int  # of a program
-    seconds: float  # near 0 when Triton's cache had it
-    problems: tuple[str, ...]  # empty: passes
-    tile: str = ""  # rows, columns, terms, warps and stages, as in the contract
-    product: str = ""  # the matrix product it computes, which other kernels may compute too
-    products: tuple[str, ...] = ()  # the instructions that compute it
 
 
 def compile_one(spec: CompileSpec, target: Target) -> Compiled:

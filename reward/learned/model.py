@@ -27,6 +27,7 @@ from kernels.layout import PackedLinear
 from model.backbone.embed import Weight
 from model.backbone.transformer import InteractionModel
 from model.inputs import Conversation, Inputs
+from model.program.exhausted import needing
 from model.program.files import whole_folder, write_json
 from model.program.ranges import Range
 from model.program.reading import UnreadableError, read_record
@@ -107,6 +108,7 @@ class RewardModel(nn.Module):
         at = torch.cat([e + s for e, s in zip(ends, inputs.starts, strict=True)]).to(hidden.device, non_blocking=True)
         return list(ops.linear(hidden[at], packed, torch.float32).split([len(e) for e in ends]))
 
+    @needing("scoring by a reward model", "take one of a smaller backbone, or fewer of them (source.models)")
     @torch.inference_mode()
     def score(self, episodes: Sequence[Conversation]) -> list[Tensor]:
         """Each chunk's rewards, fp32 [chunks, axes] for each `Episode` or `Transcript`, on the CPU, with the bits of

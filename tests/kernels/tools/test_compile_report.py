@@ -17,6 +17,7 @@ import pytest
 
 from kernels.tools import compile_products as products
 from kernels.tools import compile_report as report
+from kernels.tools.compile_products import Compiled
 from tests.kernels.backend import OPS
 
 ROOT = Path(__file__).parents[3]
@@ -140,7 +141,7 @@ def test_exit_status(
     problems: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One kernel that fails on one target fails the whole."""
-    fine = report.Compiled("linear", "sm_90", 96, 0, 49152, 128, 2.1, ())
+    fine = Compiled("linear", "sm_90", 96, 0, 49152, 128, 2.1, ())
     found = [fine, dataclasses.replace(fine, target="gfx942", problems=problems)]
     monkeypatch.setattr(report, "report", lambda specs: found)
     monkeypatch.setattr(sys, "argv", ["compile_report"])
@@ -194,7 +195,7 @@ COUNTS = "mma.sync.m16n8k16.f32.bf16.bf16.f32"
 def test_audit_of_products() -> None:
     """Other instructions, or another tile, of one kernel of a product are found, on its target alone."""
     of = "rows x weights, forward: bf16"
-    one = report.Compiled("linear forward: bf16 x bf16 -> bf16", *SM_90, "64.64.64.4.3", of, ("wgmma.k16",))
+    one = Compiled("linear forward: bf16 x bf16 -> bf16", *SM_90, "64.64.64.4.3", of, ("wgmma.k16",))
     other = dataclasses.replace(one, kernel="expert_linear gather forward: bf16")
     results = [one, other, dataclasses.replace(one, target="sm_80", products=("mma.k8",))]
     results.append(dataclasses.replace(one, kernel="swiglu: bf16", tile="16.128.1.4.1", product="", products=()))

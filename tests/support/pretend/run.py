@@ -1,9 +1,10 @@
 """Runs one of our commands with the pretend device in a GPU's place:
 
-    python -m tests.support.pretend.run [--spoil OP] [--ledger FILE] MODULE ARGUMENT…
+    python -m tests.support.pretend.run [--spoil OP] [--fail KIND:KERNEL:N] [--ledger FILE] MODULE ARGUMENT…
     python -m tests.support.pretend.run rl.train --config configs/quickstart.yaml --placement.device cuda
 
-``--spoil`` gives an op a wrong last bit; ``--ledger`` writes the counts of the whole command as JSON.
+``--spoil`` gives an op a wrong last bit; ``--fail`` breaks the device (`tests.support.pretend.faults`); ``--ledger``
+writes the counts of the whole command as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.support.pretend.device import DEVICE, install, ledger
+from tests.support.pretend.faults import fail_at
 from tests.support.pretend.trainer import be_the_trainers_gpu
 
 
@@ -53,8 +55,8 @@ def be_the_gpu(spoilt: frozenset[str] = frozenset()) -> None:
     dispatch._load = lambda name: PretendBackend(spoilt) if name == "triton" else load(name)  # type: ignore[assignment,return-value]
     gpu.check = lambda: None
     gpu.take = lambda local_rank: None
-    gpu.free_bytes = lambda device: 2**34
-    gpu.name = lambda: "pretend GPU"
+    gpu.memory = lambda device: gpu.Memory(free=2**34, total=2**34, others=0)
+    gpu.card = lambda: {"gpu": "pretend GPU"}
     gpu.COLLECTIVES = "gloo"
     be_the_trainers_gpu()
 
@@ -66,6 +68,8 @@ def main(arguments: list[str]) -> None:
         option, value, *arguments = arguments
         if option == "--spoil":
             spoilt |= {value}
+        elif option == "--fail":
+            fail_at(value)
         else:
             report = Path(value)
     be_the_gpu(spoilt)
