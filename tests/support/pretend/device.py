@@ -188,6 +188,8 @@ class PretendTensor(torch.Tensor):
         if leaves or func is aten._local_scalar_dense.default or not isinstance(result, Tensor | tuple | list):
             return result
         if isinstance(given := kwargs.get("out"), PretendTensor):
+            if given.shape != given.raw.shape:
+                raise NotImplementedError(f"{func} gives its result another shape, which a wrapper cannot take")
             return given
         if func is aten.copy_.default and not isinstance(args[0], PretendTensor):
             return args[0]  # to the host
@@ -294,6 +296,12 @@ def install() -> None:
         bare(target).copy_(bare(source))
         return target
 
+    def arange(*span: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None) -> Tensor:
+        ledger.launch("arange")
+        return PretendTensor(torch.arange(*span, dtype=dtype, device="cpu"))
+
+    for name in ("arange", "arange.start", "arange.start_step"):
+        _library.impl(name, arange)
     _library.impl("_copy_from", copy_from)
     _library.impl("empty.memory_format", empty)
     _library.impl("empty_strided", empty_strided)
