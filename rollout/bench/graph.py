@@ -208,8 +208,8 @@ def main(arguments: list[str] | None = None) -> None:
     Placement.enter(PlacementConfig(given.device), "float32")
     if dispatch.contract()["backend"] != "triton":
         raise MetronomeError(
-            "graphs are of the Triton backend's kernels; give --device cuda, or --dry with METRONOME_BACKEND=triton and "
-            "TRITON_INTERPRET=1"
+            "graphs are of the Triton backend's kernels; give --device cuda, or --dry with METRONOME_BACKEND=triton "
+            "and TRITON_INTERPRET=1"
         )
     results: list[Step] = []
     models: dict[tuple[str, str], InteractionModel] = {}
