@@ -109,10 +109,12 @@ ledger = Ledger()
 
 
 def where() -> str:
-    """The innermost line of the program's: ``model/logprob.py:63 in logprob``."""
+    """The innermost line of the program's, for one of our ops the line that calls it: ``model/logprob.py:63 in
+    logprob``."""
+    passed = (Path(__file__).parent, ROOT / "kernels/ops.py")
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and Path(__file__).parent not in path.parents:
+        if path.is_relative_to(ROOT) and not any(path.is_relative_to(one) for one in passed):
             return f"{path.relative_to(ROOT)}:{frame.lineno} in {frame.name}"
     return "outside the program"
 

@@ -15,7 +15,9 @@ import itertools
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,8 +77,13 @@ def main(arguments: list[str]) -> None:
         for command in commands:
             try:
                 one(command)
+                status: Any = 0
             except SystemExit as end:
-                print(f"exit status {end.code or 0}", flush=True)
+                status = end.code or 0
+            except Exception:
+                traceback.print_exc(file=sys.stdout)
+                status = 1
+            print(f"exit status {status}", flush=True)
 
 
 def one(arguments: list[str]) -> None:
