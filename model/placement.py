@@ -6,15 +6,19 @@ Decided once, from the recipe, before DeepSpeed is imported or processes are joi
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program import gpu
+from model.program.startup import accelerator
+
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class PlacementConfig:
     """The part of a recipe. The backend follows from the device: ``triton`` on a GPU; on the CPU ``cpu``, or what
     ``METRONOME_BACKEND`` names."""
 
-    device: Literal["cpu", "cuda"] = "cpu"  # one GPU a process
+    device: Device = "cpu"  # one GPU a process
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,11 @@ class Placement:
                 "give --placement.device cuda, or unset it"
             )
         return Placement(dispatch.backend().NAME, dispatch.device(), getattr(torch, dtype))
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option of a command that has no recipe; its longer name is the recipes'."""
+    parser.add_argument(
+        *("--device", "--placement.device"), choices=get_args(Device), default=accelerator(),
+        help="where it computes (default: cpu, or where METRONOME_BACKEND does)",
+    )  # fmt: skip

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
     run_command("rl.bestofn")
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import MetronomeError
+from model.placement import Placement, PlacementConfig
 from model.program.files import write_json, write_whole
 from model.program.outputs import OutputFile
 from model.program.ranges import FilePath, FilePaths, Range, Some, Steps
@@ -52,6 +53,7 @@ class BestOfNConfig:
     models: FilePaths = ()  # folders of reward models; the run's own by default
     scenarios: Some = 24  # held-out, of each family
     samples: Annotated[int, Range(2, 10**4)] = 64  # rollouts of each
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     trust_families: bool = False  # import families that are not shipped; importing executes their module
 
 
@@ -90,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
     with shipped_only("--trust-families true", unless=given.trust_families):
         config, _, _ = parse(["--config", str(run / "config.yaml")], past=True)
+    Placement.enter(given.placement, config.model.dtype)
     source = RewardSource.load(config.scenarios, SourceConfig(models=given.models or config.source.models))
     if not source.models:
         raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")

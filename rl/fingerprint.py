@@ -1,6 +1,6 @@
 """Digests of every stage from a recording to the first updates, to find where two machines' bits first differ.
 
-    python -m rl.fingerprint [--json FILE] [--against FILE]
+    python -m rl.fingerprint [--device cuda] [--json FILE] [--against FILE]
 
 Every stage is computed from the one before it, with the quickstart's recipe, in one process: recordings, noises, the
 simulated user's audio, dMel codes, demonstrations, fresh weights; three supervised steps (log-probs, gradient, norm and
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.errors import MetronomeError
+from model.placement import Placement, PlacementConfig, add_device
 from model.program import ranks
 from model.program.arguments import Parser
 from model.program.files import write_json
@@ -156,6 +157,7 @@ def parser() -> Parser:
     parser = Parser("rl.fingerprint", __doc__)
     parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the digests to FILE")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with an earlier FILE")
+    add_device(parser)
     return parser
 
 
@@ -163,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Raises SystemExit with the verdict's status unless ``--against`` is equal, MetronomeError for a file that cannot
     be read."""
     given = parser().parse_args(arguments)
+    Placement.enter(PlacementConfig(given.device), "float32")
     earlier = None if given.against is None else _read(given.against)
     with ranks.joined():
         if ranks.world() != 1:

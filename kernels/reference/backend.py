@@ -211,7 +211,7 @@ def _mix(x: Tensor) -> Tensor:
 def digest(logp: Tensor) -> Tensor:
     """logp [T, V] -> int64 [T], the digest of each row's bits that `kernels.ops.logprob` defines."""
     bits = logp.detach().float().view(torch.int32).long() & U32
-    return _mix((torch.arange(logp.shape[1]) << 32) | bits).sum(1)
+    return _mix((torch.arange(logp.shape[1], device=logp.device) << 32) | bits).sum(1)
 
 
 def logprob(
@@ -237,7 +237,7 @@ def gumbel_of(word: Tensor) -> Tensor:
 
 def gumbel(key: Tensor, vocab: int) -> Tensor:
     """key int64 [T] -> float64 [T, V], V = ``vocab``: the noise that `kernels.ops.sample` adds."""
-    counter = torch.arange(1, vocab + 1) * (GOLDEN - 2**64)
+    counter = torch.arange(1, vocab + 1, device=key.device) * (GOLDEN - 2**64)
     return gumbel_of(_mix(key[:, None] + counter))
 
 

@@ -90,7 +90,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
     rows, choices = weight.shape
-    owner = torch.arange(rows).repeat_interleave(choices)
+    owner = torch.arange(rows, device=y.device).repeat_interleave(choices)
     return y.new_zeros(rows, y.shape[1]).index_add_(0, owner, (y * weight.reshape(-1, 1)).to(y.dtype))
 
 
@@ -102,15 +102,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _padded(segments: Segments) -> tuple[Tensor, Tensor, int]:
-    """Places of the T packed rows in a padded batch: (segment [T], row within it [T], length of the longest)."""
-    length = segments.offset.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(length)), length)
-    return owner, torch.arange(segments.rows) - segments.offset[:-1].long()[owner], int(length.max())
+def _padded(segments: Segments, device: torch.device) -> tuple[Segments, Tensor, Tensor, int]:
+    """The segments on ``device``, and the places of the T packed rows in a padded batch: (segment [T], row within it
+    [T], length of the longest)."""
+    longest, rows = int(segments.offset.diff().max()), segments.rows
+    there = Segments(*(x.to(device) for x in (segments.slot, segments.start, segments.offset, segments.position)))
+    length = there.offset.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(length), device=device), length)
+    return there, owner, torch.arange(rows, device=device) - there.offset[:-1].long()[owner], longest
 
 
 def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
-    owner, within, longest = _padded(segments)
+    segments, owner, within, longest = _padded(segments, x.device)
     past, slot = CONV_TAPS - 1, segments.slot.long()
     padded = x.new_zeros(len(slot), past + longest, x.shape[1])
     if state is not None:
@@ -119,8 +122,8 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
     taps = weight.to(x.dtype)[:, None]
     out = F.conv1d(padded.transpose(1, 2), taps, groups=x.shape[1]).transpose(1, 2)[owner, within]
     if state is not None:
-        last = segments.offset.diff().long()[:, None] + torch.arange(past)
-        state[slot] = padded[torch.arange(len(slot))[:, None], last]
+        last = segments.offset.diff().long()[:, None] + torch.arange(past, device=x.device)
+        state[slot] = padded[torch.arange(len(slot), device=x.device)[:, None], last]
     return x + out
 
 
@@ -136,7 +139,7 @@ def attention(
     tau: Tensor | None,
     cache: PagedKV | None,
 ) -> Tensor:
-    owner, within, longest = _padded(segments)
+    segments, owner, within, longest = _padded(segments, q.device)
     start, sequences = segments.start.long(), len(segments.start)
     groups = q.shape[1] // k.shape[1]
     if cache is None:
@@ -147,7 +150,8 @@ def attention(
         q, rel = (t * tau[:, None, None].to(t.dtype) for t in (q, rel))
     query = _batch(q, owner, within, sequences, longest).transpose(1, 2)
     by_distance = _batch(rel, owner, within, sequences, longest) @ rel_proj  # [S, Q, H, extent]
-    distance = (start[:, None] + torch.arange(longest))[:, :, None] - torch.arange(key.shape[2])  # [S, Q, L]
+    query_at, key_at = (torch.arange(n, device=q.device) for n in (longest, key.shape[2]))
+    distance = (start[:, None] + query_at)[:, :, None] - key_at  # [S, Q, L]
     extent = rel_proj.shape[1]
     index = distance.clamp(0, extent - 1)[:, :, None].expand(-1, -1, q.shape[1], -1)
     bias = by_distance.gather(3, index).transpose(1, 2)
@@ -180,13 +184,13 @@ def _through_pages(k: Tensor, v: Tensor, cache: PagedKV, segments: Segments, own
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:
     experts = logits.shape[1] - shared
     chosen = torch.topk(logits[:, :experts].sigmoid() + bias, top_k, dim=1).indices
-    always = torch.arange(experts, experts + shared).expand(len(logits), shared)
+    always = torch.arange(experts, experts + shared, device=logits.device).expand(len(logits), shared)
     expert = torch.cat([chosen, always], dim=1)
     return expert.to(torch.int32), F.logsigmoid(logits.gather(1, expert)).softmax(1)
 
 
 def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
-    offset = torch.arange(codes.shape[1]) * bins
+    offset = torch.arange(codes.shape[1], device=codes.device) * bins
     return F.embedding(codes.long() + offset, table).sum(1)
 
 

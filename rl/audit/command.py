@@ -10,6 +10,9 @@ A run may be somebody else's: of the scenario families that its recipe names, on
 The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
 two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`).
 
+A run on a GPU is audited there where one is, and so is its checkpoint; elsewhere its episodes are of another contract,
+so *not comparable*. ``--device`` says otherwise.
+
 Exit status 0, whatever the verdict; with ``--fail-on mismatch`` 1 when it is *different*, 2 when it is *not
 comparable*, 3 when *nothing* was *compared*: no episode could be re-scored, two runs have nothing in common, no token
 was measured. The verdict on a matrix is on our kernels; naive torch, which is to differ, is its control. Status 2 is
@@ -21,10 +24,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from kernels.errors import MetronomeError
-from model.placement import Placement
+from model.placement import Device, Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.folders import locked
 from model.program.outputs import output_folder
@@ -45,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError("--out: the report of a run goes to RUN/audit; leave --out away")
     if given.compare and given.out and holds_audit(given.out):
         raise MetronomeError(f"--out {str(given.out)!r}: the run's own report is there; give another folder")
+    if given.compare and given.device:
+        raise MetronomeError("--device: two runs are compared by their files, without computing; leave --device away")
     with shipped_only("--trust-families", unless=given.trust_families) as refused:
         verdict = carry_out(given)
     for line in refused.values():
@@ -57,7 +60,7 @@ def carry_out(given: argparse.Namespace) -> Verdict:
     for run in given.compare or [given.run] * bool(given.run):
         check_run(run)  # before anything is made in it
     if given.checkpoint:
-        return measure(given.checkpoint, given.out)
+        return measure(given.checkpoint, given.out, given.device)
     if given.compare:
         first, second = given.compare
         out = given.out or first / "audit" / f"compare_{second.resolve().name}"
@@ -65,7 +68,7 @@ def carry_out(given: argparse.Namespace) -> Verdict:
             report: Report = compare_runs(first, second, out)
     else:
         out = given.run / "audit"
-        enter_placement(given.run)
+        enter_placement(given.run, given.device)
         with locked(out):
             report = audit(given.run)
     print(statement(report, out))
@@ -78,19 +81,25 @@ def holds_audit(folder: Path) -> bool:
     return place.name == "audit" and (place.parent / "config.yaml").is_file()
 
 
-def enter_placement(run: Path) -> None:
-    """A run on a GPU is audited on one where there is one; elsewhere its episodes are of another contract."""
+def enter_placement(run: Path, device: Device | None) -> None:
+    """Computes on ``device``, or else where ``run`` did, if that can be: if not, says why."""
     config = read(run).config if (run / "config.yaml").is_file() else None
-    if config is not None and config.placement.device == "cuda" and torch.cuda.is_available():
-        Placement.enter(config.placement, config.model.dtype)
+    dtype = "float32" if config is None else config.model.dtype
+    if device is not None:
+        Placement.enter(PlacementConfig(device), dtype)
+    elif config is not None and config.placement.device == "cuda":
+        try:
+            Placement.enter(config.placement, dtype)
+        except MetronomeError as error:
+            print(f"The run was on a GPU; the audit is not, and so under another contract: {error}")
 
 
-def measure(given: Path, out: Path | None) -> Verdict:
+def measure(given: Path, out: Path | None, device: Device | None) -> Verdict:
     """The invariance matrix of a checkpoint (a step's folder or the model folder in it), into RUN/audit; returns the
     verdict on our kernels."""
     folder = given / "model" if (given / "model").is_dir() else given
     run = next((p for p in folder.resolve().parents if (p / "config.yaml").is_file()), folder.resolve().parent)
-    enter_placement(run)
+    enter_placement(run, device)
     from rl.study import matrix  # with all that it measures against: only where it is asked for
 
     with locked(out or run / "audit"):
@@ -113,5 +122,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--trust-families", action="store_true", help="import the modules of families that a run's recipe names"
     )
+    add_device(parser)
+    parser.set_defaults(device=None)  # where the run was
     add_fail_on(parser)
     return parser

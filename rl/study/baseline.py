@@ -28,8 +28,8 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from kernels.reference import naive
 from model.backbone.transformer import InteractionModel
+from model.placement import Placement, PlacementConfig, add_device
 from model.program import ranks
 from model.program.arguments import Parser
 from model.program.files import write_json, write_whole
@@ -51,6 +51,7 @@ from rl.step.batch import choice_logprobs, collate
 from rl.step.credit import Scales, token_weights
 from rl.step.gradient import gradient_of
 from rl.step.identity import compare
+from rl.study.variants import naive_torch
 from rollout.engines.roller import InProcess, Roller
 from rollout.record.episode import Episode, concatenate
 from rollout.turn.vocabulary import Vocabulary
@@ -77,7 +78,7 @@ class Method:
 
     def backend(self) -> AbstractContextManager[None]:
         """A block in which the ops run on the method's backend."""
-        return dispatch.substituted(naive) if self.naive else nullcontext()
+        return dispatch.substituted(naive_torch()) if self.naive else nullcontext()
 
 
 METHODS = (
@@ -165,7 +166,7 @@ def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: in
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
         logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), classes, some[0].temperature)
-        parts.append((logprob - concatenate(some, "logprob")).exp())
+        parts.append((logprob.cpu() - concatenate(some, "logprob")).exp())
     return list(torch.cat(parts).split([len(e.text.chunk) for e in episodes]))
 
 
@@ -285,12 +286,14 @@ def parser() -> Parser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of config.json and model.safetensors")
     parser.add_argument("--steps", type=number(int, Range(1, 10**6)), default=30)
     parser.add_argument("--out", type=output_folder(), required=True, help="folder for baseline.json and baseline.png")
+    add_device(parser)
     add_fail_on(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     a = parser().parse_args(arguments)
+    Placement.enter(PlacementConfig(a.device), "float32")
     with ranks.joined(), locked(a.out):
         content = run(a.checkpoint, a.out, a.steps)
     found = Finding(Verdict(content["verdict"]), content["headline"])

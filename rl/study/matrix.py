@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.folders import locked
@@ -280,12 +281,14 @@ def parser() -> Parser:
     parser.add_argument("--rounds", type=count, default=5, help="rounds of timing")
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
+    add_device(parser)
     add_fail_on(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     a = parser().parse_args(arguments)
+    Placement.enter(PlacementConfig(a.device), "float32")
     with locked(a.out):
         result = run(
             a.checkpoint,

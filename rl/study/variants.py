@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,6 +37,12 @@ SPARE_SLOTS = 4
 """Slots of a session state beyond two for each episode: for the sessions that put its free pages into another order."""
 
 
+def naive_torch() -> Backend:
+    """`kernels.reference.naive`, with its tensors where the active backend's lie, and that one's update of weights."""
+    active = dispatch.backend()
+    return cast(Backend, SimpleNamespace(**vars(naive) | {"DEVICE": active.DEVICE, "adamw": active.adamw}))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A model of one backend and dtype."""
@@ -48,8 +56,7 @@ class Variant:
     @staticmethod
     def load(name: str, folder: Path, dtype: torch.dtype) -> Variant:
         """The checkpoint in ``folder`` as the variant ``name``; raises CheckpointError when it cannot be read."""
-        backends: dict[str, Backend] = {"ours": dispatch.backend(), "naive torch": naive}
-        backend = backends[name]
+        backend = dispatch.backend() if name == "ours" else naive_torch()
         with dispatch.substituted(backend):
             model = checkpoint.load(folder, dtype)
         short = str(dtype).removeprefix("torch.")

@@ -30,6 +30,7 @@ import torch
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
+from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
@@ -72,9 +73,13 @@ def real_time(given: argparse.Namespace) -> dict[str, Any]:
 
 def engines(given: argparse.Namespace) -> list[dict[str, Any]] | str:
     if reason := process.unavailable_reason():
-        print(f"left out: {reason}")
-        return f"left out: {reason}"
+        return left_out(reason)
     return [asdict(r) | {"times": r.times} for r in measure_engines(given.rounds, 20)]
+
+
+def left_out(reason: str) -> str:
+    print(f"left out: {reason}")
+    return f"left out: {reason}"
 
 
 def sharing(given: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +87,9 @@ def sharing(given: argparse.Namespace) -> dict[str, Any]:
     return asdict(result) | {"times": result.times, "checkpoint": str(given.checkpoint)}
 
 
-def workers(given: argparse.Namespace) -> dict[str, Any]:
+def workers(given: argparse.Namespace) -> dict[str, Any] | str:
+    if given.device != "cpu":
+        return left_out("on a GPU episodes are sampled in the learner's own process")
     return measure_workers(policy(given), given.rounds) | {"checkpoint": str(given.checkpoint)}
 
 
@@ -112,11 +119,13 @@ def parser() -> Parser:
     parser.add_argument("--rounds", type=rounds, default=5, help="measurements of each engine (the median counts)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
     parser.add_argument("--checkpoint", type=Path, help="policy of sharing and workers (default: random weights)")
+    add_device(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
+    Placement.enter(PlacementConfig(given.device), "float32")
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads",
         "contract": dispatch.contract(),

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from kernels import dispatch
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from rollout.bench.timing import seconds
@@ -83,9 +84,10 @@ def served(crowd: Crowd, ticks: int) -> Served:
 
 
 def tiny_model() -> InteractionModel:
-    """The tiny preset with random weights, packed."""
+    """The tiny preset with random weights, packed, on the backend's device."""
     model = InteractionModel(preset("tiny"))
     model.init_weights(0)
+    model.to(dispatch.device())
     model.pack()
     return model
 

@@ -38,6 +38,7 @@ from kernels.triton.tiles import VOCAB_TILE, expert_form
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
+from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
@@ -198,13 +199,18 @@ def parser() -> Parser:
     parser = Parser("rollout.bench.graph", __doc__)
     parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the results to FILE, after each case")
     parser.add_argument("--dry", action="store_true", help="two sessions of the tiny preset, without a capture")
+    add_device(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
+    Placement.enter(PlacementConfig(given.device), "float32")
     if dispatch.contract()["backend"] != "triton":
-        raise MetronomeError("graphs are of the Triton backend's kernels; start with METRONOME_BACKEND=triton")
+        raise MetronomeError(
+            "graphs are of the Triton backend's kernels; give --device cuda, or --dry with METRONOME_BACKEND=triton "
+            "and TRITON_INTERPRET=1"
+        )
     results: list[Step] = []
     models: dict[tuple[str, str], InteractionModel] = {}
     cases = DRY_CASES if given.dry else CASES

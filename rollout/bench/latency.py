@@ -26,6 +26,7 @@ from kernels.tools.device_time import wait, waits
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.inputs import Inputs
+from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
@@ -76,11 +77,10 @@ class Latency:
 
 
 def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
-    """A preset on the backend's device, packed, with random weights drawn by torch on that device: `init_weights`,
-    which gives the same weights on every machine, would take most of a minute for the larger presets."""
-    device = dispatch.device()
-    model = InteractionModel(preset(name), dtype).to(device)
-    draw = torch.Generator(device).manual_seed(0)
+    """A preset on the backend's device, packed, with random weights drawn by torch: `init_weights`, which gives the
+    same weights on every machine, would take most of a minute for the larger presets."""
+    model = InteractionModel(preset(name), dtype)
+    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for title, weight in model.named_parameters():
             if weight.ndim < 2 or title.endswith("norm.weight"):
@@ -89,6 +89,7 @@ def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
                 weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=draw)
         for buffer in model.buffers():
             buffer.zero_()
+    model.to(dispatch.device())
     model.mark_changed()
     model.pack()
     return model
@@ -149,11 +150,13 @@ def parser() -> Parser:
         "--ticks", type=number(int, Range(3, 10_000)), default=15, help="micro-turns of each case (default: 15)"
     )
     parser.add_argument("--dry", action="store_true", help="two sessions of the tiny preset")
+    add_device(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
+    Placement.enter(PlacementConfig(given.device), "float32")
     results: list[Latency] = []
     models: dict[tuple[str, str], InteractionModel] = {}
     for case in DRY_CASES if given.dry else CASES:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from kernels.layout import Segments
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
+from rollout.bench.timing import seconds
 from rollout.turn.action import CHUNK_MS, CHUNKS_PER_SECOND
 
 SESSIONS = (1, 8, 32, 128)
@@ -98,8 +98,10 @@ def measure_turns(rounds: int) -> list[TurnSpeed]:
 @torch.inference_mode()
 def resend_s(model: InteractionModel, tokens: list[int], codes: list[Tensor]) -> float:
     """Seconds to the logits after the whole sequence, computed from nothing."""
-    begin = time.perf_counter()
-    segments = Segments.build([0], [0], [len(tokens)])
-    inputs = Inputs.of(torch.tensor(tokens), torch.cat(codes), segments, model.audio_token_id)
-    model.logits(model(inputs)[-1:])
-    return time.perf_counter() - begin
+
+    def whole() -> Tensor:
+        segments = Segments.build([0], [0], [len(tokens)])
+        inputs = Inputs.of(torch.tensor(tokens), torch.cat(codes), segments, model.audio_token_id)
+        return model.logits(model(inputs)[-1:])
+
+    return seconds(whole)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import InklingConfig, InklingForCausalLM, InklingTextConfig
 
-from kernels import ops
+from kernels import dispatch, ops
 from kernels.layout import Segments
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
@@ -69,6 +69,8 @@ def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalL
     theirs.load_state_dict(named)
     half = InteractionModel(config, torch.bfloat16)
     half.load_state_dict(ours.state_dict())
+    for model in (ours, half, theirs):
+        model.to(dispatch.device())
     ours.pack()
     half.pack()
     return ours, half, theirs
@@ -76,7 +78,7 @@ def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalL
 
 def written(tokens: Tensor, segments: Segments) -> Inputs:
     """Inputs without audio: tokens int64 [T]."""
-    return Inputs.of(tokens, NO_CODES, segments, NO_TOKEN)
+    return Inputs.of(tokens, NO_CODES.to(tokens.device), segments, NO_TOKEN)
 
 
 @torch.inference_mode()
@@ -87,12 +89,12 @@ def generate(model: InteractionModel, prompt: Tensor) -> Tensor:
     slots = [state.open() for _ in range(sessions)]
     hidden = model(written(prompt.flatten(), state.extend(slots, [length] * sessions)), state)
     hidden = hidden[length - 1 :: length]
-    allowed = torch.ones(1, model.vocab, dtype=torch.bool)
-    row_class = torch.zeros(sessions, dtype=torch.int64)
+    allowed = torch.ones(1, model.vocab, dtype=torch.bool, device=model.device)
+    row_class = torch.zeros(sessions, dtype=torch.int64, device=model.device)
     one = [1] * sessions
     sampled = []
     for position in range(SAMPLED_TOKENS):
-        keys = torch.tensor([token_key(slot, 0, position) for slot in slots])
+        keys = torch.tensor([token_key(slot, 0, position) for slot in slots]).to(model.device)
         token, _, _ = ops.sample(model.logits(hidden), 1.0, keys, allowed, row_class)
         sampled.append(token)
         if position + 1 < SAMPLED_TOKENS:
@@ -120,6 +122,7 @@ def measure_text(rounds: int) -> list[TextSpeed]:
     results = []
     for sessions in SESSIONS:
         prompt = torch.randint(8, 1024, (sessions, PROMPT_TOKENS), generator=torch.Generator().manual_seed(sessions))
+        prompt = prompt.to(dispatch.device())
         engines = (
             partial(generate, ours, prompt),
             partial(generate, half, prompt),

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kernels import dispatch
+from kernels.tools.device_time import wait
 from rollout.play import Play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.world.speech import SpeechBank
@@ -14,7 +16,7 @@ GROUPS, ROLLOUTS, MAX_TOKENS = 8, 6, 512  # of a step of the quickstart
 
 
 class Stopwatch:
-    """Seconds spent inside the functions that it wraps."""
+    """Seconds spent inside the functions that it wraps, each until the device has done what was asked of it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -25,7 +27,9 @@ class Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return call(*args, **kwargs)
+                result = call(*args, **kwargs)
+                wait(dispatch.device())
+                return result
             finally:
                 self.seconds += time.perf_counter() - start
 

@@ -55,7 +55,8 @@ def leave(x: Any) -> Any:
 class PretendBackend:
     """A backend (`kernels.backend.Backend`) whose tensors lie on the pretend device, with the cpu backend's bits.
 
-    ``spoilt``: names of ops of whose results the first element is moved to the next number, as a broken kernel's."""
+    ``spoilt``: names of ops of whose results each row's first number is moved to the next one, as a broken kernel's;
+    "linear:learner" and "linear:sampler" only where the learner, or who samples, calls it."""
 
     NAME = "triton"
     DEVICE = DEVICE
@@ -120,7 +121,8 @@ class PretendBackend:
             names = op.__code__.co_varnames
             taken = [self._take(name, x, names[i] if i < len(names) else "?") for i, x in enumerate(arguments)]
             result = leave(op(*taken))
-            if name in self.spoilt:
+            who = "learner" if torch.is_grad_enabled() else "sampler"
+            if self.spoilt & {name, f"{name}:{who}"}:
                 _spoil(result[0] if isinstance(result, tuple) else result)
             return result
 
@@ -128,8 +130,8 @@ class PretendBackend:
 
 
 def _spoil(x: Any) -> None:
-    """Moves the first element to the next number, away from 0."""
+    """Moves the first number of each row to the next one, upwards."""
     if isinstance(x, PretendTensor) and x.is_floating_point() and x.numel():
-        raw = x.raw.detach()
-        first = raw[(0,) * raw.dim()]
-        first.copy_(torch.nextafter(first.clone(), torch.full_like(first, torch.inf)))
+        raw = x.raw.data  # of which autograd is told nothing
+        first = raw[(..., *[0] * (raw.dim() - 1))]
+        first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))

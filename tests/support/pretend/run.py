@@ -1,19 +1,24 @@
-"""Runs one of our commands with the pretend device in a GPU's place:
+"""Runs one of our commands with the pretend device in a GPU's place, or several, one after another in one process:
 
-    python -m tests.support.pretend.run [--spoil OP] [--fail KIND:KERNEL:N] [--ledger FILE] MODULE ARGUMENT…
+    python -m tests.support.pretend.run [OPTION…] MODULE ARGUMENT… [+ [OPTION…] MODULE ARGUMENT…]…
     python -m tests.support.pretend.run rl.train --config configs/quickstart.yaml --placement.device cuda
 
-``--spoil`` gives an op a wrong last bit; ``--fail`` breaks the device (`tests.support.pretend.faults`); ``--ledger``
-writes the counts of the whole command as JSON.
+``--spoil OP[:WHO]`` gives an op a wrong last bit, in all calls or those of WHO, "learner" or "sampler"; ``--fail
+KIND:KERNEL:N`` breaks the device (`tests.support.pretend.faults`); ``--patch MODULE`` imports a module that changes the
+program; ``--ledger FILE`` writes the counts of the whole command as JSON. Several commands share one world of
+processes, and each one's exit status is printed after it.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +54,7 @@ def be_the_gpu(spoilt: frozenset[str] = frozenset()) -> None:
 
     from kernels import dispatch
     from model.program import gpu
+    from rollout.engines.vllm import process
     from tests.support.pretend.ops import PretendBackend
 
     load = dispatch._load
@@ -58,10 +64,34 @@ def be_the_gpu(spoilt: frozenset[str] = frozenset()) -> None:
     gpu.memory = lambda device: gpu.Memory(free=2**34, total=2**34, others=0)
     gpu.card = lambda: {"gpu": "pretend GPU"}
     gpu.COLLECTIVES = "gloo"
+    process.unavailable_reason = lambda: "vLLM does not know the pretend GPU"
     be_the_trainers_gpu()
 
 
 def main(arguments: list[str]) -> None:
+    install()
+    commands = [list(part) for plus, part in itertools.groupby(arguments, lambda x: x == "+") if not plus]
+    if len(commands) == 1:
+        one(commands[0])
+        return
+    from model.program import ranks
+
+    be_the_gpu()
+    with ranks.joined():  # a process has one world
+        for command in commands:
+            try:
+                one(command)
+                status: Any = 0
+            except SystemExit as end:
+                status = end.code or 0
+            except Exception:
+                traceback.print_exc(file=sys.stdout)
+                status = 1
+            print(f"exit status {status}", flush=True)
+
+
+def one(arguments: list[str]) -> None:
+    """Runs one command, and exits with its status."""
     spoilt: frozenset[str] = frozenset()
     report: Path | None = None
     while arguments[0].startswith("--"):
@@ -70,6 +100,8 @@ def main(arguments: list[str]) -> None:
             spoilt |= {value}
         elif option == "--fail":
             fail_at(value)
+        elif option == "--patch":
+            importlib.import_module(value)
         else:
             report = Path(value)
     be_the_gpu(spoilt)
@@ -77,6 +109,7 @@ def main(arguments: list[str]) -> None:
 
     module, *rest = arguments
     sys.argv = [module, *rest]
+    ledger.clear()
     try:
         run_command(module)
     finally:
@@ -84,5 +117,7 @@ def main(arguments: list[str]) -> None:
             report.write_text(json.dumps(ledger.totals()))
 
 
+if __name__ == "__mp_main__":  # a process that the command has started by multiprocessing's "spawn"
+    be_the_gpu()
 if __name__ == "__main__":
     importlib.import_module("tests.support.pretend.run").main(sys.argv[1:])
