@@ -22,7 +22,9 @@ from model.program.launched import Launched
 from model.program.startup import interpreted
 
 COLLECTIVES = "cpu:gloo,cuda:nccl"
-"""torch.distributed's backends between processes on GPUs: tensors there by nccl, objects and CPU tensors by gloo."""
+"""torch.distributed's backends between processes on GPUs: tensors there by nccl, objects and CPU tensors by gloo. Where
+a group has one for the CPU, torch sends objects by that, so that no record passes through a GPU. DeepSpeed takes the
+group that it finds, and new groups have its backends."""
 
 OLDEST = (8, 0)
 """NVIDIA's compute capability from which cards have the bf16 matrix instructions that the kernels are compiled to
