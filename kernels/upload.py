@@ -32,7 +32,7 @@ def send(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         places.append(end)
         end += -(-len(raw[-1]) // ALIGN) * ALIGN
     buffer = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    memory = memoryview(buffer.numpy())
+    memory = buffer.numpy().data
     for place, content in zip(places, raw, strict=True):
         memory[place : place + len(content)] = content
     there = buffer.to(device, non_blocking=True)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.checks.common import check_device
+from kernels.checks.common import check_device, program_line
 from kernels.triton.tiles import FP_FUSION, Tile
 
 INTERPRET: bool = triton.knobs.runtime.interpret
@@ -65,7 +65,8 @@ def check_place(op: str, **tensors: Tensor | None) -> None:
     check_device(op, "triton", PLACE, **tensors)
     places = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(places.values())) > 1:
-        raise ValueError(f"{op}: need one GPU; {', '.join(f'{name} is on {place}' for name, place in places.items())}")
+        found = ", ".join(f"{name} is on {place}" for name, place in places.items())
+        raise ValueError(f"{op}: need one GPU; {found} ({program_line()})")
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -231,10 +231,11 @@ class InteractionModel(nn.Module):
             ("token", inputs.tokens, self.config.text_config.vocab_size),
             ("code", inputs.codes, audio.mel_vocab_size),
         ):
-            if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
-                raise ValueError(
-                    f"InteractionModel: {name} {int(ids.min())} or {int(ids.max())} is outside 0..{count - 1}"
-                )
+            if ids.device.type != "cpu" or not ids.numel():
+                continue
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= count:
+                raise ValueError(f"InteractionModel: {name} {low if low < 0 else high} is outside 0..{count - 1}")
 
     def forward(
         self,
