@@ -20,13 +20,12 @@ _BACKWARD = bind("short_conv_backward", "pppipppi")
 def short_conv(
     x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None = None
 ) -> Tensor:
-    y = _convolved(x, weight, segments, state)
     if addend is None:
-        return y
-    if addend.shape != y.shape or addend.dtype is not y.dtype or not addend.is_cpu:
+        return _convolved(x, weight, segments, state)
+    if addend.shape != x.shape or addend.dtype is not x.dtype or not addend.is_cpu:
         check_short_conv(x, weight, segments, state, addend)
         check_device("short_conv", "cpu", "cpu", addend=addend)
-    return addend + y
+    return addend + _convolved(x, weight, segments, state)
 
 
 def _convolved(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
