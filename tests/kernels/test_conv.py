@@ -98,17 +98,14 @@ def test_float64_oracle(dtype: torch.dtype) -> None:
 def test_addend_is_added_as_torch_adds(dtype: torch.dtype) -> None:
     """By the bit, rounded first and then added; with a state, strided, and under autograd."""
     segments, weight = Segments.build([1, 0], [3, 0], [4, 30]), normal(1, 61, 4)
-    x, addend, state = (
-        normal(2, 34, 61, dtype=dtype),
-        normal(3, 34, 61, dtype=dtype) * 3,
-        normal(4, 2, 3, 61, dtype=dtype),
-    )
-    past = state.clone()
+    x, addend = normal(2, 34, 61, dtype=dtype), normal(3, 34, 61, dtype=dtype) * 3
+    state = normal(4, 2, 3, 61, dtype=dtype)
+    past, wide = state.clone(), state.clone().float()
     wanted = addend + ops.short_conv(x, weight, segments, past)
     got = ops.short_conv(x, weight, segments, state, strided(addend))
     assert torch.equal(got, wanted) and torch.equal(state, past)
-    at_once = (addend.float() + x.float() + (wanted - addend - x).float()).to(dtype)
-    assert dtype == torch.float32 or not torch.equal(at_once, wanted)  # the control: rounded once it is another sum
+    once = (addend.float() + ops.short_conv(x.float(), weight, segments, wide)).to(dtype)
+    assert torch.equal(once, wanted) == (dtype == torch.float32)  # the control: rounded once, bf16 is another sum
     leaves = [t.clone().requires_grad_() for t in (x, weight, addend)]
     ops.short_conv(leaves[0], leaves[1], from_start([4, 30]), None, leaves[2]).backward(addend)
     others = [t.clone().requires_grad_() for t in (x, weight, addend)]

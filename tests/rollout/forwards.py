@@ -152,9 +152,10 @@ def bits(device: str) -> dict[str, Any]:
     engine.append(sessions[:1], observations(0, 1))
     engine.append(sessions, observations(1, 3))
     episodes = [s.episode(scenario="a/b/0", rollout=i, seed=0, facts={}) for i, s in enumerate(sessions)]
-    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
-    gradient = gradient_of(engine.model, episodes, weights, engine.vocabulary.classes, 1.0, 8)
-    sampled = [torch.cat([getattr(e.text, name) for e in episodes]) for name in ("logprob", "digest")]
+    some = episodes[:2]  # of two turns, and of one
+    weights = [torch.ones(len(e.text.chunk)) for e in some]
+    gradient = gradient_of(engine.model, some, weights, engine.vocabulary.classes, 1.0, 8)
+    sampled = [torch.cat([getattr(e.text, name) for e in some]) for name in ("logprob", "digest")]
     learned = [gradient.logprob.cpu(), gradient.digest.cpu()]
     return {
         "episodes": digest([x for e in episodes for x in (e.tokens, e.text.logprob, e.text.digest)]),
