@@ -152,16 +152,17 @@ def expert_product(
     depth: int,
     strides: tuple[int, int],
     form: str,
-    noticed: Tensor,
+    noticed: Tensor | None = None,
 ) -> None:
     """out[r] = a[r // fan_out] @ weight[expert[r]] over ``depth`` terms. ``strides`` are those of (term, column) within
     an expert's weights, ``form`` is "gather" or "grouped"; ``noticed`` int32 [1] becomes 1 for an expert that is
-    none."""
+    none; None where all are known to be right."""
     rows, columns = out.shape
     tile, widen = _tile(a, weight), a.dtype != weight.dtype
     sizes = (columns, depth, fan_out, row_stride(a), weight.stride(0), *strides)
     constants = {"M": tile.m, "N": tile.n, "K": tile.k, "WIDEN": widen}
     across, experts = triton.cdiv(columns, tile.n), weight.shape[0]
+    noticed = expert.new_empty(1) if noticed is None else noticed
     if form == "gather":
         run(
             gather_kernel, (across, rows), out.device, tile, a, weight, out, expert, noticed, experts, *sizes,
@@ -224,8 +225,8 @@ class _ExpertLinear(torch.autograd.Function):
 def _input_gradient(grad: Tensor, weight: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
     """grad [R, N] -> fp32 [T, K]: summed over n in ascending order, then over a row's fan-out in ascending order."""
     rows = grad.new_empty(expert.shape[0], packed.cols, dtype=torch.float32)
-    form, unread = expert_form(expert.shape[0]), expert.new_empty(1)  # the forward has seen the experts
-    expert_product(grad, weight, plain(expert), 1, rows, packed.rows, (weight.stride(1), 1), form, unread)
+    form = expert_form(expert.shape[0])  # the forward has seen that the experts are right
+    expert_product(grad, weight, plain(expert), 1, rows, packed.rows, (weight.stride(1), 1), form)
     return rows if fan_out == 1 else combine(rows, rows.new_ones(expert.shape[0] // fan_out, fan_out))
 
 
