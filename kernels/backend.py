@@ -7,6 +7,8 @@ filled in. `kernels.dispatch` returns each backend as a `Backend`, which is wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -28,6 +30,16 @@ class Backend(Protocol):
 
     def instruction_set(self) -> str:
         """What the kernels run on: ``avx2``, ``avx512``, ``sm_90``, ``interpreter``, ``torch``."""
+
+    # ---- between host and device ----
+
+    def upload(
+        self, segments: Segments, page_tables: Sequence[Tensor], parts: tuple[Tensor, ...]
+    ) -> tuple[Segments, tuple[Tensor, ...]]: ...
+
+    def deferred(self) -> AbstractContextManager[None]: ...
+
+    def fetch(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
 
     # ---- linear layers and experts ----
 
@@ -53,7 +65,9 @@ class Backend(Protocol):
 
     # ---- sequences ----
 
-    def short_conv(self, x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor: ...
+    def short_conv(
+        self, x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None
+    ) -> Tensor: ...
 
     def attention(
         self,

@@ -91,7 +91,7 @@ class PagedKV:
 
     key: Tensor  # [P, H_kv, D, SPLIT_TOKENS]
     value: Tensor  # [P, H_kv, SPLIT_TOKENS, D]
-    table: Tensor  # int32 [slots, max_pages]
+    table: Tensor  # int32 [slots, max_pages]; beside the keys, or on the CPU, where the host keeps it
 
 
 class Generation:

@@ -45,6 +45,7 @@ class _Observer:
         self.contract, self.instruction_set = backend.contract, backend.instruction_set
         self.pack_linear, self.pack_experts, self.repack = backend.pack_linear, backend.pack_experts, backend.repack
         self.adamw = backend.adamw
+        self.upload, self.deferred, self.fetch = backend.upload, backend.deferred, backend.fetch
 
         def shown(op: str, function: Callable[Arguments, Results]) -> Callable[Arguments, Results]:
             def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Results:

@@ -18,11 +18,38 @@ ops with packed weights raise StaleWeightsError when the weights have been chang
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
 from kernels import dispatch
 from kernels.layout import AdamWStep, PackedExperts, PackedLinear, PagedKV, Segments
+
+
+def upload(segments: Segments, page_tables: Sequence[Tensor], *parts: Tensor) -> tuple[Segments, tuple[Tensor, ...]]:
+    """Brings what the host knows before a forward pass beside the kernels, in one copy for which it does not wait:
+    ``parts``, tensors of any types, and what the backend makes of the segments and of the ``page_tables`` that the pass
+    will read (`PagedKV.table`, on the CPU; none for whole sequences). Returns the segments to give to the pass's ops,
+    and the parts. Where there is no other device both are what was given.
+
+    What the page tables say now counts for the whole pass."""
+    return dispatch.backend().upload(segments, page_tables, parts)
+
+
+def deferred() -> AbstractContextManager[None]:
+    """A block in which an op need not wait for the device to tell of a bad value in a tensor: an expert, a code, a row
+    of logits that no token can be sampled from. Such an error, a ValueError as outside, is raised by the next `fetch`,
+    at the latest at the block's end, and what was computed since is worthless then. Wrong shapes, types and devices,
+    and pages that are not there, raise at once as ever. A backend may ignore it."""
+    return dispatch.backend().deferred()
+
+
+def fetch(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as the host can read them, by one copy, for which it waits. In a `deferred` block raises what an op
+    noticed since the last fetch."""
+    return dispatch.backend().fetch(parts)
 
 
 def pack_linear(*parts: Tensor) -> PackedLinear:
@@ -83,15 +110,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return dispatch.backend().rms_norm(x, weight, eps)
 
 
-def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None = None) -> Tensor:
+def short_conv(
+    x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None = None, addend: Tensor | None = None
+) -> Tensor:
     """Causal depthwise convolution with a residual: y[t, c] = x[t, c] + sum_i w[c, i] * x[t - 3 + i, c], i = 0 … 3 in
     ascending order; inputs before position 0 count as 0. Computed in fp32.
 
     x [T, C] (rows may be strided), weight [C, 4] fp32 -> [T, C] of x.dtype. ``state`` [slots, 3, C] of x.dtype holds
     each slot's last three inputs (oldest first); it is read for segments with start > 0 and overwritten in place.
     Without ``state`` every segment must start at 0; with it there is no gradient, and asking for one raises
-    ValueError."""
-    return dispatch.backend().short_conv(x, weight, segments, state)
+    ValueError. ``addend`` [T, C] of x.dtype: what the rounded result is added to (the residual stream), rounded again:
+    addend + y, as torch adds."""
+    return dispatch.backend().short_conv(x, weight, segments, state, addend)
 
 
 def attention(

@@ -91,15 +91,14 @@ class Inputs:
             segments,
         )
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Inputs:
-        """The same rows on ``device``; returns itself when they are there already. Segments stay on the CPU: the ops
-        read them there and copy what they need."""
-        if self.tokens.device == device:
-            return self
-        tokens, codes, rows = (
-            x.to(device, non_blocking=non_blocking) for x in (self.tokens, self.codes, self.audio_rows)
-        )
-        return Inputs(tokens, codes, rows, self.segments)
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """`Inputs` beside the kernels, for one forward pass (`model.backbone.transformer.InteractionModel.place`)."""
+
+    inputs: Inputs
+    tau: Tensor | None  # fp32 [T], the factor of the rows' scores in global layers, when log scaling is on
+    more: tuple[Tensor, ...]  # what the caller sent with them
 
 
 def _whole(lengths: Sequence[int]) -> Segments:

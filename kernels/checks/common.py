@@ -12,8 +12,13 @@ that the call needs too.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+KERNELS = Path(__file__).resolve().parents[1]
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 """Shape, strides and dtype of an op's first argument, as its check has read them."""
@@ -23,4 +28,18 @@ def check_device(op: str, backend: str, kind: str, **tensors: Tensor | None) -> 
     """Raises ValueError for the first of ``tensors`` that is not on a device of type ``kind`` ("cpu", "cuda")."""
     for name, x in tensors.items():
         if x is not None and x.device.type != kind:
-            raise ValueError(f"{op}: {name} is on {x.device}; the {backend} backend needs it on {kind}")
+            raise ValueError(
+                f"{op}: {name} is on {x.device}; the {backend} backend needs it on {kind} ({program_line()})"
+            )
+
+
+def program_line() -> str:
+    """The line that called the op, of all that are running the innermost outside our kernels and torch:
+    ``model/backbone/moe.py:109 in forward``."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if KERNELS in path.parents or "torch" in path.parts or frame.filename.startswith("<"):
+            continue
+        shown = path.relative_to(KERNELS.parent) if path.is_relative_to(KERNELS.parent) else path
+        return f"{shown}:{frame.lineno} in {frame.name}"
+    return "no line of the program"

@@ -9,8 +9,11 @@ from kernels.checks.common import Layout
 from kernels.layout import CONV_TAPS, FLOATS, SPLIT_TOKENS, PagedKV, Segments
 
 
-def check_short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Layout:
-    """x [T, C], weight fp32 [C, CONV_TAPS], state None or [slots, CONV_TAPS - 1, C] of x.dtype."""
+def check_short_conv(
+    x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None = None
+) -> Layout:
+    """x [T, C], weight fp32 [C, CONV_TAPS], state None or [slots, CONV_TAPS - 1, C] of x.dtype, addend None or [T, C]
+    of x.dtype with adjacent columns."""
     shape, stride, dtype = x.shape, x.stride(), x.dtype
     if len(shape) != 2 or shape[0] != segments.rows:
         raise ValueError(f"short_conv: x is {tuple(shape)}, not [{segments.rows}, C]")
@@ -21,6 +24,8 @@ def check_short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tenso
         raise ValueError(
             f"short_conv: weight is {weight.dtype} {tuple(weight.shape)}, not contiguous float32 [{width}, {CONV_TAPS}]"
         )
+    if addend is not None and (addend.shape != shape or addend.dtype is not dtype):
+        raise ValueError(f"short_conv: addend is {addend.dtype} {tuple(addend.shape)}, not {dtype} {list(shape)}")
     if state is None:
         return shape, stride, dtype
     fits = state.dim() == 3 and state.shape[1:] == (CONV_TAPS - 1, width) and state.dtype is dtype

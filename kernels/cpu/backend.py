@@ -25,6 +25,7 @@ from kernels.cpu.norm import rms_norm
 from kernels.cpu.optimizer import adamw, dot
 from kernels.cpu.sampling import logprob, route, sample
 from kernels.layout import PackedExperts, PackedLinear
+from kernels.upload import deferred, fetch, upload
 
 __all__ = [
     "DEVICE",
@@ -32,9 +33,11 @@ __all__ = [
     "adamw",
     "attention",
     "contract",
+    "deferred",
     "dot",
     "embedding_sum",
     "expert_linear",
+    "fetch",
     "instruction_set",
     "linear",
     "logprob",
@@ -47,6 +50,7 @@ __all__ = [
     "sample",
     "short_conv",
     "swiglu",
+    "upload",
 ]
 
 NAME = "cpu"

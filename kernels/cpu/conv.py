@@ -17,7 +17,18 @@ _FORWARD = {
 _BACKWARD = bind("short_conv_backward", "pppipppi")
 
 
-def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
+def short_conv(
+    x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None = None
+) -> Tensor:
+    if addend is None:
+        return _convolved(x, weight, segments, state)
+    if addend.shape != x.shape or addend.dtype is not x.dtype or not addend.is_cpu:
+        check_short_conv(x, weight, segments, state, addend)
+        check_device("short_conv", "cpu", "cpu", addend=addend)
+    return addend + _convolved(x, weight, segments, state)
+
+
+def _convolved(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if state is not None:
             raise ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
@@ -43,7 +54,7 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx, x, weight, segments):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.segments = segments
-        return short_conv(x, weight, segments, None)  # no gradient is asked for in here
+        return _convolved(x, weight, segments, None)  # no gradient is asked for in here
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -77,8 +77,8 @@ def linear(x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
     k, n, panels = packed.cols, packed.rows, packed_buffer("linear", packed, "panels", "cpu")
     shape, stride, dtype = check_rows("linear", x, k, panels.dtype)
     check_out_dtype("linear", out_dtype)
-    if not x.is_cpu:
-        check_device("linear", "cpu", "cpu", x=x)
+    if not (x.is_cpu and panels.is_cpu):
+        check_device("linear", "cpu", "cpu", x=x, packed=panels)
     rows = shape[0]
     y = torch.empty(rows, n, dtype=out_dtype)
     _LINEAR[dtype, out_dtype](x.data_ptr(), stride[0], rows, panels.data_ptr(), n, k, y.data_ptr(), n)

@@ -68,8 +68,8 @@ def expert_linear_by(path: int, x: Tensor, packed: PackedExperts, expert: Tensor
     k, n, panels = packed.cols, packed.rows, packed_buffer("expert_linear", packed, "panels", "cpu")
     _, stride, dtype = check_rows("expert_linear", x, k, panels.dtype)
     rows = check_experts(x, expert, fan_out)
-    if not (x.is_cpu and expert.is_cpu):
-        check_device("expert_linear", "cpu", "cpu", x=x, expert=expert)
+    if not (x.is_cpu and expert.is_cpu and panels.is_cpu):
+        check_device("expert_linear", "cpu", "cpu", x=x, expert=expert, packed=panels)
     y = torch.empty(rows, n, dtype=dtype)
     bad = _EXPERT_LINEAR[dtype](
         x.data_ptr(), stride[0], fan_out, expert.data_ptr(), rows, panels.data_ptr(), packed.experts, n, k,

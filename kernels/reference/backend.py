@@ -27,6 +27,9 @@ from kernels.reference.arithmetic import (
     widen,
 )
 from kernels.reference.attention import attention as attention  # an op of this backend
+from kernels.upload import deferred as deferred
+from kernels.upload import fetch as fetch
+from kernels.upload import upload as upload
 
 NAME = "reference"
 DEVICE = "cpu"
@@ -131,7 +134,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide / torch.sqrt(mean_square + eps)[..., None]).to(x.dtype)
 
 
-def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
+def short_conv(
+    x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None = None
+) -> Tensor:
     past = CONV_TAPS - 1
     require(weight.shape == (x.shape[1], CONV_TAPS), f"short_conv: weight is {tuple(weight.shape)}, x {tuple(x.shape)}")
     require(x.shape[0] == segments.rows, f"short_conv: x has {x.shape[0]} rows, segments {segments.rows}")
@@ -147,7 +152,9 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
         out.append((wide[past:] + total).to(x.dtype))
         if state is not None:
             state[slot] = taps[-past:]
-    return torch.cat([x.new_zeros(0, x.shape[1]), *out])
+    y = torch.cat([x.new_zeros(0, x.shape[1]), *out])
+    require(addend is None or (addend.shape == y.shape and addend.dtype == y.dtype), "short_conv: addend is not like x")
+    return y if addend is None else addend + y
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS, PackedExperts, PackedLinear, PagedKV, Segments
 from kernels.reference import backend as reference
 from kernels.reference.backend import digest, gumbel
+from kernels.upload import deferred as deferred
+from kernels.upload import fetch as fetch
+from kernels.upload import upload as upload
 
 NAME = "naive"
 DEVICE = "cpu"
@@ -112,7 +115,9 @@ def _padded(segments: Segments, device: torch.device) -> tuple[Segments, Tensor,
     return there, owner, torch.arange(rows, device=device) - there.offset[:-1].long()[owner], longest
 
 
-def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
+def short_conv(
+    x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None = None
+) -> Tensor:
     segments, owner, within, longest = _padded(segments, x.device)
     past, slot = CONV_TAPS - 1, segments.slot.long()
     padded = x.new_zeros(len(slot), past + longest, x.shape[1])
@@ -124,7 +129,7 @@ def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | No
     if state is not None:
         last = segments.offset.diff().long()[:, None] + torch.arange(past, device=x.device)
         state[slot] = padded[torch.arange(len(slot), device=x.device)[:, None], last]
-    return x + out
+    return x + out if addend is None else addend + (x + out)
 
 
 def attention(

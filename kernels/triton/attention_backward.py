@@ -28,11 +28,11 @@ from kernels.triton.attention_parts import (
     relative_bias,
     shape_constants,
     sizes,
-    tiles_of,
     wide_product,
     width_product,
 )
 from kernels.triton.launch import SHORT, CompileSpec, plain, run
+from kernels.triton.tables import tiles
 from kernels.triton.tiles import DISTANCES, PASS_TILES, attention_tile
 
 ADDENDS = 256  # elements of drel_proj that one program of the last sum takes
@@ -237,13 +237,12 @@ def differentiate(
     dq, dk, dv, drel = (torch.empty_like(x) for x in (q, k, v, rel))
     if rows == 0:
         return dq, dk, dv, drel, torch.zeros_like(rel_proj)
-    own_slot = torch.arange(len(segments.start))
-    tiles = tiles_of(segments, own_slot, size["ROWS"] // size["GROUP_PAD"]).to(q.device)
-    parts = tiles_of(segments, own_slot, size["KEYS"]).to(q.device)
+    queries = tiles(segments, size["ROWS"] // size["GROUP_PAD"], q.device)
+    parts = tiles(segments, size["KEYS"], q.device)
     factor = lse if tau is None else plain(tau)
     delta = torch.empty_like(lse)
-    passes = tiles.split(PASS_TILES)
-    by_distance = lse.new_empty(min(len(tiles), PASS_TILES) * key_heads * size["ROWS"], extent)
+    passes = queries.split(PASS_TILES)
+    by_distance = lse.new_empty(min(len(queries), PASS_TILES) * key_heads * size["ROWS"], extent)
     partial = lse.new_empty(len(passes), key_heads, channels, extent)
     shape: Shape = heads, key_heads, width, channels, extent, reach
     over = shape_constants(q.dtype, shape) | {"HAS_TAU": tau is not None}

@@ -27,23 +27,23 @@ from kernels.triton.attention_parts import (
     relative_bias,
     shape_constants,
     sizes,
-    tiles_of,
     wide_product,
     width_product,
 )
-from kernels.triton.launch import SHORT, CompileSpec, plain, run
+from kernels.triton.launch import SHORT, CompileSpec, plain, row_stride, run
+from kernels.triton.tables import tiles, whole
 from kernels.triton.tiles import attention_tile
 
 
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit(do_not_specialize=["table_width", "rel_row"], do_not_specialize_on_alignment=["rel", "rel_proj"])
 def attention_kernel(
-    q, rel, rel_proj, tau, key, value, table, tiles, out, lse, scale, table_width,
+    q, rel, rel_proj, tau, key, value, table, tiles, out, lse, scale, table_width, rel_row,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
     WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, key heads). tiles int32 [tiles, 5]: see `tiles_of`. lse fp32 [T, H]: ln of a row's sum of
-    exp."""
+    """Grid (query tiles, key heads). tiles int32 [tiles, 5]: see `tiles_of`. table int32 [S, table_width]: the pages of
+    each sequence. lse fp32 [T, H]: ln of a row's sum of exp."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     tile = tiles + tl.program_id(0) * 5
     key_head = tl.program_id(1)
@@ -54,6 +54,7 @@ def attention_kernel(
     position = base + r // GROUP_PAD
     valid = (r % GROUP_PAD < GROUP) & (position >= start) & (position < end)
     row = (position + shift).to(tl.int64) * HEADS + key_head * GROUP + r % GROUP_PAD  # of [T * H]
+    rel_rows = (position + shift).to(tl.int64) * rel_row + (key_head * GROUP + r % GROUP_PAD) * CHANNELS
     inside = valid[:, None] & (d < WIDTH)[None, :]
     factor = tl.full((ROWS,), 1.0, tl.float32)
     if HAS_TAU:
@@ -76,7 +77,7 @@ def attention_kernel(
         distance = position[:, None] - at[None, :]
         visible = (distance >= 0) & (distance < WINDOW)
         dot = width_product(q, row * WIDTH, valid, key, page * WIDTH * SPLIT + j, at <= last, SPLIT, WIDTH, STEP)
-        bias = relative_bias(rel, row * CHANNELS, rel_proj, distance, valid, CHANNELS, EXTENT)
+        bias = relative_bias(rel, rel_rows, rel_proj, distance, valid, CHANNELS, EXTENT)
         score = tl.where(visible, factor[:, None] * (scale * dot + bias), float("-inf"))
         part_max = tl.max(score, 1)
         weight = tl.exp(score - tl.where(part_max == float("-inf"), 0.0, part_max)[:, None])
@@ -110,9 +111,9 @@ def attention_kernel(
     tl.store(out + row[:, None] * WIDTH + d[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit(do_not_specialize=["table_width", "k_row", "v_row"], do_not_specialize_on_alignment=["k", "v"])
 def write_kernel(
-    k, v, key, value, table, splits, table_width,
+    k, v, key, value, table, splits, table_width, k_row, v_row,
     KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
     """Copies new rows into their pages. Grid (splits that new rows reach, key heads); splits as `tiles_of`."""
@@ -125,9 +126,10 @@ def write_kernel(
     position = base + j
     fresh = ((position >= start) & (position < end))[:, None] & (d < WIDTH)[None, :]
     page = tl.load(table + slot.to(tl.int64) * table_width + base // SPLIT).to(tl.int64) * KEY_HEADS + key_head
-    source = ((position + shift).to(tl.int64) * KEY_HEADS + key_head)[:, None] * WIDTH + d[None, :]
-    tl.store(key + (page * WIDTH + d[None, :]) * SPLIT + j[:, None], tl.load(k + source, mask=fresh), mask=fresh)
-    tl.store(value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :], tl.load(v + source, mask=fresh), mask=fresh)
+    row, column = (position + shift).to(tl.int64)[:, None], key_head * WIDTH + d[None, :]
+    new_key, new_value = tl.load(k + row * k_row + column, mask=fresh), tl.load(v + row * v_row + column, mask=fresh)
+    tl.store(key + (page * WIDTH + d[None, :]) * SPLIT + j[:, None], new_key, mask=fresh)
+    tl.store(value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :], new_value, mask=fresh)
 
 
 def forward(
@@ -137,31 +139,30 @@ def forward(
     rel: Tensor,
     rel_proj: Tensor,
     segments: Segments,
-    slot: Tensor,
     scale: float,
     reach: int,
     tau: Tensor | None,
     cache: PagedKV,
 ) -> tuple[Tensor, Tensor]:
     """Writes the new keys and values into the pages, then attends: (out [T, H, D], lse fp32 [T, H]). ``reach`` is the
-    window, or NO_WINDOW."""
+    window, or NO_WINDOW; ``cache.table`` [S, pages] has a row for each segment."""
     rows, heads, width = q.shape
     key_heads, tile = k.shape[1], attention_tile(q.dtype)
     size = sizes(q.dtype, heads, key_heads, width)
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(rows, heads, dtype=torch.float32)
     if rows == 0:
         return out, lse
-    splits = tiles_of(segments, slot, SPLIT_TOKENS).to(q.device)
+    splits = tiles(segments, SPLIT_TOKENS, q.device)
     run(
         write_kernel, (len(splits), key_heads), q.device, tile,
-        plain(k), plain(v), cache.key, cache.value, cache.table, splits, cache.table.shape[1],
+        k, v, cache.key, cache.value, cache.table, splits, cache.table.shape[1], row_stride(k), row_stride(v),
         KEY_HEADS=key_heads, WIDTH=width, SPLIT=SPLIT_TOKENS, WIDTH_PAD=size["WIDTH_PAD"],
     )  # fmt: skip
-    tiles = tiles_of(segments, slot, size["ROWS"] // size["GROUP_PAD"]).to(q.device)
+    queries = tiles(segments, size["ROWS"] // size["GROUP_PAD"], q.device)
     run(
-        attention_kernel, (len(tiles), key_heads), q.device, tile,
-        plain(q), plain(rel), plain(rel_proj), lse if tau is None else plain(tau), cache.key, cache.value, cache.table,
-        tiles, out, lse, float(scale), cache.table.shape[1],
+        attention_kernel, (len(queries), key_heads), q.device, tile,
+        plain(q), rel, rel_proj.contiguous(), lse if tau is None else plain(tau), cache.key, cache.value, cache.table,
+        queries, out, lse, float(scale), cache.table.shape[1], row_stride(rel),
         HAS_TAU=tau is not None, **shape_constants(q.dtype, (heads, key_heads, width, *rel_proj.shape, reach)),
     )  # fmt: skip
     return out, lse
@@ -179,17 +180,11 @@ def attend_whole(
     tau: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` of whole sequences over temporary pages, of which only what was written is read: (out, lse)."""
-    needed = -(-segments.offset.long().cpu().diff() // SPLIT_TOKENS)
-    width = int(needed.max()) if len(needed) else 0
-    table = (torch.cumsum(needed, 0) - needed)[:, None] + torch.arange(width)
-    pages, (_, key_heads, head) = int(needed.sum()), k.shape
+    (table, pages), (_, key_heads, head) = whole(segments, q.device), k.shape
     cache = PagedKV(
-        k.new_empty(pages, key_heads, head, SPLIT_TOKENS),
-        v.new_empty(pages, key_heads, SPLIT_TOKENS, head),
-        table.int().to(q.device),
+        k.new_empty(pages, key_heads, head, SPLIT_TOKENS), v.new_empty(pages, key_heads, SPLIT_TOKENS, head), table
     )
-    own_slot = torch.arange(len(needed))
-    return forward(q, k, v, rel, rel_proj, segments, own_slot, scale, reach, tau, cache)
+    return forward(q, k, v, rel, rel_proj, segments, scale, reach, tau, cache)
 
 
 def specs() -> list[CompileSpec]:
@@ -204,13 +199,15 @@ def specs() -> list[CompileSpec]:
             where = f"{heads}/{key_heads} heads of {width}, {'global' if window == NO_WINDOW else f'window {window}'}"
             constants = shape_constants(dtype, shape)
             attend = constants | {"HAS_TAU": window == NO_WINDOW}
-            signature = pointers | {"scale": "fp32", "table_width": "i32"}
+            signature = pointers | {"scale": "fp32", "table_width": "i32", "rel_row": "i32"}
             how = tile.warps, tile.stages
-            out.append(CompileSpec(f"attention, {where}: {t}", attention_kernel, signature, attend, (*pointers,), *how))
+            even = tuple(name for name in pointers if name not in ("rel", "rel_proj"))
+            out.append(CompileSpec(f"attention, {where}: {t}", attention_kernel, signature, attend, even, *how))
             if window == NO_WINDOW:
                 continue  # pages know no window
             write = {name: constants[name] for name in ("KEY_HEADS", "WIDTH", "SPLIT", "WIDTH_PAD")}
-            signature = new | {"table_width": "i32"}
+            signature = new | {"table_width": "i32", "k_row": "i32", "v_row": "i32"}
             title = f"attention pages, {key_heads} heads of {width}: {t}"
-            out.append(CompileSpec(title, write_kernel, signature, write, (*new,), *how))
+            even = tuple(name for name in new if name not in ("k", "v"))
+            out.append(CompileSpec(title, write_kernel, signature, write, even, *how))
     return out

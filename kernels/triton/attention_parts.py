@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.layout import SPLIT_TOKENS, Segments
+from kernels.layout import SPLIT_TOKENS
 from kernels.triton.tiles import PRECISION, attention_tile
 
 NO_WINDOW = 1 << 30  # greater than any distance
@@ -87,26 +86,6 @@ def sizes(dtype: torch.dtype, heads: int, key_heads: int, width: int) -> dict[st
         "WIDTH_PAD": width_pad,
         "SPLIT": SPLIT_TOKENS,
     }
-
-
-def tiles_of(segments: Segments, slot: Tensor, size: int) -> Tensor:
-    """int32 [tiles, 5] on the CPU: the aligned ranges of ``size`` positions that the segments' rows reach.
-
-    A row is (slot, shift, start, end, base): position p of the sequence is row p + shift of the call when start <= p <
-    end, and the range is base … base + size - 1.
-
-    >>> tiles_of(Segments.build([4], [30], [3]), torch.tensor([4]), 32).tolist()
-    [[4, -30, 30, 33, 0], [4, -30, 30, 33, 32]]
-    """
-    start = segments.start.long().cpu()
-    offset = segments.offset.long().cpu()
-    end = start + offset.diff()
-    first, last = start // size, (end - 1) // size
-    count = last - first + 1
-    which = torch.repeat_interleave(torch.arange(len(start)), count)
-    place = torch.arange(len(which)) - (torch.cumsum(count, 0) - count)[which]
-    columns = [slot.long().cpu()[which], (offset[:-1] - start)[which], start[which], end[which]]
-    return torch.stack([*columns, (first[which] + place) * size], 1).int()
 
 
 def shape_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:

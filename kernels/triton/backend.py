@@ -8,17 +8,20 @@ may change a bit of any result. What else decides bits, orders of reduction incl
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from kernels.layout import PackedExperts, PackedLinear
-from kernels.triton import compiler, tiles
+from kernels.layout import PackedExperts, PackedLinear, Segments
+from kernels.triton import compiler, tables, tiles
 from kernels.triton.attention import attention
 from kernels.triton.conv import short_conv
+from kernels.triton.deferred import deferred, fetch
 from kernels.triton.elementwise import moe_combine, swiglu
 from kernels.triton.embedding import embedding_sum
 from kernels.triton.experts import expert_linear, fill_experts, pack_experts
-from kernels.triton.launch import INTERPRET
+from kernels.triton.launch import INTERPRET, PLACE
 from kernels.triton.linear import fill_linear, linear, pack_linear
 from kernels.triton.norm import rms_norm
 from kernels.triton.optimizer import adamw, dot
@@ -31,9 +34,11 @@ __all__ = [
     "adamw",
     "attention",
     "contract",
+    "deferred",
     "dot",
     "embedding_sum",
     "expert_linear",
+    "fetch",
     "instruction_set",
     "linear",
     "logprob",
@@ -46,10 +51,11 @@ __all__ = [
     "sample",
     "short_conv",
     "swiglu",
+    "upload",
 ]
 
 NAME = "triton"
-DEVICE = "cpu" if INTERPRET else "cuda"
+DEVICE = PLACE
 NUMERICS_VERSION = 3
 
 
@@ -72,6 +78,12 @@ def instruction_set() -> str:
         return str(torch.cuda.get_device_properties(0).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
+
+
+def upload(
+    segments: Segments, page_tables: Sequence[Tensor], parts: tuple[Tensor, ...]
+) -> tuple[Segments, tuple[Tensor, ...]]:
+    return tables.upload(segments, page_tables, parts, torch.device(DEVICE))
 
 
 def repack(packed: PackedLinear | PackedExperts) -> None:

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from kernels.checks.sequences import check_short_conv, no_such_state
 from kernels.layout import CONV_TAPS, Segments
-from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, placed, row_stride, run
+from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, row_stride, run
+from kernels.triton.tables import Host, tables_of
 from kernels.triton.tiles import MAP_TILE, ROWS_TILE
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["weight"])
 def conv_kernel(
-    x, weight, state, segment, slot, start, offset, y, rows, width, x_row,
-    STATE: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    x, weight, state, segment, slot, start, offset, addend, y, rows, width, x_row, addend_row,
+    STATE: tl.constexpr, ADD: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Row r of segment s is row j = r - offset[s] of the segment. Tap i reads the segment's row j - TAPS + 1 + i: from
     x, or when that is negative from the state, or 0 when the sequence begins with this call."""
@@ -39,7 +40,11 @@ def conv_kernel(
             v = tl.where(before, tl.load(state + i * width, before, other=0.0).to(tl.float32), v)
         total += tl.load(weight + column * TAPS + i, column < width, other=0.0) * v
     v = tl.load(x, inside, other=0.0).to(tl.float32)
-    tl.store(y + row.to(tl.int64)[:, None] * width + column, (v + total).to(y.dtype.element_ty), inside)
+    out = (v + total).to(y.dtype.element_ty)
+    if ADD:  # as torch adds: both of y's type, in fp32, rounded once
+        other = tl.load(addend + row.to(tl.int64)[:, None] * addend_row + column, inside, other=0.0)
+        out = (other.to(tl.float32) + out.to(tl.float32)).to(y.dtype.element_ty)
+    tl.store(y + row.to(tl.int64)[:, None] * width + column, out, inside)
 
 
 @triton.jit
@@ -61,7 +66,7 @@ def state_kernel(x, state, slot, start, offset, width, x_row, TAPS: tl.constexpr
         tl.store(held + i * width, tl.where(j >= 0, v, old), inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["weight"])
 def conv_backward_kernel(
     grad, weight, segment, offset, dx, rows, width, g_row, TAPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
@@ -100,26 +105,32 @@ def conv_weight_gradient_kernel(
     tl.store(dweight + column * TAPS + tl.program_id(1), tl.sum(total, axis=0), column < width)
 
 
-def short_conv(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+def short_conv(
+    x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None = None
+) -> Tensor:
+    needs = x.requires_grad or weight.requires_grad or (addend is not None and addend.requires_grad)
+    if needs and torch.is_grad_enabled():
         if state is not None:
             raise ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
-        out: Tensor = _ShortConv.apply(x, weight, segments)
+        out: Tensor = _ShortConv.apply(x, weight, segments, addend)
         return out
-    return _forward(x, weight, segments, state)
+    return _forward(x, weight, segments, state, addend)
 
 
-def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
-    check_short_conv(x, weight, segments, state)
-    check_place("short_conv", x=x, weight=weight, state=state)
-    _check_segments(segments, state)
+def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None, addend: Tensor | None) -> Tensor:
+    check_short_conv(x, weight, segments, state, addend)
+    check_place("short_conv", x=x, weight=weight, state=state, addend=addend)
+    at = tables_of(segments, x.device)
+    _check_segments(at.host, segments, state)
     rows, width = x.shape
-    at, x, y = placed(segments, x.device), aligned(x), x.new_empty(rows, width)
-    held = y if state is None else state  # the pointer is not read without state
+    x, y = aligned(x), x.new_empty(rows, width)
+    held = y if state is None else state  # the pointer is not read without state, nor the next without addend
+    other = y if addend is None else aligned(addend)
     run(
         conv_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), x.device, MAP_TILE,
-        x, weight, held, _segment_of_row(at), at.slot, at.start, at.offset, y, rows, width, row_stride(x),
-        STATE=state is not None, TAPS=CONV_TAPS, M=MAP_TILE.m, N=MAP_TILE.n,
+        x, weight, held, at.segment, at.slot, at.start, at.offset, other, y, rows, width, row_stride(x),
+        row_stride(other) if addend is not None else 0,
+        STATE=state is not None, ADD=addend is not None, TAPS=CONV_TAPS, M=MAP_TILE.m, N=MAP_TILE.n,
     )  # fmt: skip
     if state is not None:
         run(
@@ -129,32 +140,25 @@ def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None
     return y
 
 
-def _check_segments(segments: Segments, state: Tensor | None) -> None:
-    """Raises ValueError for a segment without its state. Segments are on the CPU as `Segments.build` makes them; with
-    segments on a GPU this waits for the device."""
-    slot = segments.slot
-    bad = segments.start > 0 if state is None else (slot < 0) | (slot >= state.shape[0])
-    if bool(bad.any()):
-        raise no_such_state(segments, int(bad.int().argmax()), state)
-
-
-def _segment_of_row(segments: Segments) -> Tensor:
-    rows = torch.arange(segments.rows, dtype=torch.int32, device=segments.offset.device)
-    return torch.searchsorted(segments.offset, rows, right=True, out_int32=True) - 1
+def _check_segments(host: Host, segments: Segments, state: Tensor | None) -> None:
+    """Raises ValueError for a segment without its state."""
+    bad = host.start > 0 if state is None else (host.slot < 0) | (host.slot >= state.shape[0])
+    if bad.any():
+        raise no_such_state(segments, int(bad.argmax()), state)
 
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, segments):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, segments, addend):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.segments = segments
-        return _forward(x, weight, segments, None)
+        return _forward(x, weight, segments, None, addend)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        at, grad = placed(ctx.segments, x.device), aligned(grad)
-        segment, (rows, width) = _segment_of_row(at), x.shape
+        at, addend_grad, grad = tables_of(ctx.segments, x.device), grad, aligned(grad)
+        segment, (rows, width) = at.segment, x.shape
         dx, dweight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
         run(
             conv_backward_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), x.device, MAP_TILE,
@@ -167,7 +171,7 @@ class _ShortConv(torch.autograd.Function):
             x, grad, segment, at.offset, dweight, rows, width, row_stride(x), row_stride(grad),
             TAPS=CONV_TAPS, M=ROWS_TILE.m, N=ROWS_TILE.n,
         )  # fmt: skip
-        return dx, dweight, None
+        return dx, dweight, None, addend_grad if ctx.needs_input_grad[3] else None
 
 
 def specs() -> list[CompileSpec]:
@@ -177,10 +181,18 @@ def specs() -> list[CompileSpec]:
         rows, tables = {"rows": "i32", "width": "i32"}, dict.fromkeys(("segment", "slot", "start", "offset"), "*i32")
         own = {"segment": "*i32", "offset": "*i32"}
         sizes: dict[str, int | bool] = {"TAPS": CONV_TAPS, "M": MAP_TILE.m, "N": MAP_TILE.n}
-        forward = {"x": p, "weight": "*fp32", "state": p} | tables | {"y": p} | rows | {"x_row": "i32"}
+        forward = {"x": p, "weight": "*fp32", "state": p} | tables | {"addend": p, "y": p} | rows
+        forward |= {"x_row": "i32", "addend_row": "i32"}
         kernels = [
-            (f"short_conv, state {held}", conv_kernel, forward, sizes | {"STATE": held}, MAP_TILE)
+            (
+                f"short_conv, state {held}, addend {add}",
+                conv_kernel,
+                forward,
+                sizes | {"STATE": held, "ADD": add},
+                MAP_TILE,
+            )
             for held in (False, True)
+            for add in (False, True)
         ]
         kernels += [
             (
@@ -206,7 +218,7 @@ def specs() -> list[CompileSpec]:
             ),
         ]
         for name, kernel, signature, constants, tile in kernels:
-            even = tuple(a for a in signature if a != "rows")
+            even = tuple(a for a in signature if a not in ("rows", "weight"))
             spec = CompileSpec(f"{name}: {t}", kernel, signature, constants, even, tile.warps, tile.stages)
             out.append(spec)
     return out

@@ -8,12 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks.rows import check_embedding_sum, no_such_code
+from kernels.triton.deferred import settle, word_on
 from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, plain, row_stride, run
 from kernels.triton.tiles import BINS_TILE, MAP_TILE, PRECISION
 
 
-@triton.jit(do_not_specialize=["rows"])
-def embedding_kernel(codes, table, out, rows, channels, bins, width, M: tl.constexpr, N: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["table"])
+def embedding_kernel(codes, table, out, noticed, rows, channels, bins, width, M: tl.constexpr, N: tl.constexpr):
+    """A code outside 0 … bins - 1 counts as 0, and ``noticed`` is set (`kernels.triton.deferred`)."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)[None, :]
     live = row < rows
@@ -21,10 +23,15 @@ def embedding_kernel(codes, table, out, rows, channels, bins, width, M: tl.const
     codes += row.to(tl.int64) * channels
     table += column
     total = tl.zeros((M, N), tl.float32)
+    outside = tl.zeros((M,), tl.int32)
     for c in range(channels):
-        entry = tl.load(codes + c, live, other=0).to(tl.int64) + c * bins
+        code = tl.load(codes + c, live, other=0).to(tl.int64)
+        known = (code >= 0) & (code < bins)
+        outside = tl.where(known, outside, 1)
+        entry = tl.where(known, code, 0) + c * bins
         total += tl.load(table + (entry * width)[:, None], inside, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64)[:, None] * width + column, total.to(out.dtype.element_ty), inside)
+    tl.store(noticed, 1, tl.max(outside, 0) != 0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -52,7 +59,6 @@ def embedding_backward_kernel(
 
 
 def embedding_sum(codes: Tensor, table: Tensor, bins: int) -> Tensor:
-    """Waits for the device, to check that the codes are below ``bins``."""
     if torch.is_grad_enabled() and table.requires_grad:
         out: Tensor = _EmbeddingSum.apply(codes, table, bins)
         return out
@@ -63,16 +69,20 @@ def _forward(codes: Tensor, table: Tensor, bins: int) -> Tensor:
     check_embedding_sum(codes, table, bins)
     check_place("embedding_sum", codes=codes, table=table)
     codes = plain(codes)
+    (rows, channels), width = codes.shape, table.shape[1]
+    out, noticed = table.new_empty(rows, width), word_on(codes.device)
+    run(
+        embedding_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), out.device, MAP_TILE,
+        codes, table, out, noticed, rows, channels, bins, width, M=MAP_TILE.m, N=MAP_TILE.n,
+    )  # fmt: skip
+    settle(noticed, lambda: _explain(codes, bins))
+    return out
+
+
+def _explain(codes: Tensor, bins: int) -> None:
     outside = (codes < 0) | (codes >= bins)
     if bool(outside.any()):
         raise no_such_code(codes, int(outside.int().argmax()), bins)
-    (rows, channels), width = codes.shape, table.shape[1]
-    out = table.new_empty(rows, width)
-    run(
-        embedding_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), out.device, MAP_TILE,
-        codes, table, out, rows, channels, bins, width, M=MAP_TILE.m, N=MAP_TILE.n,
-    )  # fmt: skip
-    return out
 
 
 class _EmbeddingSum(torch.autograd.Function):
@@ -99,7 +109,7 @@ def specs() -> list[CompileSpec]:
     for t in SHORT.values():
         for code in ("u8", "i64"):
             p, pointer = f"*{t}", f"*{code}"
-            forward = {"codes": pointer, "table": p, "out": p} | sizes
+            forward = {"codes": pointer, "table": p, "out": p, "noticed": "*i32"} | sizes
             backward = {"codes": pointer, "grad": p, "dtable": p} | sizes | {"g_row": "i32"}
             one, other = MAP_TILE, BINS_TILE
             for name, kernel, signature, constants, tile in (
@@ -112,7 +122,7 @@ def specs() -> list[CompileSpec]:
                     other,
                 ),
             ):
-                even = tuple(a for a in signature if a != "rows")
+                even = tuple(a for a in signature if a not in ("rows", "table"))
                 name = f"{name}, {code} codes: {t}"
                 out.append(CompileSpec(name, kernel, signature, constants, even, tile.warps, tile.stages))
     return out

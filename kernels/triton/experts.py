@@ -15,36 +15,44 @@ from torch import Tensor
 
 from kernels.checks.weights import check_experts, check_rows, no_such_expert
 from kernels.layout import PackedExperts
+from kernels.triton.deferred import settle, word_on
 from kernels.triton.elementwise import combine
 from kernels.triton.launch import CompileSpec, aligned, check_place, plain, row_stride, run
 from kernels.triton.linear import chain, padded, weight_of
 from kernels.triton.tiles import PRECISION, Tile, expert_form, product_tile
 
 
-@triton.jit(do_not_specialize=["fan_out"])
+@triton.jit(do_not_specialize=["fan_out", "experts"])
 def gather_kernel(
-    a, b, c, expert, columns, depth, fan_out, a_row, b_expert, b_red, b_col,
+    a, b, c, expert, noticed, experts, columns, depth, fan_out, a_row, b_expert, b_red, b_col,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """c[r] = a[r // fan_out] @ b[expert[r]]; one program a row r and tile of columns."""
+    """c[r] = a[r // fan_out] @ b[expert[r]]; one program a row r and tile of columns. An expert that is none of
+    ``experts`` counts as 0, and ``noticed`` is set (`kernels.triton.deferred`)."""
     r = tl.program_id(1).to(tl.int64)
     live = tl.arange(0, M) == 0
     column = tl.program_id(0) * N + tl.arange(0, N)
     a_rows = a + (r // fan_out + tl.zeros((M,), tl.int64)) * a_row
-    b_columns = b + tl.load(expert + r).to(tl.int64) * b_expert + column.to(tl.int64) * b_col
+    e = tl.load(expert + r)
+    known = (e >= 0) & (e < experts)
+    b_columns = b + tl.where(known, e, 0).to(tl.int64) * b_expert + column.to(tl.int64) * b_col
     total = chain(a_rows, b_columns, live, column < columns, depth, 1, b_red, M, N, K, WIDEN)
+    tl.store(noticed, 1, known == 0)
     out = c + r * columns + column[None, :] + tl.zeros((M, N), tl.int64)
     tl.store(out, total.to(c.dtype.element_ty), live[:, None] & (column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["fan_out", "experts"])
+@triton.jit(do_not_specialize=["fan_out", "experts", "rows"])
 def grouped_kernel(
-    a, b, c, order, bound, tile_end, tile_expert, experts, columns, depth, fan_out, a_row, b_expert, b_red, b_col,
+    a, b, c, order, bound, tile_end, tile_expert, noticed, experts, rows, columns, depth, fan_out, a_row, b_expert,
+    b_red, b_col,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """As `gather_kernel`, for tiles of rows of one expert: ``order[bound[e] : bound[e + 1]]`` are expert e's rows, and
-    its last tile is ``tile_end[e] - 1``. Tiles beyond the last one have an expert >= ``experts`` and do nothing."""
+    its last tile is ``tile_end[e] - 1``. Tiles beyond the last one have an expert >= ``experts`` and do nothing. A row
+    of no expert is in no tile."""
     tile = tl.program_id(1)
+    tl.store(noticed, 1, (tl.load(bound) != 0) | (tl.load(bound + experts) != rows))
     e = tl.load(tile_expert + tile)
     if e < experts:
         end = tl.load(bound + e + 1)
@@ -110,7 +118,6 @@ def fill_experts(packed: PackedExperts) -> None:
 
 
 def expert_linear(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
-    """Waits for the device, to check that ``expert`` is in its range."""
     parts = [part for group in packed.groups for part in group]
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)):
         out: Tensor = _ExpertLinear.apply(x, packed, expert, fan_out, *parts)
@@ -123,13 +130,17 @@ def _forward(x: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> 
     check_rows("expert_linear", x, packed.cols, weight.dtype)
     rows = check_experts(x, expert, fan_out)
     check_place("expert_linear", x=x, packed=weight, expert=expert)
-    outside = (expert < 0) | (expert >= packed.experts)
-    if bool(outside.any()):
-        raise no_such_expert(expert, int(outside.int().argmax()), packed.experts)
-    out = x.new_empty(rows, packed.rows)
-    x = aligned(x)
-    expert_product(x, weight, plain(expert), fan_out, out, weight.shape[2], (1, weight.stride(1)), expert_form(rows))
+    out, noticed = x.new_empty(rows, packed.rows), word_on(x.device)
+    x, strides, form = aligned(x), (1, weight.stride(1)), expert_form(rows)
+    expert_product(x, weight, plain(expert), fan_out, out, weight.shape[2], strides, form, noticed)
+    settle(noticed, lambda: _explain(expert, packed.experts))
     return out
+
+
+def _explain(expert: Tensor, experts: int) -> None:
+    outside = (expert < 0) | (expert >= experts)
+    if bool(outside.any()):
+        raise no_such_expert(expert, int(outside.int().argmax()), experts)
 
 
 def expert_product(
@@ -141,25 +152,30 @@ def expert_product(
     depth: int,
     strides: tuple[int, int],
     form: str,
+    noticed: Tensor | None = None,
 ) -> None:
     """out[r] = a[r // fan_out] @ weight[expert[r]] over ``depth`` terms. ``strides`` are those of (term, column) within
-    an expert's weights, ``form`` is "gather" or "grouped"."""
+    an expert's weights, ``form`` is "gather" or "grouped"; ``noticed`` int32 [1] becomes 1 for an expert that is
+    none; None where all are known to be right."""
     rows, columns = out.shape
     tile, widen = _tile(a, weight), a.dtype != weight.dtype
     sizes = (columns, depth, fan_out, row_stride(a), weight.stride(0), *strides)
     constants = {"M": tile.m, "N": tile.n, "K": tile.k, "WIDEN": widen}
-    across = triton.cdiv(columns, tile.n)
+    across, experts = triton.cdiv(columns, tile.n), weight.shape[0]
+    noticed = expert.new_empty(1) if noticed is None else noticed
     if form == "gather":
-        run(gather_kernel, (across, rows), out.device, tile, a, weight, out, expert, *sizes, **constants)
+        run(
+            gather_kernel, (across, rows), out.device, tile, a, weight, out, expert, noticed, experts, *sizes,
+            **constants,
+        )  # fmt: skip
         return
-    experts = weight.shape[0]
     order, bound = sort_by_expert(expert, experts)
     tile_end = ((bound[1:] - bound[:-1] + tile.m - 1) // tile.m).cumsum(0, dtype=torch.int32)
     tiles = triton.cdiv(rows, tile.m) + min(experts, rows)  # enough, however the rows are distributed
     tile_expert = torch.searchsorted(
         tile_end, torch.arange(tiles, dtype=torch.int32, device=out.device), right=True, out_int32=True
     )
-    tables = (order, bound, tile_end, tile_expert, experts)
+    tables = (order, bound, tile_end, tile_expert, noticed, experts, rows)
     run(grouped_kernel, (across, tiles), out.device, tile, a, weight, out, *tables, *sizes, **constants)
 
 
@@ -209,7 +225,7 @@ class _ExpertLinear(torch.autograd.Function):
 def _input_gradient(grad: Tensor, weight: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:
     """grad [R, N] -> fp32 [T, K]: summed over n in ascending order, then over a row's fan-out in ascending order."""
     rows = grad.new_empty(expert.shape[0], packed.cols, dtype=torch.float32)
-    form = expert_form(expert.shape[0])
+    form = expert_form(expert.shape[0])  # the forward has seen that the experts are right
     expert_product(grad, weight, plain(expert), 1, rows, packed.rows, (weight.stride(1), 1), form)
     return rows if fan_out == 1 else combine(rows, rows.new_ones(expert.shape[0] // fan_out, fan_out))
 
@@ -220,12 +236,13 @@ def specs() -> list[CompileSpec]:
         tile = product_tile(torch.bfloat16 if t == "bf16" else torch.float32)
         sizes = {"M": tile.m, "N": tile.n, "K": tile.k, "WIDEN": False}
         pointers = {"a": f"*{t}", "b": f"*{t}"}
-        tables = {"order": "*i32", "bound": "*i32", "tile_end": "*i32", "tile_expert": "*i32", "experts": "i32"}
+        tables = dict.fromkeys(("order", "bound", "tile_end", "tile_expert", "noticed"), "*i32")
+        tables |= {"experts": "i32", "rows": "i32"}
         integers = {"columns": "i32", "depth": "i32", "fan_out": "i32", "a_row": "i32", "b_expert": "i32"}
         for use, one, stride, to in (("forward", "b_red", "b_col", t), ("input gradient", "b_col", "b_red", "fp32")):
             shared = ("a", "b", "c", "columns", "depth", "a_row", "b_expert", stride)
             for form, kernel, extra in (
-                ("gather", gather_kernel, {"expert": "*i32"}),
+                ("gather", gather_kernel, {"expert": "*i32", "noticed": "*i32", "experts": "i32"}),
                 ("grouped", grouped_kernel, tables),
             ):
                 signature = pointers | {"c": f"*{to}"} | extra | integers | {stride: "i32"}

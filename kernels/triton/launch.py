@@ -7,6 +7,7 @@ serves every call.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.checks.common import check_device
-from kernels.layout import Segments
+from kernels.checks.common import check_device, program_line
 from kernels.triton.tiles import FP_FUSION, Tile
 
 INTERPRET: bool = triton.knobs.runtime.interpret
@@ -31,6 +31,24 @@ ALIGN = 16  # Triton specialises on divisibility by 16: of a pointer in bytes, o
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
+PLACE = "cpu" if INTERPRET else "cuda"
+"""Type of the device on which the kernels' tensors lie."""
+
+Launch = Callable[[Any, tuple[int, ...], torch.device, tuple[Any, ...], dict[str, Any]], None]
+"""A kernel, its grid, its device, positional arguments, and by name its constants and how it is compiled."""
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    with contextlib.nullcontext() if INTERPRET else torch.cuda.device(device):
+        kernel[grid](*args, **named)
+
+
+launch: Launch = _launch
+"""How `run` launches. With `PLACE` all that a test replaces so that the host's code runs on a device of its own."""
+
+
 def run(
     kernel: Any, grid: tuple[int, ...], device: torch.device, tile: Tile, *args: Any, **constants: int | bool
 ) -> None:
@@ -38,16 +56,17 @@ def run(
     An empty grid launches nothing."""
     if 0 in grid:
         return
-    with contextlib.nullcontext() if INTERPRET else torch.cuda.device(device):
-        kernel[grid](*args, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=FP_FUSION)
+    compiled = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": FP_FUSION}
+    launch(kernel, grid, device, args, constants | compiled)
 
 
 def check_place(op: str, **tensors: Tensor | None) -> None:
     """Raises ValueError unless all of ``tensors`` are on one GPU, or on the CPU for the interpreter."""
-    check_device(op, "triton", "cpu" if INTERPRET else "cuda", **tensors)
+    check_device(op, "triton", PLACE, **tensors)
     places = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(places.values())) > 1:
-        raise ValueError(f"{op}: need one GPU; {', '.join(f'{name} is on {place}' for name, place in places.items())}")
+        found = ", ".join(f"{name} is on {place}" for name, place in places.items())
+        raise ValueError(f"{op}: need one GPU; {found} ({program_line()})")
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -74,23 +93,6 @@ def plain(x: Tensor) -> Tensor:
     """``x`` itself when it is contiguous and starts at a multiple of 16 bytes, else a copy of which that holds."""
     x = x.contiguous()
     return x if x.data_ptr() % ALIGN == 0 else x.clone()
-
-
-def placed(segments: Segments, device: torch.device) -> Segments:
-    """``segments`` with its tensors on ``device``: one copy for all, made when it is first asked for."""
-    if segments.slot.device == device:
-        return segments
-    copies = segments.__dict__.setdefault("_copies", {})
-    if device not in copies:
-        parts = (segments.slot, segments.start, segments.offset, segments.position)
-        # Each from an address that 16 divides, like tensors of their own: else Triton would compile for their places.
-        sizes = [-(-len(part) // 4) * 4 for part in parts]
-        packed = torch.zeros(sum(sizes), dtype=torch.int32)
-        for place, part in zip(packed.split(sizes), parts, strict=True):
-            place[: len(part)] = part
-        there = packed.to(device, non_blocking=True).split(sizes)
-        copies[device] = Segments(*(place[: len(part)] for place, part in zip(there, parts, strict=True)))
-    return copies[device]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, row_
 from kernels.triton.tiles import ROWS_TILE, norm_tile
 
 
-@triton.jit(do_not_specialize=["rows", "heads"])
+@triton.jit(do_not_specialize=["rows", "heads"], do_not_specialize_on_alignment=["weight"])
 def norm_kernel(x, weight, y, rows, heads, width, x_row, x_head, eps, M: tl.constexpr, N: tl.constexpr):
     """y = weight * round(x / sqrt(mean(x^2) + eps)); row r of y is x[r // heads, r % heads]."""
     row = tl.program_id(0) * M + tl.arange(0, M)
@@ -35,7 +35,7 @@ def norm_kernel(x, weight, y, rows, heads, width, x_row, x_head, eps, M: tl.cons
         tl.store(y_rows + column, (w * normed).to(y.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["rows", "heads"])
+@triton.jit(do_not_specialize=["rows", "heads"], do_not_specialize_on_alignment=["weight"])
 def norm_backward_kernel(
     x, weight, grad, dx, inverse, rows, heads, width, x_row, x_head, g_row, g_head, eps,
     M: tl.constexpr, N: tl.constexpr,
@@ -98,9 +98,8 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check_rms_norm(x, weight)
     check_place("rms_norm", x=x, weight=weight)
     out, width = x.new_empty(x.shape), weight.shape[0]
-    tile, weight = norm_tile(width), aligned(weight)
     x, heads, strides = _rows(x)
-    rows = out.numel() // width
+    rows, tile = out.numel() // width, norm_tile(width)
     run(
         norm_kernel, (triton.cdiv(rows, tile.m),), out.device, tile, x, weight, out, rows, heads, width, *strides, eps,
         M=tile.m, N=tile.n,
@@ -130,7 +129,7 @@ class _RmsNorm(torch.autograd.Function):
         inverse = x.new_empty(rows, dtype=torch.float32)
         (x, heads, strides), (grad, _, g_strides) = _rows(x), _rows(grad)
         run(
-            norm_backward_kernel, (triton.cdiv(rows, tile.m),), x.device, tile, x, aligned(weight), grad, dx, inverse,
+            norm_backward_kernel, (triton.cdiv(rows, tile.m),), x.device, tile, x, weight, grad, dx, inverse,
             rows, heads, width, *strides, *g_strides, ctx.eps, M=tile.m, N=tile.n,
         )  # fmt: skip
         if ctx.needs_input_grad[1]:
@@ -157,7 +156,7 @@ def specs() -> list[CompileSpec]:
                     {"x": p, "weight": p, "grad": p, "dx": p, "inverse": "*fp32"} | rows | strides | more,
                 ),
             ):
-                even = tuple(a for a in signature if a not in ("rows", "heads"))
+                even = tuple(a for a in signature if a not in ("rows", "heads", "weight"))
                 out.append(
                     CompileSpec(
                         f"rms_norm{name}, width {width}: {t}",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kernels.checks.updates import check_adamw, check_dot
 from kernels.layout import AdamWStep
-from kernels.reference.arithmetic import joined_lanes
 from kernels.triton.launch import CompileSpec, check_place, plain, run
 from kernels.triton.tiles import DOT_TILE, MAP_TILE
 
@@ -31,6 +30,19 @@ def dot_kernel(a, b, lanes, count, N: tl.constexpr, K: tl.constexpr):
         y = tl.load(b + place, inside, other=0.0).to(tl.float64)
         total += x * y
     tl.store(lanes + tl.program_id(0) * N + tl.arange(0, N), total)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def join_kernel(lanes, out, blocks):
+    """The sum of lanes [blocks, 8]: in each block lanes l and l + 4, then l + 2, then l + 1; then the blocks in order.
+    One program."""
+    total = tl.full((), 0.0, tl.float64)
+    for _ in range(blocks):
+        even = (tl.load(lanes) + tl.load(lanes + 4)) + (tl.load(lanes + 2) + tl.load(lanes + 6))
+        odd = (tl.load(lanes + 1) + tl.load(lanes + 5)) + (tl.load(lanes + 3) + tl.load(lanes + 7))
+        total += even + odd
+        lanes += 8
+    tl.store(out, total)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -57,7 +69,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     run(
         dot_kernel, (programs,), a.device, DOT_TILE, plain(a), plain(b), lanes, a.numel(), N=DOT_TILE.n, K=DOT_TILE.k
     )  # fmt: skip
-    return joined_lanes(lanes)
+    total = torch.empty((), dtype=torch.float64, device=a.device)
+    run(join_kernel, (1,), a.device, DOT_TILE, lanes, total, programs)
+    return total
 
 
 def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: AdamWStep) -> None:
@@ -80,6 +94,15 @@ def specs() -> list[CompileSpec]:
             {"a": "*fp32", "b": "*fp32", "lanes": "*fp64", "count": "i32"},
             {"N": DOT_TILE.n, "K": DOT_TILE.k},
             ("a", "b", "lanes"),
+            DOT_TILE.warps,
+            DOT_TILE.stages,
+        ),
+        CompileSpec(
+            "dot, lanes: fp64",
+            join_kernel,
+            {"lanes": "*fp64", "out": "*fp64", "blocks": "i32"},
+            {},
+            ("lanes", "out"),
             DOT_TILE.warps,
             DOT_TILE.stages,
         ),

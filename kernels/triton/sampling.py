@@ -25,6 +25,7 @@ from kernels.checks.logits import (
     check_logprob,
     check_sample,
 )
+from kernels.triton.deferred import settle, word_on
 from kernels.triton.launch import CompileSpec, check_place, plain, run
 from kernels.triton.tiles import VOCAB_TILE
 
@@ -118,10 +119,10 @@ def stats_kernel(
 
 @triton.jit
 def score_kernel(
-    logits, allowed, row_class, token, peak, log_sum, status, logp_out, temperature, VOCAB: tl.constexpr
+    logits, allowed, row_class, token, peak, log_sum, status, logp_out, noticed, temperature, VOCAB: tl.constexpr
 ):  # fmt: skip
-    """The log-prob of each row's token. Sets the row's status when it was 0 and the token is not allowed. Grid
-    (rows,)."""
+    """The log-prob of each row's token. Sets the row's status when it was 0 and the token is not allowed, and
+    ``noticed`` when the status is not 0 then (`kernels.triton.deferred`). Grid (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     code = tl.load(status + row)
     chosen = tl.load(token + row)
@@ -131,7 +132,9 @@ def score_kernel(
     x = tl.load(logits + row * VOCAB + chosen, mask=permitted, other=0.0)
     tl.store(logp_out + row, (tl.div_rn(x, temperature) - tl.load(peak + row)) - tl.load(log_sum + row))
     wrong = tl.where(inside, tl.where(permitted, 0, _NOT_ALLOWED), _BAD_TOKEN)
-    tl.store(status + row, tl.where(code == 0, wrong, code))
+    code = tl.where(code == 0, wrong, code)
+    tl.store(status + row, code)
+    tl.store(noticed, 1, code != 0)
 
 
 @triton.jit
@@ -223,17 +226,21 @@ def _stats(logits: Tensor, temperature: float, allowed: Tensor, row_class: Tenso
 def _score(
     op: str, logits: Tensor, token: Tensor, temperature: float, allowed: Tensor, row_class: Tensor, stats: _Stats
 ) -> Tensor:
-    """The tokens' log-probs. Raises ValueError for the first row whose status is not 0, for which it waits for the
-    device."""
-    chosen = torch.empty_like(stats.peak)
+    """The tokens' log-probs. Raises ValueError for the first row whose status is not 0, at once or as
+    `kernels.triton.deferred` says."""
+    chosen, noticed = torch.empty_like(stats.peak), word_on(logits.device)
     run(
         score_kernel, (len(chosen),), logits.device, VOCAB_TILE, logits, allowed.view(torch.uint8), row_class, token,
-        stats.peak, stats.log_sum, stats.status, chosen, float(temperature), VOCAB=logits.shape[1],
+        stats.peak, stats.log_sum, stats.status, chosen, noticed, float(temperature), VOCAB=logits.shape[1],
     )  # fmt: skip
-    bad = stats.status.nonzero()
-    if len(bad):
-        row = int(bad[0])
-        raise bad_row(op, row, int(stats.status[row]), logits, allowed, row_class, token)
+
+    def explain() -> None:
+        bad = stats.status.nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise bad_row(op, row, int(stats.status[row]), logits, allowed, row_class, token)
+
+    settle(noticed, explain)
     return chosen
 
 
@@ -282,7 +289,7 @@ def specs() -> list[CompileSpec]:
     common = {"logits": "*fp32", "allowed": "*u8", "row_class": "*i64", "peak": "*fp32", "log_sum": "*fp32"}
     stats = {"logits": "*fp32", "allowed": "*u8", "row_class": "*i64", "digest_out": "*i64", "status_out": "*i32"}
     stats |= dict.fromkeys(("peak_out", "log_sum_out", "entropy_out"), "*fp32")
-    score = common | {"token": "*i64", "status": "*i32", "logp_out": "*fp32"}
+    score = common | {"token": "*i64", "status": "*i32", "logp_out": "*fp32", "noticed": "*i32"}
     draw = common | {"key": "*i64", "status": "*i32", "token_out": "*i64"}
     gradient = common | {"token": "*i64"} | dict.fromkeys(("entropy", "dlogp", "dentropy", "dlogits"), "*fp32")
     blocks: dict[str, int | bool] = {"VOCAB": 200_064, "BLOCK": VOCAB_TILE.n}

@@ -32,12 +32,15 @@ class ShortConv(nn.Module):
         return self.conv1d.weight.view(-1, CONV_TAPS)
 
 
-def short_conv(x: Tensor, taps: Tensor, segments: Segments, past: Windows | None) -> Tensor:
-    """Causal depthwise convolution of x [T, C] with taps [C, 4] -> [T, C]. ``past``: the inputs before the first rows,
-    as a tensor, or a callable that stores them itself (vLLM's pages); None for zeros."""
+def short_conv(
+    x: Tensor, taps: Tensor, segments: Segments, past: Windows | None, addend: Tensor | None = None
+) -> Tensor:
+    """Causal depthwise convolution of x [T, C] with taps [C, 4], plus ``addend`` [T, C] -> [T, C]. ``past``: the inputs
+    before the first rows, as a tensor, or a callable that stores them itself (vLLM's pages); None for zeros."""
     if past is None or isinstance(past, Tensor):
-        return ops.short_conv(x, taps, segments, past)
-    return past(x, taps, segments)
+        return ops.short_conv(x, taps, segments, past, addend)
+    y = past(x, taps, segments)
+    return y if addend is None else addend + y
 
 
 @dataclass(slots=True)

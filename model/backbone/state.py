@@ -46,11 +46,9 @@ class LayerState:
 class _Pages:
     """Page table of one kind of layer: which pages each slot holds, and how many slots share each page."""
 
-    def __init__(self, pages: int, slots: int, max_pages: int, window: int | None, device: torch.device) -> None:
-        self.host = torch.full((slots, max_pages), -1, dtype=torch.int32)
-        self.rows = self.host.numpy()  # same memory; a scalar store here is ten times cheaper than through torch
-        self.table = self.host if device.type == "cpu" else self.host.to(device)  # what kernels read
-        self.changed = False
+    def __init__(self, pages: int, slots: int, max_pages: int, window: int | None) -> None:
+        self.table = torch.full((slots, max_pages), -1, dtype=torch.int32)  # on the CPU, wherever the pages are
+        self.rows = self.table.numpy()  # same memory; a scalar store here is ten times cheaper than through torch
         self.free = list(range(pages - 1, -1, -1))
         self.users = [0] * pages
         self.held: list[dict[int, int]] = [{} for _ in range(slots)]  # slot -> {page index: page id}, ascending
@@ -90,21 +88,13 @@ class _Pages:
         self._set(slot, index, page)
         return page
 
-    def copy_to_device(self) -> None:
-        """Updates the copy of the table that kernels read, where that is another one."""
-        if self.changed and self.table is not self.host:
-            self.table.copy_(self.host, non_blocking=True)
-        self.changed = False
-
     def _set(self, slot: int, index: int, page: int) -> None:
         self.held[slot][index] = page
         self.rows[slot, index] = page
-        self.changed = True
 
     def _release(self, slot: int, index: int) -> None:
         page = self.held[slot].pop(index)
         self.rows[slot, index] = -1
-        self.changed = True
         self.users[page] -= 1
         if self.users[page] == 0:
             self.free.append(page)
@@ -155,7 +145,8 @@ class SessionState:
             "lower the number of slots (rl.groups, rl.rollouts) or of tokens (rollout.max_tokens)",
             device,
         )
-        self._pages = {w: _Pages(counts[w], slots, max_pages, w, device) for w in dict.fromkeys(windows)}
+        self._pages = {w: _Pages(counts[w], slots, max_pages, w) for w in dict.fromkeys(windows)}
+        self.tables = tuple(pages.table for pages in self._pages.values())  # all that a forward pass reads
         self.layers: list[LayerState] = []
         self.conv_windows: list[list[Tensor]] = []  # every layer's convolution windows
         for window, layer in zip(windows, sizes, strict=True):
@@ -235,8 +226,6 @@ class SessionState:
                 for pages in self._pages.values():
                     pages.reserve(slot, start, end)
             self._length[slot] = end
-        for pages in self._pages.values():
-            pages.copy_to_device()
         if rows == len(slots):
             return self._one_row_each(slots, starts)
         return Segments.build(slots, starts, lengths)

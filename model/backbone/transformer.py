@@ -28,7 +28,7 @@ from model.backbone.attention import Attention, ShortConv, short_conv
 from model.backbone.embed import AudioTower, TextEmbedding, Weight
 from model.backbone.moe import DenseMLP, MixtureOfExperts
 from model.backbone.state import LayerState, SessionState
-from model.inputs import Inputs
+from model.inputs import Inputs, Placed
 from model.weights import packs
 from model.weights.draws import near_normal
 
@@ -101,11 +101,11 @@ class Layer(nn.Module):
         h = w.attention(ops.rms_norm(x, w.attn_norm, self.eps), segments, state, tau)
         if capture is not None:
             capture.append((f"{self.name}.self_attn", h))
-        x = x + short_conv(h, attn_taps, segments, attn_past)
+        x = short_conv(h, attn_taps, segments, attn_past, x)
         h = w.mlp(ops.rms_norm(x, w.mlp_norm, self.eps))
         if capture is not None:
             capture.append((f"{self.name}.mlp", h))
-        x = x + short_conv(h, mlp_taps, segments, mlp_past)
+        x = short_conv(h, mlp_taps, segments, mlp_past, x)
         if capture is not None:
             capture.append((self.name, x))
         return x
@@ -153,7 +153,7 @@ class InteractionModel(nn.Module):
         self.packed: PackedLinear | None = None  # the output head's
         self.generation = Generation()  # counts the updates of the weights
         self._versions: tuple[int, ...] = ()  # `_present()` at the last pack
-        self.tau: Tensor | None = None  # fp32 [positions], when log scaling is on
+        self.tau: Tensor | None = None  # fp32 [positions] on the CPU, when log scaling is on
 
     @property
     def device(self) -> torch.device:
@@ -189,8 +189,7 @@ class InteractionModel(nn.Module):
         for layer in self.layers:
             layer.pack()
         self.packed = ops.pack_linear(self.lm_head.weight)
-        tau = shapes.log_scale_table(self.config.text_config)
-        self.tau = None if tau is None else tau.to(self.device)
+        self.tau = shapes.log_scale_table(self.config.text_config)
         packs.mark_current(self, self.generation)
         self._versions = self._present()
 
@@ -213,36 +212,67 @@ class InteractionModel(nn.Module):
         """torch's count of in-place changes of each parameter."""
         return tuple(p._version for p in self.parameters())
 
+    def place(self, inputs: Inputs, state: SessionState | None, *more: Tensor) -> Placed:
+        """``inputs`` beside the kernels for one forward pass, and with them all that the host knows of it before, in
+        one copy: of ``more``, too, which the caller's own ops will need. Raises ValueError for a token or a code that
+        the embeddings lack."""
+        segments, tables = inputs.segments, () if state is None else state.tables
+        if self.device.type != "cpu":  # there the lookup itself would notice, but not raise
+            self._check_ids(inputs)
+        tau = () if self.tau is None else (self.tau[segments.position.cpu()],)
+        own = (inputs.tokens, inputs.codes, inputs.audio_rows, *tau)
+        segments, parts = ops.upload(segments, tables, *own, *more)
+        tokens, codes, rows = parts[:3]
+        return Placed(Inputs(tokens, codes, rows, segments), parts[3] if tau else None, parts[len(own) :])
+
+    def _check_ids(self, inputs: Inputs) -> None:
+        audio = self.config.audio_config
+        for name, ids, count in (
+            ("token", inputs.tokens, self.config.text_config.vocab_size),
+            ("code", inputs.codes, audio.mel_vocab_size),
+        ):
+            if ids.device.type != "cpu" or not ids.numel():
+                continue
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= count:
+                raise ValueError(f"InteractionModel: {name} {low if low < 0 else high} is outside 0..{count - 1}")
+
     def forward(
         self,
-        inputs: Inputs,
+        inputs: Inputs | Placed,
         state: SessionState | None = None,
         capture: Capture | None = None,
     ) -> Tensor:
         """T input rows -> hidden states [T, D] on the model's device, after the final norm and the division by the muP
         multiplier (`logits_mup_width_multiplier`).
 
-        ``inputs.segments`` is what ``state.extend`` returned, or, without state, says that every segment is a whole
-        sequence. ``capture`` collects the output of each sub-block, to find the first layer where two runs differ.
-        Raises RuntimeError before `pack`, StaleWeightsError between an update and `repack`."""
-        x = self._embed(inputs)
+        ``inputs`` that are not placed yet are placed first (`place`). Their segments are what ``state.extend``
+        returned, or, without state, say that every segment is a whole sequence. ``capture`` collects the output of each
+        sub-block, to find the first layer where two runs differ. Raises RuntimeError before `pack`, StaleWeightsError
+        between an update and `repack`."""
+        placed = inputs if isinstance(inputs, Placed) else self.place(inputs, state)
+        x = self._embed(placed.inputs)
         if capture is not None:
             capture.append(("embed", x))
-        return self.run(x, inputs.segments, None if state is None else state.layers, capture)
+        return self._run(x, placed.inputs.segments, None if state is None else state.layers, placed.tau, capture)
 
-    def run(
+    def run(self, x: Tensor, segments: Segments, layers: Sequence[LayerState] | None = None) -> Tensor:
+        """As `forward`, but from embedded rows x [T, D]; ``layers``: each layer's state, None for whole sequences."""
+        tau = None if self.tau is None else self.tau[segments.position.cpu()].to(x.device, non_blocking=True)
+        return self._run(x, segments, layers, tau, None)
+
+    def _run(
         self,
         x: Tensor,
         segments: Segments,
-        layers: Sequence[LayerState] | None = None,
-        capture: Capture | None = None,
+        layers: Sequence[LayerState] | None,
+        tau: Tensor | None,
+        capture: Capture | None,
     ) -> Tensor:
-        """As `forward`, but from embedded rows x [T, D]; ``layers``: each layer's state, None for whole sequences."""
         if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
         if torch.is_grad_enabled() and self._versions != self._present():  # changed without mark_changed
             raise stale_weights("InteractionModel")
-        tau = None if self.tau is None else self.tau[segments.position.to(self.tau.device, non_blocking=True)]
         for i, layer in enumerate(self.layers):
             layer_tau = tau if layer.window is None else None
             x = layer.run(x, segments, None if layers is None else layers[i], layer_tau, capture)
@@ -250,7 +280,6 @@ class InteractionModel(nn.Module):
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier
 
     def _embed(self, inputs: Inputs) -> Tensor:
-        inputs = inputs.to(self.device, non_blocking=True)
         tokens, rows = inputs.tokens, inputs.audio_rows
         if rows.shape[0] == 0:
             return self.model.language_model.embed_tokens(tokens)

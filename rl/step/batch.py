@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import ops
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from model.logprob import TokenClasses
@@ -46,6 +47,7 @@ def choice_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The learner's (log-prob fp32, entropy fp32 in nats, row digest int64) of each chosen token, [N] each, under
     autograd. ``temperature`` divides the logits."""
-    hidden = model(batch.inputs)
-    row = batch.row.to(hidden.device, non_blocking=True)
-    return classes.logprob(model.logits(hidden[row]), batch.target, batch.row_class, temperature)
+    with ops.deferred():  # the host waits once, at the end of the block
+        placed = model.place(batch.inputs, None, batch.row, batch.target, batch.row_class)
+        row, target, row_class = placed.more
+        return classes.logprob(model.logits(model(placed)[row]), target, row_class, temperature)

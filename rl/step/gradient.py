@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import ops
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
@@ -47,12 +48,14 @@ def gradient_of(
     Raises MetronomeError when a log-prob is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     total: list[Tensor] | None = None
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, ...]] = []
     for first in range(0, len(episodes), micro_batch):
         batch = collate(episodes[first : first + micro_batch], model.audio_token_id)
         logprob, entropy, digest = choice_logprobs(model, batch, classes, temperature)
-        if not torch.isfinite(logprob).all():
-            where = int((~torch.isfinite(logprob)).nonzero()[0])
+        seen.append(ops.fetch(logprob.detach(), entropy.detach(), digest))
+        finite = torch.isfinite(seen[-1][0])
+        if not finite.all():
+            where = int((~finite).nonzero()[0])
             raise MetronomeError(
                 f"the learner's log-prob of token {int(batch.target[where])} in episode "
                 f"{first + int(batch.owner[where])}, chunk {int(batch.chunk[where])}, is {logprob[where].item()}: the "
@@ -61,6 +64,5 @@ def gradient_of(
         weight = torch.cat(list(weights[first : first + micro_batch])).to(logprob.device, non_blocking=True)
         loss = -objective(Tokens(logprob, entropy, weight))
         total = tree.over_micro_batches(total, torch.autograd.grad(loss, parameters, materialize_grads=True))
-        seen.append((logprob.detach().cpu(), entropy.detach().cpu(), digest.cpu()))
     assert total is not None, "no episodes"
     return Gradient(tuple(total), *(torch.cat(column) for column in zip(*seen, strict=True)))

@@ -1,9 +1,9 @@
 """``python -m rollout.bench.graph [--json FILE]``: a decode step as one CUDA graph, an experiment.
 
-The ops check arguments by waiting for the device (ranges of experts, pages, the status of a row), which cannot be
-captured. This bench removes those checks, keeps the attention's tile tables on the device, captures one decode step of
-R sessions and replays it: the cost of a step without work on the host. The bits are compared with those of the engine's
-way. Nothing else uses this; the exit status is 0 if everything was measured.
+A copy from the host and a wait for the device cannot be captured. This bench sends what the host knows before the step
+once, captures one decode step of R sessions between that and the read-out, and replays it: the cost of a step without
+work on the host. The bits are compared with those of the engine's way. Nothing else uses this; the exit status is 0 if
+everything was measured.
 
 For the Triton backend; ``--dry`` runs the same ops without a capture, in the interpreter.
 """
@@ -18,26 +18,18 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.errors import MetronomeError
-from kernels.layout import SPLIT_TOKENS, Segments
 from kernels.tools.device_time import wait
-from kernels.triton import attention, attention_forward, conv, experts, sampling
-from kernels.triton.attention_parts import sizes, tiles_of
-from kernels.triton.launch import aligned, plain, run
-from kernels.triton.tiles import VOCAB_TILE, expert_form
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
-from model.inputs import Inputs
+from model.inputs import Inputs, Placed
 from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json
@@ -61,51 +53,13 @@ class Step:
     sessions: int
     history: int
     engine_ms: float  # as the engine does it
-    unchecked_ms: float  # without checks and waits, launched by the host
+    waitless_ms: float  # between upload and read-out, launched by the host
     graph_ms: float  # replayed, with a wait after each
     back_to_back_ms: float  # replayed many times, one wait at the end
     same_bits: bool  # of the graph's tokens, log-probs and digests and the engine's
 
 
 Result = tuple[Tensor, Tensor, Tensor]
-
-
-@contextmanager
-def unchecked(tables: dict[int, Tensor]) -> Iterator[None]:
-    """Replaces ops by versions without checks, for one row per session. ``tables``: `tiles_of` by size, on the
-    device."""
-
-    def expert_forward(x: Tensor, packed: Any, expert: Tensor, fan_out: int) -> Tensor:
-        weight = experts.weight_of(packed, "expert_linear")
-        out, x = x.new_empty(expert.shape[0], packed.rows), aligned(x)
-        strides = (1, weight.stride(1))
-        form = expert_form(expert.shape[0])
-        experts.expert_product(x, weight, plain(expert), fan_out, out, weight.shape[2], strides, form)
-        return out
-
-    def score(
-        op: str, logits: Tensor, token: Tensor, temperature: float, allowed: Any, kind: Any, stats: Any
-    ) -> Tensor:
-        chosen = torch.empty_like(stats.peak)
-        run(
-            sampling.score_kernel, (len(chosen),), logits.device, VOCAB_TILE, logits, allowed.view(torch.uint8), kind,
-            token, stats.peak, stats.log_sum, stats.status, chosen, float(temperature), VOCAB=logits.shape[1],
-        )  # fmt: skip
-        return chosen
-
-    replaced: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-        (attention, "_check_pages", lambda *_: None),
-        (conv, "_check_segments", lambda *_: None),
-        (conv, "placed", lambda segments, _: segments),
-        (conv, "_segment_of_row", lambda segments: segments.offset[:-1]),  # row r is segment r
-        (attention_forward, "tiles_of", lambda segments, slot, size: tables[size]),
-        (experts, "_forward", expert_forward),
-        (sampling, "_score", score),
-    )
-    with ExitStack() as stack:
-        for module, name, value in replaced:
-            stack.enter_context(mock.patch.object(module, name, value))
-        yield
 
 
 def median_ms(call: Callable[[], object], repeat: int) -> float:
@@ -143,32 +97,27 @@ def measure(model: InteractionModel, name: str, dtype: str, sessions: int, histo
         for x, y in zip(memory, before, strict=True):
             x.copy_(y)
 
-    def as_it_is() -> Result:
-        hidden = model(Inputs.of(tokens, none, segments, model.audio_token_id), state)
-        return ops.sample(model.logits(hidden), 1.0, keys.to(device), allowed, kinds.to(device))
+    inputs = Inputs.of(tokens, none, segments, model.audio_token_id)
 
-    parts = (segments.slot, segments.start, segments.offset, segments.position)
-    on_device = Segments(*(part.clone().to(device) for part in parts))
-    inputs = [x.to(device) for x in (tokens, keys, kinds)]
+    def step(placed: Placed) -> Result:
+        key, kind = placed.more
+        return ops.sample(model.logits(model(placed, state)), 1.0, key, allowed, kind)
 
-    def without_checks() -> Result:
-        x = model.model.language_model.embed_tokens(inputs[0])
-        return ops.sample(model.logits(model.run(x, on_device, state.layers)), 1.0, inputs[1], allowed, inputs[2])
+    def as_it_is() -> tuple[Tensor, ...]:
+        with ops.deferred():
+            return ops.fetch(*step(model.place(inputs, state, keys, kinds)))
 
-    heads = {(layer.self_attn.heads, layer.self_attn.kv_heads, layer.self_attn.head_dim) for layer in model.layers}
-    of_heads = [sizes(model.dtype, *shape) for shape in heads]
-    needed = {SPLIT_TOKENS, *(size["ROWS"] // size["GROUP_PAD"] for size in of_heads)}
-    tables = {size: tiles_of(segments, segments.slot, size).to(device) for size in needed}
-    expected = [x.clone() for x in as_it_is()]
+    expected = as_it_is()
     engine_ms = median_ms(as_it_is, repeat)
     restore()
-    with unchecked(tables):
-        got = without_checks()
-        unchecked_ms = graph_ms = back_to_back_ms = median_ms(without_checks, repeat)
+    with ops.deferred():
+        placed = model.place(inputs, state, keys, kinds)
+        got = step(placed)
+        waitless_ms = graph_ms = back_to_back_ms = median_ms(lambda: step(placed), repeat)
         if not dry:
-            got, graph_ms, back_to_back_ms = _captured(without_checks, restore)
-    same = all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-    return Step(name, dtype, sessions, history, engine_ms, unchecked_ms, graph_ms, back_to_back_ms, same)
+            got, graph_ms, back_to_back_ms = _captured(lambda: step(placed), restore)
+        same = all(torch.equal(a, b) for a, b in zip(expected, ops.fetch(*got), strict=True))
+    return Step(name, dtype, sessions, history, engine_ms, waitless_ms, graph_ms, back_to_back_ms, same)
 
 
 def _captured(call: Callable[[], Result], restore: Callable[[], None]) -> tuple[Result, float, float]:

@@ -16,13 +16,14 @@ before the mode token.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels import ops
 from kernels.errors import MetronomeError
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
@@ -199,19 +200,20 @@ class SessionEngine:
         segments = self.state.extend(list(by_slot), lengths)
         self._rows += segments.rows
         tokens = torch.tensor([t for part in new_tokens for t in part])
-        hidden = self.model(Inputs.of(tokens, codes, segments, self.vocabulary.audio), self.state)
-        if len(by_slot) == 1:
-            hidden = hidden[-1:]
-        elif segments.rows > len(by_slot):
-            hidden = hidden[self._on_device([end - 1 for end in accumulate(lengths)])]
-        logits = self.model.logits(hidden)
-        if len(by_slot) < len(sessions):
-            index = {slot: i for i, slot in enumerate(by_slot)}
-            rows = self._on_device([index[s.slot] for s in sessions])
-            hidden, logits = hidden[rows], logits[rows]
+        inputs = Inputs.of(tokens, codes, segments, self.vocabulary.audio)
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
         classes, temperatures = torch.full((len(sessions),), row_class), [s.temperature for s in sessions]
-        sampled, logprob, digest = self.vocabulary.classes.sample_rows(logits, keys, classes, temperatures)
+        last, of_session = self._rows_to_sample(sessions, by_slot, lengths)
+        with ops.deferred():  # the host waits once, in fetch, and what went wrong before that is raised there
+            placed = self.model.place(inputs, self.state, keys, classes, *last, *of_session)
+            keys, classes, *indices = placed.more
+            hidden = self.model(placed, self.state)
+            hidden = hidden[indices[0]] if last else hidden[-len(by_slot) :]
+            logits = self.model.logits(hidden)
+            if of_session:
+                hidden, logits = hidden[indices[-1]], logits[indices[-1]]
+            sample = self.vocabulary.classes.sample_rows
+            sampled, logprob, digest = ops.fetch(*sample(logits, keys, classes, temperatures))
         drawn = sampled.tolist()
         for session, t, p, d in zip(sessions, drawn, logprob.tolist(), digest.tolist(), strict=True):
             session.computed = len(session.tokens)
@@ -223,8 +225,18 @@ class SessionEngine:
             self._unshare(sessions, drawn)
         return drawn
 
-    def _on_device(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows).to(self.model.device, non_blocking=True)
+    def _rows_to_sample(
+        self, sessions: Sequence[Session], by_slot: Mapping[int, Session], lengths: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(the last row of each slot, unless they are the pass's last rows; each session's slot as its place in
+        ``by_slot``, unless each has its own), as lists of one or no index tensor."""
+        last, of_session = [], []
+        if 1 < len(by_slot) < sum(lengths):
+            last = [torch.tensor([end - 1 for end in accumulate(lengths)])]
+        if len(by_slot) < len(sessions):
+            index = {slot: i for i, slot in enumerate(by_slot)}
+            of_session = [torch.tensor([index[s.slot] for s in sessions])]
+        return last, of_session
 
     def _unshare(self, sessions: Sequence[Session], inputs: Sequence[int | bytes]) -> None:
         """Separates sessions that share a slot and have different ``inputs`` (next token, or audio as bytes): sessions

@@ -94,6 +94,26 @@ def test_float64_oracle(dtype: torch.dtype) -> None:
     assert bool(((ops.short_conv(x, weight, segments).double() - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_addend_is_added_as_torch_adds(dtype: torch.dtype) -> None:
+    """By the bit, rounded first and then added; with a state, strided, and under autograd."""
+    segments, weight = Segments.build([1, 0], [3, 0], [4, 30]), normal(1, 61, 4)
+    x, addend = normal(2, 34, 61, dtype=dtype), normal(3, 34, 61, dtype=dtype) * 3
+    state = normal(4, 2, 3, 61, dtype=dtype)
+    past, wide = state.clone(), state.clone().float()
+    wanted = addend + ops.short_conv(x, weight, segments, past)
+    got = ops.short_conv(x, weight, segments, state, strided(addend))
+    assert torch.equal(got, wanted) and torch.equal(state, past)
+    once = (addend.float() + ops.short_conv(x.float(), weight, segments, wide)).to(dtype)
+    assert torch.equal(once, wanted) == (dtype == torch.float32)  # the control: rounded once, bf16 is another sum
+    leaves = [t.clone().requires_grad_() for t in (x, weight, addend)]
+    ops.short_conv(leaves[0], leaves[1], from_start([4, 30]), None, leaves[2]).backward(addend)
+    others = [t.clone().requires_grad_() for t in (x, weight, addend)]
+    (others[2] + ops.short_conv(others[0], others[1], from_start([4, 30]))).backward(addend)
+    for a, b in zip(leaves, others, strict=True):
+        assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_gradients(dtype: torch.dtype, bound: float) -> None:
     segments = from_start([1, 2, 3, 4, 50])
@@ -116,6 +136,9 @@ def test_errors() -> None:
         ops.short_conv(x, weight, Segments.build([7], [0], [5]), torch.zeros(2, 3, 8))
     with pytest.raises(ValueError, match=r"state is torch.float32 \(2, 3, 7\)"):
         ops.short_conv(x, weight, from_start([5]), torch.zeros(2, 3, 7))
+    for addend in (x[1:], x.bfloat16()):
+        with pytest.raises(ValueError, match=r"addend is torch.*, not torch.float32 \[5, 8\]"):
+            ops.short_conv(x, weight, from_start([5]), None, addend)
     with pytest.raises(ValueError, match="with state there is no gradient"):
         ops.short_conv(x.requires_grad_(), weight, from_start([5]), torch.zeros(2, 3, 8))
     with pytest.raises(ValueError, match=r"weight is torch.float32 \(7, 4\)"):

@@ -22,6 +22,7 @@ SHARED = [
     "test_attention.py",
     "test_attention_numbers.py",
     "test_conv.py",
+    "test_devices.py",
     "test_embedding.py",
     "test_experts.py",
     "test_linear.py",

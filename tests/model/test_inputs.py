@@ -61,11 +61,3 @@ def test_what_does_not_fit_together_is_refused() -> None:
         Inputs.of(one.tokens, one.codes[1:], inputs.segments, AUDIO)
     with pytest.raises(ValueError, match="the spans have 4 rows, segments 20"):
         inputs.part([(0, 2, 6)], inputs.segments)
-
-
-def test_to_moves_rows_and_leaves_segments_on_the_host() -> None:
-    inputs = Inputs.cat([random_rows(0, 20)], AUDIO)
-    assert inputs.to(torch.device("cpu")) is inputs
-    moved = inputs.to(torch.device("meta"))
-    assert {x.device.type for x in (moved.tokens, moved.codes, moved.audio_rows)} == {"meta"}
-    assert moved.segments is inputs.segments

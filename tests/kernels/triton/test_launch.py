@@ -28,6 +28,7 @@ from kernels.triton import (
     norm,
     router,
     sampling,
+    tables,
     tiles,
 )
 from tests.kernels.backend import device
@@ -63,11 +64,12 @@ def _compiled_for(kernel: Any, name: str, x: Any) -> Any:
     """Of an argument, what Triton compiles in; and the value itself of a size that a sum could follow.
 
     The gradient of a linear layer's weights (``a_row`` is 1), a sum over rows, is compared by its tile alone."""
+    options = kernel.kwargs if launch.INTERPRET else vars(kernel)
     if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
+        anywhere = name in (options["do_not_specialize_on_alignment"] or ())
+        return x.dtype, anywhere or x.data_ptr() % 16 == 0
     if isinstance(x, float):
         return float
-    options = kernel.kwargs if launch.INTERPRET else vars(kernel)
     if name in (options["do_not_specialize"] or ()):
         return int
     specialised = x == 1, x % 16 == 0
@@ -222,7 +224,7 @@ def test_query_tiles_lie_by_position(dtype: torch.dtype) -> None:
     for start in (0, 5, 777, MOST):
         for length in (1, 2, 63, 64, 65, 1000):
             segments = Segments.build([0], [start], [length])
-            found = attention_parts.tiles_of(segments, torch.tensor([0]), queries)
+            found = tables.tiles_of(tables.Host.of(segments), queries)
             assert (found[:, 4] % queries == 0).all()
             assert found[0, 4] <= start and found[-1, 4] + queries >= start + length
             assert len(found) == (start + length - 1) // queries - start // queries + 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.layout import PackedExperts, PackedLinear, PagedKV, Segments
+from kernels.upload import receive, send
 from tests.support.pretend.device import DEVICE, PretendTensor, bare, ledger, where
 
 
@@ -73,6 +75,19 @@ class PretendBackend:
     def instruction_set(self) -> str:
         return DEVICE
 
+    def upload(
+        self, segments: Segments, page_tables: Sequence[Tensor], parts: tuple[Tensor, ...]
+    ) -> tuple[Segments, tuple[Tensor, ...]]:
+        moving = [part for part in parts if not isinstance(part, PretendTensor)]
+        sent = iter(send(moving, torch.device(DEVICE)))
+        return segments, tuple(part if isinstance(part, PretendTensor) else next(sent) for part in parts)
+
+    def deferred(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def fetch(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(receive(parts))
+
     def pack_linear(self, parts: tuple[Tensor, ...]) -> PackedLinear:
         packed = PackedLinear.build(parts)
         self._take("pack_linear", parts, "parts")
@@ -97,7 +112,8 @@ class PretendBackend:
         if isinstance(x, Segments):
             return Segments(*(bare(part) for part in (x.slot, x.start, x.offset, x.position)))
         if isinstance(x, PagedKV):
-            return replace(x, **{n: self._take(op, vars(x)[n], f"cache.{n}") for n in ("key", "value", "table")})
+            pages = {n: self._take(op, vars(x)[n], f"cache.{n}") for n in ("key", "value")}
+            return replace(x, **pages, table=bare(x.table))
         if isinstance(x, PackedLinear):
             parts = tuple(self._take(op, part, name) for part in x.parts)
             return replace(x, parts=parts, data={key: bare(value) for key, value in x.data.items()})
