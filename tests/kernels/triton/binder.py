@@ -243,6 +243,13 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
         for at in segments(n).values():
             both(lambda x, w, at=at: ops.short_conv(x, w, at), how, rows(n, how), taps)
 
+    def conv_of_residual(n: int, how: str) -> None:
+        for at in segments(n).values():
+            added = rows(n, how)
+            both(lambda x, w, y, at=at: ops.short_conv(x, w, at, addend=y), how, rows(n, how), taps, added)
+            with torch.no_grad():
+                ops.short_conv(rows(n, how), taps, at, state, added)
+
     def conv_of_sessions(n: int, how: str) -> None:
         with torch.no_grad():
             for at in (decode(n), *segments(n).values()):
@@ -281,6 +288,7 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
         "rms_norm of heads": lambda n, how: both(lambda x, w: ops.rms_norm(x, w, 1e-6), how, heads(n, how, 4), scale),
         "short_conv": conv,
         "short_conv of sessions": conv_of_sessions,
+        "short_conv with a residual": conv_of_residual,
         "attention": attention,
         "attention of sessions": pages_of_sessions,
         "embedding_sum": codes,

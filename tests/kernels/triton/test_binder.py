@@ -18,7 +18,8 @@ import pytest
 from tests.kernels.backend import OPS
 
 ROOT = Path(__file__).parents[3]
-NO_KERNEL = {"pack_linear", "pack_experts", "repack", "scale"}  # copies; a product of torch's, and dot
+NO_KERNEL = {"upload", "fetch", "deferred", "pack_linear", "pack_experts", "repack"}  # copies
+NO_KERNEL |= {"scale"}  # a product of torch's, and dot
 
 
 @pytest.fixture(scope="module")
