@@ -97,4 +97,8 @@ def _back(x: Any) -> Any:
 
 
 OPS = tuple(name for name, value in vars(_ops).items() if isfunction(value))
+BETWEEN = frozenset({"upload", "deferred", "fetch"})
+"""Those that only move tensors between host and device, which may lie on either side."""
+COPIES = BETWEEN | {"pack_linear", "pack_experts", "repack"}
+"""Those that compute nothing."""
 ops = SimpleNamespace(**{name: there(getattr(_ops, name)) for name in OPS})

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.backend import OPS
+from tests.kernels.backend import COPIES, OPS
 
 ROOT = Path(__file__).parents[3]
-NO_KERNEL = {"upload", "fetch", "deferred", "pack_linear", "pack_experts", "repack"}  # copies
-NO_KERNEL |= {"scale"}  # a product of torch's, and dot
+NO_KERNEL = COPIES | {"scale"}  # a product of torch's, and dot
 
 
 @pytest.fixture(scope="module")
