@@ -11,10 +11,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from torch.utils import backend_registration
 
 from kernels import dispatch
+from kernels.errors import MetronomeError
+from model.program import gpu
 from rl.audit import command
 from rl.fingerprint import compared
 from rollout.record.episode import load_episodes, pack_episodes
@@ -24,9 +28,7 @@ from tests.support.settings import ROOT
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not pytest.importorskip("torch.utils.backend_registration").__dict__.get(
-            "_setup_privateuseone_for_python_backend"
-        ),
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
         reason="this torch cannot make a device of Python: it lacks _setup_privateuseone_for_python_backend",
     ),
 ]
@@ -138,8 +140,12 @@ def test_the_page_and_a_resumed_run_do_too(thread: Thread, whole: Path) -> None:
     assert episodes(runs / "cut") == episodes(whole)
 
 
-def test_an_audit_goes_where_the_run_was(thread: Thread, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_audit_goes_where_the_run_was(
+    thread: Thread, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, said = thread
+    monkeypatch.delenv("METRONOME_BACKEND", raising=False)
+    monkeypatch.setattr(gpu, "check", Mock(side_effect=MetronomeError("there is no GPU")))
     assert said["audit"][0] == 0 and "Audit: identical. 0 of" in said["audit"][1]
     before = dispatch.backend()
     for given, note in ([], True), (["--device", "cpu"], False):
@@ -147,7 +153,7 @@ def test_an_audit_goes_where_the_run_was(thread: Thread, capsys: pytest.CaptureF
             command.main(["--run", str(runs / "gpu"), "--fail-on", "mismatch", *given])
         shown = capsys.readouterr().out
         assert "Audit: not comparable: 6 of 6 saved episodes differ in contract" in shown
-        assert ("The run was on a GPU; the audit is not" in shown) == note
+        assert ("under another contract: there is no GPU\n" in shown) == note
     assert dispatch.backend() is before
 
 
