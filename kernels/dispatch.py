@@ -60,6 +60,9 @@ def _load(name: str) -> Backend:
 
         return reference
     if name == "triton":
+        from kernels.triton import library
+
+        library.check()
         from kernels.triton import backend as triton
 
         return triton

@@ -133,7 +133,8 @@ def findings(report: Report) -> Iterator[Finding]:
         yield Finding("tests of the ops", not bad and passed > 0, text.strip())
     for one in report["latency"]:
         bits = f"{one['unequal']} of {one['tokens']:,} tokens unequal"
-        text = f"{one['tick_ms']:.1f} ms, learner {one['learn_ms']:.0f} ms, {bits}"
+        waits = f"{sum(one['waits'].values())} waits of the host in {one['forwards']} forwards"
+        text = f"{one['tick_ms']:.1f} ms, {waits}, learner {one['learn_ms']:.0f} ms, {bits}"
         yield Finding(f"micro-turn, {_case(one)}", one["unequal"] == 0, text)
     for one in report["graph"]:
         text = f"{one['graph_ms']:.2f} ms as a graph, {one['engine_ms']:.1f} ms as it is, bits "

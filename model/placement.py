@@ -2,6 +2,11 @@
 
 Decided once, from the recipe, before DeepSpeed is imported or processes are joined. Everything else asks the model, or
 `kernels.dispatch.device`.
+
+A checkpoint crosses from one device to another: its weights and optimizer's moments are the same bits there, and so is
+all that the host makes: codes, seeds, scenarios, the user's audio, the keys and random bits of the noise. What is
+computed from these is another contract's (`kernels.dispatch.contract`). So a run is resumed and audited where it began,
+and elsewhere refused by name; a new run begins from its weights anywhere (``model.checkpoint``).
 """
 
 from __future__ import annotations

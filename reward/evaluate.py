@@ -33,6 +33,7 @@ from scipy.stats import spearmanr
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
+from model.placement import Placement, PlacementConfig
 from model.program.files import whole_folder, write_json
 from model.program.folders import locked
 from model.program.outputs import OutputFile, check_folder
@@ -83,12 +84,14 @@ class EvaluateConfig:
     speech_dir: FilePath | None = None
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     unseen: UnseenPolicy = field(default_factory=UnseenPolicy)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.evaluate", "Evaluate reward models.", EvaluateConfig, arguments).config
     unseen = config.unseen
     check_context("unseen.max_tokens", unseen.max_tokens, config.scenarios.most_chunks, unseen.words_per_chunk)
+    Placement.enter(config.placement, "float32")
     with ExitStack() as held:
         for folder in sorted({os.path.realpath(one) for one in config.models}):
             held.enter_context(locked(Path(folder)))
@@ -184,10 +187,9 @@ def differences(model: RewardModel, axis: str, pairs: Sequence[Preference]) -> t
     several pairs is scored once."""
     stretches = [*(p.chosen for p in pairs), *(p.rejected for p in pairs)]
     conversations, indices = distinct(stretches)
-    owner = torch.tensor(indices)
     first, end = torch.tensor([s.first for s in stretches]), torch.tensor([s.end for s in stretches])
     scores = stretch_scores(
-        model.score(conversations), owner, first, end, torch.full_like(owner, model.axes.index(axis))
+        model.score(conversations), indices, first, end, torch.full_like(first, model.axes.index(axis))
     )
     chosen, rejected = scores.chunk(2)
     return chosen - rejected

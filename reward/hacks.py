@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from model.placement import Placement, PlacementConfig
 from model.program.files import write_json
 from model.program.outputs import OutputFile
 from model.program.ranges import FilePath, FilePaths, Some
@@ -128,6 +129,7 @@ class HacksConfig:
     scenarios: Some = 100  # held-out, of each family
     speech_dir: FilePath | None = None
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)  # of the reward models
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ def basis(rows: Sequence[Row], scenarios: int, models: Sequence[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.hacks", "What rewards say of hacks.", HacksConfig, arguments).config
+    Placement.enter(config.placement, "float32")
     source = RewardSource.load(config.scenario, SourceConfig(models=config.models))
     bank = SpeechBank.open(config.speech_dir)
     rows = []

@@ -31,6 +31,7 @@ from typing import Annotated
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.placement import Placement, PlacementConfig
 from model.program.folders import locked
 from model.program.outputs import OutputFolder
 from model.program.ranges import (
@@ -123,6 +124,7 @@ class PairsConfig:
     corruptions: CorruptionRecipe = field(default_factory=CorruptionRecipe)
     rollouts: RolloutRecipe = field(default_factory=RolloutRecipe)
     human: FilePaths = ()  # files of labels by people (reward.learned.human)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)  # of the policies
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     chunks, rollouts = config.scenarios.most_chunks, config.rollouts
     if rollouts.policies:
         check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk)
+    Placement.enter(config.placement, "float32")
     with locked(out):
         if os.path.lexists(out):
             raise MetronomeError(f"{out} already exists; choose another --out, or move it away")
@@ -150,7 +153,7 @@ def make(recipe: Recipe[PairsConfig], out: Path) -> None:
     for name, preferences in splits.items():
         if not preferences:
             raise MetronomeError(f"the recipe gives no pair for the split {name!r}; ask for more scenarios or groups")
-    values = {name: value for name, value in parse_yaml(recipe.text).items() if name != "out"}
+    values = {name: value for name, value in parse_yaml(recipe.text).items() if name not in ("out", "placement")}
     policies = [checkpoint.weights_digest(policy) for policy, _ in maker.policies]
     save_preferences(out, splits, digest_of(values), maker.bank.digest(), policies)
     for name, preferences in splits.items():

@@ -41,7 +41,7 @@ class SourceConfig:
 class Rewards:
     """The rewards of one episode by one source (the rules, or the reward models together)."""
 
-    axes: Mapping[str, Tensor]  # fp32 [chunks] each, in the order of the episode's family
+    axes: Mapping[str, Tensor]  # fp32 [chunks] each, on the CPU, in the order of the episode's family
 
     def sum(self, axis: str) -> float:
         """The episode's reward on one axis."""

@@ -1,6 +1,7 @@
 """Trains a reward model on preference pairs, with TRL's `RewardTrainer` (Bradley-Terry, margin, centring).
 
     accelerate launch --config_file configs/accelerate/reward.yaml -m reward.train --config configs/reward_timing.yaml
+    python -m reward.train --config configs/reward_timing.yaml --placement.device cuda
 
 TRL gives the training loop and the form of the loss. Loss, clipping and AdamW are computed by our ops
 (`reward.learned.graded`; under accelerate's DeepSpeed, DeepSpeed clips), and the model and the collator are ours: a
@@ -42,7 +43,9 @@ from kernels.errors import MetronomeError
 from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
+from model.placement import Placement, PlacementConfig
 from model.program import ranks
+from model.program.exhausted import needing
 from model.program.files import write_json, write_whole
 from model.program.folders import RunName, locate
 from model.program.launched import Launched, local_world
@@ -74,6 +77,11 @@ if TYPE_CHECKING:
 CHECKED_PAIRS = 8
 """How many pairs a trained model must be able to score before it is saved."""
 
+SMALLER = (
+    "lower trainer.per_device_train_batch_size, and raise trainer.gradient_accumulation_steps by as much (in a new run)"
+)
+"""What makes a training step need less memory. A run that goes on keeps both (`reward.learned.resuming`)."""
+
 
 @dataclass(frozen=True)
 class BackboneRecipe:
@@ -97,11 +105,13 @@ class RewardTrainConfig:
     # If given, margins make soft labels instead (reward.learned.graded).
     rationality: Annotated[float, Range(1e-6, 1e6)] | None = None
     trainer: Annotated[dict[str, Any], Fields(RANGES)] = field(default_factory=dict)  # of trl.RewardConfig's
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe = read_recipe("reward.train", "Train a reward model.", RewardTrainConfig, arguments, resumes=True)
     folder = locate(recipe.config.runs, recipe.config.name)
+    Placement.enter(recipe.config.placement, "float32")
     launched = Launched.read()
     if launched is None:
         os.environ.pop("LOCAL_RANK", None)  # left over; accelerate would take it for a launcher's
@@ -215,6 +225,7 @@ def _trainer(
     return trainer
 
 
+@needing("the training of a reward model", SMALLER)
 def _run(trainer: GradedTrainer, earlier: Path | None) -> int:
     """Trains to the last step, from the checkpoint ``earlier`` if there is one; the number of steps."""
     if earlier is not None:
@@ -237,8 +248,10 @@ def _check_room(config: RewardTrainConfig) -> None:
     path = config.backbone.checkpoint
     shape = preset(config.backbone.preset) if path is None else checkpoint.config_of(path)
     name = f"backbone.preset {config.backbone.preset!r}" if path is None else f"backbone.checkpoint {path!r}"
-    needed = local_world() * training_bytes(empty(shape, torch.float32))
-    check_room(needed, f"recipe: {name}: training it", "take a smaller model, or a machine with more memory")
+    device = dispatch.device()
+    sharing = local_world() if device.type == "cpu" else 1  # one GPU a process
+    needed = sharing * training_bytes(empty(shape, torch.float32))
+    check_room(needed, f"recipe: {name}: training it", "take a smaller model, or a machine with more memory", device)
 
 
 def _backbone(config: RewardTrainConfig) -> InteractionModel:
@@ -246,4 +259,4 @@ def _backbone(config: RewardTrainConfig) -> InteractionModel:
         return checkpoint.load(config.backbone.checkpoint, torch.float32)  # also of a policy in bf16
     model = InteractionModel(preset(config.backbone.preset))
     model.init_weights(config.seed)
-    return model
+    return model.to(dispatch.device())

@@ -19,7 +19,7 @@ from kernels.errors import MetronomeError
 from model.program import ranks
 from model.program.ranges import shown
 from rl.config import TrainConfig
-from rl.rollers import check_workers
+from rl.rollers import check_engine, check_workers
 from rl.room import check_fits
 from rl.tracking.settings import check as check_tracking
 from rollout.seeds import FIRST_DEMONSTRATION_SEED, SEEDS_PER_RUN
@@ -66,6 +66,7 @@ def check_recipe(config: TrainConfig, resumed: Path | None = None) -> None:
     ``resumed``: as in `rl.run.build_model`."""
     check_shares(config)
     check_workers(config)
+    check_engine(config)
     check_fits(config, resumed)
     check_read(config)
     check_tracking(config.tracking)

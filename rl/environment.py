@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,36 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "safete
 
 def environment() -> dict[str, Any]:
     """The content of environment.json, as plain values. No result of the run depends on it."""
-    return {
-        "contract_id": dispatch.contract_id(),
-        "contract": dispatch.contract(),
-        "instruction_set": dispatch.instruction_set(),
+    return computing() | {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
-        "gpu": gpu.name(),
+        **({"gpu": None} if dispatch.device().type == "cpu" else gpu.card()),
         "cores": os.cpu_count(),
         "processes": ranks.world(),
         "threads": torch.get_num_threads(),
         "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
         "git_commit": _git_commit(Path(__file__).resolve().parent.parent),
     }
+
+
+def computing() -> dict[str, Any]:
+    """The part of it that says what computes."""
+    return {
+        "contract_id": dispatch.contract_id(),
+        "contract": dispatch.contract(),
+        "instruction_set": dispatch.instruction_set(),
+    }
+
+
+def contract_in_words(environment: Mapping[str, Any]) -> str:
+    """The contract of an environment.json that may be anybody's: ``contract 9428813e9a92ad76 (triton on sm_90)``. The
+    CPU's instruction sets share one, and are not named."""
+    contract, words = environment.get("contract"), f"contract {environment.get('contract_id')}"
+    names = [contract.get("backend") if isinstance(contract, dict) else None, environment.get("instruction_set")]
+    backend, place = (name if isinstance(name, str) and name.isidentifier() else "unknown" for name in names)
+    return f"{words} ({backend} on {place})" if backend == "triton" else f"{words} ({backend})"
 
 
 def _version(name: str) -> str | None:

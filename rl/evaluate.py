@@ -10,7 +10,9 @@ from statistics import fmean
 
 from kernels.errors import MetronomeError
 from model.program import ranks
+from model.program.exhausted import needing
 from reward.source import RewardSource
+from rl.rollers import SMALLER
 from rollout.engines.roller import Roller
 from rollout.play import Play
 from rollout.world.base import Scenario
@@ -32,6 +34,7 @@ class HeldOut:
         return named(f"eval/{when}", self.score) | named(f"proxy/{when}", self.proxy)
 
 
+@needing("the held-out evaluation", SMALLER)
 def evaluate(
     roller: Roller,
     scenarios: Sequence[Scenario],

@@ -19,6 +19,7 @@ from torch import Tensor
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
 from model.program import ranks
+from model.program.exhausted import needing
 from model.weights import checkpoint
 from rl.step.batch import choice_logprobs, collate
 from rollout.record.episode import Episode, concatenate
@@ -38,6 +39,7 @@ class Reference:
         """The policy of a checkpoint; raises CheckpointError when it is not there."""
         return Reference(checkpoint.load(folder), classes, micro_batch)
 
+    @needing("the reference policy's forward pass", "lower rl.micro_batch (in a new run: it orders sums)")
     @torch.inference_mode()
     def log_ratio(self, episodes: Sequence[Episode]) -> list[Tensor]:
         """log p(token) - log p_reference(token) of every sampled token, in nats: fp32 [N_e] for each episode."""

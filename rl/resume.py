@@ -4,6 +4,9 @@ scores are of; `FREE` and `CHECKED` are the rest.
 ``rl.steps`` is a case of its own: it enters the learning rate of every step (`rl.learner.deepspeed.learning_rate`). A
 run may go on to another number of steps; the steps already taken keep their learning rates. So it is not the run that
 would have had that number from its start, which is said, and kept in its folder (`model.program.runs.RESUMED`).
+
+A run stays under the contract under which it began, and so on its kind of device: a run of two contracts could be
+audited nowhere. Its weights are free of it: a new run begins from them anywhere, with ``model.checkpoint``.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program import ranks
 from model.program.files import write_json
@@ -23,6 +25,7 @@ from model.program.recipe import Recipe, flat, read_recipe
 from model.weights import checkpoint, manifest
 from reward.source import RewardSource
 from rl.config import TrainConfig
+from rl.environment import computing, contract_in_words
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
 from rl.learner.deepspeed import Learner
@@ -47,6 +50,9 @@ CHECKED = ("model.checkpoint", "source.models", "speech_dir")
 """Paths whose content counts: of a run with a checkpoint that is compared (`Run.resume`), or no longer read."""
 
 STEPS = "rl.steps"
+
+PLACEMENT = "placement"
+"""A group of fields that the contract decides (`check_contract`)."""
 
 
 def covered(field: str, names: Iterable[str]) -> bool:
@@ -120,6 +126,8 @@ def changes(folder: RunFolder, saved: TrainConfig, now: TrainConfig, begun: bool
     if not saved.source.models:
         free.add("rl.evaluate_every")  # with reward models it decides what the watch over them sees
     refused = [name for name in differs if not covered(name, free)]
+    if begun and any(covered(name, (PLACEMENT,)) for name in refused):
+        check_contract(folder)
     if refused:
         said = "; ".join(f"{n}: {_shown(differs[n][0])} in the run, {_shown(differs[n][1])} now" for n in refused[:6])
         more = f"; and {len(refused) - 6} more" if len(refused) > 6 else ""
@@ -211,15 +219,31 @@ def check_weights(folder: RunFolder, step: int, path: Path, digest: str) -> None
 
 
 def check_contract(folder: RunFolder) -> None:
-    """Raises MetronomeError when the run so far was computed under another contract."""
-    path = folder.path / "environment.json"
-    before = read_record(path, dict[str, Any]).get("contract_id") if path.is_file() else None
-    if before not in (None, dispatch.contract_id()):
+    """Raises MetronomeError when the run so far was computed under another contract, or it is not known which."""
+    path, now = folder.path / "environment.json", computing()
+    before = read_record(path, dict[str, Any]) if path.is_file() else {}
+    if before.get("contract_id") == now["contract_id"]:
+        return
+    newest = folder.newest_checkpoint()
+    anywhere = "" if newest is None else f" from its weights, --model.checkpoint={newest[1] / 'model'}"
+    if "contract_id" not in before:
         raise MetronomeError(
-            f"the run in {folder.path} was computed under contract {before}, and this program computes under "
-            f"{dispatch.contract_id()}: other bits. Resume where it began ({path.name} says where), or start a new run "
-            "under another --name"
+            f"{path} does not say under which contract the run was computed: put back what the run wrote, or start a "
+            f"new run under another --name{anywhere}"
         )
+    device = _device(before)
+    raise MetronomeError(
+        f"the run in {folder.path} was computed under {contract_in_words(before)}, and this program computes under "
+        f"{contract_in_words(now)}: other bits. Resume where it began ({path.name} says where"
+        f"{f'; --placement.device {device}' if device != _device(now) else ''}), or start a new run under another "
+        f"--name{anywhere}"
+    )
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    """What ``placement.device`` a contract is of."""
+    contract = environment.get("contract")
+    return "cuda" if isinstance(contract, dict) and contract.get("backend") == "triton" else "cpu"
 
 
 def _meaning(config: TrainConfig) -> dict[str, Any]:

@@ -17,12 +17,16 @@ from rl.config import TrainConfig
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.engine import Engine
 from rollout.engines.roller import InProcess, Roller
+from rollout.engines.vllm.process import check_installed
 from rollout.engines.workers.pool import WorkerPool
 from rollout.engines.workers.task import Setup
 from rollout.turn.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from rollout.engines.vllm.engine import VllmEngine
+
+SMALLER = "lower rollout.max_tokens, or rl.groups or rl.rollouts (in a new run)"
+"""What makes a rollout need less memory. A run that goes on may have another rollout.max_tokens (`rl.resume.FREE`)."""
 
 
 def check_workers(config: TrainConfig) -> None:
@@ -42,6 +46,18 @@ def check_workers(config: TrainConfig) -> None:
         raise MetronomeError(
             f"rollout.workers is {rollout.workers}: on a GPU episodes are sampled in the learner's process; give "
             "--rollout.workers 0, or start more learner processes, one for each GPU"
+        )
+
+
+def check_engine(config: TrainConfig) -> None:
+    """Raises MetronomeError when vLLM is asked for and cannot be used here."""
+    if config.rollout.engine != "vllm":
+        return
+    check_installed()
+    if config.placement.device == "cuda" and local_world() > 1:
+        raise MetronomeError(
+            "rollout.engine is vllm: it takes a machine's first GPU, which is not every process's own; use "
+            "--rollout.engine session, or start one process a machine"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model.backbone.size import empty, training_bytes
+from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
 from model.config import preset
 from model.program import ranks
@@ -18,12 +18,14 @@ from model.program.memory import check_room
 from model.weights import checkpoint
 from rl.config import TrainConfig
 from rl.rollers import plays_of_a_step
-from rollout.turn.grammar import check_context, context_rows
+from rollout.scenarios.registry import SHIPPED
+from rollout.turn.grammar import check_context, context_rows, turn_rows
 
 
 def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
-    """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, and for a model or
-    sessions beyond what this machine's memory, or its GPU's, has left. ``resumed``: as in `rl.run.build_model`."""
+    """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, and for a model,
+    sessions or a learner's forward pass beyond what this machine's memory, or its GPU's, has left. ``resumed``: as in
+    `rl.run.build_model`."""
     rollout, path = config.rollout, config.model.checkpoint
     shape = preset(config.model.preset) if path is None else checkpoint.config_of(resumed or path)
     check_context("rollout.max_tokens", rollout.max_tokens, config.scenarios.most_chunks, rollout.words_per_chunk)
@@ -41,14 +43,24 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     together = local_world() if device.type == "cpu" else 1  # a GPU is one process's own
     needed = together * training_bytes(model, shards)
     name = f"model.preset {config.model.preset!r}" if path is None else f"model.checkpoint {path!r}"
-    purpose = f"recipe: {name}: training its {count:,} weights in {together} processes"
+    place = f"in {together} processes" if device.type == "cpu" else "on one GPU"
+    purpose = f"recipe: {name}: training its {count:,} weights {place}"
     check_room(needed, purpose, "take a smaller model, or a machine with more memory", device)
+    slots = plays_of_a_step(config)
     if rollout.engine == "session":
-        slots = plays_of_a_step(config)
         needed += together * state_bytes(shape, slots, rollout.max_tokens, dtype, max_rows=slots)
-        check_room(
-            needed,
-            f"{purpose}, with {slots} sessions of up to {rollout.max_tokens} tokens each,",
-            "lower rl.groups, rl.rollouts or rollout.max_tokens",
-            device,
-        )
+        purpose += f", with {slots} sessions of up to {rollout.max_tokens} tokens each,"
+        check_room(needed, purpose, "lower rl.groups, rl.rollouts or rollout.max_tokens", device)
+    batch = min(config.rl.micro_batch, slots)
+    needed += together * activation_bytes(shape, batch * fewest_rows(config), dtype)
+    check_room(needed, f"{purpose} and a forward pass of {batch} episodes", "lower rl.micro_batch", device)
+
+
+def fewest_rows(config: TrainConfig) -> int:
+    """The rows that any episode of the recipe has at least, with nothing said in it; 0 when a family is not ours and so
+    may end an episode earlier than its recipe says."""
+    scenarios = config.scenarios
+    if not {*scenarios.families} <= {*SHIPPED, *SHIPPED.values()}:
+        return 0
+    chunks = min(int(scenarios.settings_of(name).chunks) for name in scenarios.members)
+    return (chunks - 1) * turn_rows(0, config.rollout.words_per_chunk)[0]  # the last one's rows are not all needed

@@ -20,6 +20,7 @@ from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.program import ranks
+from model.program.exhausted import needing
 from model.program.folders import locked
 from model.weights import checkpoint
 from reward.source import RewardSource
@@ -299,6 +300,7 @@ class Run:
         return self._earlier_s + time.perf_counter() - self._start
 
 
+@needing("loading the model", "take a smaller one (model.preset, model.checkpoint)")
 def build_model(config: TrainConfig, resumed: Path | None = None) -> InteractionModel:
     """The recipe's model, its weights packed. ``resumed``: model folder to read instead of the recipe's checkpoint,
     which a run needs only once."""

@@ -7,12 +7,14 @@ AMD's gfx942. The compiled code is checked, not the source:
 
 - no atomic and no reduction instruction on global memory: those add in whatever order programs arrive;
 - no tf32 product: fp32 stays fp32;
-- the gathered and the grouped form of the experts' product use the same matrix instructions, as their bits must agree;
+- each matrix product is computed by the same instructions over the same tile by all kernels that may get rows of it
+  (`kernels.tools.compile_products`);
 - registers, spilled bytes and shared memory within the target's limits, so that the kernel can be launched at all.
 
-Prints a table and exits with status 1 when a kernel fails to compile or to pass. CI runs it by the slow tests
-(`tests/kernels/tools/test_compile_report.py`, with kernels that must be reported). It does not prove that a kernel
-gives the right numbers: the other tests do, in Triton's interpreter and, where there is one, on a GPU.
+Prints a table of kernels and one of products, and exits with status 1 when a kernel fails to compile or to pass. CI
+runs it by the slow tests (`tests/kernels/tools/test_compile_report.py`, with kernels that must be reported). It does
+not prove that a kernel gives the right numbers: the other tests do, in Triton's interpreter and, where there is one, on
+a GPU.
 """
 
 from __future__ import annotations
@@ -30,16 +32,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.errors import MetronomeError
+from kernels.tools.compile_products import Compiled, audit_kernel, audit_products, instructions, product_of, short
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
 
 if TYPE_CHECKING:  # importing it imports triton, whose mode is looked at first
+    from rich.table import Table
+
     from kernels.triton.launch import CompileSpec
 
 
@@ -71,23 +76,6 @@ _PTX_ATOMIC = re.compile(r"(?:\b(?:atom|red)|multimem\.red|cp\.reduce\S*)\.[\w.:
 _GCN_ATOMIC = re.compile(r"\b(?:global|flat|buffer|s)_atomic\w*")
 _PTX_TF32 = re.compile(r"\bmma\S*\.tf32\S*|\bwgmma\S*\.tf32\S*|\btcgen05\.mma\S*kind::tf32\S*")
 _GCN_TF32 = re.compile(r"\bv_mfma\w*xf32\w*")
-_PTX_PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")
-_GCN_PRODUCT = re.compile(r"\bv_mfma\w*")
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel on one target. ``Compiled("linear/bf16", "sm_90", 96, 0, 49152, 128, 2.1, ())`` passes."""
-
-    kernel: str
-    target: str
-    registers: int  # vector registers of a thread
-    spill_bytes: int  # of a thread
-    shared_bytes: int  # of a program
-    threads: int  # of a program
-    seconds: float  # near 0 when Triton's cache had it
-    problems: tuple[str, ...]  # empty: passes
-    products: tuple[str, ...] = ()  # its matrix instructions, whose shapes are the order of a sum within a tile
 
 
 def compile_one(spec: CompileSpec, target: Target) -> Compiled:
@@ -103,7 +91,7 @@ def compile_one(spec: CompileSpec, target: Target) -> Compiled:
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
     signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in names}
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": FP_FUSION}
-    threads = spec.num_warps * target.warp
+    threads, tile, product = spec.num_warps * target.warp, tile_of(spec), product_of(spec.name)
     start = time.perf_counter()
     try:
         kernel = triton.compile(
@@ -114,13 +102,27 @@ def compile_one(spec: CompileSpec, target: Target) -> Compiled:
         registers, spilled = _cubin_usage(kernel, target) if target.platform == "cuda" else _gcn_usage(kernel)
     except Exception as error:  # whatever the compiler raises is the finding; the other kernels are reported too
         reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        return Compiled(spec.name, target.name, 0, 0, 0, threads, time.perf_counter() - start, (reason,))
+        seconds = time.perf_counter() - start
+        return Compiled(spec.name, target.name, 0, 0, 0, threads, seconds, (reason,), tile, product)
     code = kernel.asm["ptx" if target.platform == "cuda" else "amdgcn"]
     shared: int = kernel.metadata.shared
-    problems = (*audit_code(code, target), *audit_size(registers, spilled, shared, threads, target))
-    products = tuple(sorted(set((_PTX_PRODUCT if target.platform == "cuda" else _GCN_PRODUCT).findall(code))))
+    multiplies = "tt.dot " in kernel.asm["ttir"]
+    products = instructions(code, target.platform) if multiplies else ()
+    problems = (
+        *audit_code(code, target),
+        *audit_size(registers, spilled, shared, threads, target),
+        *audit_kernel(product, products, multiplies, target.platform),
+    )
     seconds = time.perf_counter() - start
-    return Compiled(spec.name, target.name, registers, spilled, shared, threads, seconds, problems, products)
+    used = registers, spilled, shared, threads
+    return Compiled(spec.name, target.name, *used, seconds, problems, tile, product, products)
+
+
+def tile_of(spec: CompileSpec) -> str:
+    """m.n.k.warps.stages, by the names that kernels give their sizes; 1 for one that a kernel has not."""
+    names = (("M", "ROWS"), ("N", "KEYS", "CHANNELS_PAD", "BLOCK"), ("K", "STEP"))
+    sizes = [next((spec.constexprs[name] for name in some if name in spec.constexprs), 1) for some in names]
+    return ".".join(map(str, (*sizes, spec.num_warps, spec.num_stages)))
 
 
 def audit_code(code: str, target: Target) -> list[str]:
@@ -150,22 +152,10 @@ def audit_size(registers: int, spilled: int, shared: int, threads: int, target: 
     return problems
 
 
-def audit_forms(results: list[Compiled]) -> list[Compiled]:
-    """``results``, with a problem added where the gathered and the grouped form use different matrix instructions."""
-    products = {(result.kernel, result.target): result.products for result in results}
-    out = []
-    for result in results:
-        grouped = products.get((result.kernel.replace(" gather ", " grouped "), result.target), result.products)
-        if result.products != grouped:
-            problem = f"its matrix instructions are {result.products}, the grouped form's {grouped}"
-            result = replace(result, problems=(*result.problems, problem))
-        out.append(result)
-    return out
-
-
 def _cubin_usage(kernel: Any, target: Target) -> tuple[int, int]:
     """(registers a thread, bytes spilled a thread) of a compiled Nvidia kernel."""
     from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -177,11 +167,18 @@ def _cubin_usage(kernel: Any, target: Target) -> tuple[int, int]:
         # Only the assembler's own log tells spills from other uses of the stack.
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
-        ptxas = knobs.nvidia.ptxas if int(target.arch) < 90 else knobs.nvidia.ptxas_blackwell
         arch = re.search(r"^\.target\s+(\w+)", kernel.asm["ptx"], re.MULTILINE)
         assert arch is not None
         fused = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
-        command = [ptxas.path, "-v", *fused, "--regAllocOptLevel=2", f"--gpu-name={arch[1]}", str(source), "-o"]
+        command = [
+            get_ptxas(int(target.arch)).path,
+            "-v",
+            *fused,
+            "--regAllocOptLevel=2",
+            f"--gpu-name={arch[1]}",
+            str(source),
+            "-o",
+        ]
         return registers, _number(r"(\d+) bytes spill stores", _tool([*command, os.devnull]))
 
 
@@ -218,7 +215,7 @@ def report(specs: list[CompileSpec], targets: Sequence[Target] = TARGETS) -> lis
     if not _jobs:
         return []
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        return audit_forms(pool.map(_run_job, range(len(_jobs)), chunksize=1))
+        return audit_products(pool.map(_run_job, range(len(_jobs)), chunksize=1))
 
 
 def print_table(results: list[Compiled]) -> None:
@@ -237,14 +234,33 @@ def print_table(results: list[Compiled]) -> None:
         table.add_row(kernel, *(_cell(row[target]) for target in targets))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
+    console.print(_products_table(results, targets))
     for result in results:
         for problem in result.problems:
             console.print(f"[red]FAIL[/red] {result.kernel} on {result.target}: {problem}", highlight=False)
     failed = sum(bool(result.problems) for result in results)
     console.print(
         f"{len(rows)} kernels × {len(targets)} targets compiled, {failed} failed. No atomics or reductions on global "
-        "memory, no tf32, forms alike, within limits: " + ("yes" if not failed else "no")
+        "memory, no tf32, one instruction a product, within limits: " + ("yes" if not failed else "no")
     )
+
+
+def _products_table(results: list[Compiled], targets: list[str]) -> Table:
+    """A row a product: how many kernels compute it, over which tile, by which instructions."""
+    from rich.table import Table
+
+    table = Table(title="instructions of each matrix product; fma x n: chains of n fp32 multiply-adds")
+    for column in ("product", "kernels", "tile", *targets):
+        table.add_column(column)
+    for product in dict.fromkeys(result.product for result in results if result.product):
+        mine = [result for result in results if result.product == product]
+        used = [
+            "\n".join(dict.fromkeys(short(x) for r in mine if r.target == target for x in r.products)) or "none"
+            for target in targets
+        ]
+        tiles = "\n".join(dict.fromkeys(result.tile for result in mine))
+        table.add_row(product, str(len({result.kernel for result in mine})), tiles, *used)
+    return table
 
 
 def _cell(result: Compiled) -> str:

@@ -8,8 +8,11 @@ not in it; copies between host and device are counted apart.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -19,6 +22,9 @@ Call = Callable[[], object]
 
 MARK = "spin_kernel"
 """The kernel of `torch.cuda._sleep`, which marks in the trace where the next call's kernels begin."""
+
+SYNCHRONIZING = "synchronizing CUDA operation"
+"""Part of torch's warning where the host waits."""
 
 PROFILER, EVENTS, HOST = "profiler", "events", "host"
 """Where `Times.device_us` is from: kernel times; time between two CUDA events, gaps and waits included, where the
@@ -100,6 +106,25 @@ def _events_us(call: Call, repeat: int) -> float:
     end.record()
     end.synchronize()
     return float(1000 * begin.elapsed_time(end) / repeat)
+
+
+@contextmanager
+def waits(device: torch.device) -> Iterator[list[str]]:
+    """Lists, while the block runs, the lines of Python at which the host waits for ``device``: ``embedded.py:203``, one
+    entry a wait. Those that torch knows of (``torch.cuda.set_sync_debug_mode``); on a CPU none."""
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            found += [f"{Path(w.filename).name}:{w.lineno}" for w in said if SYNCHRONIZING in str(w.message)]
 
 
 def wait(device: torch.device) -> None:

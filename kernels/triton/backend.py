@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 
 from kernels.layout import PackedExperts, PackedLinear
-from kernels.triton import tiles
+from kernels.triton import compiler, tiles
 from kernels.triton.attention import attention
 from kernels.triton.conv import short_conv
 from kernels.triton.elementwise import moe_combine, swiglu
@@ -55,8 +54,13 @@ NUMERICS_VERSION = 3
 
 
 def contract() -> dict[str, str | int]:
-    compiler = {} if INTERPRET else {"triton": triton.__version__, "cuda": str(torch.version.cuda or torch.version.hip)}
-    return {"architecture": instruction_set(), "numerics": NUMERICS_VERSION, **compiler, **tiles.contract()}
+    """What decides the bits: the kernels (NUMERICS_VERSION), their tiles, who compiled them, and for what.
+
+    The architecture is in it and the card's name is not: an H100 and an H200 are both sm_90, run the same compiled code
+    on the same units and differ in memory alone, so that episodes of one can be audited on the other. In Triton's
+    interpreter nothing is compiled, and no compiler is named. Raises MetronomeError as `compiler.contract`."""
+    made = {} if INTERPRET else compiler.contract(instruction_set())
+    return {"architecture": instruction_set(), "numerics": NUMERICS_VERSION, **made, **tiles.contract()}
 
 
 @functools.cache

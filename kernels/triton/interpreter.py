@@ -5,6 +5,7 @@ does.
   tile, because BLAS computes a matrix' last rows by another routine. A GPU's matrix unit does neither. The replacement
   is one chain in ascending k, each product and each sum rounded to fp32: the order of `kernels.reference`.
 - Conversion to bf16 truncates. A GPU rounds to nearest, ties to even, and so does the replacement.
+- Triton 3.6 reads a scalar as numpy 2.4 and later no longer allow.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ import numpy as np
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _library_cast = InterpreterBuilder.cast_impl
+_library_patch = interpreter._patch_lang_tensor
 
 
 def mend() -> None:
-    """Replaces both functions of the interpreter, for the whole process."""
+    """Replaces these functions of the interpreter, for the whole process."""
     InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.cast_impl = _cast
+    interpreter._patch_lang_tensor = _patch
+
+
+def _patch(tensor: Any, scope: Any) -> None:
+    _library_patch(tensor, scope)
+    tensor.__index__ = lambda x: int(x.handle.data.item())
 
 
 def _dot(builder: Any, a: Any, b: Any, total: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Linear layers in Triton: packing, forward and gradients. One kernel computes all three products.
+"""Linear layers in Triton: packing, forward and gradients. One function computes all three products.
 
 Packed weights are a copy of the stacked weights, [N, K] with K padded by zeros to a multiple of 16. One program
 computes an output element, reducing K in tiles of constant size, ascending, by the matrix unit (bf16) or the FMA units
@@ -6,6 +6,8 @@ computes an output element, reducing K in tiles of constant size, ascending, by 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -67,7 +69,7 @@ def product_kernel(
     K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """c [rows, columns] = a @ b, a and b given by their strides: rows, columns and the reduced axis."""
+    """c [rows, columns] = a @ b over a width, a and b given by their strides: rows, columns and the reduced axis."""
     row = tl.program_id(1) * M + tl.arange(0, M)
     column = tl.program_id(0) * N + tl.arange(0, N)
     a_rows = a + row.to(tl.int64) * a_row
@@ -77,8 +79,19 @@ def product_kernel(
     tl.store(out, total.to(c.dtype.element_ty), (row < rows)[:, None] & (column < columns)[None, :])
 
 
+weight_gradient_kernel = triton.jit(product_kernel.fn, do_not_specialize=["rows", "depth"])
+"""The same over the rows of a batch, whose number must not choose another compiled kernel: of a width the compiler may
+know that 16 divides it."""
+
+
 def product(
-    a: Tensor, b: Tensor, c: Tensor, depth: int, a_strides: tuple[int, int], b_strides: tuple[int, int]
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    depth: int,
+    a_strides: tuple[int, int],
+    b_strides: tuple[int, int],
+    kernel: Any = product_kernel,
 ) -> None:
     """c = a @ b over ``depth`` terms; ``a_strides`` are those of (row, term), ``b_strides`` of (term, column)."""
     rows, columns = c.shape
@@ -86,7 +99,7 @@ def product(
     tile = product_tile(torch.float32 if a.dtype != b.dtype else a.dtype)
     grid = (triton.cdiv(columns, tile.n), triton.cdiv(rows, tile.m))
     sizes = (rows, columns, depth, *a_strides, *b_strides)
-    run(product_kernel, grid, c.device, tile, a, b, c, *sizes, M=tile.m, N=tile.n, K=tile.k, WIDEN=widen)
+    run(kernel, grid, c.device, tile, a, b, c, *sizes, M=tile.m, N=tile.n, K=tile.k, WIDEN=widen)
 
 
 def pack_linear(parts: tuple[Tensor, ...]) -> PackedLinear:
@@ -152,7 +165,8 @@ class _Linear(torch.autograd.Function):
         if not any(need_parts):
             return dx, None, None, *[None] * len(need_parts)
         whole, x = x.new_empty(packed.rows, packed.cols), aligned(x)
-        product(grad, x, whole, x.shape[0], (1, row_stride(grad)), (row_stride(x), 1))
+        strides = (1, row_stride(grad)), (row_stride(x), 1)
+        product(grad, x, whole, x.shape[0], *strides, kernel=weight_gradient_kernel)
         pieces = whole.split([part.shape[0] for part in packed.parts])
         return dx, None, None, *(piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
 
@@ -178,7 +192,7 @@ def specs() -> list[CompileSpec]:
             integers = ("rows", "columns", "depth", "a_row", "a_red", "b_red", "b_col")
             spec = CompileSpec(
                 f"linear {use}: {a} x {b} -> {c}",
-                product_kernel,
+                weight_gradient_kernel if use == "weight gradient" else product_kernel,
                 {"a": f"*{a}", "b": f"*{b}", "c": f"*{c}"} | {name: "i32" for name in integers if name not in ones},
                 dict.fromkeys(ones, 1) | {"M": tile.m, "N": tile.n, "K": tile.k, "WIDEN": a != b},
                 ("a", "b", "c", "columns", *even),

@@ -14,15 +14,16 @@ number of rows. Therefore
 **Orders of reduction**, each within one program, in fp32; no atomics, no reduction split over programs:
 
 - products (linear, experts, their gradients): k terms of a tile at a time, tiles in ascending order of k; the order
-  within a tile is the matrix unit's (bf16) or the compiler's sequence of multiplies and adds (fp32), the same for
-  every row of a tile;
+  within a tile is the matrix unit's (bf16) or one chain of k fused multiply-adds (fp32 on Nvidia; AMD's matrix units
+  take fp32), the same for every row of a tile and in every kernel (`kernels.tools.compile_products`);
 - attention: n keys at a time, aligned parts of a split (16 keys in fp32, 32 in bf16; whole splits of 64 would spill
   registers), each with its own maximum, sum of exp and weighted values, combined from left to right; a score is a
   product over the head's width plus a chain over the bias's channels;
 - RMS norm, log-probabilities, the router: n neighbouring columns at a time, summed by one tree that the compiler makes;
 - convolution, experts' weighted sum, embedding: one chain in ascending index.
 
-`contract` lists all of it for the contract id. Left out on purpose: autotuning, by which a timing would choose bits.
+`contract` lists all of it for the contract id; `kernels.triton.compiler` adds who compiles. Left out on purpose:
+autotuning, by which a timing would choose bits.
 """
 
 from __future__ import annotations

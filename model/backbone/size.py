@@ -1,7 +1,6 @@
 """How much memory a model takes, to be asked before it is taken (`model.program.memory.check_room`).
 
-Both are lower bounds, so that nothing is refused that fits: activations, and copies that live for a moment, are left
-out.
+All are lower bounds, so that nothing is refused that fits: copies that live for a moment are left out.
 """
 
 from __future__ import annotations
@@ -35,3 +34,11 @@ def training_bytes(model: InteractionModel, shards: int = 1) -> int:
     masters = any(w.dtype != torch.float32 for w in weights)
     count = sum(w.numel() for w in weights)
     return model_bytes(model) + 4 * count * (1 + masters) + 8 * count // shards
+
+
+def activation_bytes(config: InklingConfig, rows: int, dtype: torch.dtype) -> int:
+    """What the forward pass of ``rows`` keeps for the backward pass, at least: of each layer the inputs of its two
+    norms and their outputs, [rows, D] each. Today's layers keep six times as much, which depends on how ops are
+    joined."""
+    text = config.text_config
+    return 4 * rows * int(text.num_hidden_layers) * int(text.hidden_size) * dtype.itemsize

@@ -3,7 +3,8 @@ one line, for `model.program.startup.run_command`.
 
 Libraries hide the system's error in their own (safetensors, torch's writers and allocator), so their text is searched
 for the system's words. An `OSError` that carries the system's number and names a file counts as one of these, whoever
-raised it; where that hides a defect, METRONOME_TRACEBACK=1 shows the cause. Imports nothing but the standard library.
+raised it; where that hides a defect, METRONOME_TRACEBACK=1 shows the cause. A GPU's errors are told by
+`model.program.gpu_faults`. Imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from model.program import gpu_faults
+
 _WRITING = "while writing "
+_DURING = "memory ran out in "
 
 _RAN_OUT: dict[int, tuple[str, int | None]] = {
     errno.ENOSPC: ("free space on that disk, or choose another folder", None),
@@ -58,8 +62,23 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def needing(phase: str, lower: str) -> Iterator[None]:
+    """Where memory runs out in the block, of the machine or its GPU, `sentence` says that it did so in ``phase`` ("the
+    learner") and what makes it need less (``lower``, with the recipe's fields). A function's decorator, too."""
+    try:
+        yield
+    except Exception as error:
+        if gpu_faults.out_of_memory(error) or _number(error) == errno.ENOMEM:
+            error.add_note(f"{_DURING}{phase}\n{lower}")
+        raise
+
+
 def sentence(error: BaseException) -> str | None:
     """What ran out or is not allowed, where, and what to do; None for an error of another kind."""
+    phase, lower = _phase(error)
+    if (fault := gpu_faults.sentence(error, phase, lower)) is not None:
+        return fault
     number = _number(error)
     if number is None:
         return None
@@ -71,6 +90,8 @@ def sentence(error: BaseException) -> str | None:
     if number in _RAN_OUT:
         remedy, limit = _RAN_OUT[number]
         allowed = "" if limit is None else _allowed(limit)
+        if phase and number == errno.ENOMEM:
+            allowed, remedy = f"{allowed} in {phase}", f"free memory, or {lower}"
         return f"{where}{os.strerror(number)}{allowed}; {remedy}, and start again. Finished files are whole"
     if number in _OF_PATHS and where:
         return f"{where}{os.strerror(number)}; see that it is there and that this user may use it"
@@ -100,6 +121,14 @@ def _number(error: BaseException) -> int | None:
             return before.errno
         return errno.EFBIG if _allowed(resource.RLIMIT_FSIZE) else errno.ENOSPC
     return None
+
+
+def _phase(error: BaseException) -> tuple[str, str]:
+    """What the innermost `needing` says; empty where there is none."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    found = next((note.removeprefix(_DURING) for note in notes if note.startswith(_DURING)), "")
+    phase, _, lower = found.partition("\n")
+    return phase, lower
 
 
 def _where(error: BaseException) -> str:

@@ -42,10 +42,18 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUP
 def check_room(needed: int, purpose: str, remedy: str, device: torch.device | None = None) -> None:
     """Raises MetronomeError, before anything is allocated, when ``needed`` bytes are more than ``device`` (the CPU if
     None) can give; the message says that ``purpose`` needs them and what to do (``remedy``)."""
-    free = available_bytes() if device is None or device.type == "cpu" else gpu.free_bytes(device)
+    place = ""
+    if device is None or device.type == "cpu":
+        free = available_bytes()
+    else:
+        memory = gpu.memory(device)
+        free = memory.free
+        place = f" on the GPU, which has {memory.total / 2**30:.2f} GiB"
+        if memory.others:
+            place += f" (other processes hold {memory.others / 2**30:.2f} GiB of it: `nvidia-smi` lists them)"
     usable = int((1 - RESERVED_FRACTION) * free)
     if needed > usable:
         raise MetronomeError(
-            f"{purpose} would take {needed / 2**30:.2f} GiB of memory, of which {usable / 2**30:.2f} GiB can be had: "
-            f"{remedy}"
+            f"{purpose} would take {needed / 2**30:.2f} GiB of memory, of which {usable / 2**30:.2f} GiB can be had"
+            f"{place}: {remedy}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -62,8 +62,11 @@ def joined() -> Iterator[None]:
     join()
     try:
         yield
-    finally:
-        leave()
+    except BaseException:
+        with suppress(RuntimeError):  # a lost GPU or process cannot be left in order: what was raised first is the news
+            leave()
+        raise
+    leave()
 
 
 def leave() -> None:

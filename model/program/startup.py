@@ -88,8 +88,12 @@ def prepare_process() -> None:
 
 def accelerator() -> str:
     """DeepSpeed's name of the device that METRONOME_BACKEND computes on. Imports nothing."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
-    return "cuda" if os.environ.get("METRONOME_BACKEND") == "triton" and not interpreted else "cpu"
+    return "cuda" if os.environ.get("METRONOME_BACKEND") == "triton" and not interpreted() else "cpu"
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU. Triton reads the variable so, too."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def import_deepspeed() -> ModuleType:
@@ -146,12 +150,12 @@ def _show_cause(error: BaseException) -> None:
 
 
 def _lost_a_process(error: Exception) -> bool:
-    """Whether gloo raised ``error`` because the other end of a connection is gone."""
+    """Whether gloo or NCCL raised ``error`` because the other end of a connection is gone."""
     text = str(error)
-    return (
-        isinstance(error, RuntimeError)
-        and "gloo" in text
-        and ("Connection closed by peer" in text or "Connection reset by peer" in text)
+    gone = ("Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and (
+        ("gloo" in text and any(words in text for words in gone))
+        or ("NCCL error" in text and ("ncclRemoteError" in text or "remote process exited" in text))
     )
 
 

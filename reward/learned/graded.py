@@ -31,8 +31,8 @@ from reward.learned.resuming import Progress
 def log_sigmoid(x: Tensor) -> Tensor:
     """log sigmoid(x), fp32 [P] -> fp32 [P], differentiable: by our op, as the log-prob of the first of two tokens with
     logits x and 0."""
-    pair, first = torch.stack((x, torch.zeros_like(x)), 1), torch.zeros(len(x), dtype=torch.int64)
-    return ops.logprob(pair, first, 1.0, torch.ones(1, 2, dtype=torch.bool), first)[0]
+    pair, first = torch.stack((x, torch.zeros_like(x)), 1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return ops.logprob(pair, first, 1.0, torch.ones(1, 2, dtype=torch.bool, device=x.device), first)[0]
 
 
 class GradedTrainer(RewardTrainer):
@@ -81,7 +81,7 @@ class GradedTrainer(RewardTrainer):
         ):  # whose engine clips, and has stepped already
             return float(super()._clip_grad_norm(model))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = math.sqrt(math.fsum(float(ops.dot(g, g)) for g in gradients))
+        norm = math.sqrt(math.fsum(torch.stack([ops.dot(g, g) for g in gradients]).tolist()))
         if norm > self.args.max_grad_norm:
             for g in gradients:
                 g *= self.args.max_grad_norm / norm

@@ -6,7 +6,8 @@ in ascending order (the segment reward of Christiano et al. 2017, arXiv 1706.037
 teach rewards of chunks, which reinforcement learning can use as they are. An event's score is that of its chunk.
 
 Everything runs through `kernels.ops`, so the bits of an episode's rewards do not depend on what is scored beside it, in
-which order, or on the number of threads.
+which order, or on the number of threads. A model is its weights: it is loaded where the process computes (CPU or GPU),
+whatever device it was trained on, and scores under that process' contract.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kernels.layout import PackedLinear
 from model.backbone.embed import Weight
 from model.backbone.transformer import InteractionModel
 from model.inputs import Conversation, Inputs
+from model.program.exhausted import needing
 from model.program.files import whole_folder, write_json
 from model.program.ranges import Range
 from model.program.reading import UnreadableError, read_record
@@ -70,6 +72,7 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         backbone.lm_head.requires_grad_(False)  # unused, but kept so that the folder is an ordinary checkpoint
         self.heads = Weight(len(self.axes), backbone.config.text_config.hidden_size, dtype=backbone.dtype)
+        self.heads.to(backbone.device)
         self.packed: PackedLinear | None = None  # of the heads
 
     @staticmethod
@@ -96,24 +99,27 @@ class RewardModel(nn.Module):
             ops.repack(self.packed)
 
     def forward(self, conversations: Sequence[Conversation]) -> list[Tensor]:
-        """Each chunk's rewards, fp32 [chunks, axes] for each conversation, under autograd; all in one pass."""
+        """Each chunk's rewards, fp32 [chunks, axes] for each conversation, on the model's device and under autograd;
+        all in one pass."""
         packed = self._ready()
         inputs = Inputs.cat(conversations, self.backbone.audio_token_id)
         ends = [chunk_ends(c.tokens, self.backbone.audio_token_id) for c in conversations]
         hidden = self.backbone(inputs)
-        at = torch.cat([e + s for e, s in zip(ends, inputs.starts, strict=True)])
+        at = torch.cat([e + s for e, s in zip(ends, inputs.starts, strict=True)]).to(hidden.device, non_blocking=True)
         return list(ops.linear(hidden[at], packed, torch.float32).split([len(e) for e in ends]))
 
+    @needing("scoring by a reward model", "take one of a smaller backbone, or fewer of them (source.models)")
     @torch.inference_mode()
     def score(self, episodes: Sequence[Conversation]) -> list[Tensor]:
-        """Each chunk's rewards, fp32 [chunks, axes] for each `Episode` or `Transcript`, with the bits of `forward`.
+        """Each chunk's rewards, fp32 [chunks, axes] for each `Episode` or `Transcript`, on the CPU, with the bits of
+        `forward`.
         Beginnings that episodes share are read once (`reward.learned.prefixes`). Raises NotFiniteError for rewards that
         are not finite, so that nothing is ever compared with them."""
         packed = self._ready()
         out: list[Tensor] = []
         for first in range(0, len(episodes), EPISODES_PER_PASS):
             hidden = last_hidden(self.backbone, episodes[first : first + EPISODES_PER_PASS])
-            rewards = ops.linear(torch.cat(hidden), packed, torch.float32)
+            rewards = ops.linear(torch.cat(hidden), packed, torch.float32).cpu()
             if not bool(torch.isfinite(rewards).all()):
                 raise NotFiniteError(f"{self.name}: it gives rewards that are not finite; train it anew")
             out += rewards.split([len(rows) for rows in hidden])
@@ -134,7 +140,7 @@ class RewardModel(nn.Module):
         format beside the head, and a manifest of all files. Raises NotFiniteError for weights that are not finite."""
         check_finite(self.name, self.state_dict().items(), "nothing was saved")
         checkpoint.save(self.backbone, folder / BACKBONE)
-        save_file({HEAD_WEIGHT: self.heads.weight.detach().contiguous()}, folder / HEAD)
+        save_file({HEAD_WEIGHT: self.heads.weight.detach().cpu().contiguous()}, folder / HEAD)
         write_json(folder / DESCRIPTION, asdict(Description(self.axes, self.temperature, self.origin)))
         manifest.write(folder, name)
 

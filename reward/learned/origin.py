@@ -3,7 +3,8 @@
 A data set of pairs has ``pairs.json`` (`PairsOrigin`) beside the tables, and a manifest of all its files
 (`model.weights.manifest`). Its digest is that of the pairs themselves: equal pairs have equal digests, whatever recipe,
 machine or library wrote them. A run of `reward.train` has ``origin.json`` (`TrainingOrigin`); its model names the
-digests in reward.json.
+digests in reward.json. A training is resumed only where its contract id is still the same, so on the kind of device
+that it began on; a finished model names no contract, and whoever loads it may score with it.
 """
 
 from __future__ import annotations

@@ -70,23 +70,28 @@ def _nodes(rows: Sequence[NDArray[np.uint8]], members: list[int], first: int) ->
 
 @torch.inference_mode()
 def last_hidden(backbone: InteractionModel, conversations: Sequence[Conversation]) -> list[Tensor]:
-    """The hidden state of each chunk's last row, [chunks, D] for each conversation."""
+    """The hidden state of each chunk's last row, [chunks, D] for each conversation, on the backbone's device."""
     audio = backbone.audio_token_id
     ends = [chunk_ends(c.tokens, audio) for c in conversations]
     inputs = Inputs.cat(conversations, audio)
     longest = max(len(c.tokens) for c in conversations)
-    rows = sum(len(c.tokens) for c in conversations)
-    state = SessionState(backbone.config, len(conversations), longest, backbone.dtype, max_rows=rows)
+    most = sum(len(c.tokens) for c in conversations)
+    state = SessionState(backbone.config, len(conversations), longest, backbone.dtype, most, backbone.device)
     parts: list[list[Tensor]] = [[] for _ in conversations]
     level = [(node, state.open()) for node in tree(conversations, audio)]
     while level:
         segments = state.extend([slot for _, slot in level], [node.end - node.first for node, _ in level])
         spans = [(node.members[0], node.first, node.end) for node, _ in level]
         hidden = backbone(inputs.part(spans, segments), state)
+        members, rows = [], []
         for (node, _), start in zip(level, segments.offset.tolist(), strict=False):
             for m in node.members:
                 inside = ends[m][(ends[m] >= node.first) & (ends[m] < node.end)]
-                parts[m].append(hidden[inside + (start - node.first)])
+                members.append(m)
+                rows.append(inside + (start - node.first))
+        read = hidden[torch.cat(rows).to(hidden.device, non_blocking=True)]
+        for m, part in zip(members, read.split([len(at) for at in rows]), strict=True):
+            parts[m].append(part)
         level = [(child, slot) for node, parent_slot in level for child, slot in _forked(state, node, parent_slot)]
     return [torch.cat(of_one) for of_one in parts]
 

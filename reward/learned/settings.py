@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from kernels import dispatch
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError
 from model.program.launched import Launched
@@ -51,7 +53,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "logging_first_step": (False, True),
     "save_only_model": (False, True),
     "dataloader_drop_last": (False, True),
-    "use_cpu": (False, True),
 }
 """What the fields of trl.RewardConfig that are no numbers may be; ``run_name`` is any text."""
 
@@ -92,14 +93,43 @@ def trainer_arguments(folder: Path, seed: int, given: Mapping[str, Any]) -> Trai
         folder.mkdir(parents=True, exist_ok=True)  # WANDB_DIR
     chosen = {"report_to": "none", "seed": seed} | dict(given)
     try:
-        arguments = RewardConfig(output_dir=str(folder / "checkpoints"), **FIXED_FIELDS, **chosen)
+        arguments = RewardConfig(
+            output_dir=str(folder / "checkpoints"), use_cpu=_stays_on_cpu(), **FIXED_FIELDS, **chosen
+        )
     except (TypeError, ValueError) as error:
         raise MetronomeError(f"recipe: trainer: {' '.join(str(error).split())}") from error
+    _check_place(arguments)
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
         raise MetronomeError(
             "recipe: trainer.max_steps and trainer.num_train_epochs give no step; set one of them to 1 or more"
         )
     return arguments
+
+
+def _stays_on_cpu() -> bool:
+    """Whether accelerate must be told so; it takes a GPU wherever it sees one. Told so it would leave out DeepSpeed."""
+    return dispatch.device().type == "cpu" and not uses_deepspeed()
+
+
+def _check_place(arguments: TrainingArguments) -> None:
+    """Raises MetronomeError when accelerate puts the trainer on another device than the recipe, or takes each of
+    several processes for the only one."""
+    launched, wanted = Launched.read(), dispatch.device().type
+    found = "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else arguments.device.type
+    if found != wanted:
+        placed, file = ("cpu", "reward.yaml") if wanted == "cpu" else ("cuda", "gpu.yaml")
+        raise MetronomeError(
+            f"placement.device is {placed}, but as this process was launched the trainer works on {found}: launch with "
+            f"configs/accelerate/{file}, or start by `python -m reward.train`"
+        )
+    if launched is not None and launched.world != arguments.world_size:
+        raise MetronomeError(
+            f"the launcher started {launched.world} processes, but accelerate counts {arguments.world_size} (on the "
+            "CPU its DeepSpeed integration takes every process for the only one): launch with --num_processes 1, or "
+            "with configs/accelerate/reward.yaml"
+        )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one GPU a process; transformers would split each batch over all that it sees
 
 
 def _check_fields(types: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -133,19 +163,13 @@ def trainer_defaults(arguments: TrainingArguments) -> dict[str, Any]:
 def _prepare_libraries(folder: Path, given: Mapping[str, Any]) -> None:
     """Sets what trl reads when it is imported."""
     prepare_process()
-    if wrong := sorted(given.keys() & (FIXED_FIELDS.keys() | {"output_dir"})):
+    if wrong := sorted(given.keys() & (FIXED_FIELDS.keys() | {"output_dir", "use_cpu"})):
         raise MetronomeError(f"recipe: trainer.{wrong[0]} is set by the program; remove it")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
     if "wandb" in str(given.get("report_to")):
         for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("PROJECT", "metronome"), ("NAME", folder.name)):
             os.environ.setdefault(f"WANDB_{name}", value)
     if uses_deepspeed():
-        launched = Launched.read()
-        if launched is not None and launched.world > 1 and not torch.cuda.is_available():
-            raise MetronomeError(
-                "on the CPU accelerate's DeepSpeed integration takes every process for the only one: launch with "
-                "--num_processes 1, or with configs/accelerate/reward.yaml"
-            )
         import_deepspeed()
 
 

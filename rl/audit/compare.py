@@ -36,6 +36,7 @@ from rl.audit.pictures import chart, line
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import check_checkpoints, without_manifest
 from rl.audit.report import machines, write
+from rl.environment import contract_in_words
 from rl.resume import CHECKED, FREE, STEPS, covered
 
 DECIDE_NOTHING = (
@@ -232,7 +233,7 @@ def _processes(a: Records, b: Records) -> str:
 
 
 def _reasons(a: Records, b: Records) -> list[str]:
-    if not all(records.metrics or records.episodes for records in (a, b)):
+    if not all(records.metrics or records.episodes or records.checkpoints for records in (a, b)):
         return []  # one left nothing that a contract could be of
     if a.contract_id is None or b.contract_id is None:
         return ["The contract of a run is unknown: its environment.json is missing or damaged."]
@@ -245,7 +246,9 @@ def _reasons(a: Records, b: Records) -> list[str]:
         if _value(fields_a, name) != _value(fields_b, name)
     ]
     return [
-        f"A ran under contract {a.contract_id}, B under {b.contract_id}: {'; '.join(parts) or 'no field is known'}."
+        f"A ran under {contract_in_words(a.environment)}, B under {contract_in_words(b.environment)}: "
+        f"{'; '.join(parts) or 'no field is known'}. "
+        "Compare runs of one contract."
     ]
 
 

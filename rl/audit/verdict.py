@@ -17,7 +17,7 @@ gap.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from rl.audit.document import (
     Counts,
     DiagnosisSummary,
     FirstDifference,
+    Reason,
     RecordedCounts,
     RescoredCounts,
     RunReport,
@@ -40,6 +41,7 @@ from rl.audit.document import (
 from rl.audit.finding import Verdict
 from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep
+from rl.environment import computing, contract_in_words
 from rl.step.identity import Mismatch
 
 MAX_LISTED = 100
@@ -167,6 +169,7 @@ def _headline(
         return (
             f"Not comparable: {len(conflicts):,} of {len(episodes):,} saved episodes differ in "
             f"{', '.join(reasons)} from what they would be compared with. No KL is stated."
+            f"{_elsewhere(records, reasons)}"
         )
     tokens, rows = counted.num_unequal, counted.rows_unequal
     if verdict is Verdict.NOTHING_COMPARED:
@@ -185,6 +188,14 @@ def _headline(
         f"{origin}{tokens:,} of {counted.num_tokens:,} sampled tokens {'differs' if tokens == 1 else 'differ'}, and "
         f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner disagree."
     )
+
+
+def _elsewhere(records: Records, reasons: Collection[str]) -> str:
+    """What to do where the contract is all that differs, and the run's own."""
+    if set(reasons) != {Reason.CONTRACT} or records.contract_id in (None, dispatch.contract_id()):
+        return ""
+    ran, here = (contract_in_words(one) for one in (records.environment, computing()))
+    return f" The run was computed under {ran}, this program computes under {here}: audit it where it ran."
 
 
 def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, episodes: Sequence[CheckedEpisode]) -> str:

@@ -28,6 +28,7 @@ from kernels.adamw import MOMENTS, AdamW
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.program import ranks
+from model.program.exhausted import needing
 from model.program.files import write_json
 from model.program.ranges import Range
 from model.program.reading import UnreadableError, read_record
@@ -42,6 +43,8 @@ from rl.step.gradient import Gradient
 FOLDER, OPTIMIZER, STATE = "learner", "optimizer.safetensors", "state.json"
 """In a checkpoint folder: what of the optimizer's state is a tensor, by parameter, and the rest. Data only; nothing
 that is read back is code."""
+
+_LESS = "take a smaller model (model.preset), or more processes, which share its state (rl.optim.zero_stage)"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Learner:
 
     `deepspeed.initialize` moves parameters into one flat buffer, so weights packed before are refreshed here."""
 
+    @needing("making the optimizer", _LESS)
     def __init__(self, model: InteractionModel, optim: OptimConfig, steps: int) -> None:
         self.model = model
         self.optim = optim
@@ -114,6 +118,7 @@ class Learner:
             raise RuntimeError("DeepSpeed takes a mean over ranks although gradient_allreduce_op is sum")
         model.repack()
 
+    @needing("the optimizer's step", _LESS)
     def step(self, gradient: Gradient) -> float:
         """Applies one step of the sum of all ranks' gradients and refreshes the packed weights; returns the sum's norm
         before clipping.

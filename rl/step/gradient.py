@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
+from model.program.exhausted import needing
 from rl.step import tree
 from rl.step.batch import choice_logprobs, collate
 from rl.step.objective import Objective, Tokens, policy_gradient
@@ -29,6 +30,7 @@ class Gradient:
     digest: Tensor  # int64 [N] digest of the token's whole row of log-probs
 
 
+@needing("the learner's forward and backward pass", "lower rl.micro_batch (in a new run: it orders sums)")
 def gradient_of(
     model: InteractionModel,
     episodes: Sequence[Episode | Transcript],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kernels import dispatch
 from model.program import ranks
+from model.program.exhausted import needing
 from model.weights import packs
 from model.weights.checkpoint import weights_digest
 from reward.source import Judged, RewardSource
@@ -15,6 +16,7 @@ from rl import reference
 from rl.config import TrainConfig
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
+from rl.rollers import SMALLER
 from rl.step import tree
 from rl.step.credit import Scales, token_weights
 from rl.step.gradient import gradient_of
@@ -56,7 +58,8 @@ def steps(
     digest = weights_digest(learner.model)
     for step in range(first, config.rl.steps):
         clock = time.perf_counter()
-        episodes = roller.play(plays(config, bank, step), config.seed, config.rollout.temperature)
+        with needing("the rollout", SMALLER):
+            episodes = roller.play(plays(config, bank, step), config.seed, config.rollout.temperature)
         rollout_s = time.perf_counter() - clock
         judged = source.judge(episodes)
         judge_s = time.perf_counter() - clock - rollout_s

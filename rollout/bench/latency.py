@@ -2,7 +2,8 @@
 
 For each case many sessions run on noise: one tick is a small prefill of all sessions, then the decode steps of those
 that speak. A tick within 200 ms is real time. After that whole sequences go through the model under autograd, as in the
-learner; log-probs and row digests must equal the sampler's (exit status 1 otherwise). Weights are random.
+learner; log-probs and row digests must equal the sampler's (exit status 1 otherwise). On a GPU one more tick counts how
+often the host waits for it. Weights are random.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.tools.device_time import wait
+from kernels.tools.device_time import wait, waits
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.inputs import Inputs
@@ -70,6 +72,8 @@ class Latency:
     rows: int  # of all sessions, at the end
     tokens: int  # sampled tokens of the learner's sequences
     unequal: int  # those of them with another log-prob or row digest in the learner
+    forwards: int  # of the tick whose waits are counted: a prefill and its decode steps
+    waits: dict[str, int]  # of the host for the GPU in that tick, by line of Python
 
 
 def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
@@ -95,13 +99,17 @@ def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
     """Measures ``ticks`` micro-turns; the first third is warm-up. ``model`` must have the case's preset and dtype."""
     device = dispatch.device()
     vocabulary = Vocabulary.build(model.vocab)
-    engine = SessionEngine(model, vocabulary, slots=case.sessions, max_tokens=context_rows(ticks + 1, 1))
+    engine = SessionEngine(model, vocabulary, slots=case.sessions, max_tokens=context_rows(ticks + 2, 1))
     crowd, taken = Crowd(engine), []
     crowd.join(case.sessions)
     for _ in range(ticks):
         wait(device)
         taken.append(1000 * crowd.tick())
     counted = taken[ticks // 3 :]
+    with waits(device) as lines:
+        before = [len(session.logprob) for session in crowd.sessions]
+        crowd.tick()
+        forwards = max(len(s.logprob) - n for s, n in zip(crowd.sessions, before, strict=True))
     episodes = [s.episode(scenario="bench", rollout=i, seed=0, facts={}) for i, s in enumerate(crowd.sessions)]
     rows = sum(len(e.tokens) for e in episodes)
     crowd.leave()
@@ -117,7 +125,7 @@ def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
     unequal |= torch.cat([e.text.digest for e in learned]) != digest
     return Latency(
         case.preset, case.dtype, case.sessions, statistics.median(counted), max(counted), taken[0], learn_ms, rows,
-        len(sampled), int(unequal.sum()),
+        len(sampled), int(unequal.sum()), forwards, dict(Counter(lines)),
     )  # fmt: skip
 
 
@@ -159,7 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"{case.preset} {case.dtype}, {case.sessions} sessions: {result.tick_ms:.1f} ms a micro-turn (slowest "
             f"{result.slowest_ms:.1f}, first {result.first_ms:.0f}), learner {result.learn_ms:.0f} ms, "
-            f"{result.unequal} of {result.tokens} tokens unequal",
+            f"{result.unequal} of {result.tokens} tokens unequal"
+            + (f", {sum(result.waits.values())} waits in {result.forwards} forwards" if result.waits else ""),
             flush=True,
         )
         if given.json is not None:

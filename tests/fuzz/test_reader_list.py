@@ -27,6 +27,7 @@ BY_ITSELF = {
     "kernels.tools.bench_report": "/sys",
     "model.program.files": "opens what it has written, for the disk to take it",
     "model.program.folders": "the name in a lock, which must match a pattern",
+    "model.program.gpu": "/proc",
     "model.program.lifeline": "/proc",
     "model.program.outputs": "the first bytes of a manifest, which tell whose it is",
     "model.program.memory": "/proc",

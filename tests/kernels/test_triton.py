@@ -31,7 +31,7 @@ SHARED = [
     "test_route.py",
     "test_sample.py",
 ]
-OWN = sorted(f"triton/{path.name}" for path in FOLDER.glob("triton/test_*.py"))
+OWN = sorted(f"triton/{path.name}" for path in FOLDER.glob("triton/test_*.py") if path.name != "test_binder.py")
 
 
 def run(files: list[str], **variables: str) -> None:

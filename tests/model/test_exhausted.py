@@ -112,7 +112,7 @@ def test_defects_keep_their_traceback(tmp_path: Path, what: str) -> None:
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: write failed"), "No space"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried …"),
          "Cannot allocate memory"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), "Cannot allocate memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), "the GPU's memory ran out (20.00 GiB asked"),
         (RuntimeError("std::bad_alloc"), "Cannot allocate memory"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Cannot allocate memory"),
         (OSError("libgomp.so.1: cannot allocate memory in static TLS block"), "Cannot allocate memory"),

@@ -29,7 +29,7 @@ from tests.support.models import reward_model
 
 RECIPE = "name: r\n"
 Weights = dict[str, torch.Tensor]
-SETTINGS = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+SETTINGS = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from reward.train import BackboneRecipe, RewardTrainConfig, train
 from tests.reward.test_trainable import pairs
 from tests.support.models import fresh_model
 
-SETTINGS = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+SETTINGS = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2}
 RECIPE = "name: r\n"
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 from trl import RewardConfig
 
+from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program.folders import locked
 from model.program.ranges import check
 from reward import train as command
-from reward.learned.settings import CHOICES, FIXED_FIELDS, RANGES
+from reward.learned.settings import CHOICES, FIXED_FIELDS, RANGES, _check_place
 from reward.train import train
 from tests.reward.test_resuming import RECIPE, config, inputs
 
 
-@pytest.mark.parametrize("name", ["logging_nan_inf_filter", "ignore_data_skip", "output_dir"])
+@pytest.mark.parametrize("name", ["logging_nan_inf_filter", "ignore_data_skip", "output_dir", "use_cpu"])
 def test_settings_that_would_hide_or_change_what_was_trained_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(MetronomeError, match=f"trainer.{name} is set by the program; remove it"):
         train(config(tmp_path, **{name: True}), RECIPE, False)
@@ -93,6 +96,43 @@ def test_each_number_of_the_trainers_has_a_range_and_all_fields_are_trls() -> No
 
     assert {name for name in allowed if is_number(name)} == RANGES.keys()
     assert is_number("neftune_noise_alpha") and not is_number("push_to_hub")  # the control
+
+
+def placed(device: str, **others: int) -> SimpleNamespace:
+    """A trainer's arguments, as far as `_check_place` reads them."""
+    return SimpleNamespace(device=torch.device(device), **({"n_gpu": 1, "world_size": 1} | others))
+
+
+def test_a_trainer_that_accelerate_puts_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    _check_place(placed("cpu"))
+    with pytest.raises(
+        MetronomeError, match=r"placement.device is cpu, but .* works on cuda: .*accelerate/reward.yaml"
+    ):
+        _check_place(placed("cuda:0"))
+    monkeypatch.setattr(dispatch, "device", lambda: torch.device("cuda"))
+    _check_place(placed("cuda:0"))
+    with pytest.raises(MetronomeError, match=r"placement.device is cuda, but .* works on cpu: .*accelerate/gpu.yaml"):
+        _check_place(placed("cpu"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # then it divides the work between the two
+    with pytest.raises(MetronomeError, match="works on cpu"):
+        _check_place(placed("cuda:0"))
+
+
+def test_a_process_takes_one_gpu_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "device", lambda: torch.device("cuda"))
+    arguments = placed("cuda:0", n_gpu=8)
+    _check_place(arguments)
+    assert arguments._n_gpu == 1
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _check_place(placed("cpu", world_size=2))
+    with pytest.raises(MetronomeError, match="started 2 processes, but accelerate counts 1"):
+        _check_place(placed("cpu"))
 
 
 @pytest.mark.parametrize("trainer", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])

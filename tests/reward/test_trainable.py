@@ -9,7 +9,7 @@ import torch
 
 from reward.learned.model import RewardModel, episode_scores
 from reward.learned.preference import Preference, Stretch
-from reward.learned.trainable import Collator, Trainable, stretch_scores
+from reward.learned.trainable import Collator, Trainable, _Taken, stretch_scores, turns
 from tests.support.models import VOCABULARY, conversation, reward_model
 
 AXES = ("timing", "content")
@@ -51,7 +51,7 @@ def test_logits_are_the_models_scores(model: RewardModel) -> None:
 
 def test_a_shared_conversation_is_read_once() -> None:
     batch = COLLATOR.batch(pairs(count=20, talks=4))
-    assert len(batch["lengths"]) == 4 and len(batch["owner"]) == 40
+    assert len(batch["conversations"]) == 4 and len(batch["owner"]) == 40
     assert batch["margin"].tolist() == pytest.approx([0.05 * i for i in range(20)])
 
 
@@ -65,10 +65,27 @@ def test_other_pairs_in_the_batch_change_nothing(model: RewardModel) -> None:
 def test_a_stretch_is_summed_in_order() -> None:
     rewards = [torch.randn(n, 2, generator=torch.Generator().manual_seed(n)) for n in (9, 4)]
     result = stretch_scores(
-        rewards, torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3]), torch.tensor([9, 5, 4]), torch.tensor([0, 1, 1])
+        rewards, [0, 0, 1], torch.tensor([0, 2, 3]), torch.tensor([9, 5, 4]), torch.tensor([0, 1, 1])
     )
     wanted = [rewards[0][:, 0], rewards[0][2:5, 1], rewards[1][3:4, 1]]
     assert torch.equal(result, torch.stack([episode_scores([w[:, None]])[0, 0] for w in wanted]))
+
+
+def test_a_shared_conversations_gradient_is_added_in_order() -> None:
+    owner = torch.randint(5, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = turns(owner)
+    assert sorted(r for part in parts for r in part) == list(range(200))
+    assert all(len({owner[r] for r in part}) == len(part) for part in parts)
+    grads = []
+    for order in (owner, owner, owner[::-1]):
+        rows = torch.zeros(5, 7, 2, requires_grad=True)
+        weight = torch.randn(200, 7, 2, generator=torch.Generator().manual_seed(1))
+        taken = rows.index_select(0, torch.tensor(order)) if not grads else _Taken.apply(rows, order)
+        (weight if order is owner else weight.flip(0)).mul(taken).sum().backward()
+        grads.append(rows.grad)
+    by_torch, by_us, backwards = grads
+    assert torch.equal(by_us, by_torch)
+    assert not torch.equal(backwards, by_torch)  # the control: the same numbers, added in another order
 
 
 def test_stale_weights_cannot_enter(model: RewardModel) -> None:

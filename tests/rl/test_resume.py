@@ -203,7 +203,11 @@ def test_another_contract_is_refused(copy: Path) -> None:
     cut(copy, 2)
     path = copy / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"contract_id": "0" * 16}))
-    assert f"was computed under contract {'0' * 16}, and this program" in refusal(copy.parent, "moved")
+    said = refusal(copy.parent, "moved")
+    assert f"was computed under contract {'0' * 16} (cpu), and this program computes under contract" in said
+    assert f"--model.checkpoint={copy}/checkpoints/step_000002/model" in said and "--placement" not in said
+    path.unlink()
+    assert "does not say under which contract the run was computed" in refusal(copy.parent, "moved")
 
 
 def test_the_start_checkpoint_may_be_gone_once_the_run_has_its_own(whole: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 vLLM's core runs in this process or in one of its own, behind one client interface. Requests are sent to it directly, as
 `EngineCoreRequest`: vLLM's front end has nothing to add to token ids and codes. These interfaces are private;
 tests/rollout/vllm/private_api.json lists those that this package uses, and a test finds changes.
+
+vLLM computes on the device that its build is for, which must be this program's. It has run on the CPU only: what it
+does with this package on a GPU is not proven, but each step's identity check would end a run at the first wrong bit.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from rollout.engines.vllm.guard import Guard, starting
 from rollout.engines.vllm.process import (
     ENVIRONMENT,
     Functions,
-    check_version,
+    check_installed,
     memory_file,
     restoring_torch,
     start_folder,
@@ -46,8 +49,8 @@ class Core:
     worker_process: whether vLLM runs in a process of its own, with a copy of the weights.
     timeout_s: seconds that this process may take to get ready, and for each answer.
 
-    Raises MetronomeError for another version of vLLM, when it already runs in this process, or when its own cannot
-    start. Whatever waits for that process raises MetronomeError when it is lost."""
+    Raises MetronomeError for another version or build of vLLM, when it already runs in this process, or when its own
+    cannot start. Whatever waits for that process raises MetronomeError when it is lost."""
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Core:
         pages: int | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        check_version()
+        check_installed()
         if not worker_process and any(core.open and not core.worker_process for core in _running.values()):
             raise MetronomeError(
                 "vLLM already runs in this process for another model or with other settings, and it can only once: "
@@ -115,6 +118,8 @@ class Core:
                 distributed_executor_backend="uni",
                 disable_log_stats=True,
             )
+            if dispatch.device().type != "cpu":  # else vLLM wants 92 % of the GPU to be free, of which it uses nothing
+                arguments.gpu_memory_utilization = 0.01
             config = arguments.create_engine_config()
             self.client = EngineCoreClient.make_client(
                 multiprocess_mode=worker_process,
@@ -139,8 +144,7 @@ class Core:
         or sessions are open."""
         digest = checkpoint.weights_digest(self.model)
         if self.worker_process:
-            weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
-            with memory_file(safetensors.torch.save(weights)) as path, self._waiting():
+            with memory_file(safetensors.torch.save(checkpoint.weights(self.model))) as path, self._waiting():
                 answer = tuple(self.client.collective_rpc("load_weights_file", args=(path,))[0])
             if answer != (dispatch.contract_id(), digest):
                 raise MetronomeError(

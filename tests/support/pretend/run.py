@@ -3,9 +3,10 @@
     python -m tests.support.pretend.run [OPTION…] MODULE ARGUMENT… [+ [OPTION…] MODULE ARGUMENT…]…
     python -m tests.support.pretend.run rl.train --config configs/quickstart.yaml --placement.device cuda
 
-``--spoil OP[:WHO]`` gives an op a wrong last bit, in all calls or those of WHO, "learner" or "sampler"; ``--patch
-MODULE`` imports a module that changes the program; ``--ledger FILE`` writes the counts of the whole command as JSON.
-Several commands share one world of processes, and each one's exit status is printed after it.
+``--spoil OP[:WHO]`` gives an op a wrong last bit, in all calls or those of WHO, "learner" or "sampler"; ``--fail
+KIND:KERNEL:N`` breaks the device (`tests.support.pretend.faults`); ``--patch MODULE`` imports a module that changes the
+program; ``--ledger FILE`` writes the counts of the whole command as JSON. Several commands share one world of
+processes, and each one's exit status is printed after it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 from tests.support.pretend.device import DEVICE, install, ledger
+from tests.support.pretend.faults import fail_at
+from tests.support.pretend.trainer import be_the_trainers_gpu
 
 
 def be_the_gpu(spoilt: frozenset[str] = frozenset()) -> None:
@@ -58,10 +61,11 @@ def be_the_gpu(spoilt: frozenset[str] = frozenset()) -> None:
     dispatch._load = lambda name: PretendBackend(spoilt) if name == "triton" else load(name)  # type: ignore[assignment,return-value]
     gpu.check = lambda: None
     gpu.take = lambda local_rank: None
-    gpu.free_bytes = lambda device: 2**34
-    gpu.name = lambda: "pretend GPU"
+    gpu.memory = lambda device: gpu.Memory(free=2**34, total=2**34, others=0)
+    gpu.card = lambda: {"gpu": "pretend GPU"}
     gpu.COLLECTIVES = "gloo"
     process.unavailable_reason = lambda: "vLLM does not know the pretend GPU"
+    be_the_trainers_gpu()
 
 
 def main(arguments: list[str]) -> None:
@@ -94,6 +98,8 @@ def one(arguments: list[str]) -> None:
         option, value, *arguments = arguments
         if option == "--spoil":
             spoilt |= {value}
+        elif option == "--fail":
+            fail_at(value)
         elif option == "--patch":
             importlib.import_module(value)
         else:

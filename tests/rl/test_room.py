@@ -1,0 +1,78 @@
+"""What a run needs of a card's memory is asked before anything is written: the message names the field to lower."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import dispatch
+from kernels.errors import MetronomeError
+from model.backbone.size import activation_bytes, empty, training_bytes
+from model.backbone.state import state_bytes
+from model.config import preset
+from model.program import gpu, memory
+from rl import room
+from rl.step.batch import choice_logprobs, collate
+from rl.train import parse
+from rollout.record.transcript import write_transcript
+from rollout.turn.action import LISTEN
+from rollout.turn.grammar import Grammar
+from tests.support.models import VOCABULARY, conversation, fresh_model
+
+
+def test_a_run_too_large_for_the_card_names_the_fields_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a card with room for all, downwards: first the forward pass does not fit, then the sessions, then the
+    model."""
+    config = parse(["--placement.device", "cuda"])[0]
+    shape, slots = preset("tiny"), config.rl.groups * config.rl.rollouts
+    model = training_bytes(empty(shape, torch.float32))
+    sessions = state_bytes(shape, slots, config.rollout.max_tokens, torch.float32, max_rows=slots)
+    forward = activation_bytes(shape, config.rl.micro_batch * room.fewest_rows(config), torch.float32)
+    enough = int((model + sessions + forward) / (1 - memory.RESERVED_FRACTION)) + 2
+    found: list[str] = []
+    monkeypatch.setattr(dispatch, "device", lambda: torch.device("cuda", 0))
+    for left in (enough, enough - 4, enough - int(1.2 * forward), enough - int(1.2 * (forward + sessions))):
+        monkeypatch.setattr(gpu, "memory", lambda device, left=left: gpu.Memory(left, 2**35, 2**34))
+        try:
+            room.check_fits(config)
+            found.append("fits")
+        except MetronomeError as error:
+            assert "weights on one GPU" in str(error) and "other processes hold 16.00 GiB of it" in str(error)
+            found.append(str(error).rpartition(": ")[2])
+    assert found == [
+        "fits",
+        "lower rl.micro_batch",
+        "lower rl.groups, rl.rollouts or rollout.max_tokens",
+        "take a smaller model, or a machine with more memory",
+    ]
+
+
+def test_what_is_foreseen_of_a_forward_pass_is_less_than_what_it_keeps() -> None:
+    model, kept, seen = fresh_model(), 0, []
+    batch = collate([conversation(0, 10), conversation(1, 10)], model.audio_token_id)
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        if all(x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() for other in seen):
+            kept += x.untyped_storage().nbytes()
+            seen.append(x)
+        return x
+
+    seen.extend(model.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        choice_logprobs(model, batch, VOCABULARY.classes, 1.0)
+    rows = len(batch.inputs.tokens)
+    foreseen = activation_bytes(model.config, rows, torch.float32)
+    assert 0 < foreseen < kept < 20 * foreseen
+
+
+def test_no_episode_of_ours_has_fewer_rows_than_foreseen() -> None:
+    config = parse([])[0]
+    silent = write_transcript(
+        torch.zeros(60, 4, 80, dtype=torch.uint8), [LISTEN] * 60, Grammar(VOCABULARY, config.rollout.words_per_chunk)
+    )
+    least = len(collate([silent], fresh_model("nano").audio_token_id).inputs.tokens)
+    assert 0 < room.fewest_rows(config) <= least < 1.1 * room.fewest_rows(config)
+    assert {config.scenarios.settings_of(name).chunks for name in config.scenarios.members} == {60}
+    foreign = parse(["--scenarios.families", "[tests.examples.confide:FAMILY]"])[0]
+    assert room.fewest_rows(foreign) == 0
