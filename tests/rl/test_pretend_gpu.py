@@ -19,10 +19,12 @@ from torch.utils import backend_registration
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program import gpu
+from rl import bestofn
 from rl.audit import command
 from rl.fingerprint import compared
 from rollout.record.episode import load_episodes, pack_episodes
 from tests.rl.resuming import arguments, digests, go
+from tests.support.models import reward_model
 from tests.support.settings import ROOT
 
 pytestmark = [
@@ -76,6 +78,7 @@ def thread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
     def recipe(name: str, **changed: object) -> list[str]:
         return arguments(runs, name, placement__device="cuda", **changed)
 
+    reward_model(seed=1).save(runs / "judge")
     one_step = {"rl.steps": 1, "rl.checkpoint_every": 1}
     audit = ["rl.audit.command", "--fail-on", "mismatch", "--run"]
     commands = {
@@ -90,6 +93,7 @@ def thread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
             str(runs / "gpu/checkpoints/step_000003/model"),
             str(runs / "out"),
         ],
+        "best of n": ["rl.bestofn", *best_of_n(runs, "gpu.json"), "--placement.device", "cuda"],
         "workers": ["rl.train", "--config", str(ROOT / "configs/quickstart_workers.yaml"), *recipe("workers")],
         "audit, spoilt": ["--spoil", "linear", *audit, str(runs / "cut")],
         "learner, spoilt": ["--spoil", "linear:learner", "rl.train", *recipe("learner", **one_step)],
@@ -101,6 +105,11 @@ def thread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
 
 
 Thread = tuple[Path, dict[str, tuple[int, str]]]
+
+
+def best_of_n(runs: Path, json: str) -> list[str]:
+    given = {"run": runs / "gpu", "models": f"[{runs / 'judge'}]", "json": runs / json, "scenarios": 1, "samples": 2}
+    return [f"--{name}={value}" for name, value in given.items()]
 
 
 def digest(folder: Path) -> str:
@@ -155,6 +164,13 @@ def test_an_audit_goes_where_the_run_was(
         assert "Audit: not comparable: 6 of 6 saved episodes differ in contract" in shown
         assert ("under another contract: there is no GPU\n" in shown) == note
     assert dispatch.backend() is before
+
+
+def test_a_learned_reward_picks_as_on_the_cpu(thread: Thread) -> None:
+    runs, said = thread
+    assert said["best of n"][0] == 0, said["best of n"][1][-3000:]
+    bestofn.main(best_of_n(runs, "cpu.json"))
+    assert json.loads((runs / "gpu.json").read_text()) == json.loads((runs / "cpu.json").read_text())
 
 
 def test_workers_are_refused_before_anything_is_written(thread: Thread) -> None:
