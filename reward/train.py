@@ -29,7 +29,8 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 import os
 import pickle
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,11 +114,21 @@ def main(arguments: list[str] | None = None) -> None:
     folder = locate(recipe.config.runs, recipe.config.name)
     Placement.enter(recipe.config.placement, "float32")
     launched = Launched.read()
-    if launched is None:
-        os.environ.pop("LOCAL_RANK", None)  # left over; accelerate would take it for a launcher's
     several = launched is not None and launched.world > 1  # accelerate takes the group of processes that it finds
-    with ranks.joined() if several else nullcontext(), sole_writer(folder):
-        train(recipe.config, recipe.text, recipe.resume)
+    with _no_rank() if launched is None else nullcontext(), ranks.joined() if several else nullcontext():
+        with sole_writer(folder):
+            train(recipe.config, recipe.text, recipe.resume)
+
+
+@contextmanager
+def _no_rank() -> Iterator[None]:
+    """Without LOCAL_RANK, which `ranks.join` sets without a launcher, and which accelerate would take for one's."""
+    kept = os.environ.pop("LOCAL_RANK", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ["LOCAL_RANK"] = kept
 
 
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:

@@ -154,6 +154,7 @@ ALLOWED: dict[Place, str] = {
     ("model/backbone/state.py", "state_bytes", "builtin sum"): INTEGERS,
     ("model/backbone/state.py", "state_bytes", "prod"): INTEGERS,
     ("model/backbone/state.py", "SessionState.extend", "builtin sum"): INTEGERS,
+    ("rollout/engines/embedded.py", "SessionEngine._rows_to_sample", "builtin sum"): INTEGERS,
     ("rollout/scenarios/timespeak.py", "_nearly_normal", "builtin sum"): INTEGERS,
     ("reward/rules/turn_taking.py", "floor_items.takes", "builtin sum"): INTEGERS,
     ("reward/rules/timing.py", "take_over_rate", "builtin sum"): INTEGERS,
@@ -162,7 +163,7 @@ ALLOWED: dict[Place, str] = {
     ("rl/step/credit.py", "token_weights", "builtin sum"): INTEGERS,
     ("kernels/adamw.py", "AdamW", "optim"): "the class that DeepSpeed asks for; its update is an op of ours",
     ("reward/learned/prefixes.py", "last_hidden", "builtin sum"): INTEGERS,
-    ("reward/learned/trainable.py", "Trainable.forward", "sum"): INTEGERS,
+    ("reward/learned/trainable.py", "Collator.batch", "builtin sum"): INTEGERS,
     (
         "reward/learned/graded.py",
         "GradedTrainer.compute_loss",

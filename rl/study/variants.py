@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.backend import Backend
+from kernels.layout import Segments
 from kernels.reference import naive
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
@@ -40,7 +41,17 @@ SPARE_SLOTS = 4
 def naive_torch() -> Backend:
     """`kernels.reference.naive`, with its tensors where the active backend's lie, and that one's update of weights."""
     active = dispatch.backend()
-    return cast(Backend, SimpleNamespace(**vars(naive) | {"DEVICE": active.DEVICE, "adamw": active.adamw}))
+
+    def upload(
+        segments: Segments, tables: Sequence[Tensor], parts: tuple[Tensor, ...]
+    ) -> tuple[Segments, tuple[Tensor, ...]]:
+        return segments, tuple(part.to(active.DEVICE) for part in parts)
+
+    def fetch(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(part.cpu() for part in parts)
+
+    own = {"DEVICE": active.DEVICE, "adamw": active.adamw, "upload": upload, "fetch": fetch}
+    return cast(Backend, SimpleNamespace(**vars(naive) | own))
 
 
 @dataclass(frozen=True)

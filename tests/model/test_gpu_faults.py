@@ -146,6 +146,7 @@ def test_what_was_raised_first_is_told_when_the_processes_cannot_part(monkeypatc
     def part() -> None:
         raise DistBackendError("NCCL error in: a.cpp:1, invalid usage")
 
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
     monkeypatch.setattr(ranks, "join", lambda: None)
     monkeypatch.setattr(ranks, "leave", part)
     with pytest.raises(torch.AcceleratorError, match="ECC"), ranks.joined():

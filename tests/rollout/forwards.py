@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model.backbone.transformer import InteractionModel
-from model.config import preset
+from model.config import Preset, preset
 from model.inputs import Inputs
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
@@ -36,12 +36,11 @@ DECODE = Bounds(kernels=86, launches=TORCHS, waits=1, copies=1, reads=1)
 PREFILL = Bounds(kernels=88, launches=TORCHS | {"index_copy": 1}, waits=1, copies=1, reads=1)  # with audio rows
 
 
-def engine_on(device: str) -> SessionEngine:
-    model = InteractionModel(preset("tiny"))
+def engine_on(device: str, name: Preset = "tiny") -> SessionEngine:
+    model = InteractionModel(preset(name))
     model.init_weights(0)
     model.to(device)
     model.pack()
-    assert len(model.layers) == LAYERS
     return SessionEngine(model, Vocabulary.build(model.vocab), slots=4, max_tokens=160)
 
 
@@ -99,6 +98,7 @@ def ledgers() -> dict[str, Any]:
     be_tritons_device()
     ledger.trace = True
     engine = engine_on("pretend")
+    assert len(engine.model.layers) == LAYERS
     (session,) = opened(engine, 1)
     seen = measured(engine)
     for turn in range(2):
@@ -147,7 +147,7 @@ def bits(device: str) -> dict[str, Any]:
         quicken()
     from rl.step.gradient import gradient_of
 
-    engine = engine_on(device)
+    engine = engine_on(device, "nano")
     sessions = opened(engine, 3)
     engine.append(sessions[:1], observations(0, 1))
     engine.append(sessions, observations(1, 3))
