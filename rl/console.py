@@ -4,7 +4,8 @@
 
 The module of a verb gets its arguments unchanged; other verbs' modules are not imported. ``train`` and ``reward-train``
 start their processes by ``accelerate launch`` with the shipped configuration, or with that of ``--launch FILE`` before
-the verb; under a launcher (RANK is set) they start none.
+the verb. They start none under a launcher (RANK is set), nor, without ``--launch``, for a recipe whose placement.device
+is cuda: one process takes one GPU.
 """
 
 from __future__ import annotations
@@ -64,12 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if launcher is not None and verb.launcher is None:
         fail(f"--launch: {name} runs in one process; train and reward-train are launched")
     if verb.launcher is not None and "RANK" not in os.environ and not {"-h", "--help"} & set(rest):
-        launch(verb, launcher, rest)
+        if launcher is not None or not on_gpu(rest):
+            launch(verb, launcher, rest)
     # As ``python -m`` has it, so that a family or reward of one's own in this folder is found; at the end, so that
     # nothing in it hides a package of ours.
     sys.path.append(os.getcwd())
     sys.argv = [f"metronome {name}", *rest]
     runpy.run_module(verb.module, run_name="__main__", alter_sys=True)
+
+
+def on_gpu(rest: Sequence[str]) -> bool:
+    from model.program.recipe import names_gpu  # only here: it is slow to import
+
+    return names_gpu(rest)
 
 
 def launch(verb: Verb, config: str | None, rest: Sequence[str]) -> NoReturn:
@@ -94,7 +102,8 @@ def usage() -> str:
             *lines,
             "",
             "`metronome VERB --help` lists a verb's arguments. --launch FILE: accelerate's configuration for train and",
-            "reward-train, instead of the shipped one (two processes on this machine's CPU; one for reward-train).",
+            "reward-train, instead of the shipped one (two processes on this machine's CPU; one for reward-train, and",
+            "on a GPU: --launch accelerate/gpus takes more).",
         ]
     )
 

@@ -116,6 +116,15 @@ def read_recipe(
     )
 
 
+def names_gpu(arguments: Sequence[str]) -> bool:
+    """Whether recipes and options say ``placement.device: cuda``; no, too, where they cannot be read."""
+    try:
+        device = dict(flat(_tree(arguments, resumes=True)[0])).get("placement.device")
+    except (_NoRecipeError, MetronomeError):
+        return False
+    return (device.text if isinstance(device, _Given) else device) == "cuda"
+
+
 def _tree(arguments: Sequence[str], resumes: bool) -> tuple[dict[str, Any], bool]:
     """All recipes and options merged, and whether ``--resume`` was given."""
     tree: dict[str, Any] = {}

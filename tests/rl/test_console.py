@@ -99,6 +99,29 @@ def test_training_is_launched_with_the_shipped_processes(
     assert first[at + 2 :] == ["-m", "rl.train", "--rl.steps", "3"] and second[at + 1] == "mine.yaml"
 
 
+def test_on_a_gpu_one_process_trains_without_a_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The shipped configuration has two processes, and each takes a GPU of its own."""
+    begun: list[str] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(os, "execv", lambda _, command: begun.append("launcher"))
+    monkeypatch.setattr(console.runpy, "run_module", lambda module, **_: begun.append(module))
+
+    def last(*arguments: str) -> str:
+        begun.clear()
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", [])
+        console.main(arguments)
+        return begun[0]
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("placement:\n  device: cuda\n")
+    assert last("train", "--placement.device", "cuda") == last("train", "--config", str(recipe)) == "rl.train"
+    assert last("reward-train", "--placement.device=cuda", "--resume") == "reward.train"
+    assert last("--launch", "accelerate/gpus", "train", "--placement.device", "cuda") == "launcher"
+    assert last("train", "--config", str(recipe), "--placement.device", "cpu") == "launcher"
+    assert last("train", "--placement.device", "cuda", "no option") == last("train") == "launcher"
+
+
 def test_a_shipped_recipe_is_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for given in (["--config", "reward_backbone"], ["--config=reward_backbone"]):

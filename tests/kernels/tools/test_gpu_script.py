@@ -42,6 +42,16 @@ def test_a_gpu_that_does_not_answer_and_a_package_that_is_missing_are_named(tmp_
     assert done.returncode == 2 and "cannot be installed" in done.stderr
 
 
+def test_what_it_cannot_do_it_says_before_the_card_is_used(tmp_path: Path) -> None:
+    """A report that cannot be written would cost all the minutes."""
+    (tmp_path / "file").touch()
+    done = script(tmp_path / "file" / "out")
+    assert done.returncode == 2 and f"nothing can be written into {tmp_path / 'file' / 'out'}" in done.stderr
+    for minutes in ("0", "-1", "eight", "1.5"):
+        done = script(tmp_path, MINUTES=minutes)
+        assert done.returncode == 2 and f"MINUTES is '{minutes}'" in done.stderr
+
+
 def test_controls_of_the_row_contract_in_the_interpreter() -> None:
     done = python("kernels.tools.device_rows", "--dry", "--only", "controls", **INTERPRETER)
     assert done.returncode == 0 and "2 of 2 controls caught" in done.stdout, done.stdout + done.stderr
