@@ -175,7 +175,7 @@ def _batch(x: Tensor, owner: Tensor, within: Tensor, sequences: int, longest: in
 
 def _through_pages(k: Tensor, v: Tensor, cache: PagedKV, segments: Segments, owner: Tensor) -> tuple[Tensor, Tensor]:
     """Writes the new keys and values, then gathers every sequence, padded to the longest: [S, H_kv, L, D] each."""
-    position, table = segments.position.long(), cache.table[segments.slot.long()].long()
+    position, table = segments.position.long(), cache.table.to(k.device)[segments.slot.long()].long()
     page, place = table[owner, position // SPLIT_TOKENS], position % SPLIT_TOKENS
     cache.key[page, :, :, place] = k
     cache.value[page, :, place] = v

@@ -38,9 +38,11 @@ SPARE_SLOTS = 4
 
 
 def naive_torch() -> Backend:
-    """`kernels.reference.naive`, with its tensors where the active backend's lie, and that one's update of weights."""
+    """`kernels.reference.naive` where the active backend's tensors lie: with that one's copies to and from there, and
+    its update of weights."""
     active = dispatch.backend()
-    return cast(Backend, SimpleNamespace(**vars(naive) | {"DEVICE": active.DEVICE, "adamw": active.adamw}))
+    names = ("DEVICE", "upload", "deferred", "fetch", "adamw")
+    return cast(Backend, SimpleNamespace(**vars(naive) | {name: getattr(active, name) for name in names}))
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,13 @@ shutil.copytree(runs / "gpu", runs / "cut")
 cut(runs / "cut", 1)
 """
 LEFT_BEHIND = """
-from model.inputs import Inputs
-Inputs.to = lambda self, device, non_blocking=False: self
+from dataclasses import replace
+from model.backbone.transformer import InteractionModel
+place = InteractionModel.place
+def all_but_tokens(self, inputs, state, *more):
+    placed = place(self, inputs, state, *more)
+    return replace(placed, inputs=replace(placed.inputs, tokens=inputs.tokens))
+InteractionModel.place = all_but_tokens
 """
 
 

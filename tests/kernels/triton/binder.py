@@ -72,8 +72,6 @@ def prepare() -> None:
         for name, value in (("INTERPRET", True), ("PLACE", "cpu"), ("DEVICE", "cpu")):
             if hasattr(module, name):
                 setattr(module, name, value)
-        if hasattr(module, "placed"):  # segments come from the host to a card: also here by the copy, not as they are
-            module.placed = lambda segments, device, placed=module.placed: placed(segments, device.type)
     driver.set_active(Sm90())
     bind = JITFunction.run
 
