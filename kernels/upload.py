@@ -36,10 +36,13 @@ def send(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     for place, content in zip(places, raw, strict=True):
         memory[place : place + len(content)] = content
     there = buffer.to(device, non_blocking=True)
-    return [
-        there[place : place + len(content)].view(part.dtype).view(part.shape)
-        for part, place, content in zip(parts, places, raw, strict=True)
-    ]
+    typed = {dtype: there.view(dtype) for dtype in {part.dtype for part in parts}}  # a view costs a microsecond
+    out = []
+    for part, place in zip(parts, places, strict=True):
+        first = place // part.element_size()
+        field = typed[part.dtype][first : first + part.numel()]
+        out.append(field if part.dim() == 1 else field.view(part.shape))
+    return out
 
 
 def receive(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -73,7 +73,9 @@ def aligned(x: Tensor) -> Tensor:
     """``x`` [..., K] itself when its address in bytes, K and the row strides are multiples of 16; else a copy of which
     that holds, K padded with zeros.
 
-    Triton compiles another kernel for other alignments; so all calls, whatever their tensors, run the same one."""
+    Triton compiles another kernel for other alignments; so all calls, whatever their tensors, run the same one. Weights
+    that a kernel reads as they are lie where an optimizer put them: those arguments are compiled for any address
+    (``do_not_specialize_on_alignment``), so that no call copies them."""
     width = x.shape[-1]
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     last = x.stride(-1) == 1 or width == 1

@@ -216,14 +216,14 @@ class InteractionModel(nn.Module):
         """``inputs`` beside the kernels for one forward pass, and with them all that the host knows of it before, in
         one copy: of ``more``, too, which the caller's own ops will need. Raises ValueError for a token or a code that
         the embeddings lack."""
-        segments, tables = inputs.segments, () if state is None else state.tables
-        if self.device.type != "cpu":  # there the lookup itself would notice, but not raise
-            self._check_ids(inputs)
-        tau = () if self.tau is None else (self.tau[segments.position.cpu()],)
+        tables = () if state is None else state.tables
+        tau = () if self.tau is None else (self.tau[inputs.segments.position.cpu()],)
         own = (inputs.tokens, inputs.codes, inputs.audio_rows, *tau)
-        segments, parts = ops.upload(segments, tables, *own, *more)
-        tokens, codes, rows = parts[:3]
-        return Placed(Inputs(tokens, codes, rows, segments), parts[3] if tau else None, parts[len(own) :])
+        segments, parts = ops.upload(inputs.segments, tables, *own, *more)
+        if parts[0] is not inputs.tokens:  # they are on another device, where a lookup would not raise
+            self._check_ids(inputs)
+            inputs = Inputs(parts[0], parts[1], parts[2], segments)
+        return Placed(inputs, parts[3] if tau else None, parts[len(own) :])
 
     def _check_ids(self, inputs: Inputs) -> None:
         audio = self.config.audio_config

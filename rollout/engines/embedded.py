@@ -208,7 +208,10 @@ class SessionEngine:
             placed = self.model.place(inputs, self.state, keys, classes, *last, *of_session)
             keys, classes, *indices = placed.more
             hidden = self.model(placed, self.state)
-            hidden = hidden[indices[0]] if last else hidden[-len(by_slot) :]
+            if last:
+                hidden = hidden[indices[0]]
+            elif segments.rows > 1 == len(by_slot):
+                hidden = hidden[-1:]
             logits = self.model.logits(hidden)
             if of_session:
                 hidden, logits = hidden[indices[-1]], logits[indices[-1]]

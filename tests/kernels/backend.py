@@ -96,9 +96,9 @@ def _back(x: Any) -> Any:
     return tuple(map(_back, x)) if isinstance(x, tuple) else x
 
 
-OPS = tuple(name for name, value in vars(_ops).items() if isfunction(value))
-BETWEEN = frozenset({"upload", "deferred", "fetch"})
-"""Those that only move tensors between host and device, which may lie on either side."""
-COPIES = BETWEEN | {"pack_linear", "pack_experts", "repack"}
+MOVES = ("upload", "deferred", "fetch")
+"""Of `kernels.ops`, what moves tensors and errors and computes nothing: triton/test_deferred.py."""
+OPS = tuple(name for name, value in vars(_ops).items() if isfunction(value) and name not in MOVES)
+COPIES = frozenset({"pack_linear", "pack_experts", "repack"})
 """Those that compute nothing."""
 ops = SimpleNamespace(**{name: there(getattr(_ops, name)) for name in OPS})

@@ -154,12 +154,15 @@ def bits(device: str) -> dict[str, Any]:
     episodes = [s.episode(scenario="a/b/0", rollout=i, seed=0, facts={}) for i, s in enumerate(sessions)]
     some = episodes[:2]  # of two turns, and of one
     weights = [torch.ones(len(e.text.chunk)) for e in some]
+    ledger.clear()
     gradient = gradient_of(engine.model, some, weights, engine.vocabulary.classes, 1.0, 8)
+    asked = ledger.totals()
     sampled = [torch.cat([getattr(e.text, name) for e in some]) for name in ("logprob", "digest")]
     learned = [gradient.logprob.cpu(), gradient.digest.cpu()]
     return {
         "episodes": digest([x for e in episodes for x in (e.tokens, e.text.logprob, e.text.digest)]),
         "gradient": digest(list(gradient.parameters)),
+        "asked_by_learner": asked,
         "learner_is_sampler": all(torch.equal(a, b) for a, b in zip(sampled, learned, strict=True)),
     }
 

@@ -75,5 +75,10 @@ def test_what_the_host_knows_is_checked_before_it_is_sent(seen: dict[str, Any]) 
 
 @pytest.mark.slow
 def test_bits_are_those_of_cpu_tensors_and_the_learner_is_the_sampler() -> None:
+    """A micro-batch of the learner, forward and backward, waits twice: for what its ops noticed, for its results."""
     here, there = (result(process) for process in [start("bits", "cpu"), start("bits", "pretend")])
+    counted = [one.pop("asked_by_learner") for one in (here, there)]
     assert here == there and here["learner_is_sampler"]
+    assert counted[1]["waits"] == 2 and counted[1]["reads"] == 1
+    assert counted[1]["copies"] <= 3  # its rows; the tokens' weights; tables of tiles that only a backward needs, once
+    assert not any(counted[0].values())  # nothing is on the device there
