@@ -1,6 +1,7 @@
 """What a run's recipe must meet beyond the range of each field (`model.program.ranges`).
 
 - `check_recipe`: all of it, before anything is written.
+- `check_contracts`: all processes compute the same bits.
 - `check_read`: each setting that is given is read.
 - `check_shares`: every process has its share of scenarios, none comes twice, and there is a policy to learn from.
 
@@ -19,6 +20,7 @@ from kernels.errors import MetronomeError
 from model.program import ranks
 from model.program.ranges import shown
 from rl.config import TrainConfig
+from rl.environment import computing, contract_in_words
 from rl.rollers import check_engine, check_workers
 from rl.room import check_fits
 from rl.tracking.settings import check as check_tracking
@@ -64,12 +66,25 @@ def check_recipe(config: TrainConfig, resumed: Path | None = None) -> None:
     """Raises MetronomeError, naming the field, for a recipe that cannot be run here: settings that do not fit one
     another, the number of processes, the machine or what is installed, and settings that would be ignored.
     ``resumed``: as in `rl.run.build_model`."""
+    check_contracts()
     check_shares(config)
     check_workers(config)
     check_engine(config)
     check_fits(config, resumed)
     check_read(config)
     check_tracking(config.tracking)
+
+
+def check_contracts() -> None:
+    """Raises MetronomeError when processes of the run compute under other contracts than the first one, as on GPUs of
+    two kinds: environment.json names one contract, by which the run is resumed and audited."""
+    first, *others = ranks.gather(contract_in_words(computing()))
+    for rank, words in enumerate(others, 1):
+        if words != first:
+            raise MetronomeError(
+                f"process {rank} of the run computes under {words}, process 0 under {first}: other bits. Take cards of "
+                "one kind (`--gpu_ids` chooses among a machine's) and equal versions of torch and Triton"
+            )
 
 
 def check_read(config: TrainConfig) -> None:

@@ -14,6 +14,8 @@ _FORWARD = {
     torch.float32: bind("short_conv_f32", "pippppipipi"),
     torch.bfloat16: bind("short_conv_bf16", "pippppipipi"),
 }
+NO_GRADIENT = "short_conv: with state there is no gradient; call it under torch.no_grad()"
+
 _BACKWARD = bind("short_conv_backward", "pppipppi")
 
 
@@ -25,13 +27,15 @@ def short_conv(
     if addend.shape != x.shape or addend.dtype is not x.dtype or not addend.is_cpu:
         check_short_conv(x, weight, segments, state, addend)
         check_device("short_conv", "cpu", "cpu", addend=addend)
+    if torch.is_grad_enabled() and state is not None and addend.requires_grad:
+        raise ValueError(NO_GRADIENT)
     return addend + _convolved(x, weight, segments, state)
 
 
 def _convolved(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if state is not None:
-            raise ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
+            raise ValueError(NO_GRADIENT)
         out: Tensor = _ShortConv.apply(x, weight, segments)
         return out
     (rows, width), stride, dtype = check_short_conv(x, weight, segments, state)

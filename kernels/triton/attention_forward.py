@@ -47,7 +47,7 @@ def attention_kernel(
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     tile = tiles + tl.program_id(0) * 5
     key_head = tl.program_id(1)
-    slot, shift = tl.load(tile), tl.load(tile + 1)
+    s, shift = tl.load(tile), tl.load(tile + 1)
     start, end, base = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH_PAD)
@@ -68,7 +68,7 @@ def attention_kernel(
     for part in range(first_seen // KEYS, last // KEYS + 1):
         first = part * KEYS
         at = first + tl.arange(0, KEYS)
-        page = tl.load(table + slot.to(tl.int64) * table_width + first // SPLIT).to(tl.int64) * KEY_HEADS + key_head
+        page = tl.load(table + s.to(tl.int64) * table_width + first // SPLIT).to(tl.int64) * KEY_HEADS + key_head
         j = at % SPLIT
         values = tl.load(
             value + (page * SPLIT + j[:, None]) * WIDTH + d[None, :],
@@ -119,13 +119,13 @@ def write_kernel(
     """Copies new rows into their pages. Grid (splits that new rows reach, key heads); splits as `tiles_of`."""
     tile = splits + tl.program_id(0) * 5
     key_head = tl.program_id(1)
-    slot, shift = tl.load(tile), tl.load(tile + 1)
+    s, shift = tl.load(tile), tl.load(tile + 1)
     start, end, base = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     j = tl.arange(0, SPLIT)
     d = tl.arange(0, WIDTH_PAD)
     position = base + j
     fresh = ((position >= start) & (position < end))[:, None] & (d < WIDTH)[None, :]
-    page = tl.load(table + slot.to(tl.int64) * table_width + base // SPLIT).to(tl.int64) * KEY_HEADS + key_head
+    page = tl.load(table + s.to(tl.int64) * table_width + base // SPLIT).to(tl.int64) * KEY_HEADS + key_head
     row, column = (position + shift).to(tl.int64)[:, None], key_head * WIDTH + d[None, :]
     new_key, new_value = tl.load(k + row * k_row + column, mask=fresh), tl.load(v + row * v_row + column, mask=fresh)
     tl.store(key + (page * WIDTH + d[None, :]) * SPLIT + j[:, None], new_key, mask=fresh)

@@ -7,7 +7,6 @@ may change a bit of any result. What else decides bits, orders of reduction incl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -69,13 +68,13 @@ def contract() -> dict[str, str | int]:
     return {"architecture": instruction_set(), "numerics": NUMERICS_VERSION, **made, **tiles.contract()}
 
 
-@functools.cache
 def instruction_set() -> str:
-    """The GPU's architecture, ``sm_90`` or ``gfx942``; or ``interpreter``."""
+    """The architecture of this process's GPU (`model.program.gpu.take`), ``sm_90`` or ``gfx942``; or ``interpreter``.
+    Read anew each time: before a process has taken its own, it is the first one's."""
     if INTERPRET:
         return "interpreter"
     if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(0).gcnArchName).partition(":")[0]
+        return str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
 

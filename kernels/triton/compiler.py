@@ -20,6 +20,9 @@ HARMLESS = frozenset({
     # where files lie
     "TRITON_HOME", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_CUDACRT_PATH", "TRITON_CUDART_PATH",
     "TRITON_LIBCUDA_PATH", "TRITON_LIBHIP_PATH", "TRITON_CUOBJDUMP_PATH", "TRITON_NVDISASM_PATH",
+    # the profiler's; NVIDIA's containers set them
+    "TRITON_CUPTI_PATH", "TRITON_CUPTI_INCLUDE_PATH", "TRITON_CUPTI_LIB_PATH", "TRITON_CUPTI_LIB_BLACKWELL_PATH",
+    "TRITON_PROTON_DISABLE", "TRITON_ENABLE_NVTX",
     # whose version is in the id
     "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH",
     # what is printed, written or compiled anew
@@ -40,6 +43,7 @@ def check_environment() -> None:
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     own = {name for name in os.environ if name.startswith(("TRITON_", "PTXAS_", "AMDGCN_"))}
+    own = {name for name in own if not name.startswith("TRITON_SERVER_")}  # NVIDIA's inference server, another Triton
     named = (own | set(get_cache_invalidating_env_vars())) - HARMLESS
     found = sorted(name for name in named if os.environ.get(name))
     if found:

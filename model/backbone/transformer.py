@@ -220,7 +220,8 @@ class InteractionModel(nn.Module):
         tau = () if self.tau is None else (self.tau[inputs.segments.position.cpu()],)
         own = (inputs.tokens, inputs.codes, inputs.audio_rows, *tau)
         segments, parts = ops.upload(inputs.segments, tables, *own, *more)
-        if parts[0] is not inputs.tokens:  # they are on another device, where a lookup would not raise
+        if segments is not inputs.segments or parts[0] is not inputs.tokens:
+            # There is another device, on which a lookup of what is not there would not raise.
             self._check_ids(inputs)
             inputs = Inputs(parts[0], parts[1], parts[2], segments)
         return Placed(inputs, parts[3] if tau else None, parts[len(own) :])

@@ -104,9 +104,11 @@ class RewardModel(nn.Module):
         packed = self._ready()
         inputs = Inputs.cat(conversations, self.backbone.audio_token_id)
         ends = [chunk_ends(c.tokens, self.backbone.audio_token_id) for c in conversations]
-        hidden = self.backbone(inputs)
-        at = torch.cat([e + s for e, s in zip(ends, inputs.starts, strict=True)]).to(hidden.device, non_blocking=True)
-        return list(ops.linear(hidden[at], packed, torch.float32).split([len(e) for e in ends]))
+        with ops.deferred():  # the host waits once, at the end of the block
+            hidden = self.backbone(inputs)
+            at = torch.cat([e + s for e, s in zip(ends, inputs.starts, strict=True)])
+            rewards = ops.linear(hidden[at.to(hidden.device, non_blocking=True)], packed, torch.float32)
+        return list(rewards.split([len(e) for e in ends]))
 
     @needing("scoring by a reward model", "take one of a smaller backbone, or fewer of them (source.models)")
     @torch.inference_mode()
@@ -118,8 +120,9 @@ class RewardModel(nn.Module):
         packed = self._ready()
         out: list[Tensor] = []
         for first in range(0, len(episodes), EPISODES_PER_PASS):
-            hidden = last_hidden(self.backbone, episodes[first : first + EPISODES_PER_PASS])
-            rewards = ops.linear(torch.cat(hidden), packed, torch.float32).cpu()
+            with ops.deferred():  # the host waits once, in fetch
+                hidden = last_hidden(self.backbone, episodes[first : first + EPISODES_PER_PASS])
+                (rewards,) = ops.fetch(ops.linear(torch.cat(hidden), packed, torch.float32))
             if not bool(torch.isfinite(rewards).all()):
                 raise NotFiniteError(f"{self.name}: it gives rewards that are not finite; train it anew")
             out += rewards.split([len(rows) for rows in hidden])

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.backend import Backend
-from kernels.layout import Segments
 from kernels.reference import naive
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
@@ -39,19 +38,11 @@ SPARE_SLOTS = 4
 
 
 def naive_torch() -> Backend:
-    """`kernels.reference.naive`, with its tensors where the active backend's lie, and that one's update of weights."""
+    """`kernels.reference.naive` where the active backend's tensors lie: with that one's copies to and from there, and
+    its update of weights."""
     active = dispatch.backend()
-
-    def upload(
-        segments: Segments, tables: Sequence[Tensor], parts: tuple[Tensor, ...]
-    ) -> tuple[Segments, tuple[Tensor, ...]]:
-        return segments, tuple(part.to(active.DEVICE) for part in parts)
-
-    def fetch(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(part.cpu() for part in parts)
-
-    own = {"DEVICE": active.DEVICE, "adamw": active.adamw, "upload": upload, "fetch": fetch}
-    return cast(Backend, SimpleNamespace(**vars(naive) | own))
+    names = ("DEVICE", "upload", "deferred", "fetch", "adamw")
+    return cast(Backend, SimpleNamespace(**vars(naive) | {name: getattr(active, name) for name in names}))
 
 
 @dataclass(frozen=True)

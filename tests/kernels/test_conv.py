@@ -139,7 +139,8 @@ def test_errors() -> None:
     for addend in (x[1:], x.bfloat16()):
         with pytest.raises(ValueError, match=r"addend is torch.*, not torch.float32 \[5, 8\]"):
             ops.short_conv(x, weight, from_start([5]), None, addend)
-    with pytest.raises(ValueError, match="with state there is no gradient"):
-        ops.short_conv(x.requires_grad_(), weight, from_start([5]), torch.zeros(2, 3, 8))
+    for rows, addend in ((x.clone().requires_grad_(), None), (x, x.clone().requires_grad_())):
+        with pytest.raises(ValueError, match="with state there is no gradient"):
+            ops.short_conv(rows, weight, from_start([5]), torch.zeros(1, 3, 8), addend)
     with pytest.raises(ValueError, match=r"weight is torch.float32 \(7, 4\)"):
         ops.short_conv(x.detach(), weight[1:], from_start([5]))

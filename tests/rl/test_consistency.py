@@ -1,12 +1,12 @@
-"""A setting that nothing would read is refused, and only where nothing would."""
+"""A setting that nothing would read is refused, and only where nothing would; so are processes of two contracts."""
 
 from __future__ import annotations
 
 import pytest
 
 from kernels.errors import MetronomeError
-from model.program import shipped
-from rl.consistency import UNREAD, check_read
+from model.program import ranks, shipped
+from rl.consistency import UNREAD, check_contracts, check_read
 from rl.train import parse
 
 CASES = {
@@ -45,3 +45,12 @@ def test_shipped_recipes_are_read_whole() -> None:
     assert len(recipes) > 4
     for name in recipes:
         check_read(parse(["--config", name])[0])
+
+
+def test_processes_of_two_contracts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_contracts()  # of one process
+    monkeypatch.setattr(ranks, "gather", lambda words: [words, words])
+    check_contracts()
+    monkeypatch.setattr(ranks, "gather", lambda words: [words, "contract 0 (triton on sm_80)"])
+    with pytest.raises(MetronomeError, match=r"^process 1 .* contract 0 \(triton on sm_80\), process 0 under"):
+        check_contracts()

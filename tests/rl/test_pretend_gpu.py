@@ -49,14 +49,11 @@ cut(runs / "cut", 1)
 LEFT_BEHIND = """
 from dataclasses import replace
 from model.backbone.transformer import InteractionModel
-
 place = InteractionModel.place
-
-def left_behind(self, inputs, state, *more):
+def all_but_tokens(self, inputs, state, *more):
     placed = place(self, inputs, state, *more)
     return replace(placed, inputs=replace(placed.inputs, tokens=inputs.tokens))
-
-InteractionModel.place = left_behind
+InteractionModel.place = all_but_tokens
 """
 
 

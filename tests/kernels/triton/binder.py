@@ -72,8 +72,6 @@ def prepare() -> None:
         for name, value in (("INTERPRET", True), ("PLACE", "cpu"), ("DEVICE", "cpu")):
             if hasattr(module, name):
                 setattr(module, name, value)
-        if hasattr(module, "placed"):  # segments come from the host to a card: also here by the copy, not as they are
-            module.placed = lambda segments, device, placed=module.placed: placed(segments, device.type)
     driver.set_active(Sm90())
     bind = JITFunction.run
 
@@ -206,17 +204,12 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
         return Segments.build(list(range(n)), [3 + i % 70 for i in range(n)], [1] * n)
 
     w, taps, scale = rows(40, "packed"), torch.zeros(width, 4), torch.zeros(width, dtype=dtype)
-    linear, experts = (
-        ops.pack_linear(w.clone().requires_grad_()),
-        ops.pack_experts((torch.zeros(3, 40, width, dtype=dtype).requires_grad_(),)),
-    )
+    linear = ops.pack_linear(w.clone().requires_grad_())
+    experts = ops.pack_experts((torch.zeros(3, 40, width, dtype=dtype).requires_grad_(),))
     table, state = torch.zeros(3 * 5, width, dtype=dtype), torch.zeros(MOST, 3, width, dtype=dtype)
     proj, tau = torch.zeros(3, 70, dtype=dtype), torch.zeros(MOST + 8)
-    allowed, bias, numbers = (
-        torch.ones(3, 50, dtype=torch.bool),
-        torch.zeros(8),
-        torch.zeros(2 * MOST + 8, dtype=torch.int64),
-    )
+    allowed, bias = torch.ones(3, 50, dtype=torch.bool), torch.zeros(8)
+    numbers = torch.zeros(2 * MOST + 8, dtype=torch.int64)
     pages = 2 + MOST // SPLIT_TOKENS
     cache = PagedKV(
         torch.zeros(2 * pages, 2, width, SPLIT_TOKENS, dtype=dtype),
@@ -270,10 +263,6 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
         logits = rows(n, how, 50, torch.float32)
         both(lambda x: ops.logprob(x, numbers[n % 3 :][:n], 0.7, allowed, numbers[:n])[0], how, logits)
 
-    def update(n: int, how: str) -> None:
-        four = [torch.zeros(n) for _ in range(4)]
-        ops.adamw(*four, step)
-
     either = {
         "linear": lambda n, how: both(lambda x: ops.linear(x, linear), how, rows(n, how)),
         "linear to fp32": mixed,
@@ -300,7 +289,7 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
         "logprob": score,
         "sample": draw,
         "dot": lambda n, how: ops.dot(rows(n, how).flatten(), rows(n, how).flatten()) and None,
-        "adamw": update,
+        "adamw": lambda n, how: ops.adamw(*(torch.zeros(n) for _ in range(4)), step),
     }
 
 
@@ -347,10 +336,8 @@ def main() -> None:
                 found = bound_by(call, places, counts)
                 title = f"{name}, {dtype}, rows of {width}"
                 varied[title] = variations(found)
-                kernels[title] = sorted(
-                    set.intersection(*({b.kernel for b in bound} - FORMS for bound in found.values()))
-                )
-                kernels[title] += sorted({b.kernel for bound in found.values() for b in bound} & FORMS)
+                every = set.intersection(*({b.kernel for b in bound} - FORMS for bound in found.values()))
+                kernels[title] = sorted(every) + sorted({b.kernel for b in set.union(*found.values())} & FORMS)
     launched = sorted({spec.fn.__name__ for spec in compile_specs()})
     print("RESULTS", json.dumps({"varied": varied, "kernels": kernels, "launched": launched, "controls": controls()}))
 

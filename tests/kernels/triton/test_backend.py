@@ -112,7 +112,8 @@ def test_a_ptxas_without_a_version_is_refused(compiled: pytest.MonkeyPatch, tmp_
 )  # fmt: skip
 def test_settings_of_the_compiler_are_refused(name: str, compiled: pytest.MonkeyPatch) -> None:
     before = dispatch.contract_id()
-    for harmless in ("TRITON_CACHE_DIR", "TRITON_DISABLE_LINE_INFO", "MLIR_ENABLE_DUMP"):
+    containers = "TRITON_CUPTI_PATH", "TRITON_SERVER_VERSION"
+    for harmless in ("TRITON_CACHE_DIR", "TRITON_DISABLE_LINE_INFO", "MLIR_ENABLE_DUMP", *containers):
         compiled.setenv(harmless, "0")
     compiled.setenv(name, "")  # as good as unset
     assert dispatch.contract_id() == before
