@@ -69,9 +69,9 @@ def check_recipe(config: TrainConfig, resumed: Path | None = None) -> None:
     check_contracts()
     check_shares(config)
     check_workers(config)
-    check_engine(config)
     check_fits(config, resumed)
     check_read(config)
+    check_engine(config)
     check_tracking(config.tracking)
 
 

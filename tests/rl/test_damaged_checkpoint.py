@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
+from model.program.reading import read_json
 from model.program.startup import prepare_process
 from model.weights import manifest
 from model.weights.checkpoint import weights_digest
 from rl import run as run_module
 from rl.config import TrainConfig
+from rl.environment import computing
 from rl.evaluate import HeldOut
 from rl.folder import RunFolder
 from rl.resume import Progress, save
@@ -51,6 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     config, _, text = recipe(runs)
     folder = RunFolder.create(runs, config.name, text)
+    folder.write_json("environment.json", computing())
     model = build_model(config)
     for step in (0, 2, 4):
         with torch.no_grad():
@@ -66,7 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Itself, put back afterwards: its path is in the recipe."""
     kept = Path(shutil.copytree(made, made.with_name(f"{made.name}_kept"), dirs_exist_ok=True))
-    monkeypatch.setattr(run_module, "environment", lambda: {"machine": "another one"})
+    monkeypatch.setattr(run_module, "environment", lambda: computing() | {"machine": "another one"})
     yield made
     shutil.rmtree(made)
     kept.rename(made)
@@ -80,7 +83,8 @@ def resumed(runs: Path) -> Run:
 def refused(runs: Path) -> str:
     with pytest.raises(MetronomeError) as error:
         resumed(runs)
-    assert not (runs / "whole" / "environment.json").exists(), "something was written before the check"
+    written = read_json(runs / "whole" / "environment.json")
+    assert "machine" not in written, "something was written before the check"
     assert not list(runs.rglob("EXECUTED"))
     assert "\n" not in str(error.value)
     return str(error.value)
