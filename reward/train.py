@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def _no_rank() -> Iterator[None]:
-    """Without LOCAL_RANK, which `ranks.join` sets without a launcher, and which accelerate would take for one's."""
+    """Without LOCAL_RANK, which something else may have left, and which accelerate would take for a launcher's."""
     kept = os.environ.pop("LOCAL_RANK", None)
     try:
         yield

@@ -36,7 +36,6 @@ def join(silent_s: float = SILENT_S) -> None:
     launched = Launched.read()
     store: dist.Store = dist.HashStore()
     if launched is None:
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         rank = local_rank = 0
         world = 1
     else:
@@ -48,7 +47,8 @@ def join(silent_s: float = SILENT_S) -> None:
         backend = gpu.COLLECTIVES
     timeout = dist.distributed_c10d.default_pg_timeout
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
+    with rank_for_deepspeed():
+        import_deepspeed().init_distributed(dist_backend=backend, verbose=False)
     if launched is not None and world > 1:
         _heartbeat = Heartbeat(rank, (launched.address, launched.port), gather, silent_s)
 
@@ -69,10 +69,22 @@ def joined() -> Iterator[None]:
     leave()
 
 
+@contextmanager
+def rank_for_deepspeed() -> Iterator[None]:
+    """A block in which LOCAL_RANK is set, without which DeepSpeed does not begin; without a launcher it is gone again
+    afterwards, because accelerate would take it for one's."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+
+
 def leave() -> None:
     global _heartbeat
-    if "RANK" not in os.environ:
-        os.environ.pop("LOCAL_RANK", None)  # set by `join`; accelerate would take it for a launcher's
     if _heartbeat is not None:
         _heartbeat.stop()
         _heartbeat = None

@@ -100,20 +100,21 @@ class Learner:
             beta1=optim.beta1,
             beta2=optim.beta2,
         )
-        self.engine, _, _, _ = import_deepspeed().initialize(
-            model=module,
-            optimizer=self._adamw,
-            config={
-                "train_batch_size": ranks.world(),
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_allreduce_op": "sum",
-                "zero_optimization": {"stage": optim.zero_stage},
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_allow_untested_optimizer": True,
-                "gradient_clipping": 0.0,  # clipped here, on the summed gradient, in one order
-            },
-        )
+        with ranks.rank_for_deepspeed():
+            self.engine, _, _, _ = import_deepspeed().initialize(
+                model=module,
+                optimizer=self._adamw,
+                config={
+                    "train_batch_size": ranks.world(),
+                    "train_micro_batch_size_per_gpu": 1,
+                    "gradient_accumulation_steps": 1,
+                    "gradient_allreduce_op": "sum",
+                    "zero_optimization": {"stage": optim.zero_stage},
+                    "zero_force_ds_cpu_optimizer": False,
+                    "zero_allow_untested_optimizer": True,
+                    "gradient_clipping": 0.0,  # clipped here, on the summed gradient, in one order
+                },
+            )
         if self.engine.gradient_average:
             raise RuntimeError("DeepSpeed takes a mean over ranks although gradient_allreduce_op is sum")
         model.repack()
