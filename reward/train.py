@@ -29,8 +29,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 import os
 import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,21 +113,11 @@ def main(arguments: list[str] | None = None) -> None:
     folder = locate(recipe.config.runs, recipe.config.name)
     Placement.enter(recipe.config.placement, "float32")
     launched = Launched.read()
+    if launched is None:
+        os.environ.pop("LOCAL_RANK", None)  # accelerate would take it for a launcher's
     several = launched is not None and launched.world > 1  # accelerate takes the group of processes that it finds
-    with _no_rank() if launched is None else nullcontext(), ranks.joined() if several else nullcontext():
-        with sole_writer(folder):
-            train(recipe.config, recipe.text, recipe.resume)
-
-
-@contextmanager
-def _no_rank() -> Iterator[None]:
-    """Without LOCAL_RANK, which something else may have left, and which accelerate would take for a launcher's."""
-    kept = os.environ.pop("LOCAL_RANK", None)
-    try:
-        yield
-    finally:
-        if kept is not None:
-            os.environ["LOCAL_RANK"] = kept
+    with ranks.joined() if several else nullcontext(), sole_writer(folder):
+        train(recipe.config, recipe.text, recipe.resume)
 
 
 def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:

@@ -44,6 +44,11 @@ def no_such_state(segments: Segments, segment: int, state: Tensor | None) -> Val
     return ValueError(f"short_conv: segment {segment} {why}")
 
 
+def no_gradient_with_state() -> ValueError:
+    """The error for a call under autograd that would write to a state."""
+    return ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
+
+
 def check_attention(
     q: Tensor,
     k: Tensor,

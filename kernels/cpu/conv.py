@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks.common import check_device
-from kernels.checks.sequences import check_short_conv, no_such_state
+from kernels.checks.sequences import check_short_conv, no_gradient_with_state, no_such_state
 from kernels.cpu.library import bind
 from kernels.layout import Segments
 
@@ -14,8 +14,6 @@ _FORWARD = {
     torch.float32: bind("short_conv_f32", "pippppipipi"),
     torch.bfloat16: bind("short_conv_bf16", "pippppipipi"),
 }
-NO_GRADIENT = "short_conv: with state there is no gradient; call it under torch.no_grad()"
-
 _BACKWARD = bind("short_conv_backward", "pppipppi")
 
 
@@ -28,14 +26,14 @@ def short_conv(
         check_short_conv(x, weight, segments, state, addend)
         check_device("short_conv", "cpu", "cpu", addend=addend)
     if torch.is_grad_enabled() and state is not None and addend.requires_grad:
-        raise ValueError(NO_GRADIENT)
+        raise no_gradient_with_state()
     return addend + _convolved(x, weight, segments, state)
 
 
 def _convolved(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if state is not None:
-            raise ValueError(NO_GRADIENT)
+            raise no_gradient_with_state()
         out: Tensor = _ShortConv.apply(x, weight, segments)
         return out
     (rows, width), stride, dtype = check_short_conv(x, weight, segments, state)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks.sequences import check_short_conv, no_such_state
+from kernels.checks.sequences import check_short_conv, no_gradient_with_state, no_such_state
 from kernels.layout import CONV_TAPS, Segments
 from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, row_stride, run
 from kernels.triton.tables import Host, tables_of
@@ -111,7 +111,7 @@ def short_conv(
     needs = x.requires_grad or weight.requires_grad or (addend is not None and addend.requires_grad)
     if needs and torch.is_grad_enabled():
         if state is not None:
-            raise ValueError("short_conv: with state there is no gradient; call it under torch.no_grad()")
+            raise no_gradient_with_state()
         out: Tensor = _ShortConv.apply(x, weight, segments, addend)
         return out
     return _forward(x, weight, segments, state, addend)
