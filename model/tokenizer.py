@@ -37,6 +37,6 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<|bos|>",
         eos_token="<|end|>",
         unk_token="<|unk|>",
-        additional_special_tokens=["<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>"],
+        additional_special_tokens=["<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>", "<|image|>"],
     )
     return fast

@@ -139,7 +139,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
             return
     _check_room(config)
     model = RewardModel.build(_backbone(config), config.axes)
-    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
+    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.senses.audio)
     origin = TrainingOrigin(
         recipe=deciding,
         pairs=origin_of(Path(config.pairs)).digest,
@@ -211,7 +211,7 @@ def _trainer(
         trainer = GradedTrainer(
             model=Trainable(model),
             args=arguments,
-            data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
+            data_collator=Collator(model.axes, model.backbone.senses.audio, config.margin_scale, config.rationality),
             train_dataset=rows,
             processing_class=load_tokenizer(),
             optimizer_cls_and_kwargs=optimizer(arguments),

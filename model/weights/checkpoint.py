@@ -2,8 +2,8 @@
 
 `load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
 original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written atomically.
-Weights of the vision tower, which this model does not build, are kept and saved again; multi-token prediction is
-dropped. A folder inside a run's checkpoint is checked against the checkpoint's manifest before it is read
+Multi-token prediction, which this model does not build, is dropped. A folder inside a run's checkpoint is checked
+against the checkpoint's manifest before it is read
 (`model.weights.manifest`).
 """
 
@@ -39,8 +39,8 @@ CONFIG = "config.json"
 # Fields that do not change what is computed, or that a library stamps on its own.
 IGNORED_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "initializer_range")
 
-KEPT, DROPPED = "model.vision_tower.", "model.mtp."
-"""Beginnings of the names of weights that this model does not compute with."""
+DROPPED = "model.mtp."
+"""Beginning of the names of weights that this model does not compute with."""
 
 # Inkling's original names -> transformers' (transformers.conversion_mapping, "inkling_mm_model"), in this order.
 RENAMES = [
@@ -76,7 +76,7 @@ RENAMES = [
 def save(model: InteractionModel, folder: Path | str) -> None:
     """Writes the model to ``folder`` atomically; an older checkpoint of that name is replaced. Raises NotFiniteError,
     with the older one kept, for weights that are not finite."""
-    content = weights(model) | model.passthrough
+    content = weights(model)
     check_finite(f"checkpoint {folder}", content.items(), "it was not saved. Lower the learning rate")
     with whole_folder(Path(folder)) as temporary:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
@@ -163,7 +163,7 @@ def _check_fits(model: InteractionModel, folder: Path) -> list[Path]:
     target, missing, wrong = model.state_dict(), set(model.state_dict()), []
     files = _files(folder)
     for name, tensor in _stored_tensors(folder, files, tensors.shapes):
-        if name.startswith(KEPT) or name.startswith(DROPPED):
+        if name.startswith(DROPPED):
             continue
         if name not in target:
             wrong.append(f"{name} is unknown")
@@ -185,11 +185,9 @@ def _fill(model: InteractionModel, folder: Path, files: list[Path]) -> None:
     """Copies every stored tensor into the model, which they fit (`_check_fits`)."""
     target = model.state_dict()
     for name, tensor in _stored_tensors(folder, files, tensors.stored):
-        if name.startswith(KEPT):
-            model.passthrough[name] = tensor
-        elif not name.startswith(DROPPED):
+        if not name.startswith(DROPPED):
             target[name].copy_(tensor)
-    check_finite(f"checkpoint {folder}", (target | model.passthrough).items(), "use another checkpoint")
+    check_finite(f"checkpoint {folder}", target.items(), "use another checkpoint")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,10 +18,12 @@ class Vocabulary:
     classes: TokenClasses
     bos: int
     audio: int
+    image: int
     end: int
     modes: dict[int, Mode]  # by token id
     words: tuple[str, ...]  # by token id, the tokenizer's
     ids: dict[str, int]  # by word
+    tokenizer: PreTrainedTokenizerBase
 
     @staticmethod
     def build(vocab: int, tokenizer: PreTrainedTokenizerBase | None = None, delegate: bool = False) -> Vocabulary:
@@ -36,10 +38,12 @@ class Vocabulary:
             classes=TokenClasses.build(tokenizer, vocab, delegate),
             bos=ids["<|bos|>"],
             audio=ids["<|audio|>"],
+            image=ids["<|image|>"],
             end=ids["<|end|>"],
             modes={ids[f"<|{mode.value}|>"]: mode for mode in Mode},
             words=tuple(words),
             ids=ids,
+            tokenizer=tokenizer,
         )
 
     @property
@@ -56,3 +60,9 @@ class Vocabulary:
         if word not in self.ids:
             raise ValueError(f"the tokenizer has no word {word!r}; scenarios may only use words of its list")
         return self.ids[word]
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that the model reads; a word that the tokenizer does not have becomes the unknown
+        one."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
