@@ -158,7 +158,8 @@ def perform(
         waveform, actions, facts = play(player, item, scenarios)
         scores.append(score(item.family, facts.to_json(), actions, scenarios))
         if source.models:
-            vocabulary = Vocabulary.build(source.models[0].backbone.vocab)
+            vocabulary = Vocabulary.of(source.models[0].backbone)
+            source.check_words(source.models[0].backbone)
             transcripts.append(from_audio(waveform, actions, Grammar(vocabulary, WORDS_PER_CHUNK)))
     rewards = {"rules": [fsum(float(values.sum()) for values in s.rewards.values()) for s in scores]}
     if source.models:

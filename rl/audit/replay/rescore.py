@@ -101,7 +101,7 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
             yield CheckedStep(step, checked, None)
             continue
         digest = checkpoint.weights_digest(model)
-        vocabulary = Vocabulary.build(model.vocab)
+        vocabulary = Vocabulary.of(model)
         checked = [CheckedEpisode(step, e, incomparable(e, digest, vocabulary, records.config)) for e in episodes]
         places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
         scored = _with_learner_logprobs(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
