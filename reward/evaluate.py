@@ -43,7 +43,7 @@ from model.weights import checkpoint
 from model.weights.finite import check_finite
 from reward.learned.calibrate import COUNTING, Reliability, fit_temperature, halves, plot, reliability, right
 from reward.learned.model import RewardModel, episode_scores
-from reward.learned.preference import Preference, distinct, from_row, load_preferences, origin_of
+from reward.learned.preference import Preference, check_words, distinct, from_row, load_preferences, origin_of
 from reward.learned.trainable import stretch_scores
 from reward.pairs import SESSIONS, PolicyRecipe
 from reward.score import score
@@ -52,6 +52,7 @@ from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
 from rollout.turn.grammar import check_context
+from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 
 FIRST_UNSEEN_SCENARIO = 5_000_000
@@ -108,6 +109,9 @@ def run(config: EvaluateConfig) -> None:
     models = load_models(config.models)
     pairs = {axis: held_out(config.pairs, axis, model) for model in models.values() for axis in model.axes}
     policy = checkpoint.load(config.unseen.policy.checkpoint)
+    for model in models.values():
+        Vocabulary.of(policy).check_same(model.backbone, model.name)
+    check_words(Path(config.pairs), Vocabulary.of(policy))
     engine = SessionEngine.of(policy, config.unseen, SESSIONS)
     bank = SpeechBank.open(config.speech_dir)
     report: Report = {

@@ -87,7 +87,7 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
 
     model = build_model(config)
     yield "fresh weights", list(model.parameters())
-    vocabulary = Vocabulary.build(model.vocab)
+    vocabulary = Vocabulary.of(model)
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(STEPS):
         some = demonstrations(config, bank, vocabulary, model.senses.patch, step)

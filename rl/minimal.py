@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> str:
     """Returns the digest of the weights at the end."""
     bank = SpeechBank.open(config.speech_dir)
     model = build_model(config)
-    vocabulary, micro_batch = Vocabulary.build(model.vocab), config.rl.micro_batch
+    vocabulary, micro_batch = Vocabulary.of(model), config.rl.micro_batch
 
     supervised = Optimizer(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):

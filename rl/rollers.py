@@ -81,7 +81,7 @@ def build_vllm(config: TrainConfig, model: InteractionModel) -> VllmEngine:
     rollout = config.rollout
     return VllmEngine(
         model,
-        Vocabulary.build(model.vocab),
+        Vocabulary.of(model),
         slots=plays_of_a_step(config),
         max_tokens=rollout.max_tokens,
         words_per_chunk=rollout.words_per_chunk,
@@ -108,6 +108,7 @@ def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Rolle
     setup = Setup(
         config=model.config,
         dtype=model.dtype,
+        tokenizer=model.tokenizer,
         speech_dir=None if config.speech_dir is None else str(Path(config.speech_dir).absolute()),
         scenarios=config.scenarios,
         slots=math.ceil(plays_of_a_step(config) / rollout.workers),

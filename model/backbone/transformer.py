@@ -29,6 +29,7 @@ from model.backbone.moe import DenseMLP, MixtureOfExperts
 from model.backbone.state import LayerState, SessionState
 from model.backbone.vision import VisionTower
 from model.inputs import Inputs, Placed, Senses
+from model.tokenizer import shipped
 from model.weights import packs
 from model.weights.draws import near_normal
 
@@ -154,6 +155,7 @@ class InteractionModel(nn.Module):
         self.generation = Generation()  # counts the updates of the weights
         self._versions: tuple[int, ...] = ()  # `_present()` at the last pack
         self.tau: Tensor | None = None  # fp32 [positions] on the CPU, when log scaling is on
+        self.tokenizer = shipped(config)  # None: no text; a checkpoint's own replaces it (`model.weights.checkpoint`)
 
     @property
     def device(self) -> torch.device:

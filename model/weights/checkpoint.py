@@ -1,4 +1,5 @@
-"""Checkpoints: a folder of ``config.json`` and ``model.safetensors``, under transformers' parameter names.
+"""Checkpoints: a folder of ``config.json``, ``model.safetensors``, under transformers' parameter names, and the
+tokenizer's files (`model.tokenizer`).
 
 `load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
 original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written atomically.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import InklingConfig
+from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
@@ -28,6 +29,7 @@ from model.program.files import whole_folder, write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, one_line, read_object, read_record
 from model.program.recipe import flat
+from model.tokenizer import disagreements, has_tokenizer, read_tokenizer, save_tokenizer, shipped
 from model.weights import manifest, tensors
 from model.weights.finite import check_finite
 from model.weights.manifest import CheckpointError as CheckpointError
@@ -84,6 +86,8 @@ def save(model: InteractionModel, folder: Path | str) -> None:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
         write_whole(temporary / CONFIG, f"{text}\n".encode())
         save_file(content, temporary / WEIGHTS, metadata={"format": "pt"})
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, temporary)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -103,6 +107,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionMod
         )
     with torch.device("meta"):
         model = InteractionModel(config, dtype or stored_dtype)
+    model.tokenizer = _tokenizer(folder, config)
     files = _check_fits(model, folder)  # before memory is taken
     model.to_empty(device=dispatch.device())
     _fill(model, folder, files)
@@ -123,6 +128,7 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
         raise CheckpointError(
             f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or the checkpoint"
         )
+    model.tokenizer = _tokenizer(folder, model.config)
     _fill(model, folder, _check_fits(model, folder))
     model.pack()
 
@@ -145,6 +151,21 @@ def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
         ) from None
     except ValueError as error:
         raise CheckpointError(one_line(f"checkpoint {folder}: {CONFIG}: {error}; use another checkpoint")) from None
+
+
+def _tokenizer(folder: Path, config: InklingConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in ``folder``; the shipped one, if it fits, for a folder without."""
+    if not has_tokenizer(folder):
+        return shipped(config)
+    try:
+        tokenizer = read_tokenizer(folder)
+    except UnreadableError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}; copy the tokenizer's files again") from None
+    if wrong := disagreements(tokenizer, config):
+        raise CheckpointError(
+            one_line(f"checkpoint {folder}: its tokenizer and its config do not fit: {'; '.join(wrong)}")
+        )
+    return tokenizer
 
 
 def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str]:

@@ -30,6 +30,7 @@ from model.program.files import whole_folder
 from model.program.ranges import Range
 from model.program.reading import UnreadableError
 from model.senses.video import NO_VIDEO, Frames
+from model.tokenizer import words_digest
 from reward.learned.origin import (
     UNKNOWN,
     PairsOrigin,
@@ -39,6 +40,7 @@ from reward.learned.origin import (
     write_pairs_origin,
 )
 from rollout.turn.action import CHUNK_FRAMES
+from rollout.turn.vocabulary import Vocabulary
 
 MOST_MARGIN = 10_000
 """Largest margin of a pair; an event on time is worth 1."""
@@ -158,13 +160,14 @@ def save_preferences(
     recipe: str = UNKNOWN,
     recordings: str = UNKNOWN,
     policies: Sequence[str] = (),
+    tokenizer: str = UNKNOWN,
 ) -> None:
-    """Writes a `DatasetDict`, whole or not at all, with a `PairsOrigin`; ``recipe``, ``recordings`` and ``policies`` as
-    there. Raises MetronomeError as `check_apart` does."""
+    """Writes a `DatasetDict`, whole or not at all, with a `PairsOrigin`; ``recipe`` and what follows as there. Raises
+    MetronomeError as `check_apart` does."""
     check_apart(folder, {name: _held(preferences) for name, preferences in splits.items()})
     tables = DatasetDict({name: table(preferences) for name, preferences in splits.items()})
     counts = {name: len(preferences) for name, preferences in splits.items()}
-    origin = PairsOrigin(pairs_digest(splits), counts, recipe, recordings, tuple(policies))
+    origin = PairsOrigin(pairs_digest(splits), counts, recipe, recordings, tuple(policies), tokenizer)
     with whole_folder(folder) as temporary:
         tables.save_to_disk(temporary)
         write_pairs_origin(temporary, folder.name, origin)
@@ -246,6 +249,12 @@ def origin_of(folder: Path) -> PairsOrigin:
     with _reading(folder):
         splits = {name: [from_row(row) for row in rows] for name, rows in tables.items()}
     return PairsOrigin(pairs_digest(splits), {name: len(pairs) for name, pairs in splits.items()})
+
+
+def check_words(folder: Path, vocabulary: Vocabulary) -> None:
+    """Raises MetronomeError for a data set that was written with another tokenizer, where it is known with which."""
+    if origin_of(folder).tokenizer not in (UNKNOWN, words_digest(vocabulary.tokenizer)):
+        raise MetronomeError(f"{folder}: its pairs were written with another tokenizer than the model's. {REMEDY}")
 
 
 def _tables(folder: Path) -> DatasetDict:

@@ -62,7 +62,7 @@ class Variant:
         with dispatch.substituted(backend):
             model = checkpoint.load(folder, dtype)
         short = str(dtype).removeprefix("torch.")
-        return Variant(name, short, model, Vocabulary.build(model.vocab), backend)
+        return Variant(name, short, model, Vocabulary.of(model), backend)
 
     def active(self) -> AbstractContextManager[None]:
         """A block in which the ops run on the variant's backend."""

@@ -98,7 +98,7 @@ def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
 def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
     """Measures ``ticks`` micro-turns; the first third is warm-up. ``model`` must have the case's preset and dtype."""
     device = dispatch.device()
-    vocabulary = Vocabulary.build(model.vocab)
+    vocabulary = Vocabulary.of(model)
     engine = SessionEngine(model, vocabulary, slots=case.sessions, max_tokens=context_rows(ticks + 2, 1))
     crowd, taken = Crowd(engine), []
     crowd.join(case.sessions)

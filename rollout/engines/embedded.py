@@ -95,7 +95,7 @@ class SessionEngine:
         """An engine with the recipe's sizes and the shipped vocabulary, with room for ``slots`` sessions."""
         return SessionEngine(
             model,
-            Vocabulary.build(model.vocab),
+            Vocabulary.of(model),
             slots=slots,
             max_tokens=recipe.max_tokens,
             words_per_chunk=recipe.words_per_chunk,

@@ -101,7 +101,7 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
             yield CheckedStep(step, checked, None)
             continue
         digest = checkpoint.weights_digest(model)
-        vocabulary = Vocabulary.build(model.vocab)
+        vocabulary = Vocabulary.of(model)
         layout = records.config.rollout.grammar(vocabulary, model.senses.patch)
         temperature = records.config.rollout.temperature
         checked = [CheckedEpisode(step, e, incomparable(e, digest, temperature, layout)) for e in episodes]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from transformers import InklingConfig
+from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from model.config import MEL_CHANNELS
 from rollout.record.episode import TEXT, Episode, Stream, tensors
@@ -34,6 +34,7 @@ class Setup:
 
     config: InklingConfig
     dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerFast | None  # the model's
     speech_dir: str | None  # None is the set shipped with the program
     scenarios: ScenarioConfig
     slots: int  # sessions open at once
