@@ -30,7 +30,7 @@ from model.tokenizer import FILE, NAMES, SETTINGS, disagreements, read_tokenizer
 from model.weights.manifest import MANIFEST
 
 CONFIG = "config.json"
-PLACEHOLDERS = {"audio": "audio_token_id"}
+PLACEHOLDERS = {"audio": "audio_token_id", "image": "image_token_id"}
 """Names whose token a config tells: its field."""
 
 

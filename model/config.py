@@ -21,6 +21,7 @@ from model.program.ranges import Range, shown
 MEL_CHANNELS = 80
 MEL_BINS = 16
 AUDIO_TOKEN_ID = 2
+IMAGE_TOKEN_ID = 194
 
 Preset = Literal["nano", "tiny", "base", "inkling_small"]
 PRESETS: tuple[str, ...] = get_args(Preset)
@@ -110,7 +111,7 @@ def _config(text: dict[str, object], audio_token_id: int) -> InklingConfig:
         audio_config={"n_mel_bins": MEL_CHANNELS, "mel_vocab_size": MEL_BINS},
         vision_config={"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1},
         audio_token_id=audio_token_id,
-        image_token_id=audio_token_id + 1,
+        image_token_id=IMAGE_TOKEN_ID if audio_token_id == AUDIO_TOKEN_ID else audio_token_id + 1,
     )
     check(config)
     return config

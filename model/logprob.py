@@ -28,7 +28,7 @@ class TokenClasses:
 
     >>> from model.tokenizer import load_tokenizer
     >>> [int(n) for n in TokenClasses.build(load_tokenizer(), 256).allowed.sum(1)]
-    [2, 248, 249]
+    [2, 247, 248]
     """
 
     allowed: Tensor  # bool [3, V], rows MODE, FIRST_TEXT, NEXT_TEXT

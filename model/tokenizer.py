@@ -24,7 +24,7 @@ PAD, BOS, AUDIO, LISTEN, SPEAK, DELEGATE, END, UNK = range(8)
 SPECIALS = ("<|pad|>", "<|bos|>", "<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>", "<|end|>", "<|unk|>")
 """Texts of the shipped tokenizer's first tokens, by id."""
 
-NAMES = ("bos", "audio", "listen", "speak", "delegate", "end")
+NAMES = ("bos", "audio", "image", "listen", "speak", "delegate", "end")
 """What a conversation needs tokens for."""
 
 WORDS_FILE = Path(__file__).with_name("words.txt")
@@ -53,7 +53,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         unk_token="<|unk|>",
         additional_special_tokens=["<|listen|>", "<|speak|>", "<|delegate|>"],
-        model_specific_special_tokens={"audio_token": "<|audio|>"},
+        model_specific_special_tokens={"audio_token": "<|audio|>", "image_token": "<|image|>"},
     )
     return fast
 
@@ -139,7 +139,10 @@ def disagreements(tokenizer: PreTrainedTokenizerBase, config: InklingConfig) -> 
     for name, i in ids.items():
         if (other := owners.setdefault(i, name)) != name:
             wrong.append(f"{other} and {name} are both token {i}")
-    wanted = {"audio_token_id": (config.audio_token_id, ids["audio"], token_text(tokenizer, "audio"))}
+    wanted = {
+        f"{name}_token_id": (getattr(config, f"{name}_token_id"), ids[name], token_text(tokenizer, name))
+        for name in ("audio", "image")
+    }
     for name in ("bos", "eos", "pad"):
         if named := tokenizer.special_tokens_map.get(f"{name}_token"):
             stored = getattr(text, f"{name}_token_id")

@@ -24,7 +24,7 @@ from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
-from model.config import DTYPES, from_json
+from model.config import DTYPES, IMAGE_TOKEN_ID, from_json
 from model.program.files import whole_folder, write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, one_line, read_object, read_record
@@ -37,6 +37,9 @@ from model.weights.manifest import CheckpointError as CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+
+OLDER_IDS = (2, 3)
+"""Tokens of sound and pictures by versions that wrote no tokenizer: 3 is ``<|listen|>``, and pictures had none."""
 
 # Fields that do not change what is computed, or that a library stamps on its own.
 IGNORED_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "initializer_range")
@@ -144,6 +147,8 @@ def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
             raise UnreadableError(
                 "", f"model_type is {shown(stored.get('model_type'))}, not {InklingConfig.model_type!r}"
             )
+        if not has_tokenizer(folder) and (stored.get("audio_token_id"), stored.get("image_token_id")) == OLDER_IDS:
+            stored["image_token_id"] = IMAGE_TOKEN_ID
         return from_json(stored), DTYPES[stored.get("dtype") or "float32"]
     except UnreadableError as error:
         raise CheckpointError(

@@ -23,6 +23,7 @@ class Vocabulary:
     classes: TokenClasses
     bos: int
     audio: int
+    image: int
     end: int
     modes: dict[int, Mode]  # by token id
     words: tuple[str, ...]  # by token id, the tokenizer's; "" for an id without a token
@@ -61,6 +62,7 @@ class Vocabulary:
             classes=TokenClasses.build(tokenizer, vocab, delegate),
             bos=special["bos"],
             audio=special["audio"],
+            image=special["image"],
             end=special["end"],
             modes={special[mode.value]: mode for mode in Mode},
             words=tuple(words),

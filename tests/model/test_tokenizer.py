@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import tokenizer as words
+from model.config import IMAGE_TOKEN_ID
 from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT, TokenClasses
 from model.tokenizer import SPECIALS, load_tokenizer
 
@@ -41,8 +42,9 @@ def test_case_punctuation_specials_and_unknown_words() -> None:
 def test_classes() -> None:
     allowed = TokenClasses.build(TOKENIZER, 256).allowed
     assert allowed[MODE].nonzero()[:, 0].tolist() == [words.LISTEN, words.SPEAK]
-    assert allowed[FIRST_TEXT].nonzero()[:, 0].tolist() == list(range(8, 256))
-    assert allowed[NEXT_TEXT].nonzero()[:, 0].tolist() == [words.END, *range(8, 256)]
+    text = [i for i in range(8, 256) if i != IMAGE_TOKEN_ID]
+    assert allowed[FIRST_TEXT].nonzero()[:, 0].tolist() == text
+    assert allowed[NEXT_TEXT].nonzero()[:, 0].tolist() == [words.END, *text]
     with_delegate = TokenClasses.build(TOKENIZER, 300, delegate=True).allowed
     assert with_delegate[MODE].nonzero()[:, 0].tolist() == [words.LISTEN, words.SPEAK, words.DELEGATE]
     assert not with_delegate[:, 256:].any()
