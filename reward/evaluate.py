@@ -37,7 +37,7 @@ from model.placement import Placement, PlacementConfig
 from model.program.files import whole_folder, write_json
 from model.program.folders import locked
 from model.program.outputs import OutputFile, check_folder
-from model.program.ranges import Distinct, FilePath, Length, Seed, Some, Tokens, Words
+from model.program.ranges import Distinct, EventWords, FilePath, Length, Patches, Seed, Some, Tokens, Words
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from model.weights.finite import check_finite
@@ -72,6 +72,8 @@ class UnseenPolicy:
     scenarios: Some = 96  # of each family
     max_tokens: Tokens = 512
     words_per_chunk: Words = 1  # most words that a micro-turn may say
+    max_patches: Patches = 0  # most video patches that it may see
+    max_event_words: EventWords = 0  # most words of text events that it may read
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class EvaluateConfig:
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.evaluate", "Evaluate reward models.", EvaluateConfig, arguments).config
     unseen = config.unseen
-    check_context("unseen.max_tokens", unseen.max_tokens, config.scenarios.most_chunks, unseen.words_per_chunk)
+    longest = config.scenarios.most_chunks, unseen.words_per_chunk, unseen.max_patches + unseen.max_event_words
+    check_context("unseen.max_tokens", unseen.max_tokens, *longest)
     Placement.enter(config.placement, "float32")
     with ExitStack() as held:
         for folder in sorted({os.path.realpath(one) for one in config.models}):
@@ -166,7 +169,7 @@ def load_models(folders: Sequence[str]) -> dict[Path, RewardModel]:
 def held_out(folder: str, axis: str, model: RewardModel) -> list[Preference]:
     """All held-out pairs of an axis. Raises MetronomeError when ``folder`` holds no usable pairs, or too few to fit a
     temperature and report it."""
-    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.audio_token_id)
+    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.senses.audio)
     pairs = [from_row(row) for row in rows]
     fitted = halves(pairs)
     if fitted.all() or not fitted.any():

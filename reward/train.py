@@ -140,7 +140,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
             return
     _check_room(config)
     model = RewardModel.build(_backbone(config), config.axes)
-    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
+    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.senses.audio)
     check_words(Path(config.pairs), Vocabulary.of(model.backbone))
     origin = TrainingOrigin(
         recipe=deciding,
@@ -213,7 +213,7 @@ def _trainer(
         trainer = GradedTrainer(
             model=Trainable(model),
             args=arguments,
-            data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
+            data_collator=Collator(model.axes, model.backbone.senses.audio, config.margin_scale, config.rationality),
             train_dataset=rows,
             processing_class=copy.deepcopy(Vocabulary.of(model.backbone).tokenizer),  # TRL writes to it
             optimizer_cls_and_kwargs=optimizer(arguments),

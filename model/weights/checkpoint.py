@@ -3,8 +3,8 @@ tokenizer's files (`model.tokenizer`).
 
 `load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
 original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written atomically.
-Weights of the vision tower, which this model does not build, are kept and saved again; multi-token prediction is
-dropped. A folder inside a run's checkpoint is checked against the checkpoint's manifest before it is read
+Multi-token prediction, which this model does not build, is dropped. A folder inside a run's checkpoint is checked
+against the checkpoint's manifest before it is read
 (`model.weights.manifest`).
 """
 
@@ -24,7 +24,7 @@ from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
-from model.config import DTYPES, IMAGE_TOKEN_ID, from_json
+from model.config import DTYPES, from_json
 from model.program.files import whole_folder, write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, one_line, read_object, read_record
@@ -38,14 +38,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-OLDER_IDS = (2, 3)
-"""Tokens of sound and pictures by versions that wrote no tokenizer: 3 is ``<|listen|>``, and pictures had none."""
-
 # Fields that do not change what is computed, or that a library stamps on its own.
 IGNORED_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "initializer_range")
 
-KEPT, DROPPED = "model.vision_tower.", "model.mtp."
-"""Beginnings of the names of weights that this model does not compute with."""
+DROPPED = "model.mtp."
+"""Beginning of the names of weights that this model does not compute with."""
 
 # Inkling's original names -> transformers' (transformers.conversion_mapping, "inkling_mm_model"), in this order.
 RENAMES = [
@@ -81,7 +78,7 @@ RENAMES = [
 def save(model: InteractionModel, folder: Path | str) -> None:
     """Writes the model to ``folder`` atomically; an older checkpoint of that name is replaced. Raises NotFiniteError,
     with the older one kept, for weights that are not finite."""
-    content = weights(model) | model.passthrough
+    content = weights(model)
     check_finite(f"checkpoint {folder}", content.items(), "it was not saved. Lower the learning rate")
     with whole_folder(Path(folder)) as temporary:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
@@ -147,8 +144,6 @@ def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
             raise UnreadableError(
                 "", f"model_type is {shown(stored.get('model_type'))}, not {InklingConfig.model_type!r}"
             )
-        if not has_tokenizer(folder) and (stored.get("audio_token_id"), stored.get("image_token_id")) == OLDER_IDS:
-            stored["image_token_id"] = IMAGE_TOKEN_ID
         return from_json(stored), DTYPES[stored.get("dtype") or "float32"]
     except UnreadableError as error:
         raise CheckpointError(
@@ -189,7 +184,7 @@ def _check_fits(model: InteractionModel, folder: Path) -> list[Path]:
     target, missing, wrong = model.state_dict(), set(model.state_dict()), []
     files = _files(folder)
     for name, tensor in _stored_tensors(folder, files, tensors.shapes):
-        if name.startswith(KEPT) or name.startswith(DROPPED):
+        if name.startswith(DROPPED):
             continue
         if name not in target:
             wrong.append(f"{name} is unknown")
@@ -211,11 +206,9 @@ def _fill(model: InteractionModel, folder: Path, files: list[Path]) -> None:
     """Copies every stored tensor into the model, which they fit (`_check_fits`)."""
     target = model.state_dict()
     for name, tensor in _stored_tensors(folder, files, tensors.stored):
-        if name.startswith(KEPT):
-            model.passthrough[name] = tensor
-        elif not name.startswith(DROPPED):
+        if not name.startswith(DROPPED):
             target[name].copy_(tensor)
-    check_finite(f"checkpoint {folder}", (target | model.passthrough).items(), "use another checkpoint")
+    check_finite(f"checkpoint {folder}", target.items(), "use another checkpoint")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -29,6 +29,7 @@ from model.config import MEL_BINS, MEL_CHANNELS
 from model.program.files import whole_folder
 from model.program.ranges import Range
 from model.program.reading import UnreadableError
+from model.senses.video import NO_VIDEO, Frames
 from model.tokenizer import words_digest
 from reward.learned.origin import (
     UNKNOWN,
@@ -56,11 +57,13 @@ class Stretch:
     codes: Tensor  # uint8 [A, 80]
     first: int
     end: int
+    frames: Frames = NO_VIDEO
 
     @property
-    def key(self) -> tuple[bytes, bytes]:
+    def key(self) -> tuple[bytes, ...]:
         """Equal for stretches of one conversation."""
-        return self.tokens.numpy().tobytes(), self.codes.numpy().tobytes()
+        parts = (self.tokens, self.codes, self.frames.pixels, self.frames.sizes)
+        return tuple(part.numpy().tobytes() for part in parts)
 
     @cached_property
     def digest(self) -> bytes:
@@ -94,7 +97,7 @@ FEATURES = Features(
 def distinct(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[int]]:
     """One stretch of each of the S conversations, in the order of first appearance, and for each given stretch the
     index in it of its conversation."""
-    index: dict[tuple[bytes, bytes], int] = {}
+    index: dict[tuple[bytes, ...], int] = {}
     owner = [index.setdefault(s.key, len(index)) for s in stretches]
     return [stretches[owner.index(i)] for i in range(len(index))], owner
 

@@ -165,7 +165,7 @@ def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: in
     classes, parts = Vocabulary.of(model).classes, []
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
-        logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), classes, some[0].temperature)
+        logprob, _, _ = choice_logprobs(model, collate(some, model.senses), classes, some[0].temperature)
         parts.append((logprob.cpu() - concatenate(some, "logprob")).exp())
     return list(torch.cat(parts).split([len(e.text.chunk) for e in episodes]))
 

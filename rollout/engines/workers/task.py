@@ -40,6 +40,8 @@ class Setup:
     slots: int  # sessions open at once
     max_tokens: int  # context of each, in rows
     words_per_chunk: int
+    max_patches: int = 0  # these two as in `rollout.turn.grammar.Grammar`
+    max_event_words: int = 0
     number: int = READY
 
 
@@ -122,7 +124,12 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
             raise ValueError(f"an episode's {name} is {getattr(episode, name)!r}, not {value!r}")
     if list(episode.streams) != [TEXT]:
         raise ValueError(f"an episode has the streams {list(episode.streams)}, not {[TEXT]}")
-    forms = {"tokens": (torch.int64, (tokens,)), "codes": (torch.uint8, (audio, MEL_CHANNELS))}
+    forms = {
+        "tokens": (torch.int64, (tokens,)),
+        "codes": (torch.uint8, (audio, MEL_CHANNELS)),
+        "frames.pixels": (torch.uint8, (episode.frames.pixels.numel(),)),
+        "frames.sizes": (torch.int64, (len(episode.frames.sizes), 4)),
+    }
     for name, stream in episode.streams.items():
         sampled = len(stream.sampled_at)
         per_token = dict.fromkeys((f"{name}.{field.name}" for field in fields(Stream)), (torch.int64, (sampled,)))
@@ -131,6 +138,8 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
         dtype, shape = forms[name]
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(f"an episode's {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+    if any(k >= play.chunks for k, _ in episode.frames.chunks()):
+        raise ValueError(f"an episode of {play.chunks} chunks has video beyond them")
     at = episode.text.sampled_at
     if len(episode.actions) != play.chunks or not play.chunks <= len(at) < tokens:
         raise ValueError(f"an episode of {play.chunks} chunks has {len(episode.actions)} actions, {len(at)} samples")
