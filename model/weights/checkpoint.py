@@ -120,6 +120,12 @@ def config_of(folder: Path | str) -> InklingConfig:
     return _stored_config(Path(folder))[0]
 
 
+def tokenizer_of(folder: Path | str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of the model in ``folder`` (`InteractionModel.tokenizer`). Raises CheckpointError as `load` does,
+    without looking at the weights."""
+    return _tokenizer(Path(folder), config_of(folder))
+
+
 def load_into(model: InteractionModel, folder: Path | str) -> None:
     """Fills ``model`` with the weights in ``folder`` and packs them. Raises CheckpointError and NotFiniteError as
     `load` does, and CheckpointError when the configs differ, naming the fields."""
