@@ -52,7 +52,7 @@ from model.program.ranges import (
 )
 from model.program.reading import parse_yaml
 from model.program.recipe import Recipe, read_recipe
-from model.tokenizer import words_digest
+from model.tokenizer import size, words_digest
 from model.weights import checkpoint
 from reward.learned.human import read_all_labels
 from reward.learned.origin import digest_of
@@ -176,12 +176,15 @@ class PairMaker:
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
         paths = [Path(path) for path in config.human]
-        self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
-        self.vocabulary = Vocabulary.of(self.policies[0][0]) if self.policies else Vocabulary.build(256)
-        for (policy, _), one in zip(self.policies, config.rollouts.policies, strict=True):
-            self.vocabulary.check_same(policy, f"rollouts.policies: {one.checkpoint}")
-        self.labels = read_all_labels(paths, self.vocabulary, config.words_per_chunk, config.scenarios)
+        policies = [policy.checkpoint for policy in config.rollouts.policies]
+        tokenizer = checkpoint.tokenizer_of(policies[0]) if policies else None
+        words = Vocabulary.build(size(tokenizer) if tokenizer else 256, tokenizer)
+        self.labels = read_all_labels(paths, words, config.words_per_chunk, config.scenarios)  # first: people err
         self.bank = SpeechBank.open(config.speech_dir)
+        self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
+        self.vocabulary = Vocabulary.of(self.policies[0][0]) if policies else words
+        for (policy, _), name in zip(self.policies, policies, strict=True):
+            self.vocabulary.check_same(policy, f"rollouts.policies: {name}")
         sides = {model.senses.patch for model, _ in self.policies} or {SMALL_PATCH}
         if len(sides) > 1:
             raise MetronomeError(f"rollouts.policies: they cut video into patches of different sizes, {sorted(sides)}")

@@ -30,7 +30,7 @@ from model.program.ranges import shown
 from model.program.reading import UnreadableError, one_line, read_object, read_record
 from model.program.recipe import flat
 from model.tokenizer import disagreements, has_tokenizer, read_tokenizer, save_tokenizer, shipped
-from model.weights import manifest, tensors
+from model.weights import manifest, pickles, tensors
 from model.weights.finite import check_finite
 from model.weights.manifest import CheckpointError as CheckpointError
 
@@ -120,6 +120,12 @@ def config_of(folder: Path | str) -> InklingConfig:
     return _stored_config(Path(folder))[0]
 
 
+def tokenizer_of(folder: Path | str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of the model in ``folder`` (`InteractionModel.tokenizer`). Raises CheckpointError as `load` does,
+    without looking at the weights."""
+    return _tokenizer(Path(folder), config_of(folder))
+
+
 def load_into(model: InteractionModel, folder: Path | str) -> None:
     """Fills ``model`` with the weights in ``folder`` and packs them. Raises CheckpointError and NotFiniteError as
     `load` does, and CheckpointError when the configs differ, naming the fields."""
@@ -136,6 +142,8 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
 def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
     """(config, dtype) in ``folder``, read after the folder's files were checked against a manifest, if it has one."""
     manifest.check_loaded(folder)
+    if problem := pickles.problem_of(folder):
+        raise CheckpointError(f"checkpoint {folder}: {problem}")
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"checkpoint {folder}: there is no {CONFIG}; name a folder that a run saved")
     try:

@@ -32,6 +32,7 @@ BY_ITSELF = {
     "model.program.memory": "/proc",
     "model.tokenizer": "by the library that wrote it; what is raised becomes one line, and it is tried",
     "model.weights.manifest": "bytes of any file, for its digest",
+    "model.weights.pickles": "a file's first bytes",
     "reward.learned.preference": "tables: by the library that wrote them",
     "reward.learned.resuming": "weights that a manifest was compared with before",
     "rl.environment": "/proc",
