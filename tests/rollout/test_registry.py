@@ -35,7 +35,10 @@ def test_shipped_families_have_their_names() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("chess", r"no scenario family is called 'chess'\. Choose one of timespeak, turn_taking, or .*module:NAME"),
+        (
+            "chess",
+            r"no scenario family is called 'chess'\. Choose one of timespeak, turn_taking, lookout, or .*module:NAME",
+        ),
         ("no.such:FAMILY", "there is no module 'no'"),
         ("rollout.such:FAMILY", r"there is no module 'rollout\.such'"),
         ("rollout.scenarios.registry:FAMILY", "rollout.scenarios.registry has no FAMILY"),
