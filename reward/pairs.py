@@ -49,6 +49,7 @@ from model.program.ranges import (
 )
 from model.program.reading import parse_yaml
 from model.program.recipe import Recipe, read_recipe
+from model.tokenizer import words_digest
 from model.weights import checkpoint
 from reward.learned.human import read_all_labels
 from reward.learned.origin import digest_of
@@ -155,7 +156,8 @@ def make(recipe: Recipe[PairsConfig], out: Path) -> None:
             raise MetronomeError(f"the recipe gives no pair for the split {name!r}; ask for more scenarios or groups")
     values = {name: value for name, value in parse_yaml(recipe.text).items() if name not in ("out", "placement")}
     policies = [checkpoint.weights_digest(policy) for policy, _ in maker.policies]
-    save_preferences(out, splits, digest_of(values), maker.bank.digest(), policies)
+    words = words_digest(maker.vocabulary.tokenizer)
+    save_preferences(out, splits, digest_of(values), maker.bank.digest(), policies, words)
     for name, preferences in splits.items():
         kinds = Counter((p.axis, p.source) for p in preferences)
         print(f"{name}: {len(preferences)} pairs; " + ", ".join(f"{a} {s} {n}" for (a, s), n in sorted(kinds.items())))
@@ -168,11 +170,12 @@ class PairMaker:
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
         paths = [Path(path) for path in config.human]
-        words = Vocabulary.build(256)  # a policy's larger vocabulary has the same words
-        self.labels = read_all_labels(paths, words, config.words_per_chunk, config.scenarios)  # first: people err
-        self.bank = SpeechBank.open(config.speech_dir)
         self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
-        self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
+        self.vocabulary = Vocabulary.of(self.policies[0][0]) if self.policies else Vocabulary.build(256)
+        for (policy, _), one in zip(self.policies, config.rollouts.policies, strict=True):
+            self.vocabulary.check_same(policy, f"rollouts.policies: {one.checkpoint}")
+        self.labels = read_all_labels(paths, self.vocabulary, config.words_per_chunk, config.scenarios)
+        self.bank = SpeechBank.open(config.speech_dir)
         self.writer = Writer(self.vocabulary, config.words_per_chunk, config.scenarios)
         self.expert_words, self.other_words = self._words()
 

@@ -1,9 +1,10 @@
-"""Checkpoints: a folder of ``config.json`` and ``model.safetensors``, under transformers' parameter names.
+"""Checkpoints: a folder of ``config.json``, ``model.safetensors``, under transformers' parameter names, and the
+tokenizer's files (`model.tokenizer`).
 
 `load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
 original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written atomically.
-Weights of the vision tower, which this model does not build, are kept and saved again; multi-token prediction is
-dropped. A folder inside a run's checkpoint is checked against the checkpoint's manifest before it is read
+Multi-token prediction, which this model does not build, is dropped. A folder inside a run's checkpoint is checked
+against the checkpoint's manifest before it is read
 (`model.weights.manifest`).
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import InklingConfig
+from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
@@ -28,6 +29,7 @@ from model.program.files import whole_folder, write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, one_line, read_object, read_record
 from model.program.recipe import flat
+from model.tokenizer import disagreements, has_tokenizer, read_tokenizer, save_tokenizer, shipped
 from model.weights import manifest, tensors
 from model.weights.finite import check_finite
 from model.weights.manifest import CheckpointError as CheckpointError
@@ -39,8 +41,8 @@ CONFIG = "config.json"
 # Fields that do not change what is computed, or that a library stamps on its own.
 IGNORED_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "initializer_range")
 
-KEPT, DROPPED = "model.vision_tower.", "model.mtp."
-"""Beginnings of the names of weights that this model does not compute with."""
+DROPPED = "model.mtp."
+"""Beginning of the names of weights that this model does not compute with."""
 
 # Inkling's original names -> transformers' (transformers.conversion_mapping, "inkling_mm_model"), in this order.
 RENAMES = [
@@ -76,7 +78,7 @@ RENAMES = [
 def save(model: InteractionModel, folder: Path | str) -> None:
     """Writes the model to ``folder`` atomically; an older checkpoint of that name is replaced. Raises NotFiniteError,
     with the older one kept, for weights that are not finite."""
-    content = weights(model) | model.passthrough
+    content = weights(model)
     check_finite(f"checkpoint {folder}", content.items(), "it was not saved. Lower the learning rate")
     with whole_folder(Path(folder)) as temporary:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
@@ -84,6 +86,8 @@ def save(model: InteractionModel, folder: Path | str) -> None:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
         write_whole(temporary / CONFIG, f"{text}\n".encode())
         save_file(content, temporary / WEIGHTS, metadata={"format": "pt"})
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, temporary)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -103,6 +107,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionMod
         )
     with torch.device("meta"):
         model = InteractionModel(config, dtype or stored_dtype)
+    model.tokenizer = _tokenizer(folder, config)
     files = _check_fits(model, folder)  # before memory is taken
     model.to_empty(device=dispatch.device())
     _fill(model, folder, files)
@@ -123,6 +128,7 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
         raise CheckpointError(
             f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or the checkpoint"
         )
+    model.tokenizer = _tokenizer(folder, model.config)
     _fill(model, folder, _check_fits(model, folder))
     model.pack()
 
@@ -147,6 +153,21 @@ def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
         raise CheckpointError(one_line(f"checkpoint {folder}: {CONFIG}: {error}; use another checkpoint")) from None
 
 
+def _tokenizer(folder: Path, config: InklingConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in ``folder``; the shipped one, if it fits, for a folder without."""
+    if not has_tokenizer(folder):
+        return shipped(config)
+    try:
+        tokenizer = read_tokenizer(folder)
+    except UnreadableError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}; copy the tokenizer's files again") from None
+    if wrong := disagreements(tokenizer, config):
+        raise CheckpointError(
+            one_line(f"checkpoint {folder}: its tokenizer and its config do not fit: {'; '.join(wrong)}")
+        )
+    return tokenizer
+
+
 def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str]:
     """Each differing field as ``name: wanted … , stored …``."""
     a, b = dict(flat(wanted.to_dict())), dict(flat(stored.to_dict()))
@@ -163,7 +184,7 @@ def _check_fits(model: InteractionModel, folder: Path) -> list[Path]:
     target, missing, wrong = model.state_dict(), set(model.state_dict()), []
     files = _files(folder)
     for name, tensor in _stored_tensors(folder, files, tensors.shapes):
-        if name.startswith(KEPT) or name.startswith(DROPPED):
+        if name.startswith(DROPPED):
             continue
         if name not in target:
             wrong.append(f"{name} is unknown")
@@ -185,11 +206,9 @@ def _fill(model: InteractionModel, folder: Path, files: list[Path]) -> None:
     """Copies every stored tensor into the model, which they fit (`_check_fits`)."""
     target = model.state_dict()
     for name, tensor in _stored_tensors(folder, files, tensors.stored):
-        if name.startswith(KEPT):
-            model.passthrough[name] = tensor
-        elif not name.startswith(DROPPED):
+        if not name.startswith(DROPPED):
             target[name].copy_(tensor)
-    check_finite(f"checkpoint {folder}", (target | model.passthrough).items(), "use another checkpoint")
+    check_finite(f"checkpoint {folder}", target.items(), "use another checkpoint")
 
 
 def _files(folder: Path) -> list[Path]:

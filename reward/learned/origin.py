@@ -39,6 +39,7 @@ class PairsOrigin:
     recipe: str = UNKNOWN  # digest of the recipe's values
     recordings: str = UNKNOWN  # digest of the recordings (`SpeechBank.digest`)
     policies: tuple[str, ...] = ()  # digest of each policy's weights, in the recipe's order
+    tokenizer: str = UNKNOWN  # digest of its words and ids (`model.tokenizer.words_digest`)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from reward.learned.corrupt import FAULTS_OF, Expert, draw
 from reward.learned.preference import Preference, Stretch
 from reward.score import score
 from rollout.record.episode import Episode
-from rollout.record.transcript import from_audio
+from rollout.record.transcript import from_observations
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
 from rollout.turn.action import Action
 from rollout.turn.grammar import Grammar
+from rollout.turn.observation import Observation, stack_audio
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Facts, Scenario, Script, User
 
@@ -65,13 +66,13 @@ class Writer:
     def demonstration(
         self,
         scenario: Scenario,
-        played: tuple[NDArray[np.float32], Sequence[Action], Facts],
+        played: tuple[Sequence[Observation], Sequence[Action], Facts],
         source: str,
         size_ms: int = 0,
     ) -> Played:
         """``played``: what `enact` returned; ``source`` and ``size_ms``: as in `Played`."""
-        audio, actions, facts = played
-        written = from_audio(audio, actions, self._grammar)
+        observed, actions, facts = played
+        written = from_observations(observed, actions, self._grammar)
         rewards = score(scenario.family, facts.to_json(), actions, self._scenarios).rewards
         return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
 
@@ -91,9 +92,9 @@ class Writer:
         def faultless() -> Callable[[User], Script]:
             return self._scenarios.expert(scenario, generator("expert", scenario.id), mistake_scale=0)
 
-        audio, actions, facts = enact(scenario, faultless())
-        known = Expert.of(audio, actions, words)
-        plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
+        observed, actions, facts = enact(scenario, faultless())
+        known = Expert.of(stack_audio(observed).numpy(), actions, words)
+        plays = [self.demonstration(scenario, (observed, actions, facts), "expert")]
         axes = [axis for axis in plays[0].rewards if axis in FAULTS_OF]
         for kinds in [FAULTS_OF[axis] for axis in axes for _ in range(faults)]:
             fault = draw(known, kinds[int(rng.integers(len(kinds)))], sizes, rng)

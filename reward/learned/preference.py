@@ -29,6 +29,8 @@ from model.config import MEL_BINS, MEL_CHANNELS
 from model.program.files import whole_folder
 from model.program.ranges import Range
 from model.program.reading import UnreadableError
+from model.senses.video import NO_VIDEO, Frames
+from model.tokenizer import words_digest
 from reward.learned.origin import (
     UNKNOWN,
     PairsOrigin,
@@ -38,6 +40,7 @@ from reward.learned.origin import (
     write_pairs_origin,
 )
 from rollout.turn.action import CHUNK_FRAMES
+from rollout.turn.vocabulary import Vocabulary
 
 MOST_MARGIN = 10_000
 """Largest margin of a pair; an event on time is worth 1."""
@@ -54,11 +57,13 @@ class Stretch:
     codes: Tensor  # uint8 [A, 80]
     first: int
     end: int
+    frames: Frames = NO_VIDEO
 
     @property
-    def key(self) -> tuple[bytes, bytes]:
+    def key(self) -> tuple[bytes, ...]:
         """Equal for stretches of one conversation."""
-        return self.tokens.numpy().tobytes(), self.codes.numpy().tobytes()
+        parts = (self.tokens, self.codes, self.frames.pixels, self.frames.sizes)
+        return tuple(part.numpy().tobytes() for part in parts)
 
     @cached_property
     def digest(self) -> bytes:
@@ -92,7 +97,7 @@ FEATURES = Features(
 def distinct(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[int]]:
     """One stretch of each of the S conversations, in the order of first appearance, and for each given stretch the
     index in it of its conversation."""
-    index: dict[tuple[bytes, bytes], int] = {}
+    index: dict[tuple[bytes, ...], int] = {}
     owner = [index.setdefault(s.key, len(index)) for s in stretches]
     return [stretches[owner.index(i)] for i in range(len(index))], owner
 
@@ -155,13 +160,14 @@ def save_preferences(
     recipe: str = UNKNOWN,
     recordings: str = UNKNOWN,
     policies: Sequence[str] = (),
+    tokenizer: str = UNKNOWN,
 ) -> None:
-    """Writes a `DatasetDict`, whole or not at all, with a `PairsOrigin`; ``recipe``, ``recordings`` and ``policies`` as
-    there. Raises MetronomeError as `check_apart` does."""
+    """Writes a `DatasetDict`, whole or not at all, with a `PairsOrigin`; ``recipe`` and what follows as there. Raises
+    MetronomeError as `check_apart` does."""
     check_apart(folder, {name: _held(preferences) for name, preferences in splits.items()})
     tables = DatasetDict({name: table(preferences) for name, preferences in splits.items()})
     counts = {name: len(preferences) for name, preferences in splits.items()}
-    origin = PairsOrigin(pairs_digest(splits), counts, recipe, recordings, tuple(policies))
+    origin = PairsOrigin(pairs_digest(splits), counts, recipe, recordings, tuple(policies), tokenizer)
     with whole_folder(folder) as temporary:
         tables.save_to_disk(temporary)
         write_pairs_origin(temporary, folder.name, origin)
@@ -243,6 +249,12 @@ def origin_of(folder: Path) -> PairsOrigin:
     with _reading(folder):
         splits = {name: [from_row(row) for row in rows] for name, rows in tables.items()}
     return PairsOrigin(pairs_digest(splits), {name: len(pairs) for name, pairs in splits.items()})
+
+
+def check_words(folder: Path, vocabulary: Vocabulary) -> None:
+    """Raises MetronomeError for a data set that was written with another tokenizer, where it is known with which."""
+    if origin_of(folder).tokenizer not in (UNKNOWN, words_digest(vocabulary.tokenizer)):
+        raise MetronomeError(f"{folder}: its pairs were written with another tokenizer than the model's. {REMEDY}")
 
 
 def _tables(folder: Path) -> DatasetDict:
