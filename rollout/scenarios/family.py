@@ -20,7 +20,7 @@ from rollout.turn.action import Action
 from rollout.world.base import Facts, Mistakes, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
-RESERVED_NAMES = ("families", "mean", "watched", "greedy")
+RESERVED_NAMES = ("families", "mean", "watched", "greedy", "interval")
 """Names that a family cannot have, because recipes and tables of results use them otherwise."""
 
 
