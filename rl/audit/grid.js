@@ -57,7 +57,7 @@ function episodeGrid(detail, cells, pictures, name, room) {
   if (detail.rewards) drawRewards(root, detail, LANES.reward);
   drawLogprobs(root, detail.tokens, LANES.logprob);
   for (const [k, first] of detail.seen) root.append(
-    svg("image", { href: png(pictures[first]), x: k * COLUMN + 0.5, y: LANES.seen[0], width: COLUMN - 1, height: LANES.seen[1], style: "image-rendering: pixelated" }));
+    svg("image", { href: png(pictures[first]), x: k * COLUMN + 0.5, y: LANES.seen[0], width: COLUMN - 1, height: LANES.seen[1], class: "pixels", preserveAspectRatio: "xMidYMid slice" }));
   return cursor(root, detail, pictures, name, chunks);
 }
 const clip = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
@@ -96,7 +96,7 @@ function drawLogprobs(root, tokens, [top, height]) {
 function frames(detail, pictures, k) {
   const seen = detail.seen.filter(([chunk]) => chunk <= k).at(-1);
   if (!seen) return [];
-  return seen.slice(1).map((place, i) => el("img", { src: png(pictures[place]), height: PICTURE, style: "image-rendering: pixelated",
+  return seen.slice(1).map((place, i) => el("img", { src: png(pictures[place]), height: PICTURE, class: "pixels",
     alt: `frame ${i + 1} of ${seen.length - 1} of chunk ${seen[0]}` }));
 }
 
