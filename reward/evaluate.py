@@ -169,7 +169,7 @@ def load_models(folders: Sequence[str]) -> dict[Path, RewardModel]:
 def held_out(folder: str, axis: str, model: RewardModel) -> list[Preference]:
     """All held-out pairs of an axis. Raises MetronomeError when ``folder`` holds no usable pairs, or too few to fit a
     temperature and report it."""
-    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.senses.audio)
+    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.senses)
     pairs = [from_row(row) for row in rows]
     fitted = halves(pairs)
     if fitted.all() or not fitted.any():

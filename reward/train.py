@@ -143,7 +143,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
             return
     _check_room(config)
     model = RewardModel.build(_backbone(config), config.axes)
-    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.senses.audio)
+    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.senses)
     check_words(Path(config.pairs), Vocabulary.of(model.backbone))
     origin = TrainingOrigin(
         recipe=deciding,
