@@ -13,6 +13,8 @@ from tests.support.calls import calls, opens, sources
 NOT_TRIED = {
     "model.program.recipe": "recipes have a fuzz test of their own; here it is tried through the audit",
     "model.program.yaml_text": "reads what it is about to write",
+    "model.weights.card": "reads the text of a run's recipe, which was read before",
+    "rl.card": "the same",
     "reward.pairs": "reads the text of its own recipe, which was read before",
     "rl.audit.page": "reads files of its own package",
     "rl.tracking.backends": "reads wandb's own file, in a thread that turns whatever is raised into a warning",
