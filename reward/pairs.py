@@ -171,7 +171,9 @@ class PairMaker:
         words = Vocabulary.build(256)  # a policy's larger vocabulary has the same words
         self.labels = read_all_labels(paths, words, config.words_per_chunk, config.scenarios)  # first: people err
         self.bank = SpeechBank.open(config.speech_dir)
-        self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
+        self.policies = [
+            (checkpoint.load(p.checkpoint, keep_weights=False), p.temperature) for p in config.rollouts.policies
+        ]
         self.vocabulary = Vocabulary.build(self.policies[0][0].vocab if self.policies else 256)
         self.writer = Writer(self.vocabulary, config.words_per_chunk, config.scenarios)
         self.expert_words, self.other_words = self._words()

@@ -48,6 +48,17 @@ def shapes(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise _damaged(path, error) from None
 
 
+def one(path: Path, name: str) -> Tensor:
+    """One tensor of a file: a view of the file's pages, which leave this process with the tensor, because each call
+    maps the file anew. Raises UnreadableError as `stored` does."""
+    size_of(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(path, error) from None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file by name. Raises UnreadableError as `stored` does."""
     return dict(stored(path))

@@ -53,6 +53,13 @@ def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
     return [torch.randn(len(t.text.chunk), generator=generator) / 100 for t in transcripts]
 
 
+def test_a_model_without_its_weights_is_refused(model: InteractionModel, tmp_path: Path) -> None:
+    checkpoint.save(model, tmp_path / "a")
+    with pytest.raises(MetronomeError, match=r"^training: this model was loaded for inference only"):
+        Learner(checkpoint.load(tmp_path / "a", keep_weights=False), OPTIM, 1)
+    Learner(checkpoint.load(tmp_path / "a"), OPTIM, 1)  # the control
+
+
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:
     bank = SpeechBank.open()
     again = demonstrations(CONFIG, bank, vocabulary, 0)
