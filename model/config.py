@@ -16,6 +16,7 @@ from transformers import InklingConfig, InklingTextConfig
 
 from kernels import exact
 from kernels.layout import CONV_TAPS
+from model import published
 from model.program.ranges import Range, shown
 
 MEL_CHANNELS = 80
@@ -51,11 +52,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 def preset(name: str) -> InklingConfig:
     """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.3M parameters, for CPUs.
-    base: 125M. inkling_small: 276B, 12B active (meta device only).
-
-    Of inkling_small only the two counts are published. Vocabulary, head width, experts and top-k are those of Inkling's
-    default config; width, depth, heads and expert width are our guess, chosen to give these counts. Raises ValueError
-    for another name."""
+    base: 125M. inkling_small: Inkling-Small, 264B without vision and multi-token prediction; its numbers and their
+    sources are in `model.published`. Raises ValueError for another name."""
     match name:
         case "nano":
             text = {
@@ -93,22 +91,20 @@ def preset(name: str) -> InklingConfig:
             }  # fmt: skip
             return _config(text, audio_token_id=AUDIO_TOKEN_ID)
         case "inkling_small":
-            text = {
-                "hidden_size": 4096, "num_hidden_layers": 42,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-                "swa_num_attention_heads": 32, "swa_num_key_value_heads": 16, "swa_head_dim": 128,
-                "intermediate_size": 16384, "moe_intermediate_size": 2048, "logits_mup_width_multiplier": 16.0,
-            }  # fmt: skip
-            return _config(text, audio_token_id=200053)
+            return _config(
+                published.values(published.INKLING_SMALL_TEXT),
+                audio_token_id=published.INKLING_SMALL_TOKENS["audio_token_id"][0],
+                vision=published.values(published.INKLING_SMALL_VISION),
+            )
         case _:
             raise ValueError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
 
 
-def _config(text: dict[str, object], audio_token_id: int) -> InklingConfig:
+def _config(text: dict[str, object], audio_token_id: int, vision: dict[str, object] | None = None) -> InklingConfig:
     config = InklingConfig(
         text_config=InklingTextConfig(**text),  # type: ignore[arg-type]
         audio_config={"n_mel_bins": MEL_CHANNELS, "mel_vocab_size": MEL_BINS},
-        vision_config={"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1},
+        vision_config=vision or {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1},
         audio_token_id=audio_token_id,
         image_token_id=audio_token_id + 1,
     )
@@ -126,6 +122,11 @@ def from_json(stored: dict[str, Any]) -> InklingConfig:
             raise ValueError(f"{name} is {shown(value)}: {problem}")
         if name in ("dtype", "torch_dtype") and value is not None and value not in list(DTYPES):
             raise ValueError(f"{name} is {shown(value)}; choose one of {', '.join(DTYPES)}")
+    text = stored.get("text_config")
+    if isinstance(text, dict) and {"dense_intermediate_size", "intermediate_size"} <= text.keys():
+        # As Inkling's releases have it: the one is of dense layers, the other of experts. The library reads the first
+        # and gives experts its default width.
+        stored = stored | {"text_config": {"moe_intermediate_size": text["intermediate_size"]} | text}
     try:
         config = InklingConfig(**stored)
         json.dumps(config.to_dict())

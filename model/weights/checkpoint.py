@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -125,13 +126,22 @@ def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
             raise UnreadableError(
                 "", f"model_type is {shown(stored.get('model_type'))}, not {InklingConfig.model_type!r}"
             )
-        return from_json(stored), DTYPES[stored.get("dtype") or "float32"]
+        return from_json(stored), DTYPES[_dtype_in(stored)]
     except UnreadableError as error:
         raise CheckpointError(
             f"checkpoint {folder}: {CONFIG} is damaged ({error.problem}); use another checkpoint"
         ) from None
     except ValueError as error:
         raise CheckpointError(one_line(f"checkpoint {folder}: {CONFIG}: {error}; use another checkpoint")) from None
+
+
+def _dtype_in(stored: dict[str, Any]) -> str:
+    """The name of the weights' type; Inkling's releases have it with the text model's fields."""
+    for part in (stored, stored.get("text_config")):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and part.get(name):
+                return str(part[name])
+    return "float32"
 
 
 def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str]:
