@@ -191,8 +191,9 @@ def _check_fits(model: InteractionModel, folder: Path) -> dict[str, _Place]:
 
 def _fill(model: InteractionModel, folder: Path, places: dict[str, _Place]) -> None:
     """Copies every stored weight into the model, which they fit (`_check_fits`)."""
+    files = tensors.Files()
     for name, tensor in model.state_dict().items():
-        _read(folder, name, places[name], tensor)
+        _read(files, folder, name, places[name], tensor)
     _fill_kept(model, folder, places)
 
 
@@ -200,7 +201,7 @@ def _fill_packs(model: InteractionModel, folder: Path, places: dict[str, _Place]
     """`_fill` for a model on the meta device: packs each part of it when its weights were read, and then drops those of
     which there is a copy."""
     digest, device, packers = hashlib.sha256(), dispatch.device(), dict(model.packers())
-    shapes = model.state_dict()
+    shapes, files = model.state_dict(), tensors.Files()
 
     def part_of(name: str) -> str:
         return next((part for part in packers if name.startswith(part)), "")
@@ -209,7 +210,7 @@ def _fill_packs(model: InteractionModel, folder: Path, places: dict[str, _Place]
     for part, names in groupby(sorted(shapes), part_of):
         for name in names:
             tensor = torch.empty_like(shapes[name], device=device)
-            _read(folder, name, places[name], tensor)
+            _read(files, folder, name, places[name], tensor)
             _add(digest, name, tensor)
             owner, _, field = name.rpartition(".")
             is_buffer = field in dict(model.get_submodule(owner).named_buffers(recurse=False))
@@ -229,15 +230,15 @@ def _fill_kept(model: InteractionModel, folder: Path, places: dict[str, _Place])
     for name, place in places.items():
         if name.startswith(KEPT):
             with _refusing(folder, place.file):
-                model.passthrough[name] = tensors.one(place.file, place.name).clone()
+                model.passthrough[name] = tensors.Files().tensor(place.file, place.name).clone()
     check_finite(f"checkpoint {folder}", model.passthrough.items(), "use another checkpoint")
 
 
 @torch.no_grad()
-def _read(folder: Path, name: str, place: _Place, target: Tensor) -> None:
+def _read(files: tensors.Files, folder: Path, name: str, place: _Place, target: Tensor) -> None:
     """Copies a stored weight into ``target``, by its parts. Raises NotFiniteError."""
     with _refusing(folder, place.file):
-        views, axis = dict(_renamed(place.name, tensors.one(place.file, place.name)))[name]
+        views, axis = dict(_renamed(place.name, files.tensor(place.file, place.name)))[name]
     if len(views) == 1:
         target.copy_(views[0])
     else:
