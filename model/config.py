@@ -1,7 +1,6 @@
 """Model shapes: presets of transformers' `InklingConfig`, and a check that this implementation supports one.
 
-There is no configuration class of our own: any Inkling checkpoint's ``config.json`` can be read. The vision tower is
-not built; presets give its config a small size that nothing reads.
+There is no configuration class of our own: any Inkling checkpoint's ``config.json`` can be read.
 """
 
 from __future__ import annotations
@@ -18,10 +17,14 @@ from kernels import exact
 from kernels.layout import CONV_TAPS
 from model import published
 from model.program.ranges import Range, shown
+from model.senses.video import CHANNELS, TIME_STEPS
 
 MEL_CHANNELS = 80
 MEL_BINS = 16
 AUDIO_TOKEN_ID = 2
+IMAGE_TOKEN_ID = 194
+SMALL_PATCH = 16
+"""Side of the video patches of the small presets, pixels."""
 
 Preset = Literal["nano", "tiny", "base", "inkling_small"]
 PRESETS: tuple[str, ...] = get_args(Preset)
@@ -42,6 +45,10 @@ TEXT_RANGES = {
 OPTIONAL = ("unpadded_vocab_size", "log_scaling_n_floor")
 """Those that may be None."""
 AUDIO_RANGES = {"n_mel_bins": Range(MEL_CHANNELS, MEL_CHANNELS), "mel_vocab_size": Range(MEL_BINS, 65_536)}
+VISION_RANGES = {
+    "patch_size": Range(2, 1024), "temporal_patch_size": Range(TIME_STEPS, TIME_STEPS), "n_layers": Range(1, 64),
+    "num_channels": Range(CHANNELS, CHANNELS),
+}  # fmt: skip
 LAYER_TYPES = {"layer_types": ("hybrid_sliding", "hybrid"), "mlp_layer_types": ("dense", "sparse")}
 MOST_LAYERS = 10_000
 """Most layers or labels of any part of a config: the library makes lists of them before they can be checked."""
@@ -65,7 +72,7 @@ def preset(name: str) -> InklingConfig:
                 "logits_mup_width_multiplier": 1.0, "max_position_embeddings": 32768,
                 "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 6,
             }  # fmt: skip
-            return _config(text, audio_token_id=AUDIO_TOKEN_ID)
+            return _config(text, patch=SMALL_PATCH, vision_layers=2)
         case "tiny":
             text = {
                 "vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4,
@@ -78,7 +85,7 @@ def preset(name: str) -> InklingConfig:
                 "logits_mup_width_multiplier": 1.0, "max_position_embeddings": 32768,
                 "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 6,
             }  # fmt: skip
-            return _config(text, audio_token_id=AUDIO_TOKEN_ID)
+            return _config(text, patch=SMALL_PATCH, vision_layers=2)
         case "base":
             text = {
                 "vocab_size": 32768, "hidden_size": 512, "num_hidden_layers": 12,
@@ -89,24 +96,34 @@ def preset(name: str) -> InklingConfig:
                 "num_experts_per_tok": 4, "n_shared_experts": 1, "route_scale": 4.0, "logits_mup_width_multiplier": 2.0,
                 "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 6,
             }  # fmt: skip
-            return _config(text, audio_token_id=AUDIO_TOKEN_ID)
+            return _config(text, patch=40, vision_layers=1)
         case "inkling_small":
+            tokens, vision = (
+                published.values(part) for part in (published.INKLING_SMALL_TOKENS, published.INKLING_SMALL_VISION)
+            )
             return _config(
                 published.values(published.INKLING_SMALL_TEXT),
-                audio_token_id=published.INKLING_SMALL_TOKENS["audio_token_id"][0],
-                vision=published.values(published.INKLING_SMALL_VISION),
+                patch=vision["patch_size"],
+                vision_layers=vision["num_hidden_layers"],
+                **tokens,
             )
         case _:
             raise ValueError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
 
 
-def _config(text: dict[str, object], audio_token_id: int, vision: dict[str, object] | None = None) -> InklingConfig:
+def _config(
+    text: dict[str, object],
+    patch: int,
+    vision_layers: int,
+    audio_token_id: int = AUDIO_TOKEN_ID,
+    image_token_id: int = IMAGE_TOKEN_ID,
+) -> InklingConfig:
     config = InklingConfig(
         text_config=InklingTextConfig(**text),  # type: ignore[arg-type]
         audio_config={"n_mel_bins": MEL_CHANNELS, "mel_vocab_size": MEL_BINS},
-        vision_config=vision or {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1},
+        vision_config={"patch_size": patch, "num_hidden_layers": vision_layers},
         audio_token_id=audio_token_id,
-        image_token_id=audio_token_id + 1,
+        image_token_id=image_token_id,
     )
     check(config)
     return config
@@ -149,9 +166,9 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 def check(config: InklingConfig) -> None:
     """Raises ValueError for a config that Inkling allows but this implementation does not compute, and for one that is
     no model's."""
-    text, audio = config.text_config, config.audio_config
+    text, audio, vision = config.text_config, config.audio_config, config.vision_config
     wrong = []
-    for part, limits in ((text, TEXT_RANGES), (audio, AUDIO_RANGES)):
+    for part, limits in ((text, TEXT_RANGES), (audio, AUDIO_RANGES), (vision, VISION_RANGES)):
         for name, limit in limits.items():
             value = getattr(part, name)
             if not (value is None and name in OPTIONAL) and (problem := limit.problem(value)):
@@ -177,10 +194,11 @@ def check(config: InklingConfig) -> None:
             wrong.append(f"{kind}num_attention_heads is {heads}, no multiple of {kv_heads} key_value_heads")
     if (text.unpadded_vocab_size or 0) > text.vocab_size:
         wrong.append(f"unpadded_vocab_size is {text.unpadded_vocab_size} of a vocab_size of {text.vocab_size}")
-    if problem := Range(0, 2**31 - 1).problem(
-        config.audio_token_id
-    ):  # beyond the vocabulary: a model that hears nothing
-        wrong.append(f"audio_token_id is {shown(config.audio_token_id)}: {problem}")
+    for name in ("audio_token_id", "image_token_id"):  # beyond the vocabulary: a model without that sense
+        if problem := Range(0, 2**31 - 1).problem(getattr(config, name)):
+            wrong.append(f"{name} is {shown(getattr(config, name))}: {problem}")
+    if config.audio_token_id == config.image_token_id:
+        wrong.append(f"audio_token_id and image_token_id are both {config.audio_token_id}")
     for name in LAYER_TYPES:
         if len(getattr(text, name)) != text.num_hidden_layers:
             wrong.append(f"{name} has {len(getattr(text, name))} entries for {text.num_hidden_layers} layers")

@@ -1,8 +1,8 @@
 """The model's input: rows of many sequences, packed one after another (no batch axis, no padding).
 
-Every row has a token; a row that holds the audio token also has the dMel codes of one frame. `Inputs.cut` and
-`Inputs.part` select rows and keep tokens and codes together. By the row contract of `kernels.ops` a sequence's results
-do not depend, by a bit, on what is packed beside it or in which order.
+Every row has a token; a row that holds the audio token also has the dMel codes of one frame of sound, one that holds
+the image token a patch of video. `Inputs.cut` and `Inputs.part` select rows and keep all of it together. By the row
+contract of `kernels.ops` a sequence's results do not depend, by a bit, on what is packed beside it or in which order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ import torch
 from torch import Tensor
 
 from kernels.layout import Segments
+from model.senses.video import Frames, Patches
+
+
+@dataclass(frozen=True, slots=True)
+class Senses:
+    """How a model takes what is no text (`model.backbone.transformer.InteractionModel.senses`)."""
+
+    audio: int  # id of the audio token
+    image: int  # id of the image token
+    patch: int  # side of a video patch, pixels
 
 
 class Conversation(Protocol):
@@ -28,38 +38,49 @@ class Conversation(Protocol):
     def codes(self) -> Tensor:
         """uint8 [A, channels], dMel bins of the rows that hold the audio token, in order."""
 
+    @property
+    def frames(self) -> Frames:
+        """What the rows that hold the image token are patches of, in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """T rows of S sequences, A of them audio. Make it with `of` or `cat`, which check that tokens and codes agree.
+    """T rows of S sequences, A of them audio and P of them patches. Make it with `of` or `cat`, which check that the
+    parts agree.
 
-    Example: ``cat([episode, other], audio).cut([9, 9])`` are the first nine rows of both.
+    Example: ``cat([episode, other], senses).cut([9, 9])`` are the first nine rows of both.
     """
 
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, channels]
+    patches: Patches  # P
     audio_rows: Tensor  # int64 [A], ascending: the row of each frame of codes
+    image_rows: Tensor  # int64 [P], ascending: the row of each patch
     segments: Segments  # which rows are of which sequence, and where in it
 
     @staticmethod
-    def of(tokens: Tensor, codes: Tensor, segments: Segments, audio: int) -> Inputs:
-        """tokens int64 [T], codes uint8 [A, channels]; ``audio`` is the audio token's id. Raises ValueError unless
-        segments has T rows and tokens A audio tokens."""
+    def of(tokens: Tensor, codes: Tensor, patches: Patches, segments: Segments, senses: Senses) -> Inputs:
+        """tokens int64 [T], codes uint8 [A, channels]. Raises ValueError unless segments has T rows, and tokens A audio
+        tokens and as many image tokens as there are patches."""
         if tokens.shape[0] != segments.rows:
             raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
-        rows = (tokens == audio).nonzero()[:, 0]
-        if rows.shape[0] != codes.shape[0]:
-            raise ValueError(f"tokens holds {rows.shape[0]} audio tokens, but codes has {codes.shape[0]} rows")
-        return Inputs(tokens, codes, rows, segments)
+        audio_rows = (tokens == senses.audio).nonzero()[:, 0]
+        if audio_rows.shape[0] != codes.shape[0]:
+            raise ValueError(f"tokens holds {audio_rows.shape[0]} audio tokens, but codes has {codes.shape[0]} rows")
+        image_rows = (tokens == senses.image).nonzero()[:, 0]
+        if image_rows.shape[0] != len(patches):
+            raise ValueError(f"tokens holds {image_rows.shape[0]} image tokens, but there are {len(patches)} patches")
+        return Inputs(tokens, codes, patches, audio_rows, image_rows, segments)
 
     @staticmethod
-    def cat(conversations: Sequence[Conversation], audio: int) -> Inputs:
-        """Whole sequences, each from position 0 on; ``audio`` is the audio token's id."""
+    def cat(conversations: Sequence[Conversation], senses: Senses) -> Inputs:
+        """Whole sequences, each from position 0 on. Raises ValueError as `of` does."""
         return Inputs.of(
             torch.cat([c.tokens for c in conversations]),
             torch.cat([c.codes for c in conversations]),
+            Patches.cat([c.frames.patches(senses.patch) for c in conversations]),
             _whole([len(c.tokens) for c in conversations]),
-            audio,
+            senses,
         )
 
     @property
@@ -77,28 +98,45 @@ class Inputs:
         ValueError unless it has as many rows as the spans."""
         starts = self.starts
         cuts = [(starts[s] + first, starts[s] + end) for s, first, end in spans]
-        frames = torch.searchsorted(self.audio_rows, torch.tensor(cuts, device=self.audio_rows.device)).tolist()
-        moved, row = [], 0
-        for (first, end), (a, b) in zip(cuts, frames, strict=True):
-            moved.append(self.audio_rows[a:b] + (row - first))
-            row += end - first
-        if row != segments.rows:
-            raise ValueError(f"the spans have {row} rows, segments {segments.rows}")
+        if (rows := sum(end - first for first, end in cuts)) != segments.rows:
+            raise ValueError(f"the spans have {rows} rows, segments {segments.rows}")
+        sound, audio_rows = _moved(self.audio_rows, cuts)
+        shown, image_rows = _moved(self.image_rows, cuts)
         return Inputs(
             torch.cat([self.tokens[first:end] for first, end in cuts]),
-            torch.cat([self.codes[a:b] for a, b in frames]),
-            torch.cat(moved),
+            torch.cat([self.codes[a:b] for a, b in sound]),
+            self.patches.part(shown),
+            audio_rows,
+            image_rows,
             segments,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """`Inputs` beside the kernels, for one forward pass (`model.backbone.transformer.InteractionModel.place`)."""
+    """What one forward pass reads, beside the kernels (`model.backbone.transformer.InteractionModel.place`)."""
 
-    inputs: Inputs
+    tokens: Tensor  # int64 [T]
+    codes: Tensor  # uint8 [A, channels]
+    audio_rows: Tensor  # int64 [A]
+    pictures: Tensor  # uint8 [Q, p, p, 3], as in `Patches`, and so `inside`
+    inside: Tensor  # int16 [Q, 2]
+    steps: Tensor  # int64 [2, P], see `Patches.steps`
+    image_rows: Tensor  # int64 [P]
+    segments: Segments
     tau: Tensor | None  # fp32 [T], the factor of the rows' scores in global layers, when log scaling is on
     more: tuple[Tensor, ...]  # what the caller sent with them
+
+
+def _moved(rows: Tensor, cuts: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], Tensor]:
+    """Of ``rows``, ascending: those within each cut (first, end), as spans of their indices, and where they are when
+    the cuts lie one after another."""
+    spans: list[tuple[int, int]] = torch.searchsorted(rows, torch.tensor(cuts, device=rows.device)).tolist()
+    moved, row = [], 0
+    for (first, end), (a, b) in zip(cuts, spans, strict=True):
+        moved.append(rows[a:b] + (row - first))
+        row += end - first
+    return spans, torch.cat(moved)
 
 
 def _whole(lengths: Sequence[int]) -> Segments:

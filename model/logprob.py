@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kernels import ops
+from model import tokenizer as tokenizers
 
 MODE, FIRST_TEXT, NEXT_TEXT = 0, 1, 2
 """Row classes, which say from which tokens a row is sampled. MODE: the decision after a chunk's audio; FIRST_TEXT: the
@@ -27,7 +28,7 @@ class TokenClasses:
 
     >>> from model.tokenizer import load_tokenizer
     >>> [int(n) for n in TokenClasses.build(load_tokenizer(), 256).allowed.sum(1)]
-    [2, 248, 249]
+    [2, 247, 248]
     """
 
     allowed: Tensor  # bool [3, V], rows MODE, FIRST_TEXT, NEXT_TEXT
@@ -35,22 +36,18 @@ class TokenClasses:
 
     @staticmethod
     def build(tokenizer: PreTrainedTokenizerBase, vocab: int, delegate: bool = False) -> TokenClasses:
-        """``vocab`` is the model's V; ids beyond the tokenizer's are never allowed. ``delegate``: whether the mode
-        ``<|delegate|>`` may be sampled. Raises ValueError when V is smaller than the tokenizer or that lacks a special
-        token."""
-        words = len(tokenizer)
-        if vocab < words:
+        """``vocab`` is the model's V; ids without a token and control tokens are never allowed. ``delegate``: whether
+        the mode ``<|delegate|>`` may be sampled. Raises ValueError when V is smaller than the tokenizer or that lacks a
+        special token."""
+        if vocab < (words := tokenizers.size(tokenizer)):
             raise ValueError(f"TokenClasses: the tokenizer has {words} tokens, the model's vocabulary only {vocab}")
-        needed = ("<|listen|>", "<|speak|>", "<|delegate|>", "<|end|>")
-        known = tokenizer.get_vocab()
-        if missing := [token for token in needed if token not in known]:
-            raise ValueError(f"TokenClasses: the tokenizer lacks {', '.join(missing)}; add them as special tokens")
-        listen, speak, delegates, end = (known[token] for token in needed)
+        ids = tokenizers.special_ids(tokenizer)
+        control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        text = sorted({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids, *control, *ids.values()})
         allowed = torch.zeros(3, vocab, dtype=torch.bool)
-        allowed[MODE, [listen, speak] + [delegates] * delegate] = True
-        allowed[[FIRST_TEXT, NEXT_TEXT], :words] = True
-        allowed[FIRST_TEXT : NEXT_TEXT + 1, [*tokenizer.all_special_ids, listen, speak, delegates]] = False
-        allowed[NEXT_TEXT, end] = True
+        allowed[MODE, [ids["listen"], ids["speak"]] + [ids["delegate"]] * delegate] = True
+        allowed[FIRST_TEXT, text] = True
+        allowed[NEXT_TEXT, [*text, ids["end"]]] = True
         return TokenClasses(allowed)
 
     def logprob(

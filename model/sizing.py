@@ -74,8 +74,9 @@ def _sources(part: str, names: Sequence[str], preset: str | None, folder: Path |
 
 
 def counts(config: InklingConfig, model: InteractionModel) -> dict[str, int]:
-    """Numbers of parameters of a model on the meta device. Active: those that one row uses, so only its routed experts
-    and, of each embedding table, the rows that it reads."""
+    """Numbers of parameters of a model on the meta device. Active: those that a row of text or audio uses, so only its
+    routed experts and, of each embedding table, the rows that it reads. A patch of an image also uses the whole
+    tower."""
     text = config.text_config
     total = active = tower = 0
     for name, weight in model.named_parameters():
@@ -90,16 +91,7 @@ def counts(config: InklingConfig, model: InteractionModel) -> dict[str, int]:
             active += text.hidden_size * config.audio_config.n_mel_bins
         else:
             active += weight.numel()
-    seen = {"of these the vision tower, for image rows only": tower} if tower else {}
-    return {"parameters": total, **seen, "active for a row": active}
-
-
-def tower_parameters(config: InklingConfig) -> int:
-    """Of the vision tower, as transformers builds it."""
-    from transformers.models.inkling.modeling_inkling import InklingVisionModel  # a slow import
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in InklingVisionModel(config.vision_config).parameters())
+    return {"parameters": total, "active for a row": active, "vision tower, for image rows only": tower}
 
 
 def predicting_parameters(config: InklingConfig, kinds: Sequence[str]) -> int:
@@ -119,9 +111,10 @@ def of_release(config: InklingConfig, preset: str | None) -> list[str]:
     if preset != "inkling_small":
         return []
     release, model = published.INKLING_SMALL, empty(config, torch.bfloat16)
-    own = {name: w.numel() for name, w in model.state_dict().items() if not name.startswith(TOWER)}
+    own = {name: w.numel() for name, w in model.state_dict().items()}
+    tower = sum(own.pop(name) for name in list(own) if name.startswith(TOWER))
     wide = sum(n for name, n in own.items() if name.endswith((".gate.global_scale", "e_score_correction_bias")))
-    tower, predicting = tower_parameters(config), predicting_parameters(config, release.predicting_layers)
+    predicting = predicting_parameters(config, release.predicting_layers)
     stored = 2 * (sum(own.values()) + wide + tower + predicting)
     sparse = next(layer for layer in model.layers if hasattr(layer.mlp, "experts"))
     added = sum(p.numel() for p in sparse.mlp.parameters()) - sum(p.numel() for p in model.layers[0].mlp.parameters())

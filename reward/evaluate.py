@@ -37,13 +37,13 @@ from model.placement import Placement, PlacementConfig
 from model.program.files import whole_folder, write_json
 from model.program.folders import locked
 from model.program.outputs import OutputFile, check_folder
-from model.program.ranges import Distinct, FilePath, Length, Seed, Some, Tokens, Words
+from model.program.ranges import Distinct, EventWords, FilePath, Length, Patches, Seed, Some, Tokens, Words
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from model.weights.finite import check_finite
 from reward.learned.calibrate import COUNTING, Reliability, fit_temperature, halves, plot, reliability, right
 from reward.learned.model import RewardModel, episode_scores
-from reward.learned.preference import Preference, distinct, from_row, load_preferences, origin_of
+from reward.learned.preference import Preference, check_words, distinct, from_row, load_preferences, origin_of
 from reward.learned.trainable import stretch_scores
 from reward.pairs import SESSIONS, PolicyRecipe
 from reward.score import score
@@ -52,6 +52,7 @@ from rollout.play import Play, play
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import preference_seed
 from rollout.turn.grammar import check_context
+from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 
 FIRST_UNSEEN_SCENARIO = 5_000_000
@@ -71,6 +72,8 @@ class UnseenPolicy:
     scenarios: Some = 96  # of each family
     max_tokens: Tokens = 512
     words_per_chunk: Words = 1  # most words that a micro-turn may say
+    max_patches: Patches = 0  # most video patches that it may see
+    max_event_words: EventWords = 0  # most words of text events that it may read
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class EvaluateConfig:
 def main(arguments: list[str] | None = None) -> None:
     config = read_recipe("reward.evaluate", "Evaluate reward models.", EvaluateConfig, arguments).config
     unseen = config.unseen
-    check_context("unseen.max_tokens", unseen.max_tokens, config.scenarios.most_chunks, unseen.words_per_chunk)
+    longest = config.scenarios.most_chunks, unseen.words_per_chunk, unseen.max_patches + unseen.max_event_words
+    check_context("unseen.max_tokens", unseen.max_tokens, *longest)
     Placement.enter(config.placement, "float32")
     with ExitStack() as held:
         for folder in sorted({os.path.realpath(one) for one in config.models}):
@@ -105,6 +109,9 @@ def run(config: EvaluateConfig) -> None:
     models = load_models(config.models)
     pairs = {axis: held_out(config.pairs, axis, model) for model in models.values() for axis in model.axes}
     policy = checkpoint.load(config.unseen.policy.checkpoint, keep_weights=False)
+    for model in models.values():
+        Vocabulary.of(policy).check_same(model.backbone, model.name)
+    check_words(Path(config.pairs), Vocabulary.of(policy))
     engine = SessionEngine.of(policy, config.unseen, SESSIONS)
     bank = SpeechBank.open(config.speech_dir)
     report: Report = {
@@ -162,7 +169,7 @@ def load_models(folders: Sequence[str]) -> dict[Path, RewardModel]:
 def held_out(folder: str, axis: str, model: RewardModel) -> list[Preference]:
     """All held-out pairs of an axis. Raises MetronomeError when ``folder`` holds no usable pairs, or too few to fit a
     temperature and report it."""
-    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.audio_token_id)
+    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.senses)
     pairs = [from_row(row) for row in rows]
     fitted = halves(pairs)
     if fitted.all() or not fitted.any():

@@ -23,24 +23,24 @@ from statistics import fmean
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from model.placement import Placement, PlacementConfig
 from model.program.files import write_json
 from model.program.outputs import OutputFile
-from model.program.ranges import FilePath, FilePaths, Some
+from model.program.ranges import MOST_EVENT_WORDS, MOST_PATCHES, FilePath, FilePaths, Some
 from model.program.recipe import read_recipe
 from model.weights.finite import NotFiniteError
 from reward.score import score
 from reward.source import RewardSource, SourceConfig
-from rollout.record.transcript import from_audio
+from rollout.record.transcript import from_observations
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
 from rollout.turn.action import LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
+from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Facts, Scenario, Script, User
 from rollout.world.speech import SpeechBank
@@ -144,8 +144,8 @@ class Row:
     beats: dict[str, list[float]]  # source -> for each honest player, share of scenarios with at least its reward
 
 
-def play(player: Player, item: Scenario, scenarios: ScenarioConfig) -> tuple[NDArray[np.float32], list[Action], Facts]:
-    """(the user's audio fp32 [chunks, samples], the player's actions [chunks], the facts), as `enact` gives them."""
+def play(player: Player, item: Scenario, scenarios: ScenarioConfig) -> tuple[list[Observation], list[Action], Facts]:
+    """(what the user gives, the player's actions, the facts), as `enact` gives them."""
     return enact(item, lambda user: player(scenarios, item, user))
 
 
@@ -155,11 +155,14 @@ def perform(
     """Plays N scenarios: the rules' scores [N], and by source the rewards of the episodes [N]."""
     scores, transcripts = [], []
     for item in items:
-        waveform, actions, facts = play(player, item, scenarios)
+        observed, actions, facts = play(player, item, scenarios)
         scores.append(score(item.family, facts.to_json(), actions, scenarios))
         if source.models:
-            vocabulary = Vocabulary.build(source.models[0].backbone.vocab)
-            transcripts.append(from_audio(waveform, actions, Grammar(vocabulary, WORDS_PER_CHUNK)))
+            backbone = source.models[0].backbone
+            source.check_words(backbone)
+            vocabulary = Vocabulary.of(backbone)
+            grammar = Grammar(vocabulary, WORDS_PER_CHUNK, MOST_PATCHES, MOST_EVENT_WORDS, backbone.senses.patch)
+            transcripts.append(from_observations(observed, actions, grammar))
     rewards = {"rules": [fsum(float(values.sum()) for values in s.rewards.values()) for s in scores]}
     if source.models:
         rewards["learned"] = [r.total for r in source.learned(transcripts, [item.family for item in items])]

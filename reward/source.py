@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor, as_tensor
 
 from kernels.errors import MetronomeError
+from model.backbone.transformer import InteractionModel
 from model.inputs import Conversation
 from model.program.ranges import FilePaths
 from model.weights.checkpoint import weights_digest
@@ -26,6 +27,7 @@ from reward.study.overoptimisation import WatchConfig
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
+from rollout.turn.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class RewardSource:
     def digests(self) -> tuple[str, ...]:
         """Digest of each model's weights, in the recipe's order."""
         return tuple(weights_digest(model) for model in self.models)
+
+    def check_words(self, policy: InteractionModel) -> None:
+        """Raises MetronomeError for a reward model that has another tokenizer than the policy that it is to judge."""
+        for model in self.models:
+            Vocabulary.of(policy).check_same(model.backbone, model.name)
 
     def judge(self, episodes: Sequence[Episode]) -> Judged:
         """Raises what `reward.score.score` raises."""

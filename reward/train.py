@@ -26,6 +26,7 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("reward.train")
 
+import copy
 import os
 import pickle
 import re
@@ -54,7 +55,6 @@ from model.program.outputs import OutputFolder
 from model.program.ranges import Fields, FilePath, Names, Range, Seed, Weight
 from model.program.recipe import read_recipe
 from model.program.runs import RECIPE, check_free, sole_writer
-from model.tokenizer import load_tokenizer
 from model.weights import checkpoint
 from reward.learned import resuming
 from reward.learned.model import RewardModel
@@ -65,11 +65,12 @@ from reward.learned.origin import (
     read_training_origin,
     recipe_differences,
 )
-from reward.learned.preference import from_row, load_preferences, origin_of
+from reward.learned.preference import check_words, from_row, load_preferences, origin_of
 from reward.learned.report import Report
 from reward.learned.resuming import Progress
 from reward.learned.settings import RANGES, optimizer, trainer_arguments, trainer_defaults, uses_deepspeed
 from reward.learned.trainable import Collator, Trainable
+from rollout.turn.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from reward.learned.graded import GradedTrainer
@@ -139,7 +140,8 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
             return
     _check_room(config)
     model = RewardModel.build(_backbone(config), config.axes)
-    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.audio_token_id)
+    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.senses)
+    check_words(Path(config.pairs), Vocabulary.of(model.backbone))
     origin = TrainingOrigin(
         recipe=deciding,
         pairs=origin_of(Path(config.pairs)).digest,
@@ -211,9 +213,9 @@ def _trainer(
         trainer = GradedTrainer(
             model=Trainable(model),
             args=arguments,
-            data_collator=Collator(model.axes, model.backbone.audio_token_id, config.margin_scale, config.rationality),
+            data_collator=Collator(model.axes, model.backbone.senses.audio, config.margin_scale, config.rationality),
             train_dataset=rows,
-            processing_class=load_tokenizer(),
+            processing_class=copy.deepcopy(Vocabulary.of(model.backbone).tokenizer),  # TRL writes to it
             optimizer_cls_and_kwargs=optimizer(arguments),
             callbacks=[report],
             progress=report.progress,

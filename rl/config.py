@@ -14,9 +14,11 @@ from model.placement import PlacementConfig
 from model.program.folders import RunName
 from model.program.outputs import OutputFolder
 from model.program.ranges import (
+    EventWords,
     Every,
     FilePath,
     Fraction,
+    Patches,
     Probability,
     Range,
     Seed,
@@ -30,6 +32,8 @@ from model.program.ranges import (
 from reward.source import SourceConfig
 from rl.tracking.settings import TrackingConfig
 from rollout.scenarios.registry import ScenarioConfig
+from rollout.turn.grammar import Grammar
+from rollout.turn.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,23 @@ class RolloutConfig:
     engine: Literal["session", "vllm"] = "session"  # embedded, or vLLM; the same bits
     temperature: Temperature = 1.0
     words_per_chunk: Words = 1
+    max_patches: Patches = 0  # of video in a micro-turn: rows x columns of the model's patches; 0 is no video
+    max_event_words: EventWords = 0  # of text events in a micro-turn
     max_tokens: Tokens = 512  # context of a session
     # Processes beside each learner process that roll out (vllm: at most 1); 0: in the learner's own.
     workers: Annotated[int, Range(0, 1024)] = 0
     worker_threads: Annotated[int, Range(1, 1024)] | None = None  # of each; None is an even share of the cores
     # To get ready, and for a share of a step; then another one plays it.
     worker_timeout_s: Annotated[float, Range(0.1, 1e6)] = 120.0
+
+    @property
+    def extra(self) -> int:
+        """The most observed rows beside audio that one micro-turn can have."""
+        return self.max_patches + self.max_event_words
+
+    def grammar(self, vocabulary: Vocabulary, patch: int) -> Grammar:
+        """``patch``: side of the model's video patches, pixels."""
+        return Grammar(vocabulary, self.words_per_chunk, self.max_patches, self.max_event_words, patch)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from rl.step.gradient import gradient_of
 from rl.warmstart import demonstration, demonstrations
 from rollout.play import play
 from rollout.record.episode import concatenate
+from rollout.turn.observation import stack_audio
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.sound import NOISES, noise
 from rollout.world.speech import SpeechBank
@@ -79,16 +80,17 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     for split, kinds in NOISES.items():
         yield f"noises, {split}", [noise(name, split) for name in kinds]
     played = [demonstration(config, bank, index) for index in range(DEMONSTRATIONS)]
-    yield "user's audio", [audio for audio, _ in played]
+    heard = [stack_audio(observed) for observed, _ in played]
+    yield "user's audio", heard
     yield "demonstrated actions", [repr(actions) for _, actions in played]
-    yield "dMel codes", [dmel.codes(torch.from_numpy(audio.reshape(1, -1))) for audio, _ in played]
+    yield "dMel codes", [dmel.codes(audio.view(1, -1)) for audio in heard]
 
     model = build_model(config)
     yield "fresh weights", list(model.parameters())
-    vocabulary = Vocabulary.build(model.vocab)
+    vocabulary = Vocabulary.of(model)
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(STEPS):
-        some = demonstrations(config, bank, vocabulary, step)
+        some = demonstrations(config, bank, vocabulary, model.senses.patch, step)
         tokens = sum(len(t.text.chunk) for t in some)
         weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in some]
         gradient = gradient_of(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)

@@ -61,11 +61,11 @@ def train(config: TrainConfig) -> str:
     """Returns the digest of the weights at the end."""
     bank = SpeechBank.open(config.speech_dir)
     model = build_model(config)
-    vocabulary, micro_batch = Vocabulary.build(model.vocab), config.rl.micro_batch
+    vocabulary, micro_batch = Vocabulary.of(model), config.rl.micro_batch
 
     supervised = Optimizer(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
-        shown = demonstrations(config, bank, vocabulary, step)  # scripted, partly wrong
+        shown = demonstrations(config, bank, vocabulary, model.senses.patch, step)  # scripted, partly wrong
         tokens = sum(ranks.gather(sum(len(one.text.chunk) for one in shown)))
         likelihood = [torch.full((len(one.text.chunk),), 1.0 / tokens) for one in shown]
         supervised.step(gradient_of(model, shown, likelihood, vocabulary.classes, 1.0, micro_batch))

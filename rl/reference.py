@@ -47,7 +47,7 @@ class Reference:
         for first in range(0, len(episodes), self._micro_batch):
             some = episodes[first : first + self._micro_batch]
             logprob, _, _ = choice_logprobs(
-                self._model, collate(some, self._model.audio_token_id), self._classes, some[0].temperature
+                self._model, collate(some, self._model.senses), self._classes, some[0].temperature
             )
             reference.append(logprob.cpu())
         ratio = concatenate(episodes, "logprob") - torch.cat(reference)

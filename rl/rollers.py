@@ -81,10 +81,12 @@ def build_vllm(config: TrainConfig, model: InteractionModel) -> VllmEngine:
     rollout = config.rollout
     return VllmEngine(
         model,
-        Vocabulary.build(model.vocab),
+        Vocabulary.of(model),
         slots=plays_of_a_step(config),
         max_tokens=rollout.max_tokens,
         words_per_chunk=rollout.words_per_chunk,
+        max_patches=rollout.max_patches,
+        max_event_words=rollout.max_event_words,
         worker_process=rollout.workers == 1,
         timeout_s=rollout.worker_timeout_s,
     )
@@ -106,11 +108,14 @@ def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Rolle
     setup = Setup(
         config=model.config,
         dtype=model.dtype,
+        tokenizer=model.tokenizer,
         speech_dir=None if config.speech_dir is None else str(Path(config.speech_dir).absolute()),
         scenarios=config.scenarios,
         slots=math.ceil(plays_of_a_step(config) / rollout.workers),
         max_tokens=rollout.max_tokens,
         words_per_chunk=rollout.words_per_chunk,
+        max_patches=rollout.max_patches,
+        max_event_words=rollout.max_event_words,
     )
     even = max(1, len(os.sched_getaffinity(0)) // (local_world() * rollout.workers))
     threads = even if rollout.worker_threads is None else rollout.worker_threads

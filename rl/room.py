@@ -28,8 +28,9 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     `rl.run.build_model`."""
     rollout, path = config.rollout, config.model.checkpoint
     shape = preset(config.model.preset) if path is None else checkpoint.config_of(resumed or path)
-    check_context("rollout.max_tokens", rollout.max_tokens, config.scenarios.most_chunks, rollout.words_per_chunk)
-    rows = context_rows(config.scenarios.most_chunks, rollout.words_per_chunk)
+    longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra
+    check_context("rollout.max_tokens", rollout.max_tokens, *longest)
+    rows = context_rows(*longest)
     positions = shape.text_config.max_position_embeddings
     if rows > positions:
         raise MetronomeError(

@@ -102,7 +102,8 @@ class Run:
         if self._newest:
             checkpoint.load_into(self.model, self._newest[1] / "model")
             check_weights(self.folder, *self._newest, checkpoint.weights_digest(self.model))
-        self.vocabulary = Vocabulary.build(self.model.vocab)
+        self.vocabulary = Vocabulary.of(self.model)
+        self.source.check_words(self.model)
         self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
         if resume:
             self.folder.go_on(recipe, saved.text, self._newest and self._newest[0], changed)

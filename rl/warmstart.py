@@ -8,38 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from model.backbone.transformer import InteractionModel
 from model.program import ranks
 from rl.config import TrainConfig
 from rl.learner.deepspeed import Learner
 from rl.step.gradient import gradient_of
-from rollout.record.transcript import Transcript, from_audio
+from rollout.record.transcript import Transcript, from_observations
 from rollout.scenarios.demonstrate import enact
 from rollout.seeds import demonstration_seed, mistakes_generator
 from rollout.turn.action import Action
-from rollout.turn.grammar import Grammar
+from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 
 
-def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[NDArray[np.float32], list[Action]]:
-    """(the user's audio fp32 [chunks, samples], the actions [chunks]) of demonstration ``index`` of the run."""
+def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[list[Observation], list[Action]]:
+    """(what the user gives, the actions), [chunks] each, of demonstration ``index`` of the run."""
     item = config.scenarios.in_turn(index, "train", demonstration_seed(config.seed, index), bank)
     rng = mistakes_generator(config.seed, index)
-    waveform, actions, _ = enact(item, config.scenarios.expert(item, rng))
-    return waveform, actions
+    observed, actions, _ = enact(item, config.scenarios.expert(item, rng))
+    return observed, actions
 
 
-def demonstrations(config: TrainConfig, bank: SpeechBank, vocabulary: Vocabulary, step: int) -> list[Transcript]:
-    """This rank's share of a step's demonstrations; a pure function of config and step."""
-    out = []
+def demonstrations(
+    config: TrainConfig, bank: SpeechBank, vocabulary: Vocabulary, patch: int, step: int
+) -> list[Transcript]:
+    """This rank's share of a step's demonstrations; a pure function of config and step. ``patch``: side of the model's
+    video patches."""
+    grammar, out = config.rollout.grammar(vocabulary, patch), []
     for i in ranks.share(config.warmstart.episodes):
-        waveform, actions = demonstration(config, bank, step * config.warmstart.episodes + i)
-        out.append(from_audio(waveform, actions, Grammar(vocabulary, config.rollout.words_per_chunk)))
+        observed, actions = demonstration(config, bank, step * config.warmstart.episodes + i)
+        out.append(from_observations(observed, actions, grammar))
     return out
 
 
@@ -50,7 +51,7 @@ def warm_start(
     token, nats), ``warmstart/grad_norm`` (before clipping). Raises MetronomeError when a log-prob is not finite."""
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
-        transcripts = demonstrations(config, bank, vocabulary, step)
+        transcripts = demonstrations(config, bank, vocabulary, model.senses.patch, step)
         tokens = sum(ranks.gather(sum(len(t.text.chunk) for t in transcripts)))
         weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in transcripts]
         gradient = gradient_of(model, transcripts, weights, vocabulary.classes, 1.0, config.rl.micro_batch)

@@ -18,6 +18,7 @@ BY_ITSELF = {
     "kernels.tools.compile_report": "in a temporary folder",
     "model.program.folders": "locks",
     "model.program.startup": "the launcher's file, of a process that is at its end",
+    "model.tokenizer": "in a folder of `whole_folder`, or a temporary one",
     "model.weights.checkpoint": "in a folder of `whole_folder`",
     "reward.learned.calibrate": "a picture, in memory",
     "reward.learned.model": "in a folder of `whole_folder`",

@@ -3,8 +3,7 @@
 Rows of many sequences come one after another, `Segments` says which row continues which sequence; there is no batch
 axis and no padding. With a `SessionState` rows continue what it holds; without one every segment is a whole sequence
 and autograd works. Parameter names are those of transformers' `InklingForConditionalGeneration`, so state dicts
-interchange. Left out: multi-token prediction and the vision tower, whose weights are kept in `passthrough` and saved
-again unchanged.
+interchange. Left out: multi-token prediction.
 
 The forward reads packed copies of the weights: call `pack` once after loading; after each update call `mark_changed`,
 then `repack`. A forward between the two raises StaleWeightsError (`model.weights.packs`).
@@ -29,7 +28,9 @@ from model.backbone.attention import Attention, ShortConv, short_conv
 from model.backbone.embed import AudioTower, TextEmbedding, Weight
 from model.backbone.moe import DenseMLP, MixtureOfExperts
 from model.backbone.state import LayerState, SessionState
-from model.inputs import Inputs, Placed
+from model.backbone.vision import VisionTower
+from model.inputs import Inputs, Placed, Senses
+from model.tokenizer import shipped
 from model.weights import packs
 from model.weights.draws import near_normal
 
@@ -124,12 +125,13 @@ class LanguageModel(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Holds language model and audio tower under transformers' names."""
+    """Holds language model and towers under transformers' names."""
 
     def __init__(self, config: InklingConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.language_model = LanguageModel(config, dtype)
         self.audio_tower = AudioTower(config, dtype)
+        self.vision_tower = VisionTower(config, dtype)
 
 
 class InteractionModel(nn.Module):
@@ -146,17 +148,17 @@ class InteractionModel(nn.Module):
         self.layers = list(layers)  # typed, and without ModuleList's cost; registered below under transformers' name
         self.model.language_model.layers.extend(self.layers)
         self.lm_head = Weight(text.vocab_size, text.hidden_size, dtype=dtype)
-        self.passthrough: dict[str, Tensor] = {}  # weights of a loaded checkpoint that this model does not compute with
         self.vocab = text.unpadded_vocab_size or text.vocab_size
         self.eps = text.rms_norm_eps
         self.multiplier = text.logits_mup_width_multiplier
-        self.audio_token_id = config.audio_token_id
+        self.senses = Senses(config.audio_token_id, config.image_token_id, config.vision_config.patch_size)
         self.packed: PackedLinear | None = None  # the output head's
         self.generation = Generation()  # counts the updates of the weights
         # Of a model that keeps packed copies in place of weights: the weights' digest, `_version` of what it still has.
         self.packed_digest: tuple[str, tuple[int, ...]] | None = None
         self._versions: tuple[int, ...] = ()  # `_present()` at the last pack
         self.tau: Tensor | None = None  # fp32 [positions] on the CPU, when log scaling is on
+        self.tokenizer = shipped(config)  # None: no text; a checkpoint's own replaces it (`model.weights.checkpoint`)
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +170,7 @@ class InteractionModel(nn.Module):
         `model.weights.draws.near_normal` with standard deviation 1/sqrt(fan_in) for matrices, 1 for embeddings, 0.02
         for convolution taps and the relative bias (near "no effect")."""
         for name, weight in sorted(self.named_parameters()):
-            if name.endswith(("norm.weight", "layernorm.weight", "global_scale")):
+            if name.endswith(("norm.weight", "global_scale")):
                 weight.fill_(1.0)
                 continue
             if name.endswith("embed_tokens.weight"):
@@ -199,6 +201,7 @@ class InteractionModel(nn.Module):
         part calls `end_packing` at the end."""
         for i, layer in enumerate(self.layers):
             yield f"model.language_model.layers.{i}.", layer.pack
+        yield "model.vision_tower.", self.model.vision_tower.pack
         yield "lm_head.", self._pack_head
 
     def _pack_head(self) -> None:
@@ -227,6 +230,7 @@ class InteractionModel(nn.Module):
             raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
         for layer in self.layers:
             layer.repack()
+        self.model.vision_tower.repack()
         ops.repack(self.packed)
         self._versions = self._present()
 
@@ -245,13 +249,18 @@ class InteractionModel(nn.Module):
         the embeddings lack."""
         tables = () if state is None else state.tables
         tau = () if self.tau is None else (self.tau[inputs.segments.position.cpu()],)
-        own = (inputs.tokens, inputs.codes, inputs.audio_rows, *tau)
-        segments, parts = ops.upload(inputs.segments, tables, *own, *more)
+        patches = inputs.patches
+        sound = (inputs.codes, inputs.audio_rows)
+        video = (patches.pictures, patches.inside, patches.steps(), inputs.image_rows)
+        segments, parts = ops.upload(inputs.segments, tables, inputs.tokens, *sound, *video, *tau, *more)
         if segments is not inputs.segments or parts[0] is not inputs.tokens:
             # There is another device, on which a lookup of what is not there would not raise.
             self._check_ids(inputs)
-            inputs = Inputs(parts[0], parts[1], parts[2], segments)
-        return Placed(inputs, parts[3] if tau else None, parts[len(own) :])
+        tokens, codes, audio_rows, pictures, inside, steps, image_rows, *rest = parts
+        return Placed(
+            tokens, codes, audio_rows, pictures, inside, steps, image_rows, segments,
+            tau=rest[0] if tau else None, more=tuple(rest[len(tau) :]),
+        )  # fmt: skip
 
     def _check_ids(self, inputs: Inputs) -> None:
         audio = self.config.audio_config
@@ -279,10 +288,10 @@ class InteractionModel(nn.Module):
         sub-block, to find the first layer where two runs differ. Raises RuntimeError before `pack`, StaleWeightsError
         between an update and `repack`."""
         placed = inputs if isinstance(inputs, Placed) else self.place(inputs, state)
-        x = self._embed(placed.inputs)
+        x = self._embed(placed)
         if capture is not None:
             capture.append(("embed", x))
-        return self._run(x, placed.inputs.segments, None if state is None else state.layers, placed.tau, capture)
+        return self._run(x, placed.segments, None if state is None else state.layers, placed.tau, capture)
 
     def run(self, x: Tensor, segments: Segments, layers: Sequence[LayerState] | None = None) -> Tensor:
         """As `forward`, but from embedded rows x [T, D]; ``layers``: each layer's state, None for whole sequences."""
@@ -309,14 +318,19 @@ class InteractionModel(nn.Module):
         hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier
 
-    def _embed(self, inputs: Inputs) -> Tensor:
-        tokens, rows = inputs.tokens, inputs.audio_rows
-        if rows.shape[0] == 0:
-            return self.model.language_model.embed_tokens(tokens)
-        audio = self.model.audio_tower(inputs.codes)
-        if rows.shape[0] == tokens.shape[0]:
-            return audio
-        return self.model.language_model.embed_tokens(tokens).index_copy(0, rows, audio)
+    def _embed(self, placed: Placed) -> Tensor:
+        """[T, D]"""
+        tokens, towers = placed.tokens, self.model
+        rows, heard, shown = tokens.shape[0], placed.audio_rows.shape[0], placed.image_rows.shape[0]
+        if heard == rows:
+            return towers.audio_tower(placed.codes)
+        x = towers.language_model.embed_tokens(tokens)
+        if heard:
+            x = x.index_copy(0, placed.audio_rows, towers.audio_tower(placed.codes))
+        if shown:
+            patches = towers.vision_tower(placed.pictures, placed.inside, placed.steps)
+            x = x.index_copy(0, placed.image_rows, patches)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] -> fp32 [R, V]; V is the vocabulary without its padding. Raises RuntimeError before `pack`."""

@@ -279,6 +279,11 @@ TEMPERATURE = ZeroOr(1e-6, 1e6)
 Temperature = Annotated[float, TEMPERATURE]
 Words = Annotated[int, Range(1, 100)]
 """Of a micro-turn."""
+MOST_PATCHES, MOST_EVENT_WORDS = 4096, 1000
+Patches = Annotated[int, Range(0, MOST_PATCHES)]
+"""Of a micro-turn's video."""
+EventWords = Annotated[int, Range(0, MOST_EVENT_WORDS)]
+"""Of a micro-turn's text events."""
 FilePath = Annotated[str, Text()]
 FilePaths = Annotated[tuple[FilePath, ...], Length(0, 100), Distinct()]
 Names = Annotated[tuple[Annotated[str, Text(100)], ...], Length(1, 100), Distinct()]

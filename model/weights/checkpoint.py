@@ -1,9 +1,10 @@
-"""Checkpoints: a folder of ``config.json`` and ``model.safetensors``, under transformers' parameter names.
+"""Checkpoints: a folder of ``config.json``, ``model.safetensors``, under transformers' parameter names, and the
+tokenizer's files (`model.tokenizer`).
 
 `load` also reads what transformers' ``save_pretrained`` and Inkling's own releases write: sharded files, and Inkling's
 original names, where gate and up rows of an MLP are interleaved in one tensor. A folder is written atomically.
-Weights of the vision tower, which this model does not build, are kept and saved again; multi-token prediction is
-dropped. A folder inside a run's checkpoint is checked against the checkpoint's manifest before it is read
+Multi-token prediction, which this model does not build, is dropped. A folder inside a run's checkpoint is checked
+against the checkpoint's manifest before it is read
 (`model.weights.manifest`).
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import InklingConfig
+from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
@@ -31,7 +32,8 @@ from model.program.memory import return_freed
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, one_line, read_object, read_record
 from model.program.recipe import flat
-from model.weights import manifest, packs, tensors
+from model.tokenizer import disagreements, has_tokenizer, read_tokenizer, save_tokenizer, shipped
+from model.weights import manifest, packs, pickles, tensors
 from model.weights.finite import check_finite
 from model.weights.manifest import CheckpointError as CheckpointError
 from model.weights.renames import Parts, renamed, shape_of
@@ -43,14 +45,14 @@ CONFIG = "config.json"
 # Fields that do not change what is computed, or that a library stamps on its own.
 IGNORED_FIELDS = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "initializer_range")
 
-KEPT, DROPPED = "model.vision_tower.", "model.mtp."
-"""Beginnings of the names of weights that this model does not compute with."""
+DROPPED = "model.mtp."
+"""Beginning of the names of weights that this model does not compute with."""
 
 
 def save(model: InteractionModel, folder: Path | str) -> None:
     """Writes the model to ``folder`` atomically; an older checkpoint of that name is replaced. Raises NotFiniteError,
     with the older one kept, for weights that are not finite."""
-    content = weights(model) | model.passthrough
+    content = weights(model)
     check_finite(f"checkpoint {folder}", content.items(), "it was not saved. Lower the learning rate")
     with whole_folder(Path(folder)) as temporary:
         config = model.config.to_dict() | {"architectures": ["InklingForConditionalGeneration"]}
@@ -58,6 +60,8 @@ def save(model: InteractionModel, folder: Path | str) -> None:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
         write_whole(temporary / CONFIG, f"{text}\n".encode())
         save_file(content, temporary / WEIGHTS, metadata={"format": "pt"})
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, temporary)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -86,6 +90,7 @@ def load(
         )
     with torch.device("meta"):
         model = InteractionModel(config, dtype or stored_dtype)
+    model.tokenizer = _tokenizer(folder, config)
     places = _check_fits(model, folder)  # before memory is taken
     if not keep_weights:
         _fill_packs(model, folder, places)
@@ -102,6 +107,12 @@ def config_of(folder: Path | str) -> InklingConfig:
     return _stored_config(Path(folder))[0]
 
 
+def tokenizer_of(folder: Path | str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of the model in ``folder`` (`InteractionModel.tokenizer`). Raises CheckpointError as `load` does,
+    without looking at the weights."""
+    return _tokenizer(Path(folder), config_of(folder))
+
+
 def load_into(model: InteractionModel, folder: Path | str) -> None:
     """Fills ``model`` with the weights in ``folder`` and packs them. Raises CheckpointError and NotFiniteError as
     `load` does, and CheckpointError when the configs differ, naming the fields."""
@@ -111,6 +122,7 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
         raise CheckpointError(
             f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or the checkpoint"
         )
+    model.tokenizer = _tokenizer(folder, model.config)
     _fill(model, folder, _check_fits(model, folder))
     model.pack()
 
@@ -118,6 +130,8 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
 def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
     """(config, dtype) in ``folder``, read after the folder's files were checked against a manifest, if it has one."""
     manifest.check_loaded(folder)
+    if problem := pickles.problem_of(folder):
+        raise CheckpointError(f"checkpoint {folder}: {problem}")
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"checkpoint {folder}: there is no {CONFIG}; name a folder that a run saved")
     try:
@@ -144,6 +158,21 @@ def _dtype_in(stored: dict[str, Any]) -> str:
     return "float32"
 
 
+def _tokenizer(folder: Path, config: InklingConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in ``folder``; the shipped one, if it fits, for a folder without."""
+    if not has_tokenizer(folder):
+        return shipped(config)
+    try:
+        tokenizer = read_tokenizer(folder)
+    except UnreadableError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}; copy the tokenizer's files again") from None
+    if wrong := disagreements(tokenizer, config):
+        raise CheckpointError(
+            one_line(f"checkpoint {folder}: its tokenizer and its config do not fit: {'; '.join(wrong)}")
+        )
+    return tokenizer
+
+
 def config_differences(wanted: InklingConfig, stored: InklingConfig) -> list[str]:
     """Each differing field as ``name: wanted … , stored …``."""
     a, b = dict(flat(wanted.to_dict())), dict(flat(stored.to_dict()))
@@ -163,8 +192,8 @@ class _Place:
 
 
 def _check_fits(model: InteractionModel, folder: Path) -> dict[str, _Place]:
-    """Weight -> where it is stored, for those of the model and those that are kept for it. Raises CheckpointError for
-    names or shapes that are not those of the model; takes no memory."""
+    """Weight -> where it is stored. Raises CheckpointError for names or shapes that are not those of the model; takes
+    no memory."""
     target, places, wrong = model.state_dict(), dict[str, _Place](), []
     for file in _files(folder):
         with _refusing(folder, file):
@@ -172,13 +201,12 @@ def _check_fits(model: InteractionModel, folder: Path) -> dict[str, _Place]:
                 for name, parts in _renamed(stored, tensor):
                     if name.startswith(DROPPED):
                         continue
-                    if not name.startswith(KEPT):
-                        if name not in target:
-                            wrong.append(f"{name} is unknown")
-                        elif list(target[name].shape) != shape_of(parts):
-                            wrong.append(f"{name} is {shape_of(parts)}, not {list(target[name].shape)}")
-                        elif name in places:
-                            wrong.append(f"{name} comes twice")
+                    if name not in target:
+                        wrong.append(f"{name} is unknown")
+                    elif list(target[name].shape) != shape_of(parts):
+                        wrong.append(f"{name} is {shape_of(parts)}, not {list(target[name].shape)}")
+                    elif name in places:
+                        wrong.append(f"{name} comes twice")
                     places[name] = _Place(file, stored)
     wrong += [f"{name} is missing" for name in sorted(target.keys() - places.keys())]
     if wrong:
@@ -194,7 +222,6 @@ def _fill(model: InteractionModel, folder: Path, places: dict[str, _Place]) -> N
     files = tensors.Files()
     for name, tensor in model.state_dict().items():
         _read(files, folder, name, places[name], tensor)
-    _fill_kept(model, folder, places)
 
 
 def _fill_packs(model: InteractionModel, folder: Path, places: dict[str, _Place]) -> None:
@@ -222,16 +249,7 @@ def _fill_packs(model: InteractionModel, folder: Path, places: dict[str, _Place]
             packs.release(model)
             return_freed()
     model.end_packing()
-    _fill_kept(model, folder, places)
     model.packed_digest = digest.hexdigest()[:32], _versions(model)
-
-
-def _fill_kept(model: InteractionModel, folder: Path, places: dict[str, _Place]) -> None:
-    for name, place in places.items():
-        if name.startswith(KEPT):
-            with _refusing(folder, place.file):
-                model.passthrough[name] = tensors.Files().tensor(place.file, place.name).clone()
-    check_finite(f"checkpoint {folder}", model.passthrough.items(), "use another checkpoint")
 
 
 @torch.no_grad()

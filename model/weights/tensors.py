@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.program.reading import UnreadableError, size_of
+from model.weights.pickles import disguised
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types in which weights may be stored, as safetensors names them."""
@@ -77,4 +78,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> UnreadableError:
+    if problem := disguised(path):
+        return UnreadableError(path, problem)
     return UnreadableError(path, f"is damaged ({' '.join(str(error).split())[:200]})")

@@ -35,14 +35,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kernels.errors import MetronomeError
 from model.program.ranges import Range, shown
 from model.program.reading import read_json_lines
 from reward.learned.preference import MOST_MARGIN, Preference, Stretch
-from rollout.record.transcript import from_audio
+from rollout.record.transcript import from_observations
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import CHUNK_MS, CHUNK_SAMPLES, Action, Mode
 from rollout.turn.grammar import Grammar
+from rollout.turn.observation import audio_observations
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.recording import RecordingError, read_recording
 
@@ -239,7 +242,8 @@ def _conversation(where: str, folder: Path, value: Any, grammar: Grammar) -> Str
             f"{where}: {folder / value['audio']} holds {len(samples)} samples, but {len(actions)} actions of "
             f"{CHUNK_MS} ms need {len(actions) * CHUNK_SAMPLES}"
         )
-    written = from_audio(samples, actions, grammar)
+    audio = torch.from_numpy(samples.reshape(-1, CHUNK_SAMPLES))
+    written = from_observations(audio_observations(audio), actions, grammar)
     return Stretch(written.tokens, written.codes, 0, len(actions))
 
 

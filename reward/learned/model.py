@@ -102,8 +102,8 @@ class RewardModel(nn.Module):
         """Each chunk's rewards, fp32 [chunks, axes] for each conversation, on the model's device and under autograd;
         all in one pass."""
         packed = self._ready()
-        inputs = Inputs.cat(conversations, self.backbone.audio_token_id)
-        ends = [chunk_ends(c.tokens, self.backbone.audio_token_id) for c in conversations]
+        inputs = Inputs.cat(conversations, self.backbone.senses)
+        ends = [chunk_ends(c.tokens, self.backbone.senses.audio) for c in conversations]
         with ops.deferred():  # the host waits once, at the end of the block
             hidden = self.backbone(inputs)
             at = torch.cat([e + s for e, s in zip(ends, inputs.starts, strict=True)])

@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import exact
+from model.senses.video import Frames
 from reward.learned.corrupt import FAULTS_OF, Expert, draw
 from reward.learned.preference import Preference, Stretch
 from reward.score import score
 from rollout.record.episode import Episode
-from rollout.record.transcript import from_audio
+from rollout.record.transcript import from_observations
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
 from rollout.turn.action import Action
 from rollout.turn.grammar import Grammar
-from rollout.turn.vocabulary import Vocabulary
+from rollout.turn.observation import Observation, stack_audio
 from rollout.world.base import Facts, Scenario, Script, User
 
 MIN_MARGIN = 0.05
@@ -42,6 +43,7 @@ class Played:
     scenario: Scenario
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
+    frames: Frames
     rewards: Mapping[str, NDArray[np.float32]]  # axis -> [chunks]
     source: str  # "expert", a kind of fault, "mistakes" or "rollouts"
     size_ms: int = 0  # size of the fault
@@ -52,28 +54,29 @@ class Played:
 
     def stretch(self, first: int = 0, end: int | None = None) -> Stretch:
         """Chunks ``first`` … ``end - 1``; all chunks by default."""
-        return Stretch(self.tokens, self.codes, first, self.scenario.chunks if end is None else end)
+        end = self.scenario.chunks if end is None else end
+        return Stretch(self.tokens, self.codes, first, end, self.frames)
 
 
 class Writer:
     """Plays scenarios by their experts and writes the plays as token sequences, with the rule's rewards."""
 
-    def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig) -> None:
-        self._grammar = Grammar(vocabulary, words_per_chunk)
+    def __init__(self, grammar: Grammar, scenarios: ScenarioConfig) -> None:
+        self._grammar = grammar
         self._scenarios = scenarios
 
     def demonstration(
         self,
         scenario: Scenario,
-        played: tuple[NDArray[np.float32], Sequence[Action], Facts],
+        played: tuple[Sequence[Observation], Sequence[Action], Facts],
         source: str,
         size_ms: int = 0,
     ) -> Played:
         """``played``: what `enact` returned; ``source`` and ``size_ms``: as in `Played`."""
-        audio, actions, facts = played
-        written = from_audio(audio, actions, self._grammar)
+        observed, actions, facts = played
+        written = from_observations(observed, actions, self._grammar)
         rewards = score(scenario.family, facts.to_json(), actions, self._scenarios).rewards
-        return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
+        return Played(scenario, written.tokens, written.codes, written.frames, rewards, source, size_ms)
 
     def demonstrations(
         self,
@@ -91,9 +94,9 @@ class Writer:
         def faultless() -> Callable[[User], Script]:
             return self._scenarios.expert(scenario, generator("expert", scenario.id), mistake_scale=0)
 
-        audio, actions, facts = enact(scenario, faultless())
-        known = Expert.of(audio, actions, words)
-        plays = [self.demonstration(scenario, (audio, actions, facts), "expert")]
+        observed, actions, facts = enact(scenario, faultless())
+        known = Expert.of(stack_audio(observed).numpy(), actions, words)
+        plays = [self.demonstration(scenario, (observed, actions, facts), "expert")]
         axes = [axis for axis in plays[0].rewards if axis in FAULTS_OF]
         for kinds in [FAULTS_OF[axis] for axis in axes for _ in range(faults)]:
             fault = draw(known, kinds[int(rng.integers(len(kinds)))], sizes, rng)
@@ -110,7 +113,7 @@ class Writer:
 def of_episode(scenario: Scenario, episode: Episode, scenarios: ScenarioConfig) -> Played:
     """A rollout with the rule's rewards."""
     rewards = score(episode.family, episode.facts, episode.actions, scenarios).rewards
-    return Played(scenario, episode.tokens, episode.codes, rewards, "rollouts")
+    return Played(scenario, episode.tokens, episode.codes, episode.frames, rewards, "rollouts")
 
 
 def prefer(

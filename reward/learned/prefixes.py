@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
-from model.inputs import Conversation, Inputs
+from model.inputs import Conversation, Inputs, Senses
+from model.senses.video import DIGEST_BYTES
 from rollout.turn.grammar import chunk_ends
 
 MIN_SHARED_ROWS = 24
@@ -35,18 +36,22 @@ class Node:
     children: list[Node] = field(default_factory=list)  # begin at row ``end``
 
 
-def tree(conversations: Sequence[Conversation], audio: int) -> list[Node]:
+def tree(conversations: Sequence[Conversation], senses: Senses) -> list[Node]:
     """The nodes that begin at row 0. Each row of a conversation is in exactly one node of which it is a member.
-    ``audio``: id of the audio token."""
-    return list(_nodes([_rows(c, audio) for c in conversations], list(range(len(conversations))), 0))
+    ``senses``: the model's."""
+    return list(_nodes([_rows(c, senses) for c in conversations], list(range(len(conversations))), 0))
 
 
-def _rows(conversation: Conversation, audio: int) -> NDArray[np.uint8]:
-    """Each row's input as bytes, [T, 8 + channels]: its token, and its dMel codes where it is an audio row."""
+def _rows(conversation: Conversation, senses: Senses) -> NDArray[np.uint8]:
+    """Each row's input as bytes, [T, 8 + channels]: its token, and its dMel codes where it is an audio row, or a digest
+    of its patch where it is one of video."""
     tokens, codes = conversation.tokens, conversation.codes
     rows = np.zeros((len(tokens), 8 + codes.shape[1]), np.uint8)
     rows[:, :8] = tokens.numpy()[:, None].view(np.uint8)
-    rows[(tokens == audio).numpy(), 8:] = codes.numpy()
+    rows[(tokens == senses.audio).numpy(), 8:] = codes.numpy()
+    shown = (tokens == senses.image).numpy()
+    if shown.any():
+        rows[shown, 8 : 8 + DIGEST_BYTES] = np.stack(conversation.frames.patches(senses.patch).digests())
     return rows
 
 
@@ -71,14 +76,13 @@ def _nodes(rows: Sequence[NDArray[np.uint8]], members: list[int], first: int) ->
 @torch.inference_mode()
 def last_hidden(backbone: InteractionModel, conversations: Sequence[Conversation]) -> list[Tensor]:
     """The hidden state of each chunk's last row, [chunks, D] for each conversation, on the backbone's device."""
-    audio = backbone.audio_token_id
-    ends = [chunk_ends(c.tokens, audio) for c in conversations]
-    inputs = Inputs.cat(conversations, audio)
+    ends = [chunk_ends(c.tokens, backbone.senses.audio) for c in conversations]
+    inputs = Inputs.cat(conversations, backbone.senses)
     longest = max(len(c.tokens) for c in conversations)
     most = sum(len(c.tokens) for c in conversations)
     state = SessionState(backbone.config, len(conversations), longest, backbone.dtype, most, backbone.device)
     parts: list[list[Tensor]] = [[] for _ in conversations]
-    level = [(node, state.open()) for node in tree(conversations, audio)]
+    level = [(node, state.open()) for node in tree(conversations, backbone.senses)]
     while level:
         segments = state.extend([slot for _, slot in level], [node.end - node.first for node, _ in level])
         spans = [(node.members[0], node.first, node.end) for node, _ in level]

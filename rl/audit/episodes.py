@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from model.program.reading import UnreadableError, to_json
-from model.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer, read_tokenizer
 from reward.score import score_stored
+from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
 from rollout.scenarios.registry import ScenarioConfig
@@ -29,13 +30,14 @@ EPISODES_PER_BLOCK = 24
 """Opening one episode decodes its whole block."""
 
 
-def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None) -> dict[str, Any]:
+def browser(
+    episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None, words: Mapping[int, str]
+) -> dict[str, Any]:
     """``{"rows": one for each shown episode, "blocks": each block as base64 text, "omitted": number of episodes left
     out}``. The last episodes are left out first, those that differ last of all. ``scenarios``: the families whose rules
-    score the episodes; None: they get no scores."""
+    score the episodes; None: they get no scores; ``words``: `words_of` their run."""
     shown = sorted(range(len(episodes)), key=lambda i: (episodes[i].state != "different", i))[:MAX_EPISODES]
     kept = [episodes[i] for i in sorted(shown)]
-    words = _words()
     rows: list[dict[str, Any]] = []
     blocks: list[str] = []
     for first in range(0, len(kept), EPISODES_PER_BLOCK):
@@ -50,9 +52,16 @@ def browser(episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None
     return {"rows": rows, "blocks": blocks, "omitted": len(episodes) - len(kept)}
 
 
-def _words() -> dict[int, str]:
-    vocabulary: dict[str, int] = load_tokenizer().get_vocab()
-    return {i: word for word, i in vocabulary.items()}
+def words_of(records: Records) -> dict[int, str]:
+    """The run's words by token id: of the newest checkpoint whose tokenizer can be read, else the shipped ones."""
+    tokenizer = load_tokenizer()
+    for _, folder in sorted(records.checkpoints.items(), reverse=True):
+        try:
+            tokenizer = read_tokenizer(folder / "model")
+            break
+        except UnreadableError:  # an older version saved it, or it is damaged: `check_checkpoints` says so
+            continue
+    return {i: word for word, i in tokenizer.get_vocab().items()}
 
 
 def _row(one: CheckedEpisode, judged: Score | None) -> dict[str, Any]:

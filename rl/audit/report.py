@@ -12,7 +12,7 @@ from model.program.reading import one_line
 from model.program.recipe import flat
 from rl.audit import pictures
 from rl.audit.document import Report, RunReport, plain
-from rl.audit.episodes import browser
+from rl.audit.episodes import browser, words_of
 from rl.audit.page import named, render
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedStep, rescore
@@ -37,7 +37,7 @@ def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport,
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
     tables += next((p.diagnosis.tables() for p in steps if p.diagnosis), [])
     tables += pictures.tables(folder / "matrix.json", records.gaps)
-    shown = browser(episodes, records.scenarios)
+    shown = browser(episodes, records.scenarios, words_of(records))
     if shown["omitted"]:
         records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(episodes):,} episodes, to stay small.")
     report = run_report(records, steps)

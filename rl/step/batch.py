@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import ops
 from model.backbone.transformer import InteractionModel
-from model.inputs import Inputs
+from model.inputs import Inputs, Senses
 from model.logprob import TokenClasses
 from rollout.record.episode import Episode
 from rollout.record.transcript import Transcript
@@ -28,10 +28,10 @@ class Batch:
     chunk: Tensor  # int64 [N] chunk of that episode
 
 
-def collate(episodes: Sequence[Episode | Transcript], audio: int) -> Batch:
-    """Packs episodes. Rows after an episode's last chosen token are dropped: nothing depends on them. ``audio``: id of
-    the audio token."""
-    inputs = Inputs.cat(episodes, audio).cut([int(e.text.sampled_at[-1]) for e in episodes])
+def collate(episodes: Sequence[Episode | Transcript], senses: Senses) -> Batch:
+    """Packs episodes. Rows after an episode's last chosen token are dropped: nothing depends on them. ``senses``: the
+    model's."""
+    inputs = Inputs.cat(episodes, senses).cut([int(e.text.sampled_at[-1]) for e in episodes])
     return Batch(
         inputs=inputs,
         row=torch.cat([e.text.sampled_at - 1 + s for e, s in zip(episodes, inputs.starts, strict=True)]),

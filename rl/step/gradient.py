@@ -50,7 +50,7 @@ def gradient_of(
     total: list[Tensor] | None = None
     seen: list[tuple[Tensor, ...]] = []
     for first in range(0, len(episodes), micro_batch):
-        batch = collate(episodes[first : first + micro_batch], model.audio_token_id)
+        batch = collate(episodes[first : first + micro_batch], model.senses)
         logprob, entropy, digest = choice_logprobs(model, batch, classes, temperature)
         seen.append(ops.fetch(logprob.detach(), entropy.detach(), digest))
         finite = torch.isfinite(seen[-1][0])

@@ -54,7 +54,7 @@ def steps(
 
     Raises NotComparableError or NotEqualError before a step that would not be on-policy, MetronomeError for a reward or
     log-prob that is not finite; the model is then as the last finished step left it."""
-    classes = Vocabulary.build(learner.model.vocab).classes
+    classes = Vocabulary.of(learner.model).classes
     digest = weights_digest(learner.model)
     for step in range(first, config.rl.steps):
         clock = time.perf_counter()

@@ -132,7 +132,7 @@ def _inexact(
 ) -> Iterator[dict[str, Any]]:
     """`rl.step.loop.steps` without the identity check: records the mismatch, and corrects it by importance weights if
     the method has them."""
-    classes, micro_batch = Vocabulary.build(learner.model.vocab).classes, config.rl.micro_batch
+    classes, micro_batch = Vocabulary.of(learner.model).classes, config.rl.micro_batch
     scales: Scales = {}
     for step in range(config.rl.steps):
         episodes = roller.play(loop.plays(config, bank, step), config.seed)
@@ -162,10 +162,10 @@ def _inexact(
 @torch.no_grad()
 def ratios(model: InteractionModel, episodes: Sequence[Episode], micro_batch: int) -> list[Tensor]:
     """p_learner / p_sampler of every sampled token, fp32 [N_e] an episode, from a forward pass of the learner."""
-    classes, parts = Vocabulary.build(model.vocab).classes, []
+    classes, parts = Vocabulary.of(model).classes, []
     for first in range(0, len(episodes), micro_batch):
         some = episodes[first : first + micro_batch]
-        logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), classes, some[0].temperature)
+        logprob, _, _ = choice_logprobs(model, collate(some, model.senses), classes, some[0].temperature)
         parts.append((logprob.cpu() - concatenate(some, "logprob")).exp())
     return list(torch.cat(parts).split([len(e.text.chunk) for e in episodes]))
 

@@ -62,7 +62,7 @@ class Variant:
         with dispatch.substituted(backend):
             model = checkpoint.load(folder, dtype)
         short = str(dtype).removeprefix("torch.")
-        return Variant(name, short, model, Vocabulary.build(model.vocab), backend)
+        return Variant(name, short, model, Vocabulary.of(model), backend)
 
     def active(self) -> AbstractContextManager[None]:
         """A block in which the ops run on the variant's backend."""
@@ -124,7 +124,7 @@ def uncached(variant: Variant, episodes: Sequence[Episode], together: int = 1) -
     with torch.no_grad(), variant.active():
         parts = []
         for first in range(0, len(episodes), together):
-            batch = collate(episodes[first : first + together], variant.model.audio_token_id)
+            batch = collate(episodes[first : first + together], variant.model.senses)
             logprob, _, digest = choice_logprobs(
                 variant.model, batch, variant.vocabulary.classes, episodes[0].temperature
             )
@@ -166,7 +166,7 @@ def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> LogProb
         slot_of = [state.open() for _ in episodes]
         ends = [_ends(e, cuts) for e in episodes]
         hidden: list[list[Tensor]] = [[] for _ in episodes]
-        inputs = Inputs.cat(episodes, model.audio_token_id)
+        inputs = Inputs.cat(episodes, model.senses)
         for call in range(max(map(len, ends))):
             turn = [e for e in range(len(episodes)) if call < len(ends[e])]
             spans = [(e, ends[e][call - 1] if call else 0, ends[e][call]) for e in turn]
@@ -180,7 +180,7 @@ def cached(variant: Variant, episodes: Sequence[Episode], cuts: Cuts) -> LogProb
                 hidden[e].append(rows)
         at = [(e.text.sampled_at - 1).to(model.device) for e in episodes]
         rows = torch.cat([torch.cat(h)[a] for h, a in zip(hidden, at, strict=True)])
-        batch = collate(episodes, model.audio_token_id)
+        batch = collate(episodes, model.senses)
         logprob, _, digest = variant.vocabulary.classes.logprob(
             model.logits(rows), batch.target, batch.row_class, episodes[0].temperature
         )

@@ -18,6 +18,7 @@ from rollout.record.timeline import Moment, moments
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import CHUNK_MS
+from rollout.turn.observation import stack_audio
 from rollout.world.speech import SpeechBank, Split
 
 DPI = 100
@@ -51,8 +52,8 @@ def heard(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> NDArray
     """The user's audio in the episode, fp32 [samples] at SAMPLE_RATE_HZ, clipped to [-1, 1]."""
     family, split, seed = episode.scenario.split("/")
     played = config.scenario(family, cast(Split, split), int(seed), bank)
-    audio, _, _ = enact(played, lambda user: lambda k: episode.actions[k])
-    return audio.reshape(-1).clip(-1, 1)
+    observed, _, _ = enact(played, lambda user: lambda k: episode.actions[k])
+    return stack_audio(observed).numpy().reshape(-1).clip(-1, 1)
 
 
 def picture(rows: Sequence[Moment], title: str) -> NDArray[np.uint8]:

@@ -96,7 +96,7 @@ def embedded(model: InteractionModel, slots: int, ticks: int, words_per_chunk: i
     """The embedded engine with context for ``ticks`` micro-turns of each session."""
     return SessionEngine(
         model,
-        Vocabulary.build(model.vocab),
+        Vocabulary.of(model),
         slots=slots,
         max_tokens=context_rows(ticks, words_per_chunk),
         words_per_chunk=words_per_chunk,

@@ -40,7 +40,7 @@ def vllm_engine(model: InteractionModel, slots: int, ticks: int) -> Engine:
     from rollout.engines.vllm.engine import VllmEngine
 
     max_tokens = context_rows(ticks, words_per_chunk=1)
-    return VllmEngine(model, Vocabulary.build(model.vocab), slots=slots, max_tokens=max_tokens)
+    return VllmEngine(model, Vocabulary.of(model), slots=slots, max_tokens=max_tokens)
 
 
 def measure_engines(rounds: int, ticks: int) -> list[EngineSpeed]:

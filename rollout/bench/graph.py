@@ -34,6 +34,7 @@ from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.outputs import output_file
+from model.senses.video import Patches
 from rollout.bench.latency import random_model
 
 CASES = (
@@ -81,7 +82,8 @@ def measure(model: InteractionModel, name: str, dtype: str, sessions: int, histo
     slots = [state.open() for _ in range(sessions)]
     draw, none = torch.Generator().manual_seed(1), torch.empty(0, 80, dtype=torch.uint8)
     past = torch.randint(8, 200, (sessions * history,), generator=draw)
-    model(Inputs.of(past, none, state.extend(slots, [history] * sessions), model.audio_token_id), state)
+    dark = Patches.none(model.senses.patch)
+    model(Inputs.of(past, none, dark, state.extend(slots, [history] * sessions), model.senses), state)
     segments = state.extend(slots, [1] * sessions)
     tokens = torch.randint(8, 200, (sessions,), generator=draw)
     keys, kinds = torch.arange(sessions) * 7919, torch.zeros(sessions, dtype=torch.int64)
@@ -97,7 +99,7 @@ def measure(model: InteractionModel, name: str, dtype: str, sessions: int, histo
         for x, y in zip(memory, before, strict=True):
             x.copy_(y)
 
-    inputs = Inputs.of(tokens, none, segments, model.audio_token_id)
+    inputs = Inputs.of(tokens, none, dark, segments, model.senses)
 
     def step(placed: Placed) -> Result:
         key, kind = placed.more

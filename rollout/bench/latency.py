@@ -98,7 +98,7 @@ def random_model(name: str, dtype: torch.dtype) -> InteractionModel:
 def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
     """Measures ``ticks`` micro-turns; the first third is warm-up. ``model`` must have the case's preset and dtype."""
     device = dispatch.device()
-    vocabulary = Vocabulary.build(model.vocab)
+    vocabulary = Vocabulary.of(model)
     engine = SessionEngine(model, vocabulary, slots=case.sessions, max_tokens=context_rows(ticks + 2, 1))
     crowd, taken = Crowd(engine), []
     crowd.join(case.sessions)
@@ -132,7 +132,7 @@ def measure(case: Case, model: InteractionModel, ticks: int) -> Latency:
 def learn(model: InteractionModel, vocabulary: Vocabulary, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
     """Log-probs fp32 [N] and row digests int64 [N] of the episodes' sampled tokens, computed from whole sequences, with
     a backward pass."""
-    inputs = Inputs.cat(episodes, model.audio_token_id)
+    inputs = Inputs.cat(episodes, model.senses)
     starts, text = inputs.starts, [e.text for e in episodes]
     row = torch.cat([s.sampled_at - 1 + start for s, start in zip(text, starts, strict=True)])
     target = torch.cat([e.tokens[e.text.sampled_at] for e in episodes])

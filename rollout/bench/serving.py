@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.layout import Segments
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
+from model.senses.video import Patches
 from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
 from rollout.bench.timing import seconds
 from rollout.turn.action import CHUNK_MS, CHUNKS_PER_SECOND
@@ -101,7 +102,8 @@ def resend_s(model: InteractionModel, tokens: list[int], codes: list[Tensor]) ->
 
     def whole() -> Tensor:
         segments = Segments.build([0], [0], [len(tokens)])
-        inputs = Inputs.of(torch.tensor(tokens), torch.cat(codes), segments, model.audio_token_id)
+        dark = Patches.none(model.senses.patch)
+        inputs = Inputs.of(torch.tensor(tokens), torch.cat(codes), dark, segments, model.senses)
         return model.logits(model(inputs)[-1:])
 
     return seconds(whole)

@@ -43,7 +43,7 @@ class SharingSpeed:
 
 def measure_sharing(model: InteractionModel, rounds: int) -> SharingSpeed:
     """The engines take turns, so that other load on the machine affects both."""
-    plays, vocabulary = step_plays(), Vocabulary.build(model.vocab)
+    plays, vocabulary = step_plays(), Vocabulary.of(model)
     engines = [
         kind(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS) for kind in (SessionEngine, UnsharedEngine)
     ]

@@ -19,7 +19,9 @@ from kernels import dispatch, ops
 from kernels.layout import Segments
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
-from model.inputs import Inputs
+from model.config import SMALL_PATCH
+from model.inputs import Inputs, Senses
+from model.senses.video import Patches
 from rollout.bench.timing import seconds
 from rollout.seeds import token_key
 
@@ -57,14 +59,20 @@ def text_config() -> InklingTextConfig:
 def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalLM]:
     """(ours in fp32, ours in bf16, transformers' in fp32), with one set of weights."""
     text = text_config()
-    config = InklingConfig(text_config=text, audio_config={"mel_vocab_size": 16}, audio_token_id=NO_TOKEN)
+    config = InklingConfig(
+        text_config=text,
+        audio_config={"mel_vocab_size": 16},
+        vision_config={"patch_size": SMALL_PATCH, "num_hidden_layers": 1},
+        audio_token_id=NO_TOKEN,
+        image_token_id=NO_TOKEN + 1,
+    )
     ours = InteractionModel(config)
     ours.init_weights(0)
     theirs = InklingForCausalLM(text).eval()
     named = {
         name.replace("model.language_model.", "model."): weight
         for name, weight in ours.state_dict().items()
-        if not name.startswith("model.audio_tower.")
+        if not name.startswith(("model.audio_tower.", "model.vision_tower."))
     }
     theirs.load_state_dict(named)
     half = InteractionModel(config, torch.bfloat16)
@@ -78,7 +86,8 @@ def text_models() -> tuple[InteractionModel, InteractionModel, InklingForCausalL
 
 def written(tokens: Tensor, segments: Segments) -> Inputs:
     """Inputs without audio: tokens int64 [T]."""
-    return Inputs.of(tokens, NO_CODES.to(tokens.device), segments, NO_TOKEN)
+    senses = Senses(NO_TOKEN, NO_TOKEN + 1, SMALL_PATCH)
+    return Inputs.of(tokens, NO_CODES.to(tokens.device), Patches.none(SMALL_PATCH), segments, senses)
 
 
 @torch.inference_mode()

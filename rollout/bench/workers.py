@@ -37,7 +37,7 @@ SIZES = (1, 2)  # numbers of workers of the pools
 
 def measure_workers(model: InteractionModel, rounds: int) -> dict[str, object]:
     """``model``: the policy, packed."""
-    vocabulary = Vocabulary.build(model.vocab)
+    vocabulary = Vocabulary.of(model)
     cores = len(os.sched_getaffinity(0))
     plays = step_plays()
     engine = SessionEngine(model, vocabulary, slots=len(plays), max_tokens=MAX_TOKENS)
@@ -78,6 +78,7 @@ def pool_of(model: InteractionModel, workers: int, cores: int) -> WorkerPool:
     setup = Setup(
         config=model.config,
         dtype=model.dtype,
+        tokenizer=model.tokenizer,
         speech_dir=None,
         scenarios=ScenarioConfig(),
         slots=-(-GROUPS * ROLLOUTS // workers),

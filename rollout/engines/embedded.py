@@ -9,8 +9,8 @@ A fork shares a slot, that is memory and computation, with its origin as long as
 the row of log-probs is computed once, and each session samples from it with its own key. When sampled tokens or audio
 differ, the state is copied (copy on write).
 
-Knows nothing of scenarios or rewards. Not implemented: rows of the model's own voice and of video, which will come
-before the mode token.
+Knows nothing of scenarios or rewards. Not implemented: rows of the model's own voice, which will come before the mode
+token.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from model.senses.audio import HOP, WINDOW, DMel
+from model.senses.video import Patches
 from model.weights import checkpoint
 from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
 from rollout.seeds import token_key
@@ -47,12 +48,19 @@ class SessionRecipe(Protocol):
     @property
     def words_per_chunk(self) -> int: ...
 
+    @property
+    def max_patches(self) -> int: ...
+
+    @property
+    def max_event_words(self) -> int: ...
+
 
 class SessionEngine:
     """Sessions of one model in this process; implements `rollout.engines.engine.Engine`.
 
     slots: how many sessions can be open; max_tokens: context of each, in rows (memory for all is allocated at once);
-    words_per_chunk: the most words that a micro-turn may say;
+    words_per_chunk, max_patches, max_event_words: the most words that a micro-turn may say, video patches that it may
+    see and words of text events that it may read;
     keep_hidden: whether sessions record the hidden state that each token was sampled from (for value heads and such).
     """
 
@@ -64,12 +72,14 @@ class SessionEngine:
         slots: int,
         max_tokens: int,
         words_per_chunk: int = 1,
+        max_patches: int = 0,
+        max_event_words: int = 0,
         keep_hidden: bool = False,
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
         self.dmel = DMel.build()
-        self.grammar = Grammar(vocabulary, words_per_chunk)
+        self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, model.senses.patch)
         self.keep_hidden = keep_hidden
         max_rows = slots * self.grammar.max_rows
         self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=max_rows)
@@ -78,16 +88,19 @@ class SessionEngine:
         self._opened: set[Session] = set()  # those that are open
         self._rows = 0  # rows computed so far
         self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
+        self._no_patches = Patches.none(model.senses.patch)
 
     @staticmethod
     def of(model: InteractionModel, recipe: SessionRecipe, slots: int) -> SessionEngine:
         """An engine with the recipe's sizes and the shipped vocabulary, with room for ``slots`` sessions."""
         return SessionEngine(
             model,
-            Vocabulary.build(model.vocab),
+            Vocabulary.of(model),
             slots=slots,
             max_tokens=recipe.max_tokens,
             words_per_chunk=recipe.words_per_chunk,
+            max_patches=recipe.max_patches,
+            max_event_words=recipe.max_event_words,
         )
 
     @property
@@ -97,7 +110,7 @@ class SessionEngine:
 
     @property
     def max_chunks(self) -> int:
-        return context_chunks(self.state.max_tokens, self.grammar.words_per_chunk)
+        return context_chunks(self.state.max_tokens, self.grammar.words_per_chunk, self.grammar.extra)
 
     def publish(self) -> None:
         """See `Engine.publish`. Sessions must be closed because their KV cache was computed with the old weights."""
@@ -134,24 +147,25 @@ class SessionEngine:
 
     def check(self, session: Session, observation: Observation) -> None:
         """See `Engine.check`."""
-        check_turn(session, observation, self._opened, self.grammar.max_rows, self.state.max_tokens)
+        check_turn(session, observation, self._opened, self.grammar, self.state.max_tokens)
 
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """See `Engine.append`."""
         check_append(self.check, sessions, observations)
         if any(self._sharing[s.slot] > 1 for s in sessions):
-            self._unshare(sessions, [o.audio.numpy().tobytes() for o in observations])
-        audio = {s.slot: (s.last_samples, o.audio) for s, o in zip(sessions, observations, strict=True)}
-        samples = torch.cat([part for pair in audio.values() for part in pair]).view(len(audio), -1)
+            self._unshare(sessions, [_identity(o) for o in observations])
+        of_slot = {s.slot: (s.last_samples, o) for s, o in zip(sessions, observations, strict=True)}
+        samples = torch.cat([part for last, o in of_slot.values() for part in (last, o.audio)]).view(len(of_slot), -1)
         codes = self.dmel.stream_codes(samples)  # on the host: a code never depends on a device
+        patches = [Patches.cut(o.frames, self.model.senses.patch) for _, o in of_slot.values()]
         try:
             last_samples, chunk_codes = samples[:, -(WINDOW - HOP) :].unbind(), codes.unbind()
-            index = {slot: i for i, slot in enumerate(audio)}
-            for session in sessions:
+            index = {slot: i for i, slot in enumerate(of_slot)}
+            for session, observation in zip(sessions, observations, strict=True):
                 i = index[session.slot]
-                session.add_observation(last_samples[i], chunk_codes[i], self.grammar.observed)
-            return self._sample_turns(sessions, codes.flatten(0, 1))
+                session.add_observation(last_samples[i], chunk_codes[i], observation, self.grammar)
+            return self._sample_turns(sessions, codes.flatten(0, 1), Patches.cat(patches))
         except BaseException:
             for session in sessions:
                 self.close(session)
@@ -176,14 +190,15 @@ class SessionEngine:
         self._opened.add(session)
         return session
 
-    def _sample_turns(self, sessions: Sequence[Session], codes: Tensor) -> list[Action]:
-        """Samples the rest of each session's micro-turn. ``codes`` uint8 [4 * slots in use, 80]: its audio."""
+    def _sample_turns(self, sessions: Sequence[Session], codes: Tensor, patches: Patches) -> list[Action]:
+        """Samples the rest of each session's micro-turn. ``codes`` uint8 [4 * slots in use, 80]: its audio; ``patches``
+        its video, both by slot."""
         sampled: list[list[int]] = [[] for _ in sessions]
         unfinished = list(range(len(sessions)))
         while unfinished:
             kind = row_class(len(sampled[unfinished[0]]))  # all unfinished turns have sampled equally many
-            tokens = self._sample_next([sessions[i] for i in unfinished], codes, kind)
-            codes = self._no_codes
+            tokens = self._sample_next([sessions[i] for i in unfinished], codes, patches, kind)
+            codes, patches = self._no_codes, self._no_patches
             for i, token in zip(unfinished, tokens, strict=True):
                 sampled[i].append(token)
             unfinished = [i for i in unfinished if not self.grammar.is_over(sampled[i])]
@@ -191,16 +206,16 @@ class SessionEngine:
             session.end_turn(self.grammar.read(turn), self.grammar.forced(turn))
         return [session.actions[-1] for session in sessions]
 
-    def _sample_next(self, sessions: Sequence[Session], codes: Tensor, row_class: int) -> list[int]:
+    def _sample_next(self, sessions: Sequence[Session], codes: Tensor, patches: Patches, row_class: int) -> list[int]:
         """Computes the rows that are missing in the cache, once for each slot; samples and records every session's next
-        token. ``codes`` uint8 [A, 80]: those of the audio rows among them, by slot."""
+        token. ``codes`` uint8 [A, 80] and ``patches``: those of the audio and image rows among them, by slot."""
         by_slot = {s.slot: s for s in sessions}  # one session of those that share a slot
         new_tokens = [s.tokens[s.computed :] for s in by_slot.values()]
         lengths = [len(tokens) for tokens in new_tokens]
         segments = self.state.extend(list(by_slot), lengths)
         self._rows += segments.rows
         tokens = torch.tensor([t for part in new_tokens for t in part])
-        inputs = Inputs.of(tokens, codes, segments, self.vocabulary.audio)
+        inputs = Inputs.of(tokens, codes, patches, segments, self.model.senses)
         keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
         classes, temperatures = torch.full((len(sessions),), row_class), [s.temperature for s in sessions]
         last, of_session = self._rows_to_sample(sessions, by_slot, lengths)
@@ -256,3 +271,10 @@ class SessionEngine:
             session.slot = slots[origin, value]
             self._sharing[origin] -= 1
             self._sharing[session.slot] += 1
+
+
+def _identity(observation: Observation) -> bytes:
+    """Bytes that are equal for equal observations only."""
+    frames = observation.frames
+    shown = f"{tuple(frames.shape)}{observation.events}".encode()
+    return observation.audio.numpy().tobytes() + shown + frames.numpy().tobytes()

@@ -14,8 +14,10 @@ from kernels import dispatch
 from model.backbone.state import ContextFull
 from model.program.ranges import TEMPERATURE
 from model.senses.audio import HOP, WINDOW
+from model.senses.video import Frames
 from rollout.record.episode import TEXT, Episode, Stream
 from rollout.turn.action import Action
+from rollout.turn.grammar import Grammar
 from rollout.turn.observation import Observation, check_observation
 
 
@@ -33,6 +35,8 @@ class Session:
     computed: int = 0  # rows in the KV cache
     chunks: int = 0  # micro-turns that have ended
     codes: list[Tensor] = field(default_factory=list)  # uint8 [CHUNK_FRAMES, 80] a chunk
+    frames: list[Tensor] = field(default_factory=list)  # uint8 [F, H, W, 3] a chunk
+    events: list[tuple[str, ...]] = field(default_factory=list)  # those of a chunk
     actions: list[Action] = field(default_factory=list)  # one a chunk
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
     logprob: list[float] = field(default_factory=list)
@@ -57,12 +61,16 @@ class Session:
         self.digest.append(digest)
         self.tokens.append(token)
 
-    def add_observation(self, last_samples: Tensor, codes: Tensor, rows: list[int]) -> None:
-        """Adds one chunk's observed tokens ``rows`` and dMel ``codes`` uint8 [CHUNK_FRAMES, 80]; ``last_samples`` fp32
-        [800] is the end of its audio."""
+    def add_observation(self, last_samples: Tensor, codes: Tensor, observation: Observation, grammar: Grammar) -> None:
+        """Adds one chunk's observed rows: dMel ``codes`` uint8 [CHUNK_FRAMES, 80] of its audio, and its video and
+        events; ``last_samples`` fp32 [800] is the end of its audio. Frames are copied: a client may use its memory
+        again."""
+        frames = observation.frames
         self.last_samples = last_samples
         self.codes.append(codes)
-        self.tokens += rows
+        self.frames.append(frames.clone() if len(frames) else frames)
+        self.events.append(observation.events)
+        self.tokens += grammar.observed(frames, observation.events)
 
     def end_turn(self, action: Action, forced: list[int]) -> None:
         """Ends the micro-turn. ``forced``: its tokens that are written without being sampled (`Grammar.forced`)."""
@@ -93,6 +101,8 @@ class Session:
             actions=tuple(self.actions),
             tokens=torch.tensor(self.tokens),
             codes=torch.cat(self.codes),
+            frames=Frames.of(self.frames),
+            events={k: texts for k, texts in enumerate(self.events) if texts},
             streams={TEXT: text},
         )
 
@@ -121,16 +131,15 @@ def check_own(session: Session, opened: Collection[Session]) -> None:
 
 
 def check_turn(
-    session: Session, observation: Observation, opened: Collection[Session], max_rows: int, max_tokens: int
+    session: Session, observation: Observation, opened: Collection[Session], grammar: Grammar, max_tokens: int
 ) -> None:
-    """What `Engine.check` checks. ``opened``: the engine's open sessions; a micro-turn has up to ``max_rows`` rows, a
-    context ``max_tokens``."""
+    """What `Engine.check` checks. ``opened``: the engine's open sessions; a context has ``max_tokens`` rows."""
     check_own(session, opened)
-    check_observation(observation)
-    if max_tokens - session.computed < max_rows:
+    check_observation(observation, grammar)
+    if max_tokens - session.computed < grammar.max_rows:
         raise ContextFull(
             f"session in slot {session.slot} holds {session.computed} of at most {max_tokens} tokens; another "
-            f"micro-turn may need {max_rows}. Close it, or make the engine with more max_tokens"
+            f"micro-turn may need {grammar.max_rows}. Close it, or make the engine with more max_tokens"
         )
 
 

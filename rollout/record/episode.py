@@ -1,16 +1,16 @@
 """The record of one episode: the model's input, the sampled tokens, and the evidence of which policy sampled them.
 
 An episode has everything that the learner needs to recompute the distribution of each sampled token (tokens, dMel
-codes, positions and row classes of the sampled tokens) and everything to compare the result with (log-prob and row
-digest of each sampled token, contract id, weights digest). Sampled tokens are grouped in streams. There are no rewards
-in an episode; scorers compute them from `facts` and `actions`.
+codes, video, events, positions and row classes of the sampled tokens) and everything to compare the result with
+(log-prob and row digest of each sampled token, contract id, weights digest). Sampled tokens are grouped in streams.
+There are no rewards in an episode; scorers compute them from `facts` and `actions`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from model.config import MEL_CHANNELS
 from model.program.files import write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, as_object, as_record, decode, one_line, parse_json, read_bytes
+from model.senses.video import NO_VIDEO, Frames
 from rollout.turn.action import Action, Mode
 
 TEXT = "text"
 """Name of the stream of mode and text tokens. A voice will be another stream."""
 
-FORMAT = 2
-"""Version of the episode file format. (Version 1 had no streams.)"""
+FORMAT = 3
+"""Version of the episode file format. (Version 1 had no streams, version 2 no video.)"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Episode:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80], dMel bins of the rows that hold the audio token, in order
     streams: Mapping[str, Stream]  # by name
+    frames: Frames = NO_VIDEO  # what the rows that hold the image token are patches of, in order
+    events: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # chunk -> texts that the model read in it
 
     @property
     def text(self) -> Stream:
@@ -88,13 +91,13 @@ class Episode:
 
 
 def tensors(episode: Episode) -> dict[str, Tensor]:
-    """All tensors of an episode by name: ``tokens``, ``codes``, and for each stream ``text.logprob`` and so on."""
+    """All tensors of an episode by name: ``tokens``, ``codes``, those of the video, and for each stream
+    ``text.logprob`` and so on."""
     streams = {
-        f"{name}.{field.name}": getattr(stream, field.name)
-        for name, stream in episode.streams.items()
-        for field in fields(Stream)
+        f"{name}.{f.name}": getattr(stream, f.name) for name, stream in episode.streams.items() for f in fields(Stream)
     }
-    return {"tokens": episode.tokens, "codes": episode.codes, **streams}
+    video = {"frames.pixels": episode.frames.pixels, "frames.sizes": episode.frames.sizes}
+    return {"tokens": episode.tokens, "codes": episode.codes, **video, **streams}
 
 
 def pack_episodes(episodes: Sequence[Episode]) -> bytes:
@@ -111,6 +114,7 @@ def pack_episodes(episodes: Sequence[Episode]) -> bytes:
             "facts": e.facts,
             "actions": [[a.mode.value, *a.words] for a in e.actions],
             "streams": list(e.streams),
+            "events": [[k, *texts] for k, texts in sorted(e.events.items())],
         }
         for e in episodes
     ]
@@ -154,6 +158,7 @@ class _Described:
     facts: dict[str, Any]
     actions: tuple[tuple[str, ...], ...]  # [chunks] of mode, words
     streams: tuple[str, ...]
+    events: tuple[tuple[int | str, ...], ...]  # chunk, texts
 
 
 @dataclass(frozen=True)
@@ -163,23 +168,23 @@ class _Header:
 
 def _names(item: _Described) -> list[str]:
     """Names of the tensors (as in `tensors`) of the episode that ``item`` describes."""
-    return ["tokens", "codes", *(f"{stream}.{field.name}" for stream in item.streams for field in fields(Stream))]
+    video = ("frames.pixels", "frames.sizes")
+    return ["tokens", "codes", *video, *(f"{stream}.{f.name}" for stream in item.streams for f in fields(Stream))]
 
 
 def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
     if TEXT not in item.streams:
         raise ValueError(f"an episode without the stream {TEXT}")
-    streams = {
-        name: Stream(**{field.name: content[f"{name}.{field.name}"] for field in fields(Stream)})
-        for name in item.streams
-    }
-    plain = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in ("actions", "streams")}
+    streams = {name: Stream(**{f.name: content[f"{name}.{f.name}"] for f in fields(Stream)}) for name in item.streams}
+    plain = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in ("actions", "streams", "events")}
     episode = Episode(
         **plain,
         actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in item.actions),
         tokens=content["tokens"],
         codes=content["codes"],
+        frames=Frames(content["frames.pixels"], content["frames.sizes"]),
         streams=streams,
+        events={int(k): tuple(map(str, texts)) for k, *texts in item.events},
     )
     if single := [name for name, tensor in tensors(episode).items() if not tensor.ndim]:
         raise ValueError(f"{single[0]} of an episode is a single number")
@@ -191,13 +196,17 @@ def check_tensors(episode: Episode) -> None:
     all the same: the audit says what is wrong with them, and that nothing can be compared
     (`rl.audit.replay.comparable`)."""
     for name, tensor in tensors(episode).items():
-        if tensor.dtype != _DTYPES[name.rpartition(".")[2]] or tensor.ndim != (2 if name == "codes" else 1):
+        if tensor.dtype != _DTYPES[name.rpartition(".")[2]] or tensor.ndim != (2 if name in _TABLES else 1):
             raise ValueError(f"{name} of an episode is {tensor.dtype} {list(tensor.shape)}")
+    episode.frames.chunks()  # raises
     if episode.codes.shape[1] != MEL_CHANNELS:
         raise ValueError(f"codes of an episode is {list(episode.codes.shape)}, not of {MEL_CHANNELS} channels")
 
 
+_TABLES = ("codes", "frames.sizes")
 _DTYPES = {
+    "pixels": torch.uint8,
+    "sizes": torch.int64,
     "tokens": torch.int64,
     "codes": torch.uint8,
     "sampled_at": torch.int64,

@@ -6,18 +6,20 @@ Demonstrations for supervised training are made this way. Sessions and transcrip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.senses.audio import DMel
+from model.senses.video import NO_FRAMES, NO_VIDEO, Frames
 from rollout.record.episode import Choices
 from rollout.turn.action import CHUNK_FRAMES, Action
 from rollout.turn.grammar import Grammar, row_class
+from rollout.turn.observation import Observation, check_observation, stack_audio
+
+NO_EVENTS: Mapping[int, tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,37 @@ class Transcript:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
     text: Choices  # the targets
+    frames: Frames = NO_VIDEO
 
 
-def from_audio(audio: NDArray[np.float32], actions: Sequence[Action], grammar: Grammar) -> Transcript:
-    """As `write_transcript`, from audio float32 [chunks, CHUNK_SAMPLES] or [chunks * CHUNK_SAMPLES] at 16 kHz."""
-    codes = DMel.build().codes(torch.from_numpy(audio.reshape(1, -1)))[0]
-    return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar)
+def from_observations(observations: Sequence[Observation], actions: Sequence[Action], grammar: Grammar) -> Transcript:
+    """As `write_transcript`, from one observation for each chunk. Raises as an engine would (`check_observation`)."""
+    for observation in observations:
+        check_observation(observation, grammar)
+    codes = DMel.build().codes(stack_audio(observations).view(1, -1))[0]
+    frames = Frames.of([o.frames for o in observations])
+    events = {k: o.events for k, o in enumerate(observations)}
+    return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar, frames, events)
 
 
-def write_transcript(codes: Tensor, actions: Sequence[Action], grammar: Grammar) -> Transcript:
-    """From dMel codes uint8 [chunks, CHUNK_FRAMES, 80] and one action for each chunk. Raises ValueError when the
-    numbers of chunks differ or an action has too many or unknown words."""
+def write_transcript(
+    codes: Tensor,
+    actions: Sequence[Action],
+    grammar: Grammar,
+    frames: Frames = NO_VIDEO,
+    events: Mapping[int, tuple[str, ...]] = NO_EVENTS,
+) -> Transcript:
+    """From dMel codes uint8 [chunks, CHUNK_FRAMES, 80], one action for each chunk, the video, and by chunk the texts of
+    events. Raises ValueError when the numbers of chunks differ or an action has too many or unknown words."""
     if len(codes) != len(actions):
         raise ValueError(f"transcript: {len(codes)} chunks of audio but {len(actions)} actions")
+    shown = dict(frames.chunks())
+    if beyond := [k for k in (*shown, *events) if k >= len(actions)]:
+        raise ValueError(f"transcript: video or events in chunk {beyond[0]} of {len(actions)} chunks")
     tokens = [grammar.vocabulary.bos]
     chosen: list[tuple[int, int, int]] = []
     for k, action in enumerate(actions):
-        tokens += grammar.observed
+        tokens += grammar.observed(shown.get(k, NO_FRAMES), events.get(k, ()))
         try:
             sampled = grammar.write(action)
         except ValueError as error:
@@ -51,4 +67,4 @@ def write_transcript(codes: Tensor, actions: Sequence[Action], grammar: Grammar)
         chosen += [(len(tokens) + i, row_class(i), k) for i in range(len(sampled))]
         tokens += sampled + grammar.forced(sampled)
     text = Choices(*(torch.tensor(column) for column in zip(*chosen, strict=True)))
-    return Transcript(torch.tensor(tokens), codes.flatten(0, 1), text)
+    return Transcript(torch.tensor(tokens), codes.flatten(0, 1), text, frames)

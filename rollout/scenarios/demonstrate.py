@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rollout.turn.action import LISTEN, Action
-from rollout.turn.observation import stack_audio
+from rollout.turn.observation import Observation
 from rollout.world.base import Facts, Scenario, Script, User
 
 NO_EDITS: Mapping[int, Action] = {}
@@ -16,22 +13,23 @@ NO_EDITS: Mapping[int, Action] = {}
 
 def enact(
     scenario: Scenario, cast: Callable[[User], Script], edits: Mapping[int, Action] = NO_EDITS
-) -> tuple[NDArray[np.float32], list[Action], Facts]:
-    """Plays one episode by the script that ``cast`` makes for the scenario's user. Returns (the user's audio float32
-    [chunks, CHUNK_SAMPLES], actions [chunks], the user's facts).
+) -> tuple[list[Observation], list[Action], Facts]:
+    """Plays one episode by the script that ``cast`` makes for the scenario's user. Returns (what the user gives the
+    model [chunks], actions [chunks], the user's facts).
 
     ``edits`` maps chunks to actions that replace the script's. From the first to the last of these chunks the action is
     that of ``edits``, or LISTEN where it has none. The script is not told; after the edits LISTEN continues until the
     script itself listens, so that no utterance of it starts in the middle. The user reacts to what results."""
     user = scenario.user()
     script = _edited(cast(user), edits)
-    observed, actions = [], []
+    observed: list[Observation] = []
+    actions: list[Action] = []
     last_action: Action | None = None
     for k in range(scenario.chunks):
         observed.append(user.next_chunk(last_action))
         last_action = script(k)
         actions.append(last_action)
-    return stack_audio(observed).numpy(), actions, user.facts()
+    return observed, actions, user.facts()
 
 
 def _edited(script: Script, edits: Mapping[int, Action]) -> Script:

@@ -1,9 +1,9 @@
 """The grammar of a micro-turn: its rows, their order, which of them the model samples and from which tokens.
 
-    [bos] observed: audio x 4 | sampled: mode [word ... end]      one micro-turn after another, bos before the first
+    [bos] observed: audio x 4, patches, events | sampled: mode [word ... end]    one after another, bos before the first
 
-- **Observed** rows are input: one per dMel frame. (The model's own audio, video patches and text events will follow, in
-  this order, when a model has them.)
+- **Observed** rows are input: one per dMel frame, one per video patch, then the words of text events. (The model's own
+  audio will come after the user's, when a model has a voice.)
 - **Sampled** rows are the model's output: the mode; unless that is *listen*, words and the end token. The mode is
   sampled from the modes, the first word from the words, every further token from the words and the end token. (Voice
   will follow.)
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
+from model.config import SMALL_PATCH
 from model.logprob import MODE, NEXT_TEXT
+from model.senses.video import NO_FRAMES, patch_count
 from rollout.turn.action import CHUNK_FRAMES, Action, Mode
 from rollout.turn.vocabulary import Vocabulary
 
@@ -35,41 +37,43 @@ def row_class(sampled: int) -> int:
     return min(MODE + sampled, NEXT_TEXT)
 
 
-def turn_rows(words: int, words_per_chunk: int) -> tuple[int, int]:
-    """(all rows, sampled rows) of a micro-turn with ``words`` words, 0 to ``words_per_chunk``."""
+def turn_rows(words: int, words_per_chunk: int, extra: int = 0) -> tuple[int, int]:
+    """(all rows, sampled rows) of a micro-turn with ``words`` words, 0 to ``words_per_chunk``, and with ``extra``
+    observed rows beside audio: patches and events."""
     if words == 0:
-        return AUDIO_ROWS + 1, 1
-    return AUDIO_ROWS + 1 + words + 1, 1 + words + (words < words_per_chunk)
+        return AUDIO_ROWS + extra + 1, 1
+    return AUDIO_ROWS + extra + 1 + words + 1, 1 + words + (words < words_per_chunk)
 
 
-def max_rows(words_per_chunk: int) -> int:
+def max_rows(words_per_chunk: int, extra: int = 0) -> int:
     """The most rows that one micro-turn can have, a forced end token included."""
-    return turn_rows(words_per_chunk, words_per_chunk)[0]
+    return turn_rows(words_per_chunk, words_per_chunk, extra)[0]
 
 
-def context_rows(chunks: int, words_per_chunk: int) -> int:
+def context_rows(chunks: int, words_per_chunk: int, extra: int = 0) -> int:
     """The most rows that a session of ``chunks`` micro-turns can have: the context length that an engine needs."""
-    return 1 + chunks * max_rows(words_per_chunk)
+    return 1 + chunks * max_rows(words_per_chunk, extra)
 
 
-def check_context(field: str, max_tokens: int, chunks: int, words_per_chunk: int) -> None:
+def check_context(field: str, max_tokens: int, chunks: int, words_per_chunk: int, extra: int = 0) -> None:
     """Raises MetronomeError when a session of ``max_tokens``, the value of a recipe's ``field``, cannot hold every
-    episode of ``chunks`` micro-turns, whatever is said."""
-    if (rows := context_rows(chunks, words_per_chunk)) > max_tokens:
+    episode of ``chunks`` micro-turns, whatever is said and shown."""
+    if (rows := context_rows(chunks, words_per_chunk, extra)) > max_tokens:
         words = "1 word" if words_per_chunk == 1 else f"{words_per_chunk} words"
+        beside = f" and {extra} rows of video and events" if extra else ""
         raise MetronomeError(
-            f"recipe: {field} is {max_tokens}: episodes of {chunks} chunks, with up to {words} in each, take up to "
-            f"{rows} tokens; give at least {rows}, or fewer chunks (scenarios) or words (words_per_chunk)"
+            f"recipe: {field} is {max_tokens}: episodes of {chunks} chunks, with up to {words}{beside} in each, take "
+            f"up to {rows} tokens; give at least {rows}, or fewer chunks (scenarios) or words (words_per_chunk)"
         )
 
 
-def context_chunks(rows: int, words_per_chunk: int) -> int:
+def context_chunks(rows: int, words_per_chunk: int, extra: int = 0) -> int:
     """The most micro-turns that fit in a context of ``rows``, whatever is said: the inverse of `context_rows`.
 
     >>> context_chunks(context_rows(12, 1), 1), context_chunks(context_rows(12, 1) - 1, 1)
     (12, 11)
     """
-    return (rows - 1) // max_rows(words_per_chunk)
+    return (rows - 1) // max_rows(words_per_chunk, extra)
 
 
 def chunk_starts(tokens: Sequence[int], audio: int) -> list[int]:
@@ -95,10 +99,14 @@ def chunk_ends(tokens: Tensor, audio: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The grammar for one vocabulary and a maximum of words per micro-turn (ValueError below 1)."""
+    """The grammar for one vocabulary and the most words that a micro-turn may say (ValueError below 1), video patches
+    that it may see, and words of events that it may read."""
 
     vocabulary: Vocabulary
     words_per_chunk: int
+    max_patches: int = 0
+    max_event_words: int = 0
+    patch: int = SMALL_PATCH  # side of the model's video patches, pixels (`model.inputs.Senses`)
 
     def __post_init__(self) -> None:
         if self.words_per_chunk < 1:
@@ -112,12 +120,32 @@ class Grammar:
     @property
     def max_rows(self) -> int:
         """The most rows that one micro-turn can have."""
-        return max_rows(self.words_per_chunk)
+        return max_rows(self.words_per_chunk, self.extra)
 
     @property
-    def observed(self) -> list[int]:
-        """The tokens of a micro-turn's observed rows."""
-        return [self.vocabulary.audio] * AUDIO_ROWS
+    def extra(self) -> int:
+        """The most observed rows beside audio that one micro-turn can have."""
+        return self.max_patches + self.max_event_words
+
+    def observed(self, frames: Tensor = NO_FRAMES, events: Sequence[str] = ()) -> list[int]:
+        """The tokens of a micro-turn's observed rows: audio, the patches of ``frames`` uint8 [F, H, W, 3], the words of
+        events."""
+        v = self.vocabulary
+        rows = [v.audio] * AUDIO_ROWS + [v.image] * patch_count(frames, self.patch)
+        return rows + [word for text in events for word in v.encode(text)] if events else rows
+
+    def problem(self, frames: Tensor, events: Sequence[str]) -> str:
+        """Why a micro-turn cannot have these frames or events; "" if it can."""
+        if (patches := patch_count(frames, self.patch)) > self.max_patches:
+            allowed = f"{self.max_patches} patches (max_patches)" if self.max_patches else "no video (max_patches is 0)"
+            return f"its frames are cut into {patches} patches, but a micro-turn of this engine has room for {allowed}"
+        words = len(self.observed(events=events)) - AUDIO_ROWS if events else 0
+        if words > self.max_event_words:
+            return (
+                f"its text events have {words} words, but a micro-turn of this engine has room for "
+                f"{self.max_event_words} (max_event_words)"
+            )
+        return ""
 
     @property
     def stops(self) -> tuple[int, int]:

@@ -1,8 +1,5 @@
-"""The model's input in one micro-turn. Simulated users and live clients produce it, engines consume it.
-
-The models of this version take audio only. Observations have fields for video frames and text events already, so that
-the interface need not change with them; engines refuse what their model cannot take (`check_observation`).
-"""
+"""The model's input in one micro-turn. Simulated users and live clients produce it, engines consume it, and refuse what
+they have no room for (`check_observation`)."""
 
 from __future__ import annotations
 
@@ -15,12 +12,9 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.senses.audio import LOUDEST
+from model.senses.video import MOST_FRAMES, NO_FRAMES, size_problem
 from rollout.turn.action import CHUNK_SAMPLES
-
-MAX_FRAMES = 2
-"""The most video frames in one micro-turn."""
-
-NO_FRAMES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+from rollout.turn.grammar import Grammar
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,52 +36,45 @@ class Observation:
             not isinstance(frames, Tensor)
             or frames.dtype != torch.uint8
             or frames.ndim != 4
-            or len(frames) > MAX_FRAMES
+            or len(frames) > MOST_FRAMES
             or frames.shape[3] != 3
         ):
-            raise ValueError(f"observation: frames must be uint8 [0..{MAX_FRAMES}, H, W, 3], not {_form(frames)}")
+            raise ValueError(f"observation: frames must be uint8 [0..{MOST_FRAMES}, H, W, 3], not {_form(frames)}")
+        if len(frames) and (problem := size_problem(frames.shape[1], frames.shape[2])):
+            raise ValueError(f"observation: frames are {_form(frames)}; {problem}")
         if not isinstance(self.events, tuple) or not all(isinstance(event, str) for event in self.events):
             raise ValueError("observation: events must be a tuple of texts")
 
 
 class MissingSenseError(MetronomeError, NotImplementedError):
-    """An observation has a kind of input that the model cannot take."""
+    """An observation has a kind of input that the engine has no room for."""
 
 
-def check_observation(observation: Observation) -> None:
+def check_observation(observation: Observation, grammar: Grammar) -> None:
     """The check of every engine, and of whoever takes observations for one: what passes raises nothing in an engine.
 
-    Raises MissingSenseError for video frames and text events, which no model of this version can take; ValueError for
-    audio that is not finite or louder than `LOUDEST`, or that is no plain tensor on the host; ValueError for what is no
+    Raises MissingSenseError for more video or events than the grammar has room for; ValueError for audio that is not
+    finite or louder than `LOUDEST`, or for tensors that are no plain ones on the host; ValueError for what is no
     observation, or no longer, since a tensor's form can be changed after it was made."""
     if type(observation) is not Observation:
         raise ValueError(f"an engine hears observations of 200 ms, not {_form(observation)}")
     observation.__post_init__()
-    audio = observation.audio
-    if (
-        type(audio) is not Tensor
-        or audio.device.type != "cpu"
-        or audio.layout != torch.strided
-        or audio.requires_grad
-        or audio.is_neg()
-    ):
-        raise ValueError(
-            f"observation: audio must be a plain tensor, dense, on the CPU, without a gradient or a view of negatives; "
-            f"this {type(audio).__name__} on {audio.device} is not: give audio.detach().cpu().clone()"
-        )
-    loudest = float(audio.abs().max())  # NaN if any sample is
+    _check_plain("audio", observation.audio)
+    loudest = float(observation.audio.abs().max())  # NaN if any sample is
     if not loudest <= LOUDEST:
         problem = f"has a sample of size {loudest:g}" if math.isfinite(loudest) else "has samples that are not finite"
         raise ValueError(f"observation: audio {problem}; full scale is 1, and at most {LOUDEST:g} is taken for sound")
-    if len(observation.frames):
-        raise MissingSenseError(
-            f"an observation has {len(observation.frames)} video frames, but the model has no vision tower: it hears "
-            "only. Leave `frames` empty"
-        )
-    if observation.events:
-        raise MissingSenseError(
-            f"an observation has {len(observation.events)} text events, but a micro-turn has no rows for them yet. "
-            "Leave `events` empty"
+    if observation.frames is not NO_FRAMES:
+        _check_plain("frames", observation.frames)
+    if problem := grammar.problem(observation.frames, observation.events):
+        raise MissingSenseError(f"observation: {problem}. Leave them out, or make the engine with more room")
+
+
+def _check_plain(name: str, x: Tensor) -> None:
+    if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided or x.requires_grad or x.is_neg():
+        raise ValueError(
+            f"observation: {name} must be a plain tensor, dense, on the CPU, without a gradient or a view of "
+            f"negatives; this {type(x).__name__} on {x.device} is not: give {name}.detach().cpu().clone()"
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 
 from kernels import gpu_report
+from model.add_tokens import add_tokens
 from model.program.files import write_json
 from model.program.reading import parse_yaml, to_json
 from model.program.runs import RESUMED
@@ -239,6 +240,15 @@ CHECKPOINT = ("model.weights.checkpoint", "model.weights.tensors")
 RECORDS = ("rl.audit.records", "rl.audit.pictures", "rl.audit.episodes")
 READERS = {
     "config": Reader(CHECKPOINT, a_model, "m/config.json", "json", lambda f: checkpoint.load(f / "m"), 40),
+    "tokenizer": Reader(
+        ("model.tokenizer",), a_model, "m/tokenizer.json", "json", lambda f: checkpoint.load(f / "m"), 60
+    ),
+    "tokenizer's settings": Reader(
+        ("model.tokenizer",), a_model, "m/tokenizer_config.json", "json", lambda f: checkpoint.load(f / "m"), 60
+    ),
+    "tokens to add": Reader(
+        ("model.add_tokens",), a_model, "m/config.json", "json", lambda f: add_tokens(f / "m"), 40
+    ),
     "index": Reader(CHECKPOINT, a_model, "m/model.safetensors.index.json", "json", lambda f: checkpoint.load(f / "m")),
     "weights": Reader(CHECKPOINT, a_model, "m/model.safetensors", "safetensors", lambda f: checkpoint.load(f / "m")),
     "manifest": Reader(("model.weights.manifest",), a_manifest, "step_000004/manifest.json", "json", forged),
@@ -250,7 +260,7 @@ READERS = {
         lambda f: read_all_labels([f / "labels.jsonl"], Vocabulary.build(256), 1, ScenarioConfig()), 60,
     ),
     "metrics": Reader(("rl.folder",), a_run, "a/metrics.jsonl", "lines", reopened, 60),
-    "a saved recipe": Reader(("rl.folder",), a_run, "a/config.yaml", "json", reopened),
+    "a saved recipe": Reader(("rl.folder",), a_run, "a/config.yaml", "json", reopened, 40),
     "progress": Reader(("rl.resume",), progress, "progress.json", "json", load_progress, 60),
     "learner": Reader(("rl.learner.deepspeed",), Learners.make, "learner/state.json", "json", Learners.read),
     "optimizer": Reader(

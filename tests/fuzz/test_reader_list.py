@@ -14,7 +14,6 @@ NOT_TRIED = {
     "model.program.recipe": "recipes have a fuzz test of their own; here it is tried through the audit",
     "model.program.yaml_text": "reads what it is about to write",
     "reward.pairs": "reads the text of its own recipe, which was read before",
-    "model.tokenizer": "reads a file of its own package",
     "rl.audit.page": "reads files of its own package",
     "rl.tracking.backends": "reads wandb's own file, in a thread that turns whatever is raised into a warning",
 }
@@ -31,7 +30,9 @@ BY_ITSELF = {
     "model.program.lifeline": "/proc",
     "model.program.outputs": "the first bytes of a manifest, which tell whose it is",
     "model.program.memory": "/proc",
+    "model.tokenizer": "by the library that wrote it; what is raised becomes one line, and it is tried",
     "model.weights.manifest": "bytes of any file, for its digest",
+    "model.weights.pickles": "a file's first bytes",
     "reward.learned.preference": "tables: by the library that wrote them",
     "reward.learned.resuming": "weights that a manifest was compared with before",
     "rl.environment": "/proc",

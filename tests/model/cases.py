@@ -1,4 +1,5 @@
-"""Random small models beside transformers' with the same weights, and random rows of text and audio, all by seed."""
+"""Random small models beside transformers' with the same weights, and random rows of text, audio and video, all by
+seed."""
 
 from __future__ import annotations
 
@@ -11,9 +12,13 @@ from transformers import InklingConfig, InklingForConditionalGeneration
 
 from model.backbone.state import SessionState
 from model.backbone.transformer import Capture, InteractionModel
-from model.inputs import Inputs
+from model.inputs import Inputs, Senses
+from model.senses.video import NO_VIDEO, Frames, grid, normalised
 
-AUDIO = 2
+AUDIO, IMAGE = 2, 5
+SENSES = Senses(AUDIO, IMAGE, 4)
+TOWERS = [(4, 1), (4, 2), (4, 3), (6, 2), (6, 3), (10, 2), (10, 3), (9, 1), (12, 4), (16, 2)]
+"""(side of a patch, layers) of vision towers: folds of 2, 3 and 5, one or several at once, time with space or after."""
 ROWS = 150  # longer than every window below
 
 
@@ -21,8 +26,10 @@ ROWS = 150  # longer than every window below
 class Rows:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
+    frames: Frames = NO_VIDEO
 
     def cut(self, first: int, end: int) -> Rows:
+        """Of rows without video."""
         a, b = (int((self.tokens[:row] == AUDIO).sum()) for row in (first, end))
         return Rows(self.tokens[first:end], self.codes[a:b])
 
@@ -44,11 +51,12 @@ def random_config(seed: int) -> InklingConfig:
         "num_experts_per_tok": pick([1, 2, 3]), "n_shared_experts": pick([1, 2]), "route_scale": pick([1.0, 8.0]),
         "logits_mup_width_multiplier": pick([1.0, 24.0]),
     }  # fmt: skip
+    side, depth = TOWERS[seed % len(TOWERS)]
     config = InklingConfig(
         text_config=text,
         audio_config={"mel_vocab_size": 16},
-        vision_config={"num_hidden_layers": 1, "hidden_size": 8, "patch_size": 4, "temporal_patch_size": 2},
-        image_token_id=5,
+        vision_config={"patch_size": side, "num_hidden_layers": depth},
+        image_token_id=IMAGE,
         audio_token_id=AUDIO,
     )
     config._attn_implementation = "eager"
@@ -72,7 +80,7 @@ def twins(seed: int, dtype: torch.dtype = torch.float32) -> tuple[InteractionMod
             elif weight.is_floating_point():
                 weight.copy_(noise / weight.shape[-1] ** 0.5)
     ours = InteractionModel(config, dtype)
-    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "vision_tower" not in k})
+    ours.load_state_dict(theirs.state_dict())
     ours.pack()
     return ours, theirs
 
@@ -85,15 +93,36 @@ def random_rows(seed: int, count: int = ROWS) -> Rows:
     return Rows(tokens, codes)
 
 
+def random_video(seed: int, side: int, count: int = ROWS) -> Rows:
+    """Rows with two micro-turns of video among them: a still picture, and two frames."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, shown, chunks = random_rows(seed, count), [], []
+    for number in (1, 2):
+        height, width = (int(torch.randint(1, 3 * side, (), generator=generator)) for _ in range(2))
+        chunks.append(torch.randint(0, 256, (number, height, width, 3), generator=generator, dtype=torch.uint8))
+        down, across = grid(height, width, side)
+        shown.append(torch.full((down * across,), IMAGE))
+    third = count // 3
+    before, between, after = rows.tokens.tensor_split([third, 2 * third])
+    parts = [before, shown[0], between, shown[1], after]
+    return Rows(torch.cat(parts), rows.codes, Frames.of(chunks))
+
+
+def pixel_values(rows: Rows, side: int) -> Tensor:
+    """As transformers' processor gives them, fp32 [P, 2, p, p, 3]."""
+    patches = rows.frames.patches(side)
+    return normalised(patches.pictures, patches.inside)[patches.steps()].transpose(0, 1)
+
+
 def whole(model: InteractionModel, rows: Rows, capture: Capture | None = None) -> Tensor:
     """The learner's forward: one sequence, no state."""
-    return model(Inputs.cat([rows], AUDIO), None, capture)
+    return model(Inputs.cat([rows], model.senses), None, capture)
 
 
 @torch.no_grad()
 def in_pieces(model: InteractionModel, rows: Rows, lengths: list[int], state: SessionState, slot: int) -> Tensor:
     """The session's forward, ``lengths[i]`` rows a call."""
-    outputs, at, inputs = [], 0, Inputs.cat([rows], AUDIO)
+    outputs, at, inputs = [], 0, Inputs.cat([rows], model.senses)
     for length in lengths:
         outputs.append(model(inputs.part([(0, at, at + length)], state.extend([slot], [length])), state))
         at += length

@@ -12,6 +12,7 @@ from kernels.layout import Segments
 from model.backbone.transformer import InteractionModel
 from model.config import PRESETS, check, log_scale_table, preset
 from model.inputs import Inputs
+from model.senses.video import Patches
 from tests.model.cases import random_config
 
 
@@ -20,8 +21,7 @@ def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
     with torch.device("meta"):
         ours = InteractionModel(preset(name)).state_dict()
         theirs = InklingForConditionalGeneration(preset(name)).state_dict()
-    shapes = {key: tuple(t.shape) for key, t in theirs.items() if not key.startswith("model.vision_tower.")}
-    assert {key: tuple(t.shape) for key, t in ours.items()} == shapes
+    assert {key: tuple(t.shape) for key, t in ours.items()} == {key: tuple(t.shape) for key, t in theirs.items()}
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,14 @@ def test_forward_before_pack_and_wrong_counts() -> None:
     model = InteractionModel(preset("tiny"))
 
     segments, none = Segments.build([0], [0], [2]), torch.empty(0, 80, dtype=torch.uint8)
+    dark = Patches.none(model.senses.patch)
     with pytest.raises(RuntimeError, match=r"call pack\(\)"):
-        model(Inputs.of(torch.tensor([1, 8]), none, segments, model.audio_token_id))
+        model(Inputs.of(torch.tensor([1, 8]), none, dark, segments, model.senses))
     with pytest.raises(RuntimeError, match=r"call pack\(\)"):
         model.repack()
     model.init_weights(0)
     model.pack()
     with pytest.raises(ValueError, match="tokens has 3 rows, segments 2"):
-        Inputs.of(torch.tensor([1, 8, 8]), none, segments, model.audio_token_id)
+        Inputs.of(torch.tensor([1, 8, 8]), none, dark, segments, model.senses)
     with pytest.raises(ValueError, match="1 audio tokens, but codes has 0 rows"):
-        Inputs.of(torch.tensor([1, 2]), none, segments, model.audio_token_id)
+        Inputs.of(torch.tensor([1, 2]), none, dark, segments, model.senses)

@@ -13,7 +13,7 @@ from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from tests.kernels.contract import uneven
-from tests.model.cases import AUDIO, ROWS, in_pieces, random_rows, twins, whole
+from tests.model.cases import ROWS, in_pieces, random_rows, twins, whole
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -85,7 +85,7 @@ def test_company_changes_nothing() -> None:
             continue
         spans = [(i, at[i], at[i] + n) for i, n in zip(members, lengths, strict=True)]
         segments = state.extend([slots[i] for i in members], lengths)
-        hidden = model(Inputs.cat(rows, AUDIO).part(spans, segments), state)
+        hidden = model(Inputs.cat(rows, model.senses).part(spans, segments), state)
         for i, n, part in zip(members, lengths, hidden.split(lengths), strict=True):
             outputs[i].append(part)
             at[i] += n

@@ -1,12 +1,21 @@
-"""Our forward against transformers' Inkling: fp32, text and audio, logits within 1e-5 of the largest."""
+"""Our forward against transformers' Inkling: fp32, text, audio and video, logits within 1e-5 of the largest."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from transformers import InklingForConditionalGeneration
 
 from model.inputs import Inputs
-from tests.model.cases import AUDIO, random_config, random_rows, twins, whole
+from tests.model.cases import (
+    Rows,
+    pixel_values,
+    random_config,
+    random_rows,
+    random_video,
+    twins,
+    whole,
+)
 
 CONFIGS = 24
 BOUND = 1e-5
@@ -24,12 +33,18 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
+def their_logits(model: InklingForConditionalGeneration, rows: Rows) -> torch.Tensor:
+    pixels = pixel_values(rows, model.config.vision_config.patch_size) if len(rows.frames.sizes) else None
+    output = model(input_ids=rows.tokens[None], audio_input_ids=rows.codes[None].long(), pixel_values=pixels)
+    return output.logits[0]
+
+
 @pytest.mark.parametrize("seed", range(CONFIGS))
 @torch.no_grad()
 def test_logits_equal_transformers(seed: int) -> None:
     ours, theirs = twins(seed)
-    rows = random_rows(seed)
-    wanted = theirs(input_ids=rows.tokens[None], audio_input_ids=rows.codes[None].long()).logits[0]
+    rows = random_video(seed, ours.senses.patch) if seed % 2 else random_rows(seed)
+    wanted = their_logits(theirs, rows)
     got = ours.logits(whole(ours, rows))
     assert got.shape == wanted.shape
     assert relative_error(got, wanted) <= BOUND
@@ -65,10 +80,9 @@ def test_the_bound_sees_a_wrong_weight() -> None:
 def test_gradients_equal_transformers() -> None:
     """Every parameter's gradient of one cross entropy, within 1e-4 of that parameter's largest."""
     ours, theirs = twins(5)
-    rows = random_rows(5)
-    target = random_rows(6).tokens
-    output = theirs(input_ids=rows.tokens[None], audio_input_ids=rows.codes[None].long()).logits[0]
-    torch.nn.functional.cross_entropy(output, target).backward()
+    rows = random_video(5, ours.senses.patch)
+    target = random_rows(6, len(rows.tokens)).tokens
+    torch.nn.functional.cross_entropy(their_logits(theirs, rows), target).backward()
     torch.nn.functional.cross_entropy(ours.logits(whole(ours, rows)), target).backward()
     wanted = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
@@ -80,6 +94,6 @@ def test_gradients_equal_transformers() -> None:
 def test_two_sequences_in_one_call_equal_two_calls(backend: str) -> None:
     ours, _ = twins(7)
     a, b = random_rows(1, 60), random_rows(2, 33)
-    both = ours(Inputs.cat([a, b], AUDIO))
+    both = ours(Inputs.cat([a, b], ours.senses))
     assert torch.equal(both[:60], whole(ours, a))
     assert torch.equal(both[60:], whole(ours, b))

@@ -10,6 +10,7 @@ from kernels.errors import StaleWeightsError
 from kernels.layout import Segments
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
+from model.senses.video import Patches
 from model.weights import packs
 from model.weights.packs import StaleCopyError
 from reward.learned.model import RewardModel
@@ -17,8 +18,9 @@ from tests.support.models import fresh_model
 
 
 def forward(of: InteractionModel) -> torch.Tensor:
-    none = torch.empty(0, 80, dtype=torch.uint8)
-    return of.logits(of(Inputs.of(torch.tensor([1, 5, 7]), none, Segments.build([0], [0], [3]), of.audio_token_id)))
+    none, dark = torch.empty(0, 80, dtype=torch.uint8), Patches.none(of.senses.patch)
+    segments = Segments.build([0], [0], [3])
+    return of.logits(of(Inputs.of(torch.tensor([1, 5, 7]), none, dark, segments, of.senses)))
 
 
 @torch.no_grad()
@@ -90,6 +92,7 @@ def test_every_kind_of_copy_is_found() -> None:
     kinds = {name.split("packed.")[-1] for name in names}
     assert kinds == {
         *("packed", "qkvr", "out", "gate", "gate_up", "down"),
+        *(f"model.vision_tower.encoder_layers.{i}.packed" for i in range(2)),
         *("kv_taps", "attn_taps", "mlp_taps", "scale", "bias"),
     }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import tokenizer as words
+from model.config import IMAGE_TOKEN_ID
 from model.logprob import FIRST_TEXT, MODE, NEXT_TEXT, TokenClasses
 from model.tokenizer import SPECIALS, load_tokenizer
 
@@ -40,9 +41,11 @@ def test_case_punctuation_specials_and_unknown_words() -> None:
 
 def test_classes() -> None:
     allowed = TokenClasses.build(TOKENIZER, 256).allowed
+    sayable = [i for i in range(8, 256) if i != IMAGE_TOKEN_ID]
+    assert TOKENIZER.convert_ids_to_tokens(IMAGE_TOKEN_ID) == "<|image|>"
     assert allowed[MODE].nonzero()[:, 0].tolist() == [words.LISTEN, words.SPEAK]
-    assert allowed[FIRST_TEXT].nonzero()[:, 0].tolist() == list(range(8, 256))
-    assert allowed[NEXT_TEXT].nonzero()[:, 0].tolist() == [words.END, *range(8, 256)]
+    assert allowed[FIRST_TEXT].nonzero()[:, 0].tolist() == sayable
+    assert allowed[NEXT_TEXT].nonzero()[:, 0].tolist() == [words.END, *sayable]
     with_delegate = TokenClasses.build(TOKENIZER, 300, delegate=True).allowed
     assert with_delegate[MODE].nonzero()[:, 0].tolist() == [words.LISTEN, words.SPEAK, words.DELEGATE]
     assert not with_delegate[:, 256:].any()

@@ -21,6 +21,7 @@ from rollout.scenarios.demonstrate import NO_EDITS, enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_MS, LISTEN, Action, speak
+from rollout.turn.observation import stack_audio
 from rollout.world.base import Facts, Scenario
 from rollout.world.speech import SpeechBank
 
@@ -33,7 +34,8 @@ def items(bank: SpeechBank, count: int) -> list[Scenario]:
 
 
 def clean(item: Scenario, edits: Mapping[int, Action] = NO_EDITS) -> tuple[np.ndarray, list[Action], Facts]:
-    return enact(item, CONFIG.expert(item, generator("expert", item.id), mistake_scale=0), edits)
+    observed, actions, facts = enact(item, CONFIG.expert(item, generator("expert", item.id), mistake_scale=0), edits)
+    return stack_audio(observed).numpy(), actions, facts
 
 
 def replayed(item: Scenario, actions: list[Action]) -> tuple[np.ndarray, object]:

@@ -7,22 +7,25 @@ import torch
 
 from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
+from model.senses.video import NO_FRAMES, NO_VIDEO, Frames
 from reward.learned.model import RewardModel
 from reward.learned.prefixes import MIN_SHARED_ROWS, Node, tree
 from rollout.record.transcript import Transcript, write_transcript
 from rollout.turn.action import CHUNK_FRAMES, LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
-from tests.support.models import VOCABULARY, conversation, reward_model
+from tests.support.models import SENSES, VOCABULARY, conversation, reward_model
 
 CHUNKS = 30
 
 
-def talk(changes: dict[int, Action], heard_from: int = CHUNKS, chunks: int = CHUNKS) -> Transcript:
+def talk(
+    changes: dict[int, Action], heard_from: int = CHUNKS, chunks: int = CHUNKS, frames: Frames = NO_VIDEO
+) -> Transcript:
     """One of a group: its actions differ in ``changes``, what it hears from chunk ``heard_from`` on."""
     codes = torch.randint(16, (chunks, CHUNK_FRAMES, 80), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     codes[heard_from:] = 15 - codes[heard_from:]
     actions = [changes.get(k, speak("breathe") if k % 7 == 3 else LISTEN) for k in range(chunks)]
-    return write_transcript(codes, actions, Grammar(VOCABULARY, 2))
+    return write_transcript(codes, actions, Grammar(VOCABULARY, 2, max_patches=4), frames)
 
 
 GROUP = [
@@ -47,7 +50,7 @@ def paths(nodes: list[Node]) -> list[tuple[Node, ...]]:
 
 
 def test_every_row_is_in_one_node_of_its_path() -> None:
-    roots = tree(GROUP, VOCABULARY.audio)
+    roots = tree(GROUP, SENSES)
     covered = {m: [] for m in range(len(GROUP))}
     level = roots
     while level:
@@ -94,3 +97,14 @@ def test_what_differs_is_not_shared(model: RewardModel) -> None:
     first, second = model.score([one, other])
     assert torch.equal(first[:10], second[:10]) and not torch.equal(first[10], second[10])
     assert torch.equal(second, model([other])[0].detach())
+
+
+def test_a_pixel_that_differs_is_not_shared(model: RewardModel) -> None:
+    """The same for video: what lies before the other picture is shared, it itself is not."""
+    picture = torch.full((1, 20, 20, 3), 128, dtype=torch.uint8)
+    other = picture.clone()
+    other[0, 3, 5, 1] ^= 1
+    one, two = (talk({}, frames=Frames.of([NO_FRAMES] * 10 + [shown])) for shown in (picture, other))
+    first, second = model.score([one, two])
+    assert torch.equal(first[:10], second[:10]) and not torch.equal(first[10], second[10])
+    assert torch.equal(first, model([one])[0].detach()) and torch.equal(second, model([two])[0].detach())

@@ -17,6 +17,7 @@ from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
 from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
+from model.config import SMALL_PATCH
 from model.weights import checkpoint, packs
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
@@ -47,7 +48,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def transcripts(vocabulary: Vocabulary) -> list[Transcript]:
-    return demonstrations(CONFIG, SpeechBank.open(), vocabulary, 0)
+    return demonstrations(CONFIG, SpeechBank.open(), vocabulary, SMALL_PATCH, 0)
 
 
 def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
@@ -96,12 +97,12 @@ def test_what_a_step_holds_is_what_was_foreseen(stage: Literal[0, 1, 2], dtype: 
 
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:
     bank = SpeechBank.open()
-    again = demonstrations(CONFIG, bank, vocabulary, 0)
+    again = demonstrations(CONFIG, bank, vocabulary, SMALL_PATCH, 0)
     assert all(
         torch.equal(a.tokens, b.tokens) and torch.equal(a.codes, b.codes)
         for a, b in zip(again, transcripts, strict=True)
     )
-    other = demonstrations(CONFIG, bank, vocabulary, 1)
+    other = demonstrations(CONFIG, bank, vocabulary, SMALL_PATCH, 1)
     assert not torch.equal(other[0].codes, transcripts[0].codes)
 
 
@@ -110,9 +111,11 @@ def test_gradient_is_that_of_the_weighted_logprobs(
 ) -> None:
     some = transcripts[:2]
     gradient = gradient_of(model, some, weights(some), vocabulary.classes, 1.0, 2)
-    logprob, _, _ = choice_logprobs(model, collate(some, model.audio_token_id), vocabulary.classes, 1.0)
+    logprob, _, _ = choice_logprobs(model, collate(some, model.senses), vocabulary.classes, 1.0)
     loss = -(torch.cat(weights(some)) * logprob).sum()
-    for got, wanted in zip(gradient.parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+    for got, wanted in zip(
+        gradient.parameters, torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True), strict=True
+    ):
         assert torch.equal(got, wanted)
     halves = gradient_of(model, some, weights(some), vocabulary.classes, 1.0, 1)
     assert torch.equal(halves.logprob, gradient.logprob) and torch.equal(halves.digest, gradient.digest)

@@ -52,7 +52,7 @@ from model.backbone.transformer import InteractionModel
 place = InteractionModel.place
 def all_but_tokens(self, inputs, state, *more):
     placed = place(self, inputs, state, *more)
-    return replace(placed, inputs=replace(placed.inputs, tokens=inputs.tokens))
+    return replace(placed, tokens=inputs.tokens)
 InteractionModel.place = all_but_tokens
 """
 

@@ -49,7 +49,7 @@ def test_a_run_too_large_for_the_card_names_the_fields_to_lower(monkeypatch: pyt
 
 def test_what_is_foreseen_of_a_forward_pass_is_less_than_what_it_keeps() -> None:
     model, kept, seen = fresh_model(), 0, []
-    batch = collate([conversation(0, 10), conversation(1, 10)], model.audio_token_id)
+    batch = collate([conversation(0, 10), conversation(1, 10)], model.senses)
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         nonlocal kept
@@ -71,7 +71,7 @@ def test_no_episode_of_ours_has_fewer_rows_than_foreseen() -> None:
     silent = write_transcript(
         torch.zeros(60, 4, 80, dtype=torch.uint8), [LISTEN] * 60, Grammar(VOCABULARY, config.rollout.words_per_chunk)
     )
-    least = len(collate([silent], fresh_model("nano").audio_token_id).inputs.tokens)
+    least = len(collate([silent], fresh_model("nano").senses).inputs.tokens)
     assert 0 < room.fewest_rows(config) <= least < 1.1 * room.fewest_rows(config)
     assert {config.scenarios.settings_of(name).chunks for name in config.scenarios.members} == {60}
     foreign = parse(["--scenarios.families", "[tests.examples.confide:FAMILY]"])[0]

@@ -23,6 +23,7 @@ from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.show import main
 from rollout.turn.action import CHUNK_SAMPLES, Action, Mode
+from rollout.turn.observation import stack_audio
 from rollout.world.speech import SpeechBank
 from tests.support.episodes import with_text
 
@@ -36,8 +37,8 @@ def episode(bank: SpeechBank, family: str = "timespeak") -> Episode:
     """A model that says "four" in chunk 5 and nothing else; a mode a chunk costs 1/4 nat, the word 2 more."""
     item = ScenarioConfig().scenario(family, "train", 0, bank)
     actions = [Action(Mode.SPEAK, ("four",)) if k == 5 else Action(Mode.LISTEN) for k in range(item.chunks)]
-    audio, _, facts = enact(item, lambda user: lambda k: actions[k])
-    codes = DMel.build().codes(torch.from_numpy(audio.reshape(1, -1)))[0]
+    observed, _, facts = enact(item, lambda user: lambda k: actions[k])
+    codes = DMel.build().codes(stack_audio(observed).view(1, -1))[0]
     chunk = torch.tensor(sorted([*range(item.chunks), 5]))
     logprob = torch.full((len(chunk),), -0.25)
     logprob[6] = -2.0

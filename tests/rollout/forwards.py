@@ -22,6 +22,7 @@ from torch import Tensor
 from model.backbone.transformer import InteractionModel
 from model.config import Preset, preset
 from model.inputs import Inputs
+from model.senses.video import Patches
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
 from rollout.seeds import session_key
@@ -61,9 +62,9 @@ def measured(engine: SessionEngine) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     inner = engine._sample_next
 
-    def sample_next(sessions: Any, codes: Tensor, row_class: int) -> list[int]:
+    def sample_next(sessions: Any, codes: Tensor, patches: Patches, row_class: int) -> list[int]:
         ledger.clear()
-        tokens = inner(sessions, codes, row_class)
+        tokens = inner(sessions, codes, patches, row_class)
         kind = "prefill" if len(codes) else "decode"
         beyond = excess(PREFILL if len(codes) else DECODE)
         seen.append({"kind": kind, "sessions": len(sessions), "totals": ledger.totals(), "excess": beyond})
@@ -110,11 +111,11 @@ def ledgers() -> dict[str, Any]:
     before = [len(session.tokens), len(session.sampled)]
     model.logits = lambda hidden: hidden.new_full((1, model.vocab), torch.nan)  # type: ignore[method-assign]
     failed = error_of(lambda: engine.append([session], observations(3, 1)))
-    observed = len(engine.grammar.observed)
+    observed = len(engine.grammar.observed())
     after = [len(session.tokens) - observed, len(session.sampled)]
     segments, codes = engine.state.extend([engine.state.open()], [2]), torch.zeros(1, 80, dtype=torch.uint8)
-    rows = [([3, 10**6], codes[:0]), ([3, model.audio_token_id], codes + 200)]
-    inputs = [Inputs.of(torch.tensor(tokens), bins, segments, model.audio_token_id) for tokens, bins in rows]
+    rows, dark = [([3, 10**6], codes[:0]), ([3, model.senses.audio], codes + 200)], Patches.none(model.senses.patch)
+    inputs = [Inputs.of(torch.tensor(tokens), bins, dark, segments, model.senses) for tokens, bins in rows]
     strange = [error_of(partial(model.place, one, engine.state)) for one in inputs]
     return {
         "whole": whole,

@@ -23,18 +23,26 @@ from rollout.seeds import session_key
 from rollout.turn.grammar import AUDIO_ROWS, max_rows
 from tests.support.episodes import unequal_fields
 from tests.support.models import fresh_model
-from tests.support.sessions import record, sound
+from tests.support.sessions import everything, record
 
 SLOTS, WORDS, MOST_CHUNKS = 8, 3, 40
-SIZES = {"slots": SLOTS, "max_tokens": (MOST_CHUNKS + 1) * max_rows(WORDS), "words_per_chunk": WORDS}
-FEW_PAGES = 20  # enough for the sessions that a schedule has open at a time, so that pages are reused often
-SOUNDS = 3  # number of sounds that are repeated, so that sessions that are not forks have common prefixes too
+PATCHES, EVENT_WORDS = 4, 1  # of `everything`
+MOST_ROWS = max_rows(WORDS, PATCHES + EVENT_WORDS)
+SIZES = {
+    "slots": SLOTS,
+    "max_tokens": (MOST_CHUNKS + 1) * MOST_ROWS,
+    "words_per_chunk": WORDS,
+    "max_patches": PATCHES,
+    "max_event_words": EVENT_WORDS,
+}
+FEW_PAGES = 32  # enough for the sessions that a schedule has open at a time, so that pages are reused often
+SOUNDS = 3  # number of observations that are repeated, so that sessions that are not forks have common prefixes too
 
 
 @dataclass(frozen=True)
 class Step:
     """One call of an engine. ``sessions``: indices in order of creation (of a fork: its origin); ``sounds``: one for
-    each, in append and fail. A fail is an append in which call number ``at`` of the op ``op`` raises."""
+    each (`everything`), in append and fail. A fail is an append in which call number ``at`` of the op ``op`` raises."""
 
     kind: str  # open, fork, append, fail, close
     sessions: tuple[int, ...] = ()
@@ -95,11 +103,11 @@ def do(engine: Engine, schedule: Schedule, sessions: list[Session], step: Step) 
     elif step.kind == "close":
         engine.close(group[0])
     elif step.kind == "append":
-        engine.append(group, [sound(n) for n in step.sounds])
+        engine.append(group, [everything(n) for n in step.sounds])
     else:
         try:
             with failing(step.op, step.at):
-                engine.append(group, [sound(n) for n in step.sounds])
+                engine.append(group, [everything(n) for n in step.sounds])
         except FloatingPointError:
             return
         raise AssertionError(f"{step} did not fail")
@@ -142,7 +150,7 @@ class Planner:
 
     def pages(self, spare: int = 0) -> int:
         """The most pages of the open sessions and of ``spare`` forks of the longest one, after their next chunk."""
-        rows = [len(self.schedule.sessions[n].tokens) + max_rows(WORDS) for n in self.open()]
+        rows = [len(self.schedule.sessions[n].tokens) + MOST_ROWS for n in self.open()]
         return sum(-(-n // SPLIT_TOKENS) for n in rows + spare * [max(rows, default=0)])
 
     def room(self, forks: int) -> bool:
@@ -165,9 +173,9 @@ class Planner:
             self.append(rng.sample(open_now, rng.randint(1, len(open_now))))
 
     def at_the_end(self, n: int) -> bool:
-        """Whether its next chunk's audio takes it over the end of a page."""
+        """Whether its next chunk's audio and video take it over the end of a page."""
         session = self.schedule.sessions[n]
-        return session.computed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS - 1) // SPLIT_TOKENS
+        return session.computed // SPLIT_TOKENS < (len(session.tokens) + AUDIO_ROWS + PATCHES - 1) // SPLIT_TOKENS
 
     def fork(self, origin: int) -> int:
         self.step("fork", origin)

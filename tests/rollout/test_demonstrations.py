@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from reward.score import score
 from rollout.scenarios.demonstrate import enact
@@ -12,6 +13,7 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.timespeak import REMINDER
 from rollout.scenarios.verdict import TIMING, Outcome, Score
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
+from rollout.turn.observation import stack_audio
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
 
@@ -56,8 +58,9 @@ def test_demonstration_is_a_function_of_its_arguments(bank: SpeechBank, family: 
     item = CONFIG.scenario(family, "train", 3, bank)
     first = enact(item, CONFIG.expert(item, np.random.default_rng(1)))
     again = enact(item, CONFIG.expert(item, np.random.default_rng(1)))
-    assert first[0].shape == (60, CHUNK_SAMPLES) and first[0].dtype == np.float32
-    assert np.array_equal(first[0], again[0]) and first[1:] == again[1:]
+    heard, heard_again = (stack_audio(one[0]) for one in (first, again))
+    assert heard.shape == (60, CHUNK_SAMPLES) and heard.dtype == torch.float32
+    assert torch.equal(heard, heard_again) and first[1:] == again[1:]
     others = [enact(item, CONFIG.expert(item, np.random.default_rng(seed))) for seed in range(2, 6)]
     assert any(other[1] != first[1] for other in others)
 

@@ -29,8 +29,8 @@ from tests.support.sessions import sound
     [
         (replace(sound(0), audio=torch.full((CHUNK_SAMPLES,), torch.nan)), "not finite"),
         (replace(sound(0), audio=sound(0).audio / 0), "not finite"),
-        (replace(sound(0), events=("hello",)), "no rows for them"),
-        (replace(sound(0), frames=torch.zeros(1, 8, 8, 3, dtype=torch.uint8)), "no vision tower"),
+        (replace(sound(0), events=("hello",)), "room for 0"),
+        (replace(sound(0), frames=torch.zeros(1, 8, 8, 3, dtype=torch.uint8)), "no video"),
         (Observation(torch.full((CHUNK_SAMPLES,), 2.4e16)), "size 2.4e\\+16; full scale is 1"),
         (Observation(torch.full((CHUNK_SAMPLES,), -32768.0)), "size 32768; full scale is 1"),
         (Observation(torch.zeros(CHUNK_SAMPLES, requires_grad=True)), "without a gradient"),

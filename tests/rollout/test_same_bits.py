@@ -10,12 +10,13 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from torch.nn import functional as F
 
 from model.senses.audio import DMel
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator
+from rollout.turn.observation import stack_audio
 from rollout.world.sound import NOISES, amplitude, noise
 from rollout.world.speech import SpeechBank
 from tests.support.settings import SETTINGS, run
@@ -33,15 +34,14 @@ def digests(first_seed: int = 0) -> dict[str, str]:
     config = ScenarioConfig()
     items = [config.in_turn(i, "train", first_seed + i, bank) for i in range(12)]
     plays = [enact(item, config.expert(item, generator("same bits", i))) for i, item in enumerate(items)]
-    measured = [
-        dmel.codes_and_mels(torch.from_numpy(np.pad(audio.reshape(1, -1), ((0, 0), (800, 0))))) for audio, _, _ in plays
-    ]
+    heard = [stack_audio(observed) for observed, _, _ in plays]
+    measured = [dmel.codes_and_mels(F.pad(audio.view(1, -1), (800, 0))) for audio in heard]
     constants = [dmel.window, dmel.roots, dmel.weight, dmel.edges]
     return {
         "recordings": _sha(*(clip.samples for clip in bank.clips)),
         "noises": _sha(*(noise(name, split) for split in NOISES for name in NOISES[split])),
         "amplitudes": _sha(np.array([amplitude(db / 7) for db in range(-300, 300)])),
-        "user's audio": _sha(*(audio for audio, _, _ in plays)),
+        "user's audio": _sha(*(audio.numpy() for audio in heard)),
         "actions": hashlib.sha256(repr([actions for _, actions, _ in plays]).encode()).hexdigest(),
         "constants": _sha(*(table.numpy() for table in constants)),
         "codes": _sha(*(codes.numpy() for codes, _ in measured)),

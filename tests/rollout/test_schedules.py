@@ -25,9 +25,7 @@ def planned(seed: int, dtype: torch.dtype) -> tuple[Schedule, bool]:
     whole = [s for n, s in enumerate(schedule.sessions) if s.chunks and n not in failed(schedule)]
     episodes = [record(session) for session in whole]
     with torch.no_grad():
-        logprob, _, digest = choice_logprobs(
-            model, collate(episodes, model.audio_token_id), vocabulary.classes, temperature
-        )
+        logprob, _, digest = choice_logprobs(model, collate(episodes, model.senses), vocabulary.classes, temperature)
     return schedule, all(
         torch.equal(learned, torch.cat(sampled))
         for learned, sampled in (

@@ -102,7 +102,7 @@ def test_learner_forward_gives_the_sampled_bits(model: InteractionModel) -> None
     classes = engine.vocabulary.classes
 
     def mismatch() -> tuple[int, int, int]:
-        logprob, _, digest = choice_logprobs(model, collate(episodes, model.audio_token_id), classes, 1.0)
+        logprob, _, digest = choice_logprobs(model, collate(episodes, model.senses), classes, 1.0)
         result = compare(
             concatenate(episodes, "logprob"),
             logprob.detach(),
@@ -135,7 +135,7 @@ def test_kept_hidden_states_are_the_learners(model: InteractionModel) -> None:
     session = engine.open(3)
     talk(engine, {0: session}, range(CHUNKS))
     episode = record(session)
-    learner = model(Inputs.cat([episode], model.audio_token_id))[episode.text.sampled_at - 1]
+    learner = model(Inputs.cat([episode], model.senses))[episode.text.sampled_at - 1]
     assert torch.equal(torch.stack(session.hidden), learner)
     assert not torch.equal(torch.stack(session.hidden), learner.roll(1, 0))
 

@@ -107,9 +107,9 @@ def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
     save_episodes(path, [EPISODE])
     assert unequal_fields(load_episodes(path)[0], EPISODE) == set()
     old = {"tokens": EPISODE.tokens, **{f"0.{name}": tensor for name, tensor in vars(EPISODE.text).items()}}
-    for stored, version in (("[{}]", 1), ('{"format": 3}', 3)):
+    for stored, version in (("[{}]", 1), ('{"format": 2}', 2), ('{"format": 4}', 4)):
         save_file(old, path, metadata={"episodes": stored})
-        says = f"format {version}, this program reads 2.*Roll the episodes out again"
+        says = f"format {version}, this program reads 3.*Roll the episodes out again"
         with pytest.raises(MetronomeError, match=says):
             load_episodes(path)
 

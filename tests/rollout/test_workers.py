@@ -21,6 +21,7 @@ from kernels.errors import MetronomeError
 from model.backbone.state import ContextFull
 from model.backbone.transformer import InteractionModel
 from model.config import preset
+from model.tokenizer import load_tokenizer
 from rollout.bench.workers import cpu_s
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.workers import pool as workers
@@ -42,6 +43,7 @@ def setup(**changes: Any) -> Setup:
     usual = Setup(
         config=preset("tiny"),
         dtype=torch.float32,
+        tokenizer=load_tokenizer(),
         speech_dir=str(DEFAULT_FOLDER),
         scenarios=ScenarioConfig(),
         slots=3,

@@ -100,7 +100,7 @@ def diagnose(model: InteractionModel, evidence: Evidence, sampling: InteractionM
     when nothing differs."""
     first = evidence.first()
     episode = evidence.episodes[first.owner]
-    classes = Vocabulary.build(model.vocab).classes
+    classes = Vocabulary.of(model).classes
     traces = Traces(sampling or model, model, evidence.episodes, first.owner, evidence.micro_batch, classes)
     growth, depends_on = compare_traces(traces.sampler, traces.learner), traces.depends_on()
     return Diagnosis(

@@ -9,7 +9,7 @@ entries too, for what torch computes between the ops."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,14 +26,25 @@ from rollout.record.episode import Episode
 from rollout.seeds import session_key, token_key
 
 _UNNAMED = re.compile(r"\.(weight|conv1d\.weight|e_score_correction_bias|rel_logits_proj\.proj)$")
-_BLOCK = re.compile(r"layers\.\d+\.(self_attn|mlp)|layers\.\d+|\w+")
+_BLOCK = re.compile(r"layers\.\d+\.(self_attn|mlp)|(vision_tower\.encoder_)?layers\.\d+|\w+")
+_LAYER = re.compile(r"vision_tower\.encoder_layers\.(\d+)")
 LOGPROB, DIGEST = "log-prob", "row digest"
+TEXT, AUDIO, PICTURES, PATCHES = "text", "audio", "pictures", "patches"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How many rows of one kind a call has, all episodes together, and which of them are the traced episode's."""
+
+    rows: int
+    kept: slice
 
 
 @dataclass
 class Entry:
     """The results of one op, or one activation named by the model, for an episode: at its T rows, at its N sampled
-    tokens for ops of the head, or at its audio rows for ops of the audio tower."""
+    tokens for ops of the head, at its audio rows for ops of the audio tower, or at its pictures or patches for those of
+    the vision tower."""
 
     op: str  # name in `kernels.ops`; "" for an activation that torch computed between ops
     function: str  # module and name of the function that ran
@@ -56,12 +67,13 @@ class Trace:
         self._names = {tensor.data_ptr(): _short(name) for name, tensor in named}
         self.entries: dict[str, Entry] = {}
         self._block = "embed"
-        self._rows, self._kept, self._audio = 0, slice(0, 0), slice(0, 0)
+        self._folds_time = next(i for i, layer in enumerate(model.model.vision_tower.layers) if layer.fold.time > 1)
+        self._parts = {TEXT: Part(0, slice(0, 0))}
 
-    def begin(self, rows: int, kept: slice, audio: slice) -> None:
-        """Announces a call over ``rows`` rows of all episodes. ``kept``: the traced episode's rows among them;
-        ``audio``: its audio rows among the call's audio rows."""
-        self._rows, self._kept, self._audio = rows, kept, audio
+    def begin(self, parts: Mapping[str, Part]) -> None:
+        """Announces a call over the rows of all episodes: of the backbone (`TEXT`) and, if it embeds them, of the
+        towers' inputs (`AUDIO`, `PICTURES`, `PATCHES`)."""
+        self._parts = dict(parts)
 
     def see(self, call: Call) -> None:
         """Adds the results of an op."""
@@ -83,18 +95,25 @@ class Trace:
         self._keep(name, "", "", values, None)
 
     def _keep(self, name: str, op: str, function: str, value: Tensor, weights: Tensor | None) -> None:
-        fan_out, rest = divmod(value.shape[0], self._rows)
-        kept = self._kept
-        if rest or not fan_out:  # a row for each audio token only
-            fan_out, kept = 1, self._audio
+        part = self._parts[self._kind(name)]
+        kept, fan_out = part.kept, value.shape[0] // part.rows
         if kept.stop == kept.start:
             return
         entry = self.entries.setdefault(name, Entry(op, function))
-        part = value.detach()[kept.start * fan_out : kept.stop * fan_out]
-        entry.pieces.append(part.reshape(kept.stop - kept.start, -1).clone())
-        entry.calls += [self._rows] * (kept.stop - kept.start)
+        own = value.detach()[kept.start * fan_out : kept.stop * fan_out]
+        entry.pieces.append(own.reshape(kept.stop - kept.start, -1).clone())
+        entry.calls += [part.rows] * (kept.stop - kept.start)
         if weights is not None:
             entry.weights.append(weights.detach()[kept].clone())
+
+    def _kind(self, name: str) -> str:
+        """Of what an entry has rows: a tower's ops are named after it."""
+        if name.startswith("audio_tower"):
+            return AUDIO
+        if not name.startswith("vision_tower"):
+            return TEXT
+        layer = _LAYER.match(name)
+        return PICTURES if layer and int(layer[1]) < self._folds_time else PATCHES
 
     def _place(self, call: Call) -> str:
         known = [self._names[t.data_ptr()] for t in _tensors(call) if t.data_ptr() in self._names]
@@ -142,7 +161,7 @@ def sampler(model: InteractionModel, episodes: Sequence[Episode], index: int, cl
     as in `SessionEngine.append` when all sessions begin together. Tokens are drawn with the episodes' own keys."""
     trace, state = Trace(model), _state(model, episodes)
     slots = [state.open() for _ in episodes]
-    inputs_of_all, fed = Inputs.cat(episodes, model.audio_token_id), [0] * len(episodes)
+    inputs_of_all, fed = Inputs.cat(episodes, model.senses), [0] * len(episodes)
     for chunk, turn in _turns(episodes):
         spans = [(e, fed[e], position) for e, position in turn]
         lengths = [end - first for _, first, end in spans]
@@ -152,10 +171,10 @@ def sampler(model: InteractionModel, episodes: Sequence[Episode], index: int, cl
             fed[e] = position
         at = next((i for i, (e, _) in enumerate(turn) if e == index), len(turn))
         rows = _part(lengths, at)
-        trace.begin(sum(lengths), rows, _inside(inputs, rows))
+        trace.begin(_parts(inputs, rows))
         with observed(trace.see):
             hidden = model(inputs, state, _Activations(trace))
-            trace.begin(len(turn), _part([1] * len(turn), at), slice(0, 0))
+            trace.begin({TEXT: Part(len(turn), _part([1] * len(turn), at))})
             logits = model.logits(hidden[segments.offset[1:].long() - 1])
             _draw(trace, episodes, turn, chunk, logits, classes)
     return trace
@@ -181,13 +200,13 @@ def _draw(
 
 def learner(model: InteractionModel, episodes: Sequence[Episode], index: int, classes: TokenClasses) -> Trace:
     """Traces ``episodes[index]`` as the learner computes it, in one forward pass with the others under autograd."""
-    trace, batch = Trace(model), collate(episodes, model.audio_token_id)
+    trace, batch = Trace(model), collate(episodes, model.senses)
     rows = _part([int(e.text.sampled_at[-1]) for e in episodes], index)
-    trace.begin(len(batch.inputs.tokens), rows, _inside(batch.inputs, rows))
+    trace.begin(_parts(batch.inputs, rows))
     with observed(trace.see):
         hidden = model(batch.inputs, None, _Activations(trace))
         sampled = [len(e.text.sampled_at) for e in episodes]
-        trace.begin(len(batch.row), _part(sampled, index), slice(0, 0))
+        trace.begin({TEXT: Part(len(batch.row), _part(sampled, index))})
         logits = model.logits(hidden[batch.row])
         logprob, _, digest = classes.logprob(logits, batch.target, batch.row_class, episodes[0].temperature)
         trace.add(LOGPROB, logprob)
@@ -212,9 +231,21 @@ def _turns(episodes: Sequence[Episode]) -> list[tuple[int, list[tuple[int, int]]
     return [(chunk, calls[chunk, within]) for chunk, within in sorted(calls)]
 
 
-def _inside(inputs: Inputs, rows: slice) -> slice:
-    """Which frames of codes lie in those rows."""
-    first, end = torch.searchsorted(inputs.audio_rows, torch.tensor([rows.start, rows.stop])).tolist()
+def _parts(inputs: Inputs, rows: slice) -> dict[str, Part]:
+    """The parts of a forward pass, of which the traced episode has those ``rows``."""
+    frames, patches = (_inside(at, rows) for at in (inputs.audio_rows, inputs.image_rows))
+    ends = [0, *inputs.patches.count.cumsum(0).tolist()]
+    return {
+        TEXT: Part(len(inputs.tokens), rows),
+        AUDIO: Part(len(inputs.codes), frames),
+        PICTURES: Part(len(inputs.patches.pictures), slice(ends[patches.start], ends[patches.stop])),
+        PATCHES: Part(len(inputs.patches), patches),
+    }
+
+
+def _inside(places: Tensor, rows: slice) -> slice:
+    """Which of the ascending ``places`` lie in those rows."""
+    first, end = torch.searchsorted(places, torch.tensor([rows.start, rows.stop])).tolist()
     return slice(first, end)
 
 

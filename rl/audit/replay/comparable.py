@@ -1,7 +1,8 @@
 """Whether a saved episode can be compared with the learner.
 
 Its contract must be this program's, its weights those of the checkpoint (by a digest computed again from the file), its
-temperature the recipe's, and its tokens, positions and masks those that a session makes from its audio and actions.
+temperature the recipe's, and its tokens, positions and masks those that a session makes from its audio, video, events
+and actions.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import torch
 from kernels import dispatch
 from model.config import MEL_BINS
 from rl.audit.document import Reason
-from rl.config import TrainConfig
 from rollout.record.episode import Episode, tensors
 from rollout.record.transcript import write_transcript
 from rollout.turn.action import CHUNK_FRAMES
 from rollout.turn.grammar import Grammar
-from rollout.turn.vocabulary import Vocabulary
 
 DTYPES = {
     "tokens": torch.int64,
     "codes": torch.uint8,
+    "frames.pixels": torch.uint8,
+    "frames.sizes": torch.int64,
     "text.sampled_at": torch.int64,
     "text.row_class": torch.int64,
     "text.chunk": torch.int64,
@@ -37,23 +38,22 @@ def other_contract(episode: Episode) -> tuple[Reason, str] | None:
     return Reason.CONTRACT, f"sampled under contract {episode.contract_id}; this program's is {contract_id}"
 
 
-def incomparable(
-    episode: Episode, digest: str, vocabulary: Vocabulary, config: TrainConfig
-) -> tuple[Reason, str] | None:
-    """Why the episode cannot be compared with the learner with weights ``digest``: a reason and a sentence, or None."""
+def incomparable(episode: Episode, digest: str, temperature: float, grammar: Grammar) -> tuple[Reason, str] | None:
+    """Why the episode cannot be compared with the learner with weights ``digest``, whose recipe has this temperature
+    and grammar: a reason and a sentence, or None."""
     if other := other_contract(episode):
         return other
     if episode.weights_digest != digest:
         return Reason.WEIGHTS, f"sampled from weights {episode.weights_digest}; the checkpoint's are {digest}"
-    if episode.temperature != config.rollout.temperature:
+    if episode.temperature != temperature:
         return (
             Reason.TEMPERATURE,
-            f"sampled at temperature {episode.temperature}; the recipe's is {config.rollout.temperature}",
+            f"sampled at temperature {episode.temperature}; the recipe's is {temperature}",
         )
-    return _other_layout(episode, vocabulary, config.rollout.words_per_chunk)
+    return _other_layout(episode, grammar)
 
 
-def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int) -> tuple[Reason, str] | None:
+def _other_layout(episode: Episode, grammar: Grammar) -> tuple[Reason, str] | None:
     """Compares the episode with the sequence that a session makes of the same audio and actions."""
     if unknown := sorted(tensors(episode).keys() - DTYPES.keys()):
         return Reason.TOKENS, f"it has {', '.join(unknown)}, which this program does not score"
@@ -63,11 +63,11 @@ def _other_layout(episode: Episode, vocabulary: Vocabulary, words_per_chunk: int
         return Reason.TOKENS, f"its audio has codes above {MEL_BINS - 1}"
     try:
         codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
-        made = write_transcript(codes, episode.actions, Grammar(vocabulary, words_per_chunk))
+        made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events)
     except (ValueError, RuntimeError) as error:
         return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
     if not torch.equal(episode.tokens, made.tokens):
-        return Reason.TOKENS, "its tokens are not those of its audio and actions"
+        return Reason.TOKENS, "its tokens are not those of its audio, video, events and actions"
     text, wanted = episode.text, made.text
     sizes = {len(t) for t in (text.logprob, text.digest, wanted.chunk)}
     same = torch.equal(text.sampled_at, wanted.sampled_at) and torch.equal(text.chunk, wanted.chunk)

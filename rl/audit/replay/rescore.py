@@ -101,8 +101,10 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
             yield CheckedStep(step, checked, None)
             continue
         digest = checkpoint.weights_digest(model)
-        vocabulary = Vocabulary.build(model.vocab)
-        checked = [CheckedEpisode(step, e, incomparable(e, digest, vocabulary, records.config)) for e in episodes]
+        vocabulary = Vocabulary.of(model)
+        layout = records.config.rollout.grammar(vocabulary, model.senses.patch)
+        temperature = records.config.rollout.temperature
+        checked = [CheckedEpisode(step, e, incomparable(e, digest, temperature, layout)) for e in episodes]
         places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
         scored = _with_learner_logprobs(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
         for i, one in zip(places, scored, strict=True):
@@ -198,7 +200,7 @@ def _with_learner_logprobs(
     """By the row contract the number of episodes in a pass does not enter the result."""
     for first in range(0, len(seen), micro_batch):
         some = seen[first : first + micro_batch]
-        batch = collate([one.episode for one in some], model.audio_token_id)
+        batch = collate([one.episode for one in some], model.senses)
         logprob, _, digest = choice_logprobs(model, batch, vocabulary.classes, some[0].episode.temperature)
         lengths = [len(one.episode.text.chunk) for one in some]
         for one, p, d in zip(some, logprob.cpu().split(lengths), digest.cpu().split(lengths), strict=True):

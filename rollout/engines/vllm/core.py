@@ -19,7 +19,6 @@ from typing import Any
 
 import safetensors.torch
 import torch.distributed as dist
-from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
@@ -59,6 +58,7 @@ class Core:
         *,
         slots: int,
         max_tokens: int,
+        max_patches: int = 0,
         worker_process: bool = False,
         prefix_cache: bool = True,
         prefill_tokens: int = 2048,
@@ -83,7 +83,7 @@ class Core:
         rows = max_tokens + 2  # the last sampled token and a forced end lie beyond the context
         start = starting(timeout_s) if worker_process else nullcontext()
         with start_folder(worker_process) as folder, restoring_torch() as vllm_functions, start:
-            PolicyConfig.of(model.config, rows).save_pretrained(folder)
+            PolicyConfig.of(model.config, rows, max_patches).save_pretrained(folder)
             allowed = {"allowed": vocabulary.classes.allowed.cpu().contiguous()}
             safetensors.torch.save_file(allowed, folder / CLASSES)
             register()
@@ -177,14 +177,14 @@ class Core:
         self,
         session: int,
         tokens: list[int],
-        codes: Sequence[tuple[int, Tensor]],
+        items: Sequence[Any],
         turn: dict[str, Any],
         *,
         max_tokens: int,
         stop: list[int],
     ) -> None:
-        """Adds input to ``session`` and starts a micro-turn: token ids, and (index of the first row, codes uint8 [4,
-        80]) of each chunk of audio among them. The micro-turn ends after ``max_tokens`` tokens or with one of ``stop``;
+        """Adds input to ``session`` and starts a micro-turn: token ids, and what of them is no text, ascending
+        (`rollout.engines.vllm.items`). The micro-turn ends after ``max_tokens`` tokens or with one of ``stop``;
         ``turn``: fields of `rollout.engines.vllm.sampling.Turn`."""
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
@@ -192,7 +192,7 @@ class Core:
         request = EngineCoreRequest(
             request_id=str(session),
             prompt_token_ids=list(tokens),
-            mm_features=[_audio(first, c) for first, c in codes],
+            mm_features=list(items),
             sampling_params=SamplingParams(
                 temperature=0.0,
                 max_tokens=max_tokens,
@@ -312,28 +312,3 @@ def _shut_down(client: Any, guard: Guard | None, vllm_functions: Functions, *, k
         client.shutdown()
     finally:
         swap_functions(before)
-
-
-def _audio(first: int, codes: Tensor) -> Any:
-    """One chunk's codes uint8 [4, 80] as a multimodal item of vLLM whose rows begin at ``first``. Its identifier is a
-    digest of the codes, by which vLLM's prefix cache compares chunks."""
-    import hashlib
-
-    from vllm.multimodal.inputs import (
-        MultiModalBatchedField,
-        MultiModalFeatureSpec,
-        MultiModalFieldElem,
-        MultiModalKwargsItem,
-        PlaceholderRange,
-    )
-
-    from rollout.engines.vllm.policy import CODES_FIELD
-
-    name = hashlib.blake2b(codes.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
-    return MultiModalFeatureSpec(
-        data=MultiModalKwargsItem({CODES_FIELD: MultiModalFieldElem(data=codes, field=MultiModalBatchedField())}),
-        modality="audio",
-        identifier=name,
-        mm_position=PlaceholderRange(offset=first, length=len(codes)),
-        mm_hash=name,
-    )

@@ -14,10 +14,12 @@ import torch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.senses.audio import HOP, WINDOW, DMel
+from model.senses.video import Patches
 from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
 from rollout.engines.vllm.core import TIMEOUT_S, shared_core
+from rollout.engines.vllm.items import codes_item, patches_item
 from rollout.turn.action import Action
-from rollout.turn.grammar import Grammar, chunk_starts, context_chunks, row_class
+from rollout.turn.grammar import AUDIO_ROWS, Grammar, chunk_starts, context_chunks, row_class
 from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 
@@ -34,6 +36,8 @@ class VllmEngine:
         slots: int,
         max_tokens: int,
         words_per_chunk: int = 1,
+        max_patches: int = 0,
+        max_event_words: int = 0,
         keep_hidden: bool = False,
         worker_process: bool = False,
         prefix_cache: bool = True,
@@ -45,12 +49,13 @@ class VllmEngine:
         for name, size in sizes.items():
             if size is not None and (type(size) is not int or size < 1):
                 raise ValueError(f"VllmEngine: {name} is {size!r}; it must be a whole number (int), at least 1")
-        self.grammar = Grammar(vocabulary, words_per_chunk)
+        self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, model.senses.patch)
         self.core = shared_core(
             model,
             vocabulary,
             slots=slots,
             max_tokens=max_tokens,
+            max_patches=max_patches,
             worker_process=worker_process,
             prefix_cache=prefix_cache,
             prefill_tokens=prefill_tokens,
@@ -73,7 +78,7 @@ class VllmEngine:
 
     @property
     def max_chunks(self) -> int:
-        return context_chunks(self.max_tokens, self.grammar.words_per_chunk)
+        return context_chunks(self.max_tokens, self.grammar.words_per_chunk, self.grammar.extra)
 
     def publish(self) -> None:
         """See `Engine.publish`. Sessions must be closed because their KV cache was computed with the old weights."""
@@ -106,7 +111,7 @@ class VllmEngine:
 
     def check(self, session: Session, observation: Observation) -> None:
         """See `Engine.check`."""
-        check_turn(session, observation, self._opened, self.grammar.max_rows, self.max_tokens)
+        check_turn(session, observation, self._opened, self.grammar, self.max_tokens)
 
     @torch.inference_mode()
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
@@ -116,8 +121,8 @@ class VllmEngine:
         samples = torch.cat(parts).view(len(sessions), -1)
         codes = self.dmel.stream_codes(samples)
         try:
-            for session, audio, chunk_codes in zip(sessions, samples, codes, strict=True):
-                session.add_observation(audio[-(WINDOW - HOP) :], chunk_codes, self.grammar.observed)
+            for session, observation, audio, chunk_codes in zip(sessions, observations, samples, codes, strict=True):
+                session.add_observation(audio[-(WINDOW - HOP) :], chunk_codes, observation, self.grammar)
                 self._add(session)
             return self._sample_turns(sessions)
         except BaseException:
@@ -134,7 +139,7 @@ class VllmEngine:
         return session
 
     def _add(self, session: Session) -> None:
-        """Sends vLLM the tokens and codes that it does not have yet: at a session's first input, all."""
+        """Sends vLLM the tokens, codes and patches that it does not have yet: at a session's first input, all."""
         begin = session.computed if self.core.begun[session.slot] else 0
         tokens = session.tokens[begin:]
         starts = chunk_starts(tokens, self.vocabulary.audio)
@@ -144,9 +149,14 @@ class VllmEngine:
             "temperature": session.temperature,
             "keep_hidden": self.keep_hidden,
         }
-        codes = list(zip(starts, session.codes[len(session.codes) - len(starts) :], strict=True))
+        before = len(session.codes) - len(starts)
+        items = [codes_item(first, codes) for first, codes in zip(starts, session.codes[before:], strict=True)]
+        for first, frames in zip(starts, session.frames[before:], strict=True):
+            if len(frames):
+                items.append(patches_item(first + AUDIO_ROWS, Patches.cut(frames, self.grammar.patch)))
+        items.sort(key=lambda item: int(item.mm_position.offset))
         stop = list(self.grammar.stops)
-        self.core.add(session.slot, tokens, codes, turn, max_tokens=self.grammar.max_sampled, stop=stop)
+        self.core.add(session.slot, tokens, items, turn, max_tokens=self.grammar.max_sampled, stop=stop)
 
     def _record(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
         """Adds the turn's sampled tokens to the session's record."""

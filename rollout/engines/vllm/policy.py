@@ -4,7 +4,8 @@ vLLM schedules, batches and holds the pages; the arithmetic is `model.backbone.t
 forward that the embedded engine and the learner run. The weights do not come through vLLM's loader: the engine hands
 over the learner's own model (in process) or a copy of it (in a worker process), see `rollout.engines.vllm.worker`.
 
-A chunk's audio is one multimodal item: its dMel codes, uint8 [4, 80], embedded here by the audio tower.
+A chunk's audio is one multimodal item, and so is its video, if any (`rollout.engines.vllm.items`); the towers embed
+them here.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
+from model.senses.video import Patches
+from rollout.engines.vllm.items import AUDIO, FIELD, IMAGE, unpacked
 from rollout.engines.vllm.pages import PageBackend, Pages, page_spec, view_pages
 from rollout.turn.grammar import AUDIO_ROWS
 
@@ -41,11 +44,6 @@ CACHE_LAYER = "model.layers.0"
 CLASSES = "classes.safetensors"
 """File in the model's folder with `TokenClasses.allowed`, bool [3, V], under the name ``allowed``."""
 
-CODES_FIELD = "address"
-"""Name of the field of a multimodal item that has a chunk's codes. vLLM drops the data of items whose rows have been
-computed, except items with a field called "address" (meant for items in shared memory). The data is needed when a
-preempted session is recomputed; without it vLLM fails with an encoder cache miss."""
-
 Record = tuple[int, float, int, bytes]
 """The record of one sampled token: token, log-prob, digest of the row, bytes of the hidden state (empty unless
 kept)."""
@@ -56,16 +54,18 @@ class PolicyConfig(PretrainedConfig):
 
     model_type = MODEL_TYPE
 
-    def __init__(self, inkling: dict[str, Any] | None = None, **rest: Any) -> None:
+    def __init__(self, inkling: dict[str, Any] | None = None, max_patches: int = 0, **rest: Any) -> None:
         super().__init__(**rest)
         self.inkling = inkling or {}
+        self.max_patches = max_patches
 
     @staticmethod
-    def of(config: InklingConfig, rows: int) -> PolicyConfig:
-        """``rows``: context length."""
+    def of(config: InklingConfig, rows: int, max_patches: int) -> PolicyConfig:
+        """``rows``: context length; ``max_patches``: the most video patches of a micro-turn."""
         text = config.text_config
         return PolicyConfig(
             inkling=config.to_dict(),
+            max_patches=max_patches,
             architectures=[ARCHITECTURE],
             hidden_size=text.hidden_size,
             vocab_size=text.unpadded_vocab_size or text.vocab_size,
@@ -77,10 +77,10 @@ class PolicyConfig(PretrainedConfig):
 
 class _Info(BaseProcessingInfo):
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"audio": None}
+        return {AUDIO: None, IMAGE: None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"audio": AUDIO_ROWS}
+        return {AUDIO: AUDIO_ROWS, IMAGE: max(1, self.ctx.model_config.hf_config.max_patches)}
 
 
 class _NoProcessor:
@@ -120,12 +120,19 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
     def load_weights(self, weights: Any) -> set[str]:
         return set()
 
-    def embed_multimodal(self, **kwargs: object) -> Tensor:
-        """codes uint8 [N, 4, 80] -> [N, 4, D]."""
-        codes = kwargs[CODES_FIELD]
-        assert isinstance(codes, Tensor)
-        rows = self.models[0].model.audio_tower(codes.flatten(0, 1))
-        return rows.view(*codes.shape[:2], self.width)
+    def embed_multimodal(self, **kwargs: object) -> Tensor | list[Tensor]:
+        """N items of one kind: codes uint8 [N, 4, 80] -> [N, 4, D], or packed patches uint8 [N, B], or of each item
+        uint8 [B], -> of each item [P, D]."""
+        data, towers = kwargs[FIELD], self.models[0].model
+        if isinstance(data, Tensor) and data.ndim == 3:
+            rows = towers.audio_tower(data.flatten(0, 1))
+            return rows.view(*data.shape[:2], self.width)
+        assert isinstance(data, Tensor | list | tuple)
+        parts = [unpacked(item) for item in data]
+        patches = Patches.cat(parts)
+        device = self.models[0].device
+        placed = (x.to(device) for x in (patches.pictures, patches.inside, patches.steps()))
+        return list(towers.vision_tower(*placed).split([len(part) for part in parts]))
 
     def embed_input_ids(
         self,

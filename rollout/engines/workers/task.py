@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from transformers import InklingConfig
+from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from model.config import MEL_CHANNELS
 from rollout.record.episode import TEXT, Episode, Stream, tensors
@@ -34,11 +34,14 @@ class Setup:
 
     config: InklingConfig
     dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerFast | None  # the model's
     speech_dir: str | None  # None is the set shipped with the program
     scenarios: ScenarioConfig
     slots: int  # sessions open at once
     max_tokens: int  # context of each, in rows
     words_per_chunk: int
+    max_patches: int = 0  # these two as in `rollout.turn.grammar.Grammar`
+    max_event_words: int = 0
     number: int = READY
 
 
@@ -121,7 +124,12 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
             raise ValueError(f"an episode's {name} is {getattr(episode, name)!r}, not {value!r}")
     if list(episode.streams) != [TEXT]:
         raise ValueError(f"an episode has the streams {list(episode.streams)}, not {[TEXT]}")
-    forms = {"tokens": (torch.int64, (tokens,)), "codes": (torch.uint8, (audio, MEL_CHANNELS))}
+    forms = {
+        "tokens": (torch.int64, (tokens,)),
+        "codes": (torch.uint8, (audio, MEL_CHANNELS)),
+        "frames.pixels": (torch.uint8, (episode.frames.pixels.numel(),)),
+        "frames.sizes": (torch.int64, (len(episode.frames.sizes), 4)),
+    }
     for name, stream in episode.streams.items():
         sampled = len(stream.sampled_at)
         per_token = dict.fromkeys((f"{name}.{field.name}" for field in fields(Stream)), (torch.int64, (sampled,)))
@@ -130,6 +138,8 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
         dtype, shape = forms[name]
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(f"an episode's {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+    if any(k >= play.chunks for k, _ in episode.frames.chunks()):
+        raise ValueError(f"an episode of {play.chunks} chunks has video beyond them")
     at = episode.text.sampled_at
     if len(episode.actions) != play.chunks or not play.chunks <= len(at) < tokens:
         raise ValueError(f"an episode of {play.chunks} chunks has {len(episode.actions)} actions, {len(at)} samples")

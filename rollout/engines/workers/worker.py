@@ -36,6 +36,7 @@ class Worker:
         self._weights = f"/proc/self/fd/{weights}"
         self._bank = SpeechBank.open(setup.speech_dir)
         self._model = InteractionModel(setup.config, setup.dtype)
+        self._model.tokenizer = setup.tokenizer
         self._engine: SessionEngine | None = None
 
     def roll(self, task: Task) -> list[Episode]:

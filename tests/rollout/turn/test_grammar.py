@@ -29,7 +29,7 @@ def test_actions_are_written_read_and_counted(words_per_chunk: int) -> None:
         assert [grammar.is_over(sampled[: n + 1]) for n in range(len(sampled))] == [False] * (len(sampled) - 1) + [True]
         forced = grammar.forced(sampled)
         assert (forced == [VOCABULARY.end]) == (len(action.words) == words_per_chunk)
-        assert (len(grammar.observed) + len(sampled) + len(forced), len(sampled)) == turn_rows(
+        assert (len(grammar.observed()) + len(sampled) + len(forced), len(sampled)) == turn_rows(
             len(action.words), words_per_chunk
         )
         assert all(VOCABULARY.classes.allowed[row_class(i), token] for i, token in enumerate(sampled))

@@ -35,14 +35,14 @@ def test_audio_comes_back() -> None:
     assert torch.equal(stack_audio(audio_observations(audio)), audio)
 
 
-def test_a_model_without_a_sense_says_so_and_no_session_moves() -> None:
+def test_an_engine_without_room_for_a_sense_says_so_and_no_session_moves() -> None:
     model = fresh_model()
     engine = SessionEngine(model, Vocabulary.build(model.vocab), slots=2, max_tokens=64)
     sessions = [engine.open(0), engine.open(1)]
     picture = torch.zeros(1, 40, 40, 3, dtype=torch.uint8)
     for unknown, says in (
-        (Observation(SILENCE, picture), "1 video frames, but the model has no vision tower"),
-        (Observation(SILENCE, events=("four",)), "1 text events"),
+        (Observation(SILENCE, picture), r"cut into 9 patches, but .* no video \(max_patches is 0\)"),
+        (Observation(SILENCE, events=("four", "one two")), "have 3 words, but .* room for 0"),
     ):
         with pytest.raises(MissingSenseError, match=says) as error:
             engine.append(sessions, [Observation(SILENCE), unknown])

@@ -94,7 +94,7 @@ def unequal(a: list[Session], b: list[Session]) -> int:
 def against_learner(model: InteractionModel, sessions: list[Session], vocabulary: Vocabulary) -> tuple[int, int, int]:
     """Tokens, unequal log-probs and unequal rows in one teacher-forced forward over all sessions."""
     episodes = [record(session) for session in sessions]
-    batch = collate(episodes, model.audio_token_id)
+    batch = collate(episodes, model.senses)
     with torch.no_grad():
         logprob, _, digest = choice_logprobs(model, batch, vocabulary.classes, 1.0)
     result = compare(concatenate(episodes, "logprob"), logprob, concatenate(episodes, "digest"), digest)
