@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.checks.weights import check_held
 from kernels.layout import AdamWStep, PackedExperts, PackedLinear, PagedKV, Segments
 
 
@@ -64,7 +65,8 @@ def pack_experts(*groups: tuple[Tensor, ...]) -> PackedExperts:
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
     """Copies the current values of the weights into the packed copy, in place. Raises ValueError when another backend
-    packed them; they then stay stale."""
+    packed them; they then stay stale. Raises MetronomeError when the weights were not kept."""
+    check_held("repack", packed)
     before, packed.made = packed.made, packed.weights.now
     try:
         dispatch.backend().repack(packed)

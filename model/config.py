@@ -15,6 +15,7 @@ from transformers import InklingConfig, InklingTextConfig
 
 from kernels import exact
 from kernels.layout import CONV_TAPS
+from model import published
 from model.program.ranges import Range, shown
 from model.senses.video import CHANNELS, TIME_STEPS
 
@@ -58,11 +59,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 def preset(name: str) -> InklingConfig:
     """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.3M parameters, for CPUs.
-    base: 125M. inkling_small: 276B, 12B active (meta device only).
-
-    Of inkling_small only the two counts are published. Vocabulary, head width, experts and top-k are those of Inkling's
-    default config; width, depth, heads and expert width are our guess, chosen to give these counts. Raises ValueError
-    for another name."""
+    base: 125M. inkling_small: Inkling-Small, 264B without vision and multi-token prediction; its numbers and their
+    sources are in `model.published`. Raises ValueError for another name."""
     match name:
         case "nano":
             text = {
@@ -100,13 +98,15 @@ def preset(name: str) -> InklingConfig:
             }  # fmt: skip
             return _config(text, patch=40, vision_layers=1)
         case "inkling_small":
-            text = {
-                "hidden_size": 4096, "num_hidden_layers": 42,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-                "swa_num_attention_heads": 32, "swa_num_key_value_heads": 16, "swa_head_dim": 128,
-                "intermediate_size": 16384, "moe_intermediate_size": 2048, "logits_mup_width_multiplier": 16.0,
-            }  # fmt: skip
-            return _config(text, patch=40, vision_layers=4, audio_token_id=200053, image_token_id=200054)
+            tokens, vision = (
+                published.values(part) for part in (published.INKLING_SMALL_TOKENS, published.INKLING_SMALL_VISION)
+            )
+            return _config(
+                published.values(published.INKLING_SMALL_TEXT),
+                patch=vision["patch_size"],
+                vision_layers=vision["num_hidden_layers"],
+                **tokens,
+            )
         case _:
             raise ValueError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
 
@@ -139,6 +139,11 @@ def from_json(stored: dict[str, Any]) -> InklingConfig:
             raise ValueError(f"{name} is {shown(value)}: {problem}")
         if name in ("dtype", "torch_dtype") and value is not None and value not in list(DTYPES):
             raise ValueError(f"{name} is {shown(value)}; choose one of {', '.join(DTYPES)}")
+    text = stored.get("text_config")
+    if isinstance(text, dict) and {"dense_intermediate_size", "intermediate_size"} <= text.keys():
+        # As Inkling's releases have it: the one is of dense layers, the other of experts. The library reads the first
+        # and gives experts its default width.
+        stored = stored | {"text_config": {"moe_intermediate_size": text["intermediate_size"]} | text}
     try:
         config = InklingConfig(**stored)
         json.dumps(config.to_dict())

@@ -108,7 +108,7 @@ def run(config: EvaluateConfig) -> None:
     # Everything that the work needs is read and checked before it begins.
     models = load_models(config.models)
     pairs = {axis: held_out(config.pairs, axis, model) for model in models.values() for axis in model.axes}
-    policy = checkpoint.load(config.unseen.policy.checkpoint)
+    policy = checkpoint.load(config.unseen.policy.checkpoint, keep_weights=False)
     for model in models.values():
         Vocabulary.of(policy).check_same(model.backbone, model.name)
     check_words(Path(config.pairs), Vocabulary.of(policy))

@@ -40,9 +40,8 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     dtype, device = getattr(torch, config.model.dtype), dispatch.device()
     model = empty(shape, dtype)
     count = sum(w.numel() for w in model.parameters())
-    shards = ranks.world() if config.rl.optim.zero_stage else 1
     together = local_world() if device.type == "cpu" else 1  # a GPU is one process's own
-    needed = together * training_bytes(model, shards)
+    needed = together * training_bytes(model, config.rl.optim.zero_stage, ranks.world()).total
     name = f"model.preset {config.model.preset!r}" if path is None else f"model.checkpoint {path!r}"
     place = f"in {together} processes" if device.type == "cpu" else "on one GPU"
     purpose = f"recipe: {name}: training its {count:,} weights {place}"

@@ -102,10 +102,18 @@ class _Pages:
 
 def state_bytes(config: InklingConfig, slots: int, max_tokens: int, dtype: torch.dtype, max_rows: int = 1024) -> int:
     """What a `SessionState` of these sizes allocates."""
+    return sum(state_parts(config, slots, max_tokens, dtype, max_rows))
+
+
+def state_parts(
+    config: InklingConfig, slots: int, max_tokens: int, dtype: torch.dtype, max_rows: int = 1024
+) -> tuple[int, int]:
+    """`state_bytes` as (keys and values, convolution windows)."""
     text = config.text_config
     counts = _page_counts(text, slots, max_tokens, max_rows)
-    layers = (_layer_sizes(text, i, counts[shapes.window(text, i)], slots) for i in range(text.num_hidden_layers))
-    return sum(math.prod(size) for layer in layers for size in layer) * dtype.itemsize
+    layers = [_layer_sizes(text, i, counts[shapes.window(text, i)], slots) for i in range(text.num_hidden_layers)]
+    kv, past = (sum(math.prod(size) for layer in layers for size in layer[part]) for part in (_KV, _PAST))
+    return kv * dtype.itemsize, past * dtype.itemsize
 
 
 def _page_counts(text: InklingTextConfig, slots: int, max_tokens: int, max_rows: int) -> dict[int | None, int]:
@@ -237,6 +245,10 @@ class SessionState:
             self._decode = (list(slots), torch.tensor(slots, dtype=torch.int32), offset)
         start = torch.tensor(starts, dtype=torch.int32)
         return Segments(self._decode[1], start, self._decode[2], start)
+
+
+_KV, _PAST = slice(0, 2), slice(2, None)
+"""Of the shapes that `_layer_sizes` returns: those of keys and values, and those of the convolution windows."""
 
 
 def _layer_sizes(text: InklingTextConfig, layer: int, pages: int, slots: int) -> list[tuple[int, ...]]:

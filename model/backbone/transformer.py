@@ -12,7 +12,7 @@ then `repack`. A forward between the two raises StaleWeightsError (`model.weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from transformers import InklingConfig
 
 from kernels import ops
 from kernels.checks.weights import stale_weights
+from kernels.errors import MetronomeError
 from kernels.layout import Generation, PackedLinear, Segments
 from model import config as shapes
 from model.backbone.attention import Attention, ShortConv, short_conv
@@ -153,13 +154,15 @@ class InteractionModel(nn.Module):
         self.senses = Senses(config.audio_token_id, config.image_token_id, config.vision_config.patch_size)
         self.packed: PackedLinear | None = None  # the output head's
         self.generation = Generation()  # counts the updates of the weights
+        # Of a model that keeps packed copies in place of weights: the weights' digest, `_version` of what it still has.
+        self.packed_digest: tuple[str, tuple[int, ...]] | None = None
         self._versions: tuple[int, ...] = ()  # `_present()` at the last pack
         self.tau: Tensor | None = None  # fp32 [positions] on the CPU, when log scaling is on
         self.tokenizer = shipped(config)  # None: no text; a checkpoint's own replaces it (`model.weights.checkpoint`)
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.language_model.norm.weight.device  # of a weight that no pack replaces
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -188,18 +191,41 @@ class InteractionModel(nn.Module):
     @torch.no_grad()
     def pack(self) -> None:
         """Builds the packed weights for the active backend. Call it once, before the first forward."""
-        for layer in self.layers:
-            layer.pack()
-        self.model.vision_tower.pack()
+        self.need_weights("pack")
+        for _, pack_part in self.packers():
+            pack_part()
+        self.end_packing()
+
+    def packers(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """(beginning of its weights' names, what packs it) for each part of the model that has packs. Who packs part by
+        part calls `end_packing` at the end."""
+        for i, layer in enumerate(self.layers):
+            yield f"model.language_model.layers.{i}.", layer.pack
+        yield "model.vision_tower.", self.model.vision_tower.pack
+        yield "lm_head.", self._pack_head
+
+    def _pack_head(self) -> None:
         self.packed = ops.pack_linear(self.lm_head.weight)
+
+    def end_packing(self) -> None:
+        """To be called when all parts are packed."""
         self.tau = shapes.log_scale_table(self.config.text_config)
         packs.mark_current(self, self.generation)
         self._versions = self._present()
+
+    def need_weights(self, purpose: str) -> None:
+        """Raises MetronomeError for a model of which only packed copies were kept (`model.weights.checkpoint.load`)."""
+        if self.packed_digest is not None:
+            raise MetronomeError(
+                f"{purpose}: this model was loaded for inference only, and its weights were not kept beside their "
+                "packed copies; load it with its weights (keep_weights)"
+            )
 
     @torch.no_grad()
     def repack(self) -> None:
         """Refreshes the packed weights in place from the parameters; needed after each update. Raises RuntimeError
         before `pack`."""
+        self.need_weights("repack")
         if self.packed is None:
             raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
         for layer in self.layers:
@@ -210,6 +236,7 @@ class InteractionModel(nn.Module):
 
     def mark_changed(self) -> None:
         """To be called after any change of the weights: until `repack` every forward raises StaleWeightsError."""
+        self.need_weights("a change of the weights")
         self.generation.now += 1
 
     def _present(self) -> tuple[int, ...]:
@@ -281,8 +308,10 @@ class InteractionModel(nn.Module):
     ) -> Tensor:
         if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
-        if torch.is_grad_enabled() and self._versions != self._present():  # changed without mark_changed
-            raise stale_weights("InteractionModel")
+        if torch.is_grad_enabled():
+            self.need_weights("a forward pass for gradients")
+            if self._versions != self._present():  # changed without mark_changed
+                raise stale_weights("InteractionModel")
         for i, layer in enumerate(self.layers):
             layer_tau = tau if layer.window is None else None
             x = layer.run(x, segments, None if layers is None else layers[i], layer_tau, capture)

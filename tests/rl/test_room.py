@@ -25,7 +25,7 @@ def test_a_run_too_large_for_the_card_names_the_fields_to_lower(monkeypatch: pyt
     model."""
     config = parse(["--placement.device", "cuda"])[0]
     shape, slots = preset("tiny"), config.rl.groups * config.rl.rollouts
-    model = training_bytes(empty(shape, torch.float32))
+    model = training_bytes(empty(shape, torch.float32), config.rl.optim.zero_stage).total
     sessions = state_bytes(shape, slots, config.rollout.max_tokens, torch.float32, max_rows=slots)
     forward = activation_bytes(shape, config.rl.micro_batch * room.fewest_rows(config), torch.float32)
     enough = int((model + sessions + forward) / (1 - memory.RESERVED_FRACTION)) + 2
