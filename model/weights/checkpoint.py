@@ -23,7 +23,8 @@ from transformers import InklingConfig
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
-from model.config import DTYPES, from_json
+from model.config import DTYPES, from_json, global_sight
+from model.context import ContextConfig, give
 from model.program.files import whole_folder, write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, one_line, read_object, read_record
@@ -91,11 +92,15 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def load(folder: Path | str, dtype: torch.dtype | None = None) -> InteractionModel:
-    """The model in ``folder``, packed, in ``dtype`` (default: the stored one). Raises CheckpointError when the folder
-    is missing, damaged or of another architecture, NotFiniteError for weights that are not finite."""
+def load(
+    folder: Path | str, dtype: torch.dtype | None = None, context: ContextConfig | None = None
+) -> InteractionModel:
+    """The model in ``folder``, packed, in ``dtype`` (default: the stored one); ``context``: what it is to remember of
+    a session (default: what its config says). Raises CheckpointError when the folder is missing, damaged or of another
+    architecture, NotFiniteError for weights that are not finite."""
     folder = Path(folder)
     config, stored_dtype = _stored_config(folder)
+    config = config if context is None else give(config, context)
     if dtype is None and stored_dtype not in (torch.float32, torch.bfloat16):
         raise CheckpointError(
             f"checkpoint {folder}: {CONFIG} has dtype {str(stored_dtype).removeprefix('torch.')}; float32 and bfloat16 "
@@ -257,9 +262,15 @@ def _gate_and_up(name: str, old: str, new: str, parts: tuple[Tensor, Tensor]) ->
 def weights_digest(model: nn.Module) -> str:
     """The first 32 hexadecimal digits of a SHA-256 over names, dtypes, shapes and bytes of all weights, in name order.
 
+    And over how far global layers see, where that is bounded: with equal weights it is another policy, and the learner
+    must not take the one's episodes for the other's.
+
     SHA-256 because processors have instructions for it: this is computed after every learner step."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, part in model.named_modules():
+        if isinstance(part, InteractionModel) and (sight := global_sight(part.text))[0] is not None:
+            digest.update(f"{name} sees {sight}\n".encode())
     return digest.hexdigest()[:32]
