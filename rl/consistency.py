@@ -38,6 +38,11 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
         "rollout.engine is vllm, which divides the cores itself",
     ),
     (
+        ("rollout.context.first", "rollout.context.window"),
+        lambda config: config.rollout.context.policy != "window",
+        "rollout.context.policy is not window",
+    ),
+    (
         ("tracking.mode", "tracking.project"),
         lambda config: not config.tracking.trackers,
         "tracking.trackers names no tracker",

@@ -112,7 +112,7 @@ def kept_bytes(config: InklingConfig, rows: int, dtype: torch.dtype) -> int:
             own += q + kv  # normed
         else:  # as the kernel reads them, its output before it is rounded, and its profile of distances
             fp32 += q + 2 * kv + rel + q
-            fixed += text.d_rel * (text.rel_extent if shapes.window(text, i) is None else text.sliding_window_size)
+            fixed += text.d_rel * (text.sliding_window_size if shapes.is_sliding(text, i) else text.rel_extent)
         if text.mlp_layer_types[i] == "sparse":
             experts = text.num_experts_per_tok + text.n_shared_experts
             own += experts * (3 * text.moe_intermediate_size + width)

@@ -59,7 +59,7 @@ class Layer(nn.Module):
     def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
-        self.name, self.eps, self.window = f"layers.{layer}", text.rms_norm_eps, shapes.window(text, layer)
+        self.name, self.eps, self.is_global = f"layers.{layer}", text.rms_norm_eps, not shapes.is_sliding(text, layer)
         self.self_attn = Attention(config, layer, dtype)
         sparse = text.mlp_layer_types[layer] == "sparse"
         self.mlp = MixtureOfExperts(config, dtype) if sparse else DenseMLP(config, dtype)
@@ -142,7 +142,7 @@ class InteractionModel(nn.Module):
         super().__init__()
         shapes.check(config)
         self.config, self.dtype = config, dtype
-        text = config.text_config
+        self.text = text = config.text_config
         self.model = Backbone(config, dtype)
         layers = (Layer(config, i, dtype) for i in range(text.num_hidden_layers))
         self.layers = list(layers)  # typed, and without ModuleList's cost; registered below under transformers' name
@@ -157,7 +157,7 @@ class InteractionModel(nn.Module):
         # Of a model that keeps packed copies in place of weights: the weights' digest, `_version` of what it still has.
         self.packed_digest: tuple[str, tuple[int, ...]] | None = None
         self._versions: tuple[int, ...] = ()  # `_present()` at the last pack
-        self.tau: Tensor | None = None  # fp32 [positions] on the CPU, when log scaling is on
+        self.tau: Tensor | None = None  # `log_scale_table`, fp32 on the CPU, when log scaling is on
         self.tokenizer = shipped(config)  # None: no text; a checkpoint's own replaces it (`model.weights.checkpoint`)
 
     @property
@@ -248,7 +248,8 @@ class InteractionModel(nn.Module):
         one copy: of ``more``, too, which the caller's own ops will need. Raises ValueError for a token or a code that
         the embeddings lack."""
         tables = () if state is None else state.tables
-        tau = () if self.tau is None else (self.tau[inputs.segments.position.cpu()],)
+        factors = self._factors(inputs.segments)
+        tau = () if factors is None else (factors,)
         patches = inputs.patches
         sound = (inputs.codes, inputs.audio_rows)
         video = (patches.pictures, patches.inside, patches.steps(), inputs.image_rows)
@@ -295,8 +296,13 @@ class InteractionModel(nn.Module):
 
     def run(self, x: Tensor, segments: Segments, layers: Sequence[LayerState] | None = None) -> Tensor:
         """As `forward`, but from embedded rows x [T, D]; ``layers``: each layer's state, None for whole sequences."""
-        tau = None if self.tau is None else self.tau[segments.position.cpu()].to(x.device, non_blocking=True)
+        tau = self._factors(segments)
+        tau = None if tau is None else tau.to(x.device, non_blocking=True)
         return self._run(x, segments, layers, tau, None)
+
+    def _factors(self, segments: Segments) -> Tensor | None:
+        """The factor on global layers' scores of each row, fp32 [T] on the CPU; None when log scaling is off."""
+        return self.tau if self.tau is None else shapes.log_scale(self.text, self.tau, segments.position.cpu())
 
     def _run(
         self,
@@ -313,7 +319,7 @@ class InteractionModel(nn.Module):
             if self._versions != self._present():  # changed without mark_changed
                 raise stale_weights("InteractionModel")
         for i, layer in enumerate(self.layers):
-            layer_tau = tau if layer.window is None else None
+            layer_tau = tau if layer.is_global else None
             x = layer.run(x, segments, None if layers is None else layers[i], layer_tau, capture)
         hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier

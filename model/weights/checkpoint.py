@@ -26,7 +26,8 @@ from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from kernels import dispatch
 from model.backbone.transformer import InteractionModel
-from model.config import DTYPES, from_json
+from model.config import DTYPES, from_json, global_sight
+from model.context import ContextConfig, give
 from model.program.files import whole_folder, write_whole
 from model.program.memory import return_freed
 from model.program.ranges import shown
@@ -72,10 +73,16 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load(
-    folder: Path | str, dtype: torch.dtype | None = None, *, pack: bool = True, keep_weights: bool = True
+    folder: Path | str,
+    dtype: torch.dtype | None = None,
+    *,
+    context: ContextConfig | None = None,
+    pack: bool = True,
+    keep_weights: bool = True,
 ) -> InteractionModel:
-    """The model in ``folder``, packed, in ``dtype`` (default: the stored one). Raises CheckpointError when the folder
-    is missing, damaged or of another architecture, NotFiniteError for weights that are not finite.
+    """The model in ``folder``, packed, in ``dtype`` (default: the stored one); ``context``: what it is to remember of
+    a session (default: what its config says). Raises CheckpointError when the folder is missing, damaged or of another
+    architecture, NotFiniteError for weights that are not finite.
 
     Tensors are read one at a time, so memory holds the model and one tensor of a file. Weights and packed copies
     together are about twice the weights; ``pack=False`` leaves out the copies, and ``keep_weights=False`` every weight
@@ -83,6 +90,7 @@ def load(
     only: it refuses gradients, changes, `repack` and saving, and `weights_digest` is that of what was read."""
     folder = Path(folder)
     config, stored_dtype = _stored_config(folder)
+    config = config if context is None else give(config, context)
     if dtype is None and stored_dtype not in (torch.float32, torch.bfloat16):
         raise CheckpointError(
             f"checkpoint {folder}: {CONFIG} has dtype {str(stored_dtype).removeprefix('torch.')}; float32 and bfloat16 "
@@ -249,6 +257,7 @@ def _fill_packs(model: InteractionModel, folder: Path, places: dict[str, _Place]
             packs.release(model)
             return_freed()
     model.end_packing()
+    _add_sight(digest, model)
     model.packed_digest = digest.hexdigest()[:32], _versions(model)
 
 
@@ -307,6 +316,9 @@ def weights_digest(model: nn.Module) -> str:
     of a model that was loaded for inference only, those that were read then. Raises MetronomeError when what it still
     has of them was changed since.
 
+    And over how far global layers see, where that is bounded: with equal weights it is another policy, and the learner
+    must not take the one's episodes for the other's.
+
     SHA-256 because processors have instructions for it: this is computed after every learner step."""
     if isinstance(model, InteractionModel) and model.packed_digest is not None:
         digest, versions = model.packed_digest
@@ -317,12 +329,19 @@ def weights_digest(model: nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         _add(hashed, name, tensor)
+    _add_sight(hashed, model)
     return hashed.hexdigest()[:32]
 
 
 def _add(hashed: hashlib._Hash, name: str, tensor: Tensor) -> None:
     hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _add_sight(hashed: hashlib._Hash, model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        if isinstance(part, InteractionModel) and (sight := global_sight(part.text))[0] is not None:
+            hashed.update(f"{name} sees {sight}\n".encode())
 
 
 def _versions(model: InteractionModel) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from model.backbone.size import empty, model_bytes, training_bytes
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.program import memory, ranges
-from model.program.ranges import Ascending, Length, Range, Text
+from model.program.ranges import Ascending, Length, Multiples, Range, Text
 from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from model.weights.packs import packs
@@ -80,6 +80,13 @@ def test_every_number_list_and_text_has_a_range(kind: type[Any]) -> None:
 def test_the_examples_family_too() -> None:
     family: AnyFamily = FAMILY
     assert list(without_range(family.settings)) == []
+
+
+def test_multiples() -> None:
+    limit = Multiples(64, 256, of=64)
+    assert not any(map(limit.problem, (64, 192, 256)))
+    for value in (0, 65, 320, True, 64.5, None):
+        assert limit.problem(value) == "give a number from 64 to 256, a multiple of 64"
 
 
 @dataclass(frozen=True)
