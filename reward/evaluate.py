@@ -33,6 +33,7 @@ from scipy.stats import spearmanr
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
+from model.context import ContextConfig
 from model.placement import Placement, PlacementConfig
 from model.program.files import whole_folder, write_json
 from model.program.folders import locked
@@ -74,6 +75,7 @@ class UnseenPolicy:
     words_per_chunk: Words = 1  # most words that a micro-turn may say
     max_patches: Patches = 0  # most video patches that it may see
     max_event_words: EventWords = 0  # most words of text events that it may read
+    context: ContextConfig = field(default_factory=ContextConfig)  # its policy at the context limit
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from reward.source import SourceConfig
 from rl.tracking.settings import TrackingConfig
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.grammar import Grammar
+from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
 
 
@@ -108,7 +109,8 @@ class RolloutConfig:
 
     def grammar(self, vocabulary: Vocabulary, patch: int) -> Grammar:
         """``patch``: side of the model's video patches, pixels."""
-        return Grammar(vocabulary, self.words_per_chunk, self.max_patches, self.max_event_words, patch)
+        summary = Summary.of(self.context, vocabulary)
+        return Grammar(vocabulary, self.words_per_chunk, self.max_patches, self.max_event_words, patch, summary)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
         "rollout.context.policy is not window",
     ),
     (
+        ("rollout.context.budget", "rollout.context.request", "rollout.context.summary_words"),
+        lambda config: config.rollout.context.policy != "summary",
+        "rollout.context.policy is not summary",
+    ),
+    (
         ("tracking.mode", "tracking.project"),
         lambda config: not config.tracking.trackers,
         "tracking.trackers names no tracker",

@@ -11,7 +11,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
-from model.config import most_keys, preset
+from model.config import SMALL_PATCH, most_keys, preset
 from model.context import check_same, give
 from model.program import ranks
 from model.program.launched import local_world
@@ -21,6 +21,7 @@ from rl.config import TrainConfig
 from rl.rollers import plays_of_a_step
 from rollout.scenarios.registry import SHIPPED
 from rollout.turn.grammar import check_context, context_rows, turn_rows
+from rollout.turn.vocabulary import Vocabulary
 
 
 def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
@@ -33,8 +34,16 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     shape = preset(config.model.preset) if path is None else checkpoint.config_of(resumed or path)
     shape = give(shape, rollout.context)
     longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra
-    check_context("rollout.max_tokens", rollout.max_tokens, *longest)
     rows = context_rows(*longest)
+    if rollout.context.policy == "summary":
+        rollout.grammar(Vocabulary.build(256), SMALL_PATCH)  # raises for a budget that holds no summary
+        rows = min(rows, rollout.context.budget)
+        if rows > rollout.max_tokens:
+            raise MetronomeError(
+                f"recipe: rollout.max_tokens is {rollout.max_tokens}, and rollout.context.budget {rows}: give as many"
+            )
+    else:
+        check_context("rollout.max_tokens", rollout.max_tokens, *longest)
     positions = shape.text_config.max_position_embeddings
     if rows > positions and most_keys(shape.text_config) is None:
         raise MetronomeError(

@@ -218,6 +218,13 @@ class SessionState:
         self._length[slot] = -1
         self._free.append(slot)
 
+    def restart(self, slot: int) -> None:
+        """Empties an open slot: its next row is at position 0. Raises ValueError if it is not open."""
+        self.length(slot)
+        for pages in self._pages.values():
+            pages.close(slot)
+        self._length[slot] = 0
+
     def fork(self, slot: int) -> int:
         """A new slot with the same rows: full pages are shared, the last one and the convolution windows are copied.
         Raises as `open` and `length` do."""

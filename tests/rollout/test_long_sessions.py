@@ -64,7 +64,7 @@ def engine_of(model: InteractionModel, slots: int) -> SessionEngine:
 def learned(model: InteractionModel, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
     """(log-probs, digests of rows) of all sampled tokens, by one forward over whole sequences."""
     classes = Vocabulary.build(model.vocab).classes
-    logprob, _, digest = choice_logprobs(model, collate(episodes, model.audio_token_id), classes, 1.0)
+    logprob, _, digest = choice_logprobs(model, collate(episodes, model.senses), classes, 1.0)
     return logprob, digest
 
 
