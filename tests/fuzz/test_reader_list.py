@@ -13,6 +13,7 @@ from tests.support.calls import calls, opens, sources
 NOT_TRIED = {
     "model.program.recipe": "recipes have a fuzz test of their own; here it is tried through the audit",
     "model.program.yaml_text": "reads what it is about to write",
+    "model.sizing": "a config.json that `model.weights.checkpoint` has read before",
     "reward.pairs": "reads the text of its own recipe, which was read before",
     "rl.audit.page": "reads files of its own package",
     "rl.tracking.backends": "reads wandb's own file, in a thread that turns whatever is raised into a warning",
@@ -38,7 +39,6 @@ BY_ITSELF = {
     "rl.environment": "/proc",
     "rollout.bench.workers": "/proc",
     "rollout.engines.workers.task": "messages between the learner and the workers that it has started",
-    "rollout.engines.workers.worker": "what another process of this run has just written",
     "rollout.engines.vllm.worker": "what another process of this run has just written",
     "rollout.engines.vllm.policy": "what another process of this run has just written",
     "rollout.record.episode": "tensors from bytes: a file's or a worker's message",
