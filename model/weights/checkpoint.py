@@ -99,7 +99,7 @@ def load(
     with torch.device("meta"):
         model = InteractionModel(config, dtype or stored_dtype)
     model.tokenizer = _tokenizer(folder, config)
-    places = _check_fits(model, folder)  # before memory is taken
+    places = _check_fits(model, folder, _files(folder))  # before memory is taken
     if not keep_weights:
         _fill_packs(model, folder, places)
         return model
@@ -131,8 +131,15 @@ def load_into(model: InteractionModel, folder: Path | str) -> None:
             f"checkpoint {folder} is of another model: {'; '.join(fields)}. Change the config or the checkpoint"
         )
     model.tokenizer = _tokenizer(folder, model.config)
-    _fill(model, folder, _check_fits(model, folder))
+    _fill(model, folder, _check_fits(model, folder, _files(folder)))
     model.pack()
+
+
+def read_packs(model: InteractionModel, file: Path) -> None:
+    """Packs the weights in a file of what `weights` gave, and keeps of them only those that are not packed, as `load`
+    does with ``keep_weights=False``. ``model``: on the meta device, or filled so before; its packs are then replaced.
+    Raises CheckpointError and NotFiniteError as `load` does."""
+    _fill_packs(model, file, _check_fits(model, file, [file]))
 
 
 def _stored_config(folder: Path) -> tuple[InklingConfig, torch.dtype]:
@@ -199,11 +206,11 @@ class _Place:
     name: str  # the stored tensor's, which may hold other weights, too
 
 
-def _check_fits(model: InteractionModel, folder: Path) -> dict[str, _Place]:
+def _check_fits(model: InteractionModel, folder: Path, files: list[Path]) -> dict[str, _Place]:
     """Weight -> where it is stored. Raises CheckpointError for names or shapes that are not those of the model; takes
     no memory."""
     target, places, wrong = model.state_dict(), dict[str, _Place](), []
-    for file in _files(folder):
+    for file in files:
         with _refusing(folder, file):
             for stored, tensor in tensors.shapes(file):
                 for name, parts in _renamed(stored, tensor):
@@ -233,10 +240,12 @@ def _fill(model: InteractionModel, folder: Path, places: dict[str, _Place]) -> N
 
 
 def _fill_packs(model: InteractionModel, folder: Path, places: dict[str, _Place]) -> None:
-    """`_fill` for a model on the meta device: packs each part of it when its weights were read, and then drops those of
-    which there is a copy."""
+    """`_fill` for a model whose weights are not to be kept: packs each part of it when its weights were read, and then
+    drops those of which there is a copy."""
     digest, device, packers = hashlib.sha256(), dispatch.device(), dict(model.packers())
     shapes, files = model.state_dict(), tensors.Files()
+    model.packed_digest = "", ()  # no digest, and no forward pass with older packs, unless this comes to its end
+    model.generation.now += 1
 
     def part_of(name: str) -> str:
         return next((part for part in packers if name.startswith(part)), "")

@@ -132,7 +132,8 @@ class SessionEngine:
             raise MetronomeError(
                 f"weights were changed under {len(self._opened)} open sessions; close them before publishing"
             )
-        self.model.repack()
+        if self.model.packed_digest is None:  # else whoever changed the weights packed them anew
+            self.model.repack()
         self.weights_digest = checkpoint.weights_digest(self.model)
 
     def open(self, key: int, temperature: float = 1.0) -> Session:

@@ -21,7 +21,7 @@ from model.backbone.size import UNPACKED, empty
 from model.backbone.transformer import InteractionModel
 from model.config import from_json, preset
 from model.weights import packs
-from model.weights.checkpoint import load, load_into, save, weights, weights_digest
+from model.weights.checkpoint import load, load_into, read_packs, save, weights, weights_digest
 from tests.model.cases import random_rows, twins, whole
 from tests.support.models import fresh_model
 
@@ -123,6 +123,33 @@ def test_weights_alone(saved: Path) -> None:
         whole(plain, random_rows(4))
     plain.pack()
     assert_equal(plain, usual)
+
+
+def test_packs_are_read_again_from_what_weights_gave(tmp_path: Path) -> None:
+    """As a rollout worker reads each step's weights."""
+    file, lean = tmp_path / "weights", empty(preset("tiny"), torch.float32)
+    for seed in (0, 1):
+        model = fresh_model(seed=seed)
+        save_file(weights(model), file)
+        read_packs(lean, file)
+        assert_equal(lean, model)
+        with torch.no_grad():
+            assert torch.equal(whole(lean, random_rows(4)), whole(model, random_rows(4)))
+    content = weights(model)
+    for wrong, says in (
+        ({"lm_head.weight": torch.zeros(1, 128)}, r"lm_head\.weight is \[1, 128\], not \[256, 128\]"),
+        ({"lm_head.weight": torch.full((256, 128), torch.nan)}, r"of lm_head\.weight are not finite"),
+        ({"more": torch.zeros(1)}, "more is unknown"),
+    ):
+        save_file(content | wrong, file)
+        with pytest.raises(MetronomeError, match=says):
+            read_packs(lean, file)
+    for use in (lambda: whole(lean, random_rows(4)), lambda: weights_digest(lean)):
+        with torch.no_grad(), pytest.raises(MetronomeError, match=r"^(linear: the weights|a digest after a change)"):
+            use()  # a part of it is new
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(MetronomeError, match="is damaged"):
+        read_packs(lean, file)
 
 
 # ---- memory ----
