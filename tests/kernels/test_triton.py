@@ -25,6 +25,7 @@ SHARED = [
     "test_devices.py",
     "test_embedding.py",
     "test_experts.py",
+    "test_gelu.py",
     "test_linear.py",
     "test_logprob.py",
     "test_norm.py",
