@@ -97,6 +97,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return dispatch.backend().swiglu(gate_up)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, the exact GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415); computed in
+    fp32.
+
+    x [T, N] (rows may be strided, columns may not) -> [T, N] of the same dtype. Within 2 units in the last place of
+    fp32, before the rounding to x.dtype, also where x is far below 0. As in torch -inf gives NaN."""
+    return dispatch.backend().gelu(x)
+
+
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
     """The experts' weighted sum: out[t] = sum_j weight[t, j] * y[t * J + j], in ascending j.
 

@@ -91,6 +91,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
     rows, choices = weight.shape
     owner = torch.arange(rows, device=y.device).repeat_interleave(choices)

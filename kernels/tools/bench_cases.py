@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROWS = (1, 2, 4, 8, 16, 64, 256, 1024)
 LINEAR = ((128, 320), (256, 128), (512, 1536), (1024, 4096), (2048, 8192))  # K, N; the first two are the tiny preset's
 NORM = (128, 512, 2048)
+GELU = (320, 1216)
 VOCABULARY = (256, 16384)
 HEADS = ((4, 2, 32), (8, 2, 64), (32, 8, 128))  # query heads, key heads, width: presets tiny, base, inkling_small
 EXPERTS = ((8, 2, 128, 128), (16, 4, 512, 256), (16, 2, 1024, 1024))  # experts, top-k, D, inner width
@@ -89,6 +90,13 @@ def norm_cases(rows: tuple[int, ...]) -> Iterator[Case]:
         x, w = _leaf(t, d, dtype=dtype), _leaf(d, dtype=dtype)
         ours, theirs = partial(ops.rms_norm, x, w, 1e-6), partial(F.rms_norm, x, (d,), w, 1e-6)
         yield from _both_ways("rms_norm", str(d), t, ours, theirs, [x, w], 4.0 * t * d, 2.0 * dtype.itemsize * t * d)
+
+
+def gelu_cases(rows: tuple[int, ...]) -> Iterator[Case]:
+    for dtype, n, t in product(DTYPES, GELU, rows):
+        x = _leaf(t, n, dtype=dtype)
+        ours, theirs = partial(ops.gelu, x), partial(F.gelu, x)
+        yield from _both_ways("gelu", str(n), t, ours, theirs, [x], 45.0 * t * n, 2.0 * dtype.itemsize * t * n)
 
 
 def logprob_cases(rows: tuple[int, ...]) -> Iterator[Case]:

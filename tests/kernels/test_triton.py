@@ -26,6 +26,7 @@ SHARED = [
     "test_devices.py",
     "test_embedding.py",
     "test_experts.py",
+    "test_gelu.py",
     "test_linear.py",
     "test_logprob.py",
     "test_norm.py",

@@ -154,6 +154,11 @@ CASES = {
         lambda x: (ops.swiglu(x["gate_up"]),),
         ("gate_up",),
     ),
+    "gelu": Case(
+        lambda seed, rows, width, dtype: {"x": normal(seed, rows, width, dtype=dtype)},
+        lambda x: (ops.gelu(x["x"]),),
+        ("x",),
+    ),
     "moe_combine": Case(_combine, lambda x: (ops.moe_combine(x["y"], x["weight"]),), ()),
     "rms_norm": Case(
         _norm,
@@ -207,7 +212,9 @@ WRITTEN = ("state", "key", "value")  # inputs that an op writes to
 CONSTANT = ("tau", "bias")  # inputs that have no gradient
 DIFFERENTIABLE = pytest.mark.parametrize("name", [n for n in CASES if "with" not in n and n != "sample"])
 BY_NAME = pytest.mark.parametrize("name", CASES)
-F64 = {"linear", "expert_linear", "swiglu", "moe_combine", "rms_norm", "short_conv", "attention", "embedding_sum"}
+F64 = {
+    "linear", "expert_linear", "swiglu", "gelu", "moe_combine", "rms_norm", "short_conv", "attention", "embedding_sum",
+}  # fmt: skip
 
 
 def call(name: str, inputs: Inputs, **numbers: Any) -> Outputs:
@@ -242,6 +249,8 @@ def oracle(name: str, x: Inputs) -> Tensor:
         return reference.expert_linear(x["x"], reference.pack_experts(((x["w"],),)), x["expert"], 2)
     if name == "swiglu":
         return reference.swiglu(x["gate_up"])
+    if name == "gelu":
+        return reference.gelu(x["x"])
     if name == "moe_combine":
         return reference.moe_combine(x["y"], x["weight"])
     if name == "rms_norm":

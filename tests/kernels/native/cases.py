@@ -95,6 +95,7 @@ def _rows(name: str, x: Tensor, columns: int, spoil: float = 0.0) -> Digests:
         found["short_conv state"] = (ops.short_conv(x, taps, Segments.build([0], [5], [rows]), state), state)
     wide = torch.cat([x, x.roll(1, 0)], dim=1).detach().requires_grad_()
     found["swiglu"] = _with_gradients(ops.swiglu(wide), wide)
+    found["gelu"] = _with_gradients(ops.gelu(x), x)
     share = _leaf(9, rows, 3)
     three = torch.cat([x, x * 2, x * 3]).detach().requires_grad_()
     found["moe_combine"] = _with_gradients(ops.moe_combine(three, share), three, share)
@@ -165,7 +166,9 @@ def _functions() -> Digests:
     word = words()
     noise = torch.empty(len(word))
     library.bind("vec_gumbel", "ppi")(word.data_ptr(), noise.data_ptr(), len(word))
-    return found | {"vec_gumbel": sha((noise,))}
+    tails = torch.linspace(-20, 20, 30_001)[None].requires_grad_()
+    gelu = sha(_with_gradients(ops.gelu(tails), tails))
+    return found | {"vec_gumbel": sha((noise,)), "gelu, both tails": gelu}
 
 
 def _updates() -> Digests:

@@ -94,13 +94,14 @@ def test_linear_and_experts_are_products() -> None:
     assert torch.allclose(reference.expert_linear(x, experts, expert, 2), wanted, atol=1e-13)
 
 
-def test_norm_conv_swiglu_combine_and_embedding() -> None:
+def test_norm_conv_swiglu_gelu_combine_and_embedding() -> None:
     x, weight = normal(0, 9, 6).to(F64), normal(1, 6).to(F64)
     assert torch.allclose(reference.rms_norm(x, weight, 1e-6), F.rms_norm(x, (6,), weight, 1e-6))
     taps = normal(2, 6, 4).to(F64)
     conv = F.conv1d(F.pad(x.T, (3, 0)), taps[:, None], groups=6).T + x
     assert torch.allclose(reference.short_conv(x, taps, Segments.build([0], [0], [9]), None), conv)
     assert torch.allclose(reference.swiglu(x), F.silu(x[:, :3]) * x[:, 3:])
+    assert torch.allclose(reference.gelu(x), F.gelu(x))
     share = normal(3, 3, 3).to(F64)
     assert torch.allclose(reference.moe_combine(x, share), torch.einsum("tj,tjd->td", share, x.view(3, 3, 6)))
     table, codes = normal(4, 4 * 5, 6).to(F64), torch.tensor([[0, 4, 2, 1], [3, 3, 0, 0]], dtype=torch.uint8)
@@ -180,6 +181,7 @@ def test_gradients() -> None:
     assert check(lambda x, taps: reference.short_conv(x, taps, segments, None), (x, taps))
     assert check(lambda x, taps: reference.rms_norm(x, taps[:, 0], 1e-6), (x, taps))
     assert check(reference.swiglu, (x,))
+    assert check(reference.gelu, (x,))
     shapes = [(4, 2, 2), (4, 1, 2), (4, 1, 2), (4, 2, 2), (2, 2)]
     small = leaves(*(normal(i, *shape).to(F64) for i, shape in enumerate(shapes)))
     tau, one = torch.linspace(1, 2, 4, dtype=F64), Segments.build([0], [0], [4])
@@ -198,6 +200,7 @@ def test_keeps_the_row_contract() -> None:
     assert_row_contract(lambda x: reference.linear(x, packed, torch.float32), (x,), 0)
     assert_row_contract(lambda x: reference.rms_norm(x, weight, 1e-6), (x,), 1)
     assert_row_contract(lambda x: reference.swiglu(x[:, :32]), (x,), 2)
+    assert_row_contract(reference.gelu, (x,), 2)
     assert_row_contract(lambda x: reference.route(x, torch.zeros(30), 4, 3)[1], (x,), 3)
     assert_row_contract(lambda x, c: reference.sample(x, 1.0, torch.arange(len(c)) * 0, allowed, c)[1], (x, zero), 4)
 

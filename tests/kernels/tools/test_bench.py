@@ -20,7 +20,7 @@ KEYS = {"op", "dtype", "shape", "rows", "direction", "ours_us", "torch_us", "rat
 QUICK = bench.Effort(rounds=1, seconds=0.0, sample_s=0.0)
 
 
-@pytest.mark.parametrize("make", [cases.linear_cases, cases.norm_cases, cases.logprob_cases])
+@pytest.mark.parametrize("make", [cases.linear_cases, cases.norm_cases, cases.gelu_cases, cases.logprob_cases])
 def test_both_sides_compute_one_function(make) -> None:  # type: ignore[no-untyped-def]
     for case in islice(make((5,)), 4):
         ours, theirs = case.ours(), case.torch()

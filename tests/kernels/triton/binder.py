@@ -270,6 +270,7 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
             lambda x: ops.expert_linear(x, experts, numbers[: 2 * n].int(), 2), how, rows(n, how)
         ),
         "swiglu": lambda n, how: both(ops.swiglu, how, rows(n, how, 2 * width)),
+        "gelu": lambda n, how: both(ops.gelu, how, rows(n, how)),
         "moe_combine": lambda n, how: both(
             ops.moe_combine, how, dense(2 * n, how, width, dtype), dense(n, how, 2, torch.float32)
         ),
