@@ -79,6 +79,7 @@ class Backend(Protocol):
         segments: Segments,
         scale: float,
         window: int | None,
+        first: int,
         tau: Tensor | None,
         cache: PagedKV | None,
     ) -> Tensor: ...

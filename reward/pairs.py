@@ -181,7 +181,9 @@ class PairMaker:
         words = Vocabulary.build(size(tokenizer) if tokenizer else 256, tokenizer)
         self.labels = read_all_labels(paths, words, config.words_per_chunk, config.scenarios)  # first: people err
         self.bank = SpeechBank.open(config.speech_dir)
-        self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
+        self.policies = [
+            (checkpoint.load(p.checkpoint, keep_weights=False), p.temperature) for p in config.rollouts.policies
+        ]
         self.vocabulary = Vocabulary.of(self.policies[0][0]) if policies else words
         for (policy, _), name in zip(self.policies, policies, strict=True):
             self.vocabulary.check_same(policy, f"rollouts.policies: {name}")

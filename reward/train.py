@@ -262,7 +262,7 @@ def _check_room(config: RewardTrainConfig) -> None:
     name = f"backbone.preset {config.backbone.preset!r}" if path is None else f"backbone.checkpoint {path!r}"
     device = dispatch.device()
     sharing = local_world() if device.type == "cpu" else 1  # one GPU a process
-    needed = sharing * training_bytes(empty(shape, torch.float32))
+    needed = sharing * training_bytes(empty(shape, torch.float32), gradients=0).total
     check_room(needed, f"recipe: {name}: training it", "take a smaller model, or a machine with more memory", device)
 
 

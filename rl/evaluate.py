@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from math import fsum
+from statistics import fmean, variance
 
 from kernels.errors import MetronomeError
 from model.program import ranks
@@ -19,6 +20,8 @@ from rollout.world.base import Scenario
 
 WATCHED = "watched"
 """Name of the mean of the families over the scenarios that a run evaluates during RL, in a result over more of them."""
+INTERVAL = "interval"
+"""Name of half the 95 % interval of the mean of the families: the mean plus or minus so much."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class HeldOut:
     """A policy's held-out results. Both mappings hold each family's mean under its name, the mean of the families under
     ``""``, and the same mean over the first scenarios alone under `WATCHED` where that was asked for."""
 
-    score: dict[str, float]  # by the rules, in [0, 1]; the tight score is under ``<family>_tight``
+    score: dict[str, float]  # by the rules, in [0, 1]; also `INTERVAL`, and the tight score under ``<family>_tight``
     proxy: dict[str, float]  # learned reward of an episode; empty without reward models
 
     def named(self, when: str) -> dict[str, float]:
@@ -62,7 +65,8 @@ def evaluate(
             raise MetronomeError(f"held-out scenario {name}: the {what} is {found[bad[0]]}, which is no result")
     tight = _by_family([(f"{family}_tight", value) for _, family, _, value in every])
     score, proxy = (_means(found, families, watched) for found in (values, rewards))
-    return HeldOut(score | {name: value for name, value in tight.items() if name}, proxy)
+    within = _interval([(families[i], value) for i, value in values.items()])
+    return HeldOut(score | {name: value for name, value in tight.items() if name} | within, proxy)
 
 
 def _means(values: Mapping[int, float], families: Mapping[int, str], watched: int) -> dict[str, float]:
@@ -77,6 +81,15 @@ def _by_family(values: Sequence[tuple[str, float]]) -> dict[str, float]:
     families = sorted({family for family, _ in values})
     means = {family: fmean(value for f, value in values if f == family) for family in families}
     return {"": fmean(means.values()), **means} if means else {}
+
+
+def _interval(values: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """`INTERVAL` of the mean of the families' means: 1.96 standard errors, over scenarios; nothing where a family has
+    fewer than two."""
+    of = {family: [value for f, value in values if f == family] for family in dict(values)}
+    if not of or min(map(len, of.values())) < 2:
+        return {}
+    return {INTERVAL: 1.96 * math.sqrt(fsum(variance(one) / len(one) for one in of.values())) / len(of)}
 
 
 def named(prefix: str, result: Mapping[str, float]) -> dict[str, float]:

@@ -87,6 +87,7 @@ def build_vllm(config: TrainConfig, model: InteractionModel) -> VllmEngine:
         words_per_chunk=rollout.words_per_chunk,
         max_patches=rollout.max_patches,
         max_event_words=rollout.max_event_words,
+        context=rollout.context,
         worker_process=rollout.workers == 1,
         timeout_s=rollout.worker_timeout_s,
     )
@@ -116,6 +117,7 @@ def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Rolle
         words_per_chunk=rollout.words_per_chunk,
         max_patches=rollout.max_patches,
         max_event_words=rollout.max_event_words,
+        context=rollout.context,
     )
     even = max(1, len(os.sched_getaffinity(0)) // (local_world() * rollout.workers))
     threads = even if rollout.worker_threads is None else rollout.worker_threads

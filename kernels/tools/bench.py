@@ -161,7 +161,9 @@ def measure_all(group: Iterator[Case], effort: Effort, ceiling: tuple[float, flo
         yield result
 
 
-OPS = ("linear", "rms_norm", "logprob", "attention_decode", "attention_prefill", "moe", "expert_linear")
+OPS = (
+    "linear", "rms_norm", "logprob", "attention_decode", "attention_far", "attention_prefill", "moe", "expert_linear",
+)  # fmt: skip
 
 
 def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
@@ -173,6 +175,7 @@ def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
         "rms_norm": cases.norm_cases(rows),
         "logprob": cases.logprob_cases(rows),
         "attention_decode": cases.decode_cases((1,) if quick else (1, 8)),
+        "attention_far": cases.decode_cases((1,) if quick else (1, 8), far=True),
         "attention_prefill": cases.prefill_cases((64,) if quick else (64, 256, 1024)),
         "moe": cases.moe_cases(rows, partial(fastest, effort)),
     }

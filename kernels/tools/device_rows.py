@@ -179,12 +179,13 @@ class Cases:
         cuts = ((length,), (1,), (5, 1, 2), (63, 1, 64, 65))
         for name, dtype in DTYPES.items():
             for heads, key_heads, width in self.sizes.heads:
-                for window in (None, 128):
+                for window, first in ((None, 0), (128, 0), (64, 64)):
                     shapes = (heads, width), (key_heads, width), (key_heads, width), (heads, 16)
                     inputs = [self.normal(length, *shape, dtype=dtype) for shape in shapes]
                     bias = (0.02 * self.normal(16, 512)).to(dtype)
-                    run = partial(attention_differences, inputs, bias, 1 / width, window, cuts)
-                    yield Check("attention", f"attention {heads}/{key_heads} x {width}, window {window}, {name}", run)
+                    run = partial(attention_differences, inputs, bias, 1 / width, window, cuts, first)
+                    keys = f"window {window}" + (f" and first {first}" if first else "")
+                    yield Check("attention", f"attention {heads}/{key_heads} x {width}, {keys}, {name}", run)
 
     def gradients(self) -> Iterator[Check]:
         s = self.sizes

@@ -104,6 +104,7 @@ class RewardModel(nn.Module):
         """Each chunk's rewards, fp32 [chunks, axes] for each conversation, on the model's device and under autograd;
         all in one pass."""
         packed = self._ready()
+        _check_contexts(conversations)
         inputs = Inputs.cat(conversations, self.backbone.senses)
         ends = [chunk_ends(c.tokens, self.backbone.senses.audio) for c in conversations]
         with ops.deferred():  # the host waits once, at the end of the block
@@ -120,6 +121,7 @@ class RewardModel(nn.Module):
         Beginnings that episodes share are read once (`reward.learned.prefixes`). Raises NotFiniteError for rewards that
         are not finite, so that nothing is ever compared with them."""
         packed = self._ready()
+        _check_contexts(episodes)
         out: list[Tensor] = []
         for first in range(0, len(episodes), EPISODES_PER_PASS):
             with ops.deferred():  # the host waits once, in fetch
@@ -221,3 +223,12 @@ def sum_in_order(rewards: Tensor) -> Tensor:
     for k in range(1, rewards.shape[1]):
         total = total + rewards[:, k]
     return total
+
+
+def _check_contexts(conversations: Sequence[Conversation]) -> None:
+    """Raises MetronomeError for a conversation that a policy has summarised on the way."""
+    if any(len(c.contexts) > 1 for c in conversations):
+        raise MetronomeError(
+            "a learned reward model reads a conversation as one sequence, and this one was summarised on the way: "
+            "take the rules (source), or rollout.context.policy stop or window"
+        )

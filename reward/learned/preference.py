@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
-from model.inputs import Senses
+from model.inputs import ONE_CONTEXT, Senses
 from model.program.files import whole_folder
 from model.program.ranges import Range
 from model.program.reading import UnreadableError
@@ -61,6 +61,7 @@ class Stretch:
     first: int
     end: int
     frames: Frames = NO_VIDEO
+    contexts: Tensor = ONE_CONTEXT  # reward models read one sequence
 
     @property
     def key(self) -> tuple[bytes, ...]:

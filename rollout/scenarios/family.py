@@ -1,9 +1,9 @@
 """A family: one kind of scenario, with all its functions in one object.
 
 Code that makes, plays, scores or displays scenarios calls their family; only a family's own modules know its scenarios,
-facts and settings. The shipped families are defined in `reward.rules.timespeak` and `reward.rules.turn_taking`, since
-their scorers belong to package reward, and use the users of `rollout.scenarios.timespeak` and
-`rollout.scenarios.turn_taking`. `tests/examples/` has a family outside these packages.
+facts and settings. The shipped families are defined in `reward.rules` (`timespeak`, `turn_taking`, `lookout`), since
+their scorers belong to package reward, and use the users of the modules of the same names in `rollout.scenarios`.
+`tests/examples/` has a family outside these packages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rollout.turn.action import Action
 from rollout.world.base import Facts, Mistakes, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
-RESERVED_NAMES = ("families", "mean", "watched", "greedy")
+RESERVED_NAMES = ("families", "mean", "watched", "greedy", "interval")
 """Names that a family cannot have, because recipes and tables of results use them otherwise."""
 
 

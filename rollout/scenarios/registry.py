@@ -19,8 +19,14 @@ from rollout.scenarios.family import AnyFamily, Family
 from rollout.world.base import Facts, Scenario, Script, User
 from rollout.world.speech import SpeechBank, Split
 
-SHIPPED = {"timespeak": "reward.rules.timespeak:TIMESPEAK", "turn_taking": "reward.rules.turn_taking:TURN_TAKING"}
+SHIPPED = {
+    "timespeak": "reward.rules.timespeak:TIMESPEAK",
+    "turn_taking": "reward.rules.turn_taking:TURN_TAKING",
+    "lookout": "reward.rules.lookout:LOOKOUT",
+}
 """Short names of the shipped families. They are imported when used, because package reward imports this one."""
+QUICKSTART = ("timespeak", "turn_taking")
+"""The families of a recipe that names none."""
 
 _guards: list[tuple[str, dict[str, str]]] = []
 """Of the blocks of `shipped_only` that run now: the option of each, and what it has refused."""
@@ -94,7 +100,7 @@ class ScenarioConfig(OpenConfig):
     scenarios: {families: [timespeak, my.module:FAMILY], timespeak: {chunks: 40}}
     """
 
-    families: Families = tuple(SHIPPED)  # short names or package.module:NAME; scenarios alternate in this order
+    families: Families = QUICKSTART  # short names or package.module:NAME; scenarios alternate in this order
     settings: Mapping[str, Any] = field(default_factory=dict)  # by `Family.name`; a family left out has its defaults
 
     @property

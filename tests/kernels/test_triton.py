@@ -20,6 +20,7 @@ from tests.kernels.backend import COPIES, DEVICE_VARIABLE, OPS
 FOLDER = Path(__file__).parent
 SHARED = [
     "test_attention.py",
+    "test_attention_first.py",
     "test_attention_numbers.py",
     "test_conv.py",
     "test_devices.py",

@@ -12,7 +12,7 @@ import pytest
 from kernels.errors import MetronomeError
 from reward.study.overoptimisation import Alarm, Point, WatchConfig
 from rl import watch
-from rl.evaluate import WATCHED, HeldOut, evaluate
+from rl.evaluate import INTERVAL, WATCHED, HeldOut, evaluate
 from rl.folder import RunFolder
 from rl.run import Run
 from rl.train import parse
@@ -86,6 +86,18 @@ def test_the_watched_mean_is_that_of_these_scenarios_alone() -> None:
     assert watch.point(3, whole) == Point(3, few.score[""], few.proxy[""])
     with pytest.raises(MetronomeError, match=r"held-out scenario b/held_out/1: the score by the rules is nan"):
         found(ITEMS, 4, SCORES | {"b/held_out/1": math.nan})
+
+
+@pytest.mark.usefixtures("world")
+def test_a_mean_has_its_interval() -> None:
+    """By hand: of family a the scores 0.2 and 0.4, variance 0.02; of b three times 0.5 and once 0.9, variance 0.04."""
+    items = [Unplayed(f, "held_out", seed, 1) for f, n in (("a", 2), ("b", 4)) for seed in range(n)]
+    scores = dict(zip([item.id for item in items], [0.2, 0.4, 0.5, 0.5, 0.5, 0.9], strict=True))
+    found = evaluate(Names(), items, Judge(scores), 0, 1.0).score  # type: ignore[arg-type]
+    assert found[INTERVAL] == pytest.approx(1.96 * math.sqrt(0.02 / 2 + 0.04 / 4) / 2)
+    assert found[""] == pytest.approx(0.45)
+    alone = evaluate(Names(), items[1:], Judge(scores), 0, 1.0).score  # type: ignore[arg-type]
+    assert INTERVAL not in alone and alone["a"] == 0.4  # of one score no interval can be given
 
 
 def test_a_watch_without_scenarios_is_refused() -> None:

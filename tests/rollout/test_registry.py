@@ -11,7 +11,7 @@ from kernels.errors import MetronomeError
 from reward.rules.timespeak import TIMESPEAK, TimespeakSettings
 from reward.score import score
 from rl.consistency import check_shares
-from rl.evaluate import WATCHED
+from rl.evaluate import INTERVAL, WATCHED
 from rl.train import parse
 from rollout.scenarios.family import Family
 from rollout.scenarios.registry import SHIPPED, ScenarioConfig, find_family
@@ -21,7 +21,7 @@ from tests.reward.test_timespeak import FACTS
 BOTH = "[timespeak, tests.examples.confide:FAMILY]"
 NO_FAMILY = "not one"
 TWIN = replace(TIMESPEAK, axes=("timing",))
-RESERVED = ("families", "mean", WATCHED, "greedy")
+RESERVED = ("families", "mean", WATCHED, "greedy", INTERVAL)
 """What stands among the names of families in recipes and tables of results."""
 
 
@@ -35,7 +35,10 @@ def test_shipped_families_have_their_names() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("chess", r"no scenario family is called 'chess'\. Choose one of timespeak, turn_taking, or .*module:NAME"),
+        (
+            "chess",
+            r"no scenario family is called 'chess'\. Choose one of timespeak, turn_taking, lookout, or .*module:NAME",
+        ),
         ("no.such:FAMILY", "there is no module 'no'"),
         ("rollout.such:FAMILY", r"there is no module 'rollout\.such'"),
         ("rollout.scenarios.registry:FAMILY", "rollout.scenarios.registry has no FAMILY"),
