@@ -186,7 +186,7 @@ def test_a_worker_has_the_models(tmp_path: Path) -> None:
 def test_only_the_vocabulary_builds_vocabularies() -> None:
     """Everybody else takes the model's."""
     build = {n for n, tree in sources() for name, _ in calls(tree) if name.endswith("Vocabulary.build")}
-    assert build == {"rollout.turn.vocabulary", "reward.pairs"}, "reward.pairs: of a recipe without any policy"
+    assert build == {"rollout.turn.vocabulary", "reward.pairs", "rl.room"}, "of a recipe, before there is a model"
     shipped = {n for n, tree in sources() for name, _ in calls(tree) if name.endswith("tokenizer.load_tokenizer")}
     assert shipped == {"rollout.turn.vocabulary", "rl.audit.episodes"}, "rl.audit.episodes: of a run without any model"
 
