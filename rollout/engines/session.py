@@ -18,6 +18,8 @@ from rollout.record.episode import TEXT, Episode, Stream
 from rollout.turn.action import Action
 from rollout.turn.observation import Observation, check_observation
 
+BLOCK = 64  # chunks whose codes lie in the first piece of memory; each next one has room for as many as all before
+
 
 @dataclass(eq=False)
 class Session:
@@ -39,6 +41,7 @@ class Session:
     digest: list[int] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)  # [D] a sampled token, if the engine keeps them
     closed: bool = False
+    room: Tensor | None = None  # uint8 [chunks, CHUNK_FRAMES, 80], for the next codes; of this session alone
 
     @staticmethod
     def begin(slot: int, key: int, temperature: float, weights_digest: str, bos: int) -> Session:
@@ -48,7 +51,7 @@ class Session:
     def forked(self, slot: int, key: int) -> Session:
         """A copy of the record so far with its own slot and sampling key."""
         lists: dict[str, Any] = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
-        return replace(self, slot=slot, key=key, **lists)
+        return replace(self, slot=slot, key=key, room=None, **lists)
 
     def record_token(self, token: int, row_class: int, logprob: float, digest: int) -> None:
         """Adds one sampled token: its class (`model.logprob`), log-prob in nats and digest of the log-prob row."""
@@ -61,8 +64,16 @@ class Session:
         """Adds one chunk's observed tokens ``rows`` and dMel ``codes`` uint8 [CHUNK_FRAMES, 80]; ``last_samples`` fp32
         [800] is the end of its audio."""
         self.last_samples = last_samples
-        self.codes.append(codes)
+        self.codes.append(self._kept(codes))
         self.tokens += rows
+
+    def _kept(self, codes: Tensor) -> Tensor:
+        """A copy of ``codes`` in one of a few large pieces of memory. A small tensor a chunk that stays, among large
+        ones that come and go, breaks up glibc's heap: the process grew by 100 kB a chunk, 1.8 GB an hour."""
+        if self.room is None or not len(self.room):
+            self.room = codes.new_empty(max(BLOCK, self.chunks), *codes.shape)
+        kept, self.room = self.room[0], self.room[1:]
+        return kept.copy_(codes)
 
     def end_turn(self, action: Action, forced: list[int]) -> None:
         """Ends the micro-turn. ``forced``: its tokens that are written without being sampled (`Grammar.forced`)."""
