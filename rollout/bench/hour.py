@@ -22,7 +22,6 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rollout.bench.hour")
 
-import gc
 import math
 import sys
 import time
@@ -214,7 +213,6 @@ def _now() -> float:
 
 
 def _point(timed: Timed, every: int) -> Point:
-    gc.collect()
     engine, session = timed.engine, timed.session
     (table,) = (
         x.kv.table for x, layer in zip(engine.state.layers, engine.model.layers, strict=True) if layer.is_global
