@@ -111,6 +111,7 @@ def growth(engine: SessionEngine, chunks: int) -> Growth:
             crowd.tick()
             for record in (session.codes, session.actions, session.sampled, session.logprob, session.digest):
                 record.clear()
+            session.room = None
         gc.collect()
         return heap_bytes(), sys.getallocatedblocks()
 

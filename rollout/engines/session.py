@@ -20,6 +20,8 @@ from rollout.turn.action import Action
 from rollout.turn.grammar import Grammar
 from rollout.turn.observation import Observation, check_observation
 
+BLOCK = 2**14  # bytes of the first piece of memory for codes and frames; each next one is as large as all before
+
 
 @dataclass(eq=False)
 class Session:
@@ -38,13 +40,14 @@ class Session:
     frames: list[Tensor] = field(default_factory=list)  # uint8 [F, H, W, 3] a chunk
     events: list[tuple[str, ...]] = field(default_factory=list)  # those of a chunk
     contexts: list[int] = field(default_factory=lambda: [0])  # index of the first token of each context
-    summaries: list[tuple[int, int]] = field(default_factory=list)  # (chunk that it precedes, its sampled tokens)
     actions: list[Action] = field(default_factory=list)  # one a chunk
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
     logprob: list[float] = field(default_factory=list)
     digest: list[int] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)  # [D] a sampled token, if the engine keeps them
     closed: bool = False
+    kept_bytes: int = 0  # of codes and frames
+    room: Tensor | None = None  # uint8 [B], for the next of these; of this session alone
 
     @staticmethod
     def begin(slot: int, key: int, temperature: float, weights_digest: str, bos: int) -> Session:
@@ -54,7 +57,7 @@ class Session:
     def forked(self, slot: int, key: int) -> Session:
         """A copy of the record so far with its own slot and sampling key."""
         lists: dict[str, Any] = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
-        return replace(self, slot=slot, key=key, **lists)
+        return replace(self, slot=slot, key=key, room=None, **lists)
 
     def record_token(self, token: int, row_class: int, logprob: float, digest: int) -> None:
         """Adds one sampled token: its class (`model.logprob`), log-prob in nats and digest of the log-prob row."""
@@ -69,8 +72,8 @@ class Session:
         again."""
         frames = observation.frames
         self.last_samples = last_samples
-        self.codes.append(codes)
-        self.frames.append(frames.clone() if len(frames) else frames)
+        self.codes.append(self._kept(codes))
+        self.frames.append(self._kept(frames) if len(frames) else frames)
         self.events.append(observation.events)
         self.tokens += grammar.observed(frames, observation.events)
 
@@ -88,10 +91,19 @@ class Session:
         """Ends the present context, whose summary was ``sampled`` last, and begins the next."""
         if sampled[-1] != grammar.vocabulary.end:
             self.tokens.append(grammar.vocabulary.end)
-        self.summaries.append((self.chunks, len(sampled)))
         self.contexts.append(len(self.tokens))
         self.computed = len(self.tokens)
         self.tokens += grammar.begin_context(sampled)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """A copy of ``x``, uint8, in one of a few large pieces of memory. A small tensor a chunk that stays, among
+        large ones that come and go, breaks up glibc's heap: the process grew by 100 kB a chunk, 1.8 GB an hour."""
+        size = x.numel()
+        if self.room is None or len(self.room) < size:
+            self.room = x.new_empty(max(BLOCK, self.kept_bytes, size))
+        kept, self.room = self.room[:size].view(x.shape), self.room[size:]
+        self.kept_bytes += size
+        return kept.copy_(x)
 
     def end_turn(self, action: Action, forced: list[int]) -> None:
         """Ends the micro-turn. ``forced``: its tokens that are written without being sampled (`Grammar.forced`)."""
