@@ -16,6 +16,9 @@ CASES = {
     "rollout.context.window": [("128", [], ["--rollout.context.policy", "window"])],
     "tracking.mode": [("online", [], ["--tracking.trackers", "[wandb]"])],
     "tracking.project": [("mine", [], ["--tracking.trackers", "[wandb]"])],
+    "hub.private": [("false", [], ["--hub.repo", "a/b"])],
+    "hub.every": [("checkpoint", [], ["--hub.repo", "a/b"])],
+    "hub.timeout_s": [("60", [], ["--hub.repo", "a/b"])],
     "source.watch": [("{patience: 3}", [], ["--source.models", "[m]", "--source.rewards", "learned"])],
     "eval.during": [("9", ["--eval.scenarios", "8"], ["--eval.scenarios", "9"])],
 }
