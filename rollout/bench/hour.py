@@ -1,8 +1,9 @@
 """``python -m rollout.bench.hour [--chunks N] [--json FILE] [--picture FILE]``: one session that goes on for an hour.
 
 A session of the tiny preset whose global layers attend to the first tokens and a window (`model.context`) takes 18,000
-micro-turns of noise, with a noisy picture every second, one after another, in the embedded engine. Once its windows are full it must neither slow down nor
-grow: measured are the time of every micro-turn, what the process holds, and what the session's state and record hold.
+micro-turns of noise, with a noisy picture every second, one after another, in the embedded engine. Once its windows are
+full it must neither slow down nor grow: measured are the time of every micro-turn, what the process holds, and what the
+session's state and record hold.
 
 Afterwards the whole episode goes through the model at once, without a cache, as in the learner: log-probs and row
 digests of all sampled tokens must equal the sampler's. Exit status 1 when that or another check fails (`problems`).
