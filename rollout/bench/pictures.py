@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from rollout.bench.hour import Hour
+from rollout.bench.hour_result import Hour
 
 MIB = 2**20
 

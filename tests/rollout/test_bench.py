@@ -19,6 +19,7 @@ from model.context import ContextConfig
 from rollout.bench import __main__ as bench
 from rollout.bench import hour, overhead, serving, text, workers
 from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
+from rollout.bench.hour_result import SLOWER
 from rollout.bench.pictures import hour_picture
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
@@ -129,6 +130,6 @@ def test_a_short_hour() -> None:
     ):
         (problem,) = replace(steady, **change).problems()
         assert said in problem
-    assert hour_picture(result, hour.SLOWER).startswith(b"\x89PNG")
+    assert hour_picture(result, SLOWER).startswith(b"\x89PNG")
     with pytest.raises(MetronomeError, match="--chunks 200: too few; the session's windows were full at 4160 rows"):
         hour.main(["--chunks", "200"])
