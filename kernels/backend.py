@@ -57,6 +57,8 @@ class Backend(Protocol):
 
     def swiglu(self, gate_up: Tensor) -> Tensor: ...
 
+    def gelu(self, x: Tensor) -> Tensor: ...
+
     def moe_combine(self, y: Tensor, weight: Tensor) -> Tensor: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -79,6 +81,7 @@ class Backend(Protocol):
         segments: Segments,
         scale: float,
         window: int | None,
+        first: int,
         tau: Tensor | None,
         cache: PagedKV | None,
     ) -> Tensor: ...

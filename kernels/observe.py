@@ -59,6 +59,7 @@ class _Observer:
         self.linear = shown("linear", backend.linear)
         self.expert_linear = shown("expert_linear", backend.expert_linear)
         self.swiglu = shown("swiglu", backend.swiglu)
+        self.gelu = shown("gelu", backend.gelu)
         self.moe_combine = shown("moe_combine", backend.moe_combine)
         self.rms_norm = shown("rms_norm", backend.rms_norm)
         self.embedding_sum = shown("embedding_sum", backend.embedding_sum)

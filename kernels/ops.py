@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.checks.weights import check_held
 from kernels.layout import AdamWStep, PackedExperts, PackedLinear, PagedKV, Segments
 
 
@@ -64,7 +65,8 @@ def pack_experts(*groups: tuple[Tensor, ...]) -> PackedExperts:
 
 def repack(packed: PackedLinear | PackedExperts) -> None:
     """Copies the current values of the weights into the packed copy, in place. Raises ValueError when another backend
-    packed them; they then stay stale."""
+    packed them; they then stay stale. Raises MetronomeError when the weights were not kept."""
+    check_held("repack", packed)
     before, packed.made = packed.made, packed.weights.now
     try:
         dispatch.backend().repack(packed)
@@ -93,6 +95,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     gate_up [T, 2I], the gate being the first I columns -> [T, I] of the same dtype."""
     return dispatch.backend().swiglu(gate_up)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, the exact GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415); computed in
+    fp32.
+
+    x [T, N] (rows may be strided, columns may not) -> [T, N] of the same dtype. Within 2 units in the last place of
+    fp32, before the rounding to x.dtype, also where x is far below 0. As in torch -inf gives NaN."""
+    return dispatch.backend().gelu(x)
 
 
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
@@ -134,23 +145,26 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    first: int = 0,
     tau: Tensor | None = None,
     cache: PagedKV | None = None,
 ) -> Tensor:
     """Causal attention with Inkling's learned relative bias, keys reduced in left-aligned ranges of fixed size.
 
     score(i, j) = tau_i * (scale * q_i . k_j + b_i(i - j)), b_i(d) = sum_c rel[i, c] * rel_proj[c, d] for d < extent,
-    else 0 (transformers.models.inkling). Query i sees key j when 0 <= i - j < window; None is no window. Softmax and
-    weighted sum are computed a range of keys at a time (maximum, sum of exp, weighted values) and the ranges combined
-    from left to right (Milakov & Gimelshein 2018, arXiv 1805.02867). Ranges are aligned to absolute positions: splits
-    of SPLIT_TOKENS, or equal parts of them where the backend says so. A range that the query cannot see changes
-    nothing.
+    else 0 (transformers.models.inkling). Query i sees key j when j <= i and (i - j < window or j < first); window None
+    is no window, and then ``first`` changes nothing. ``first`` is a multiple of SPLIT_TOKENS: the keys before it, which
+    are seen for ever, are attention sinks (Xiao et al. 2023, arXiv 2309.17453). Softmax and weighted sum are computed a
+    range of keys at a time (maximum, sum of exp, weighted values) and the ranges combined from left to right (Milakov &
+    Gimelshein 2018, arXiv 1805.02867). Ranges are aligned to absolute positions: splits of SPLIT_TOKENS, or equal parts
+    of them where the backend says so. A range that the query cannot see changes nothing and is not computed, so the
+    cost of a row is bounded by first + window, wherever it stands.
 
     q [T, H, D], k and v [T, H_kv, D] (rows may be strided), rel [T, H, C] (rows may be strided), rel_proj [C, extent],
     tau fp32 [T] or None (1) -> [T, H, D]. With ``cache`` the call first writes its keys and values into the pages, then
     attends over the pages; a position without a page raises ValueError, and so does asking for a gradient. Without
     ``cache`` every segment must start at 0."""
-    return dispatch.backend().attention(q, k, v, rel, rel_proj, segments, scale, window, tau, cache)
+    return dispatch.backend().attention(q, k, v, rel, rel_proj, segments, scale, window, first, tau, cache)
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, shared: int) -> tuple[Tensor, Tensor]:

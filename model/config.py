@@ -1,6 +1,10 @@
 """Model shapes: presets of transformers' `InklingConfig`, and a check that this implementation supports one.
 
 There is no configuration class of our own: any Inkling checkpoint's ``config.json`` can be read.
+
+Two fields of text_config are ours, so that whatever loads a model computes the same function: ``global_window`` and
+``global_first`` say how far global layers see (`window`, `first`; `model.context` sets them). Without them, or with
+None and 0, they see all. transformers keeps fields that it does not know, but its own forward has no window there.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ import torch
 from transformers import InklingConfig, InklingTextConfig
 
 from kernels import exact
-from kernels.layout import CONV_TAPS
-from model.program.ranges import Range, shown
+from kernels.layout import CONV_TAPS, SPLIT_TOKENS
+from model import published
+from model.program.ranges import Multiples, Range, shown
 from model.senses.video import CHANNELS, TIME_STEPS
 
 MEL_CHANNELS = 80
@@ -43,6 +48,11 @@ TEXT_RANGES = {
 """Ranges of a text config's fields."""
 OPTIONAL = ("unpadded_vocab_size", "log_scaling_n_floor")
 """Those that may be None."""
+CONTEXT_RANGES = {
+    "global_window": Multiples(SPLIT_TOKENS, 2**24, of=SPLIT_TOKENS),
+    "global_first": Multiples(0, 2**24, of=SPLIT_TOKENS),
+}
+"""Of our own fields of a text config, where it has them. Pages are freed whole, hence the multiples."""
 AUDIO_RANGES = {"n_mel_bins": Range(MEL_CHANNELS, MEL_CHANNELS), "mel_vocab_size": Range(MEL_BINS, 65_536)}
 VISION_RANGES = {
     "patch_size": Range(2, 1024), "temporal_patch_size": Range(TIME_STEPS, TIME_STEPS), "n_layers": Range(1, 64),
@@ -57,12 +67,9 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def preset(name: str) -> InklingConfig:
-    """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.3M parameters, for CPUs.
-    base: 125M. inkling_small: 276B, 12B active (meta device only).
-
-    Of inkling_small only the two counts are published. Vocabulary, head width, experts and top-k are those of Inkling's
-    default config; width, depth, heads and expert width are our guess, chosen to give these counts. Raises ValueError
-    for another name."""
+    """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.5M parameters, for CPUs.
+    base: 125M. inkling_small: Inkling-Small, 264B without vision and multi-token prediction; its numbers and their
+    sources are in `model.published`. Raises ValueError for another name."""
     match name:
         case "nano":
             text = {
@@ -100,13 +107,15 @@ def preset(name: str) -> InklingConfig:
             }  # fmt: skip
             return _config(text, patch=40, vision_layers=1)
         case "inkling_small":
-            text = {
-                "hidden_size": 4096, "num_hidden_layers": 42,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-                "swa_num_attention_heads": 32, "swa_num_key_value_heads": 16, "swa_head_dim": 128,
-                "intermediate_size": 16384, "moe_intermediate_size": 2048, "logits_mup_width_multiplier": 16.0,
-            }  # fmt: skip
-            return _config(text, patch=40, vision_layers=4, audio_token_id=200053, image_token_id=200054)
+            tokens, vision = (
+                published.values(part) for part in (published.INKLING_SMALL_TOKENS, published.INKLING_SMALL_VISION)
+            )
+            return _config(
+                published.values(published.INKLING_SMALL_TEXT),
+                patch=vision["patch_size"],
+                vision_layers=vision["num_hidden_layers"],
+                **tokens,
+            )
         case _:
             raise ValueError(f"model preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
 
@@ -139,6 +148,11 @@ def from_json(stored: dict[str, Any]) -> InklingConfig:
             raise ValueError(f"{name} is {shown(value)}: {problem}")
         if name in ("dtype", "torch_dtype") and value is not None and value not in list(DTYPES):
             raise ValueError(f"{name} is {shown(value)}; choose one of {', '.join(DTYPES)}")
+    text = stored.get("text_config")
+    if isinstance(text, dict) and {"dense_intermediate_size", "intermediate_size"} <= text.keys():
+        # As Inkling's releases have it: the one is of dense layers, the other of experts. The library reads the first
+        # and gives experts its default width.
+        stored = stored | {"text_config": {"moe_intermediate_size": text["intermediate_size"]} | text}
     try:
         config = InklingConfig(**stored)
         json.dumps(config.to_dict())
@@ -168,11 +182,17 @@ def check(config: InklingConfig) -> None:
             value = getattr(part, name)
             if not (value is None and name in OPTIONAL) and (problem := limit.problem(value)):
                 wrong.append(f"{name} is {shown(value)}: {problem}")
+    for name, limit in CONTEXT_RANGES.items():
+        value = _context_field(text, name)
+        if value is not None and (problem := limit.problem(value)):
+            wrong.append(f"{name} is {shown(value)}: {problem}")
     for name, kinds in LAYER_TYPES.items():
         if strange := [kind for kind in getattr(text, name) if kind not in kinds]:
             wrong.append(f"{name} has {shown(strange[0])}, not one of {', '.join(kinds)}")
     if wrong:  # the rest computes with these
         raise ValueError("model config not supported: " + "; ".join(wrong[:5]))
+    if global_sight(text)[0] is None and _context_field(text, "global_first"):
+        wrong.append(f"global_first is {_context_field(text, 'global_first')}, but there is no global_window")
     if text.conv_kernel_size != CONV_TAPS:
         wrong.append(f"conv_kernel_size is {text.conv_kernel_size}, the kernels have {CONV_TAPS} taps")
     if text.hidden_act != "silu":
@@ -205,9 +225,35 @@ def is_sliding(text: InklingTextConfig, layer: int) -> bool:
     return text.layer_types[layer] == "hybrid_sliding"
 
 
+def _context_field(text: InklingTextConfig, name: str) -> Any:
+    """The value of a field of `CONTEXT_RANGES`, which a config may lack."""
+    return getattr(text, name, None)
+
+
+def global_sight(text: InklingTextConfig) -> tuple[int | None, int]:
+    """(window, first) of global layers: query i sees key j if and only if j <= i and (j < first or i - j < window).
+
+    The first positions stay in sight for ever (attention sinks: Xiao et al. 2023, arXiv 2309.17453), of the others the
+    last ``window``; (None, 0) is all. Positions stay absolute and nothing is numbered anew: beyond its extent the
+    learned relative bias is 0 as ever."""
+    return _context_field(text, "global_window"), _context_field(text, "global_first") or 0
+
+
 def window(text: InklingTextConfig, layer: int) -> int | None:
-    """Number of positions that a row of this layer attends to, its own included; None for all before it."""
-    return text.sliding_window_size if is_sliding(text, layer) else None
+    """Number of positions that a row of this layer attends to, its own included, besides the `first`; None for all
+    before it."""
+    return text.sliding_window_size if is_sliding(text, layer) else global_sight(text)[0]
+
+
+def first(text: InklingTextConfig, layer: int) -> int:
+    """Number of a session's first positions that every later row of this layer attends to, however far away."""
+    return 0 if is_sliding(text, layer) else global_sight(text)[1]
+
+
+def most_keys(text: InklingTextConfig) -> int | None:
+    """The most keys that a row of a global layer sees, its own included; None where that is not bounded."""
+    reach, kept = global_sight(text)
+    return None if reach is None else kept + reach
 
 
 def heads(text: InklingTextConfig, layer: int) -> tuple[int, int, int]:
@@ -221,10 +267,20 @@ def log_scale_table(text: InklingTextConfig) -> torch.Tensor | None:
     """The factor on attention scores of global layers by position i, fp32 [max positions]; None when the config turns
     it off: tau_i = 1 + log_scaling_alpha * ln(max((i + 1) / log_scaling_n_floor, 1)), as in transformers' Inkling.
 
+    i + 1 is the number of keys that the query sees. Under a window it does not grow beyond `most_keys`, the table ends
+    there, and every later row takes the last factor, in sessions of any length (`log_scale`).
+
     A table made by our own logarithm: a library's result may depend on the processor and on a value's place in a vector
     register."""
     if text.log_scaling_n_floor is None:
         return None
-    position = np.arange(1, text.max_position_embeddings + 1, dtype=np.float64)
+    position = np.arange(1, (most_keys(text) or text.max_position_embeddings) + 1, dtype=np.float64)
     ratio = np.maximum(position / text.log_scaling_n_floor, 1.0)
     return torch.from_numpy(1 + text.log_scaling_alpha * exact.ln_of(ratio)).float()
+
+
+def log_scale(text: InklingTextConfig, table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The factors, fp32 [T], of rows at these positions [T]; ``table``: `log_scale_table`'s, both on the CPU. Raises
+    IndexError for a position beyond max_position_embeddings where no window bounds the keys."""
+    most = most_keys(text)
+    return table[position if most is None else position.clamp(max=most - 1)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -27,8 +28,13 @@ class Senses:
     patch: int  # side of a video patch, pixels
 
 
+ONE_CONTEXT = torch.zeros(1, dtype=torch.int64)
+"""`Conversation.contexts` of a conversation that is one sequence."""
+
+
 class Conversation(Protocol):
-    """One whole sequence, as the model needs it; episodes and transcripts are such."""
+    """One conversation, as the model needs it; episodes and transcripts are such. It is one sequence, or several, the
+    *contexts*: where a model summarises, the next context begins with the summary, and what is before is forgotten."""
 
     @property
     def tokens(self) -> Tensor:
@@ -42,11 +48,15 @@ class Conversation(Protocol):
     def frames(self) -> Frames:
         """What the rows that hold the image token are patches of, in order."""
 
+    @property
+    def contexts(self) -> Tensor:
+        """int64 [C], index of the first token of each context, ascending from 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """T rows of S sequences, A of them audio and P of them patches. Make it with `of` or `cat`, which check that the
-    parts agree.
+    """T rows of S conversations, A of them audio and P of them patches. Make it with `of` or `cat`, which check that
+    the parts agree.
 
     Example: ``cat([episode, other], senses).cut([9, 9])`` are the first nine rows of both.
     """
@@ -57,11 +67,20 @@ class Inputs:
     audio_rows: Tensor  # int64 [A], ascending: the row of each frame of codes
     image_rows: Tensor  # int64 [P], ascending: the row of each patch
     segments: Segments  # which rows are of which sequence, and where in it
+    starts: list[int]  # the first row of each conversation, [S]
 
     @staticmethod
-    def of(tokens: Tensor, codes: Tensor, patches: Patches, segments: Segments, senses: Senses) -> Inputs:
-        """tokens int64 [T], codes uint8 [A, channels]. Raises ValueError unless segments has T rows, and tokens A audio
-        tokens and as many image tokens as there are patches."""
+    def of(
+        tokens: Tensor,
+        codes: Tensor,
+        patches: Patches,
+        segments: Segments,
+        senses: Senses,
+        starts: list[int] | None = None,
+    ) -> Inputs:
+        """tokens int64 [T], codes uint8 [A, channels]; ``starts``: by default each segment is a conversation. Raises
+        ValueError unless segments has T rows, and tokens A audio tokens and as many image tokens as there are
+        patches."""
         if tokens.shape[0] != segments.rows:
             raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
         audio_rows = (tokens == senses.audio).nonzero()[:, 0]
@@ -70,34 +89,35 @@ class Inputs:
         image_rows = (tokens == senses.image).nonzero()[:, 0]
         if image_rows.shape[0] != len(patches):
             raise ValueError(f"tokens holds {image_rows.shape[0]} image tokens, but there are {len(patches)} patches")
-        return Inputs(tokens, codes, patches, audio_rows, image_rows, segments)
+        starts = segments.offset[:-1].tolist() if starts is None else starts
+        return Inputs(tokens, codes, patches, audio_rows, image_rows, segments, starts)
 
     @staticmethod
     def cat(conversations: Sequence[Conversation], senses: Senses) -> Inputs:
-        """Whole sequences, each from position 0 on. Raises ValueError as `of` does."""
+        """Whole conversations, each of their contexts from position 0 on. Raises ValueError as `of` does."""
+        lengths = [len(c.tokens) for c in conversations]
+        parts = [_context_lengths(c.contexts.tolist(), n) for c, n in zip(conversations, lengths, strict=True)]
         return Inputs.of(
             torch.cat([c.tokens for c in conversations]),
             torch.cat([c.codes for c in conversations]),
             Patches.cat([c.frames.patches(senses.patch) for c in conversations]),
-            _whole([len(c.tokens) for c in conversations]),
+            _whole([n for part in parts for n in part]),
             senses,
+            _starts(lengths),
         )
 
-    @property
-    def starts(self) -> list[int]:
-        """The first row of each sequence, [S]."""
-        return self.segments.offset[:-1].tolist()
-
     def cut(self, lengths: Sequence[int]) -> Inputs:
-        """The first ``lengths[s]`` rows of each whole sequence s."""
-        return self.part([(s, 0, length) for s, length in enumerate(lengths)], _whole(lengths))
+        """The first ``lengths[s]`` rows of each whole conversation s (one at least)."""
+        begins, contexts = self.segments.offset[:-1].tolist(), []
+        for start, length in zip(self.starts, lengths, strict=True):
+            contexts += _context_lengths([b - start for b in begins if start <= b < start + length], length)
+        return self.part([(s, 0, length) for s, length in enumerate(lengths)], _whole(contexts))
 
     def part(self, spans: Sequence[tuple[int, int, int]], segments: Segments) -> Inputs:
-        """Rows ``first`` … ``end - 1`` of sequence s for every span (s, first, end), in the order of the spans;
+        """Rows ``first`` … ``end - 1`` of conversation s for every span (s, first, end), in the order of the spans;
         ``segments`` says which sequence each span continues (`model.backbone.state.SessionState.extend`). Raises
         ValueError unless it has as many rows as the spans."""
-        starts = self.starts
-        cuts = [(starts[s] + first, starts[s] + end) for s, first, end in spans]
+        cuts = [(self.starts[s] + first, self.starts[s] + end) for s, first, end in spans]
         if (rows := sum(end - first for first, end in cuts)) != segments.rows:
             raise ValueError(f"the spans have {rows} rows, segments {segments.rows}")
         sound, audio_rows = _moved(self.audio_rows, cuts)
@@ -109,6 +129,7 @@ class Inputs:
             audio_rows,
             image_rows,
             segments,
+            _starts([end - first for first, end in cuts]),
         )
 
 
@@ -137,6 +158,18 @@ def _moved(rows: Tensor, cuts: Sequence[tuple[int, int]]) -> tuple[list[tuple[in
         moved.append(rows[a:b] + (row - first))
         row += end - first
     return spans, torch.cat(moved)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))[:-1]
+
+
+def _context_lengths(contexts: list[int], length: int) -> list[int]:
+    """Of a conversation of ``length`` tokens. Raises ValueError unless the contexts begin at 0 and ascend within it."""
+    ends = [*contexts[1:], length]
+    if not contexts or contexts[0] or any(a >= b for a, b in zip(contexts, ends, strict=True)):
+        raise ValueError(f"contexts that begin at {contexts[:9]} do not divide a conversation of {length} tokens")
+    return [end - begin for begin, end in zip(contexts, ends, strict=True)]
 
 
 def _whole(lengths: Sequence[int]) -> Segments:

@@ -33,6 +33,7 @@ from scipy.stats import spearmanr
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
+from model.context import ContextConfig
 from model.placement import Placement, PlacementConfig
 from model.program.files import whole_folder, write_json
 from model.program.folders import locked
@@ -74,6 +75,7 @@ class UnseenPolicy:
     words_per_chunk: Words = 1  # most words that a micro-turn may say
     max_patches: Patches = 0  # most video patches that it may see
     max_event_words: EventWords = 0  # most words of text events that it may read
+    context: ContextConfig = field(default_factory=ContextConfig)  # its policy at the context limit
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def run(config: EvaluateConfig) -> None:
     # Everything that the work needs is read and checked before it begins.
     models = load_models(config.models)
     pairs = {axis: held_out(config.pairs, axis, model) for model in models.values() for axis in model.axes}
-    policy = checkpoint.load(config.unseen.policy.checkpoint)
+    policy = checkpoint.load(config.unseen.policy.checkpoint, keep_weights=False)
     for model in models.values():
         Vocabulary.of(policy).check_same(model.backbone, model.name)
     check_words(Path(config.pairs), Vocabulary.of(policy))
@@ -169,7 +171,7 @@ def load_models(folders: Sequence[str]) -> dict[Path, RewardModel]:
 def held_out(folder: str, axis: str, model: RewardModel) -> list[Preference]:
     """All held-out pairs of an axis. Raises MetronomeError when ``folder`` holds no usable pairs, or too few to fit a
     temperature and report it."""
-    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.senses.audio)
+    rows = load_preferences(Path(folder), "held_out", [axis], model.backbone.senses)
     pairs = [from_row(row) for row in rows]
     fitted = halves(pairs)
     if fitted.all() or not fitted.any():

@@ -31,15 +31,18 @@ from typing import Annotated
 import numpy as np
 
 from kernels.errors import MetronomeError
+from model.config import SMALL_PATCH
 from model.placement import Placement, PlacementConfig
 from model.program.folders import locked
 from model.program.outputs import OutputFolder
 from model.program.ranges import (
     Ascending,
     Count,
+    EventWords,
     FilePath,
     FilePaths,
     Length,
+    Patches,
     Seed,
     Some,
     SomeChunks,
@@ -49,7 +52,7 @@ from model.program.ranges import (
 )
 from model.program.reading import parse_yaml
 from model.program.recipe import Recipe, read_recipe
-from model.tokenizer import words_digest
+from model.tokenizer import size, words_digest
 from model.weights import checkpoint
 from reward.learned.human import read_all_labels
 from reward.learned.origin import digest_of
@@ -60,7 +63,7 @@ from rollout.play import Play, play
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.seeds import generator, preference_seed
-from rollout.turn.grammar import check_context
+from rollout.turn.grammar import Grammar, check_context
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank, Split
@@ -121,6 +124,8 @@ class PairsConfig:
     seed: Seed = 0
     speech_dir: FilePath | None = None  # recordings with a manifest; None is the set shipped with the program
     words_per_chunk: Words = 1
+    max_patches: Patches = 0  # most video patches of a micro-turn
+    max_event_words: EventWords = 0  # most words of its text events
     scenarios: ScenarioConfig = field(default_factory=ScenarioConfig)
     corruptions: CorruptionRecipe = field(default_factory=CorruptionRecipe)
     rollouts: RolloutRecipe = field(default_factory=RolloutRecipe)
@@ -137,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
     chunks, rollouts = config.scenarios.most_chunks, config.rollouts
     if rollouts.policies:
-        check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk)
+        extra = config.max_patches + config.max_event_words
+        check_context("rollouts.max_tokens", rollouts.max_tokens, chunks, config.words_per_chunk, extra)
     Placement.enter(config.placement, "float32")
     with locked(out):
         if os.path.lexists(out):
@@ -170,13 +176,22 @@ class PairMaker:
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
         paths = [Path(path) for path in config.human]
-        self.policies = [(checkpoint.load(p.checkpoint), p.temperature) for p in config.rollouts.policies]
-        self.vocabulary = Vocabulary.of(self.policies[0][0]) if self.policies else Vocabulary.build(256)
-        for (policy, _), one in zip(self.policies, config.rollouts.policies, strict=True):
-            self.vocabulary.check_same(policy, f"rollouts.policies: {one.checkpoint}")
-        self.labels = read_all_labels(paths, self.vocabulary, config.words_per_chunk, config.scenarios)
+        policies = [policy.checkpoint for policy in config.rollouts.policies]
+        tokenizer = checkpoint.tokenizer_of(policies[0]) if policies else None
+        words = Vocabulary.build(size(tokenizer) if tokenizer else 256, tokenizer)
+        self.labels = read_all_labels(paths, words, config.words_per_chunk, config.scenarios)  # first: people err
         self.bank = SpeechBank.open(config.speech_dir)
-        self.writer = Writer(self.vocabulary, config.words_per_chunk, config.scenarios)
+        self.policies = [
+            (checkpoint.load(p.checkpoint, keep_weights=False), p.temperature) for p in config.rollouts.policies
+        ]
+        self.vocabulary = Vocabulary.of(self.policies[0][0]) if policies else words
+        for (policy, _), name in zip(self.policies, policies, strict=True):
+            self.vocabulary.check_same(policy, f"rollouts.policies: {name}")
+        sides = {model.senses.patch for model, _ in self.policies} or {SMALL_PATCH}
+        if len(sides) > 1:
+            raise MetronomeError(f"rollouts.policies: they cut video into patches of different sizes, {sorted(sides)}")
+        sizes = (config.words_per_chunk, config.max_patches, config.max_event_words)
+        self.writer = Writer(Grammar(self.vocabulary, *sizes, patch=sides.pop()), config.scenarios)
         self.expert_words, self.other_words = self._words()
 
     def split(self, split: Split) -> list[Preference]:
@@ -266,7 +281,8 @@ class PairMaker:
         for p, (model, temperature) in enumerate(self.policies):
             engine = SessionEngine(
                 model, self.vocabulary, slots=SESSIONS, max_tokens=recipe.max_tokens,
-                words_per_chunk=self.config.words_per_chunk,
+                words_per_chunk=self.config.words_per_chunk, max_patches=self.config.max_patches,
+                max_event_words=self.config.max_event_words,
             )  # fmt: skip
             places = [int(i) for i in np.flatnonzero(policy == p)]
             episodes = play(engine, [wanted[i] for i in places], self.config.seed, temperature)

@@ -30,6 +30,7 @@ import copy
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,7 +57,9 @@ from model.program.ranges import Fields, FilePath, Names, Range, Seed, Weight
 from model.program.recipe import read_recipe
 from model.program.runs import RECIPE, check_free, sole_writer
 from model.weights import checkpoint
+from model.weights.card import card
 from reward.learned import resuming
+from reward.learned.card import facts
 from reward.learned.model import RewardModel
 from reward.learned.origin import (
     TRAINING,
@@ -140,7 +143,7 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
             return
     _check_room(config)
     model = RewardModel.build(_backbone(config), config.axes)
-    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.senses.audio)
+    rows = load_preferences(Path(config.pairs), "train", config.axes, model.backbone.senses)
     check_words(Path(config.pairs), Vocabulary.of(model.backbone))
     origin = TrainingOrigin(
         recipe=deciding,
@@ -157,7 +160,13 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         earlier = resuming.newest_checkpoint(folder, origin, uses_deepspeed())
         if earlier is not None:
             progress.read(earlier)
-    trainer = _trainer(config, arguments, model, rows, Report(arguments, origin.text, progress))
+    made_from = {"pairs": origin.pairs, "backbone": origin.backbone, "recipe": digest_of(origin.recipe)}
+
+    def card_after(step: int, digests: Mapping[str, str]) -> str:
+        made = {f"digest of its {name}": digest for name, digest in made_from.items()}
+        return card(facts(config.name, config.axes, step, recipe, {**digests, **made}))
+
+    trainer = _trainer(config, arguments, model, rows, Report(arguments, origin.text, progress, card_after))
     if arguments.process_index == 0:
         weights = sum(p.numel() for p in model.parameters())
         write_json(folder / TRAINING, asdict(origin))
@@ -165,7 +174,8 @@ def train(config: RewardTrainConfig, recipe: str, resume: bool) -> None:
         print(f"Run {config.name}: {len(rows)} pairs, {weights:,} parameters, {arguments.world_size} processes")
     steps = _run(trainer, earlier)
     model.repack()
-    model.origin = {"pairs": origin.pairs, "backbone": origin.backbone, "recipe": digest_of(origin.recipe)}
+    model.origin = made_from
+    model.card = card_after(steps, {"weights digest": checkpoint.weights_digest(model)})
     _check_scores(model, rows)
     summary = {
         "weights_digest": checkpoint.weights_digest(model),
@@ -252,7 +262,7 @@ def _check_room(config: RewardTrainConfig) -> None:
     name = f"backbone.preset {config.backbone.preset!r}" if path is None else f"backbone.checkpoint {path!r}"
     device = dispatch.device()
     sharing = local_world() if device.type == "cpu" else 1  # one GPU a process
-    needed = sharing * training_bytes(empty(shape, torch.float32))
+    needed = sharing * training_bytes(empty(shape, torch.float32), gradients=0).total
     check_room(needed, f"recipe: {name}: training it", "take a smaller model, or a machine with more memory", device)
 
 

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")
     folder = RunFolder(run, [])
     path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
-    policy = checkpoint.load(path / "model")
+    policy = checkpoint.load(path / "model", keep_weights=False)
     source.check_words(policy)
     engine = SessionEngine.of(policy, config.rollout, given.samples)
     rewards = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from model.config import Preset
+from model.context import ContextConfig
 from model.placement import PlacementConfig
 from model.program.folders import RunName
 from model.program.outputs import OutputFolder
@@ -33,6 +34,7 @@ from reward.source import SourceConfig
 from rl.tracking.settings import TrackingConfig
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.grammar import Grammar
+from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
 
 
@@ -92,7 +94,8 @@ class RolloutConfig:
     words_per_chunk: Words = 1
     max_patches: Patches = 0  # of video in a micro-turn: rows x columns of the model's patches; 0 is no video
     max_event_words: EventWords = 0  # of text events in a micro-turn
-    max_tokens: Tokens = 512  # context of a session
+    max_tokens: Tokens = 512  # longest session; with a window it bounds no memory
+    context: ContextConfig = field(default_factory=ContextConfig)  # what the model remembers of it
     # Processes beside each learner process that roll out (vllm: at most 1); 0: in the learner's own.
     workers: Annotated[int, Range(0, 1024)] = 0
     worker_threads: Annotated[int, Range(1, 1024)] | None = None  # of each; None is an even share of the cores
@@ -106,7 +109,8 @@ class RolloutConfig:
 
     def grammar(self, vocabulary: Vocabulary, patch: int) -> Grammar:
         """``patch``: side of the model's video patches, pixels."""
-        return Grammar(vocabulary, self.words_per_chunk, self.max_patches, self.max_event_words, patch)
+        summary = Summary.of(self.context, vocabulary)
+        return Grammar(vocabulary, self.words_per_chunk, self.max_patches, self.max_event_words, patch, summary)
 
 
 @dataclass(frozen=True)

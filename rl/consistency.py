@@ -38,6 +38,16 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
         "rollout.engine is vllm, which divides the cores itself",
     ),
     (
+        ("rollout.context.first", "rollout.context.window"),
+        lambda config: config.rollout.context.policy != "window",
+        "rollout.context.policy is not window",
+    ),
+    (
+        ("rollout.context.budget", "rollout.context.request", "rollout.context.summary_words"),
+        lambda config: config.rollout.context.policy != "summary",
+        "rollout.context.policy is not summary",
+    ),
+    (
         ("tracking.mode", "tracking.project"),
         lambda config: not config.tracking.trackers,
         "tracking.trackers names no tracker",

@@ -43,7 +43,7 @@ VERBS = {
     "kernel-bench": Verb("kernels.tools.bench", "speed of the kernels beside torch's"),
     "compile-report": Verb("kernels.tools.compile_report", "compile the Triton kernels for four GPUs and check them"),
     "traffic": Verb("rl.study.traffic", "bytes that cross the network in a step on many machines"),
-    "info": Verb("model.info", "a preset's layers, parameters and session size"),
+    "info": Verb("model.info", "a model's numbers and their sources, its parameters, and the memory of a run"),
 }
 
 

@@ -37,7 +37,7 @@ class Reference:
     @staticmethod
     def load(folder: Path, classes: TokenClasses, micro_batch: int) -> Reference:
         """The policy of a checkpoint; raises CheckpointError when it is not there."""
-        return Reference(checkpoint.load(folder), classes, micro_batch)
+        return Reference(checkpoint.load(folder, keep_weights=False), classes, micro_batch)
 
     @needing("the reference policy's forward pass", "lower rl.micro_batch (in a new run: it orders sums)")
     @torch.inference_mode()

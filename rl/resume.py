@@ -23,7 +23,9 @@ from model.program.ranges import Range, Text, shown
 from model.program.reading import UnreadableError, read_record
 from model.program.recipe import Recipe, flat, read_recipe
 from model.weights import checkpoint, manifest
+from model.weights.card import write_card
 from reward.source import RewardSource
+from rl.card import facts
 from rl.config import TrainConfig
 from rl.environment import computing, contract_in_words
 from rl.evaluate import HeldOut
@@ -84,11 +86,13 @@ class Progress:
 
 
 def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
-    """A checkpoint: model in transformers' format, optimizer state, progress."""
+    """A checkpoint: model in transformers' format with its card, optimizer state, progress."""
     with folder.checkpoint(progress.step) as path:
         learner.save(path)
         if ranks.rank() == 0:
             checkpoint.save(learner.model, path / "model")
+            digest = checkpoint.weights_digest(learner.model)
+            write_card(path / "model", facts(folder, progress.step, digest, progress.before))
             write_json(path / PROGRESS, asdict(progress))
 
 

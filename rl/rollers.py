@@ -50,9 +50,21 @@ def check_workers(config: TrainConfig) -> None:
 
 
 def check_engine(config: TrainConfig) -> None:
-    """Raises MetronomeError when vLLM is asked for and cannot be used here."""
+    """Raises MetronomeError when vLLM is asked for and cannot be used here or for this recipe, and for learned rewards
+    of sessions that are summarised."""
+    summarised = config.rollout.context.policy == "summary"
+    if summarised and config.source.models:
+        raise MetronomeError(
+            "rollout.context.policy is summary, but a learned reward model (source.models) reads an episode as one "
+            "sequence; take the rules, or policy window"
+        )
     if config.rollout.engine != "vllm":
         return
+    if summarised:
+        raise MetronomeError(
+            "rollout.context.policy is summary, which the vllm engine does not carry out; take rollout.engine session, "
+            "or policy window"
+        )
     check_installed()
     if config.placement.device == "cuda" and local_world() > 1:
         raise MetronomeError(
@@ -87,6 +99,7 @@ def build_vllm(config: TrainConfig, model: InteractionModel) -> VllmEngine:
         words_per_chunk=rollout.words_per_chunk,
         max_patches=rollout.max_patches,
         max_event_words=rollout.max_event_words,
+        context=rollout.context,
         worker_process=rollout.workers == 1,
         timeout_s=rollout.worker_timeout_s,
     )
@@ -116,6 +129,7 @@ def start_roller(config: TrainConfig, model: InteractionModel) -> Iterator[Rolle
         words_per_chunk=rollout.words_per_chunk,
         max_patches=rollout.max_patches,
         max_event_words=rollout.max_event_words,
+        context=rollout.context,
     )
     even = max(1, len(os.sched_getaffinity(0)) // (local_world() * rollout.workers))
     threads = even if rollout.worker_threads is None else rollout.worker_threads

@@ -11,38 +11,54 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
-from model.config import preset
+from model.config import most_keys, preset
+from model.context import check_same, give
 from model.program import ranks
 from model.program.launched import local_world
 from model.program.memory import check_room
+from model.tokenizer import size
 from model.weights import checkpoint
 from rl.config import TrainConfig
 from rl.rollers import plays_of_a_step
 from rollout.scenarios.registry import SHIPPED
 from rollout.turn.grammar import check_context, context_rows, turn_rows
+from rollout.turn.vocabulary import Vocabulary
 
 
 def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
-    """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, and for a model,
-    sessions or a learner's forward pass beyond what this machine's memory, or its GPU's, has left. ``resumed``: as in
-    `rl.run.build_model`."""
+    """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, for a model that is to
+    go on and remembers otherwise than the recipe says, and for a model, sessions or a learner's forward pass beyond
+    what this machine's memory, or its GPU's, has left. ``resumed``: as in `rl.run.build_model`."""
     rollout, path = config.rollout, config.model.checkpoint
+    if resumed is not None:
+        check_same(checkpoint.config_of(resumed), rollout.context, str(resumed))
     shape = preset(config.model.preset) if path is None else checkpoint.config_of(resumed or path)
+    shape = give(shape, rollout.context)
     longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra
-    check_context("rollout.max_tokens", rollout.max_tokens, *longest)
     rows = context_rows(*longest)
+    if rollout.context.policy == "summary":
+        tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
+        vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
+        rollout.grammar(vocabulary, shape.vision_config.patch_size)  # raises for a budget that holds no summary
+        rows = min(rows, rollout.context.budget)
+        if rows > rollout.max_tokens:
+            raise MetronomeError(
+                f"recipe: rollout.max_tokens is {rollout.max_tokens}, and rollout.context.budget {rows}: give as many"
+            )
+    else:
+        check_context("rollout.max_tokens", rollout.max_tokens, *longest)
     positions = shape.text_config.max_position_embeddings
-    if rows > positions:
+    if rows > positions and most_keys(shape.text_config) is None:
         raise MetronomeError(
             f"recipe: the chunks of scenarios: the longest episode takes up to {rows} tokens, and the model knows "
-            f"{positions} positions; give fewer chunks or words (rollout.words_per_chunk)"
+            f"{positions} positions; give fewer chunks or words (rollout.words_per_chunk), or rollout.context.policy "
+            "window"
         )
     dtype, device = getattr(torch, config.model.dtype), dispatch.device()
     model = empty(shape, dtype)
     count = sum(w.numel() for w in model.parameters())
-    shards = ranks.world() if config.rl.optim.zero_stage else 1
     together = local_world() if device.type == "cpu" else 1  # a GPU is one process's own
-    needed = together * training_bytes(model, shards)
+    needed = together * training_bytes(model, config.rl.optim.zero_stage, ranks.world()).total
     name = f"model.preset {config.model.preset!r}" if path is None else f"model.checkpoint {path!r}"
     place = f"in {together} processes" if device.type == "cpu" else "on one GPU"
     purpose = f"recipe: {name}: training its {count:,} weights {place}"

@@ -19,6 +19,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
+from model.context import give
 from model.program import ranks
 from model.program.exhausted import needing
 from model.program.folders import locked
@@ -305,13 +306,13 @@ class Run:
 def build_model(config: TrainConfig, resumed: Path | None = None) -> InteractionModel:
     """The recipe's model, its weights packed. ``resumed``: model folder to read instead of the recipe's checkpoint,
     which a run needs only once."""
-    dtype = getattr(torch, config.model.dtype)
+    dtype, context = getattr(torch, config.model.dtype), config.rollout.context
     if config.model.checkpoint is None:
-        model = InteractionModel(preset(config.model.preset), dtype)
+        model = InteractionModel(give(preset(config.model.preset), context), dtype)
         model.init_weights(config.seed)
         model.to(dispatch.device())
     else:
-        model = checkpoint.load(resumed or Path(config.model.checkpoint), dtype)
+        model = checkpoint.load(resumed or Path(config.model.checkpoint), dtype, context=context)
     model.pack()
     return model
 

@@ -1,4 +1,4 @@
-"""Checks of the ops that treat each row alone: `swiglu`, `moe_combine`, `rms_norm`, `embedding_sum`."""
+"""Checks of the ops that treat each row alone: `swiglu`, `gelu`, `moe_combine`, `rms_norm`, `embedding_sum`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def check_swiglu(gate_up: Tensor) -> Layout:
         raise ValueError(
             f"swiglu: gate_up is {dtype}, strides {stride}; need float32 or bfloat16 with adjacent columns"
         )
+    return shape, stride, dtype
+
+
+def check_gelu(x: Tensor) -> Layout:
+    """x [T, N], fp32 or bf16; rows may be strided, columns may not."""
+    shape, stride, dtype = x.shape, x.stride(), x.dtype
+    if len(shape) != 2:
+        raise ValueError(f"gelu: x is {tuple(shape)}, not [T, N]")
+    if dtype not in FLOATS or (shape[1] > 1 and stride[1] != 1):
+        raise ValueError(f"gelu: x is {dtype}, strides {stride}; need float32 or bfloat16 with adjacent columns")
     return shape, stride, dtype
 
 

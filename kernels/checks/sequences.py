@@ -57,6 +57,7 @@ def check_attention(
     rel_proj: Tensor,
     segments: Segments,
     window: int | None,
+    first: int,
     tau: Tensor | None,
 ) -> None:
     """q [T, H, D], k and v [T, H_kv, D], rel [T, H, C], rel_proj [C, extent], tau None or fp32 [T]. Of q, k, v and rel
@@ -83,6 +84,8 @@ def check_attention(
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; need >= 1, or None")
+    if first < 0 or first % SPLIT_TOKENS:
+        raise ValueError(f"attention: first is {first}; need 0 or a multiple of {SPLIT_TOKENS}, the keys of a split")
     if tau is not None and (tau.shape != (count,) or tau.dtype is not torch.float32 or not tau.is_contiguous()):
         raise ValueError(f"attention: tau is {tau.dtype} {tuple(tau.shape)}; need contiguous float32 [{count}]")
 

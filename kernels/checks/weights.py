@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks.common import Layout
-from kernels.errors import StaleWeightsError
+from kernels.errors import MetronomeError, StaleWeightsError
 from kernels.layout import FLOATS, PackedExperts, PackedLinear
 
 
@@ -29,6 +29,16 @@ def packed_buffer(op: str, packed: PackedLinear | PackedExperts, name: str, back
         raise ValueError(
             f"{op}: packed was made by another backend; pack the weights anew after use_backend('{backend}')"
         ) from None
+
+
+def check_held(op: str, packed: PackedLinear | PackedExperts) -> None:
+    """Raises MetronomeError when the weights were given up after they were packed (`model.weights.packs.release`)."""
+    parts = packed.parts if isinstance(packed, PackedLinear) else packed.groups[0]
+    if parts[0].is_meta:
+        raise MetronomeError(
+            f"{op}: the weights of this pack were not kept, since it was made for inference only; load the model with "
+            "its weights (keep_weights)"
+        )
 
 
 def check_rows(op: str, x: Tensor, cols: int, dtype: torch.dtype) -> Layout:

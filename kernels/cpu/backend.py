@@ -18,6 +18,7 @@ from kernels.checks.common import check_device
 from kernels.cpu.attention import attention
 from kernels.cpu.conv import short_conv
 from kernels.cpu.embedding import embedding_sum
+from kernels.cpu.gelu import gelu
 from kernels.cpu.library import isa
 from kernels.cpu.linear import fill_linear, linear, pack_linear, panels_of
 from kernels.cpu.moe import expert_linear, fill_experts, moe_combine, pack_experts, swiglu
@@ -38,6 +39,7 @@ __all__ = [
     "embedding_sum",
     "expert_linear",
     "fetch",
+    "gelu",
     "instruction_set",
     "linear",
     "logprob",

@@ -163,9 +163,9 @@ def _attended(lib: ctypes.CDLL, rows: torch.Tensor) -> torch.Tensor:
     slot, start = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     offset = torch.tensor([0, count], dtype=torch.int32)
     proj, out = torch.linspace(-1, 1, 5 * 7).view(5, 7), torch.empty(count, 5)
-    _bind(lib, "attention_f32", "pipipipipppppiiiiiiifpp")(
+    _bind(lib, "attention_f32", "pipipipipppppiiiiiiiifpp")(
         q.data_ptr(), 5, k.data_ptr(), 5, v.data_ptr(), 5, q.data_ptr(), 5, proj.data_ptr(), 0, slot.data_ptr(),
-        start.data_ptr(), offset.data_ptr(), 1, 1, 1, 5, 5, 7, count, 0.4, out.data_ptr(), 0,
+        start.data_ptr(), offset.data_ptr(), 1, 1, 1, 5, 5, 7, count, 0, 0.4, out.data_ptr(), 0,
     )  # fmt: skip
     return out.view(-1)
 

@@ -19,6 +19,7 @@ def attention(
     segments: Segments,
     scale: float,
     window: int | None,
+    first: int,
     tau: Tensor | None,
     cache: PagedKV | None,
 ) -> Tensor:
@@ -31,17 +32,17 @@ def attention(
     require(q.shape[1] % k.shape[1] == 0, f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
     out = []
     if cache is not None:
-        for slot, start, first, end in bounds(segments):
-            _write_pages(k[first:end], v[first:end], cache, slot, start)
-    for slot, start, first, end in bounds(segments):
+        for slot, start, begin, end in bounds(segments):
+            _write_pages(k[begin:end], v[begin:end], cache, slot, start)
+    for slot, start, begin, end in bounds(segments):
         require(start == 0 or cache is not None, f"attention: segment starts at {start}, but there is no cache")
-        own_rows = slice(first, end)
+        own_rows = slice(begin, end)
         if cache is None:
-            key, value = (F.pad(t[own_rows], (0, 0, 0, 0, 0, -(end - first) % SPLIT_TOKENS)) for t in (k, v))
+            key, value = (F.pad(t[own_rows], (0, 0, 0, 0, 0, -(end - begin) % SPLIT_TOKENS)) for t in (k, v))
         else:
-            key, value = _read_pages(cache, slot, start + end - first)
+            key, value = _read_pages(cache, slot, start + end - begin)
         row_tau = None if tau is None else tau[own_rows]
-        out.append(_attend(q[own_rows], key, value, rel[own_rows], rel_proj, start, scale, window, row_tau))
+        out.append(_attend(q[own_rows], key, value, rel[own_rows], rel_proj, start, scale, window, first, row_tau))
     return torch.cat([q.new_zeros(0, *q.shape[1:]), *out])
 
 
@@ -77,6 +78,7 @@ def _attend(
     start: int,
     scale: float,
     window: int | None,
+    first: int,
     tau: Tensor | None,
 ) -> Tensor:
     """One sequence: queries at start, start + 1, … over keys at 0 … splits * SPLIT_TOKENS - 1.
@@ -97,7 +99,9 @@ def _attend(
     score = scale * dot + bias
     if tau is not None:
         score = tau[:, None, None] * score
-    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    visible = distance >= 0
+    if window is not None:
+        visible &= (distance < window) | (torch.arange(keys) < first)
     score = score.masked_fill(~visible[:, None], -torch.inf).unflatten(2, (-1, SPLIT_TOKENS))  # [rows, H, splits, 64]
     value = v.unflatten(1, (-1, SPLIT_TOKENS))  # [H, splits, 64, D]
 

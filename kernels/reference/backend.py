@@ -44,7 +44,8 @@ _FLOATS = (*FLOATS, torch.float64)
 
 
 def contract() -> dict[str, str | int]:
-    # exp and log are torch's in float64, rounded to fp32: nearly always, but not provably, the same on every processor.
+    # exp, log and erfc are torch's in float64, rounded to fp32: nearly always, but not provably, the same on every
+    # processor.
     return {"numerics": NUMERICS_VERSION, "bf16": "exact", "capability": torch.backends.cpu.get_cpu_capability()}
 
 
@@ -115,6 +116,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     require(gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, f"swiglu: gate_up is {tuple(gate_up.shape)}, not [T, 2I]")
     gate, up = widen(gate_up).chunk(2, dim=-1)
     return (gate / (1 + exp(-gate)) * up).to(gate_up.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    require(x.dim() == 2, f"gelu: x is {tuple(x.shape)}, not [T, N]")
+    wide = x.double()  # erfc keeps its relative precision where 1 + erf has lost it
+    return (wide * (0.5 * torch.special.erfc(-(0.5**0.5) * wide))).to(x.dtype)
 
 
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:

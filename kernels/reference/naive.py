@@ -91,6 +91,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
 def moe_combine(y: Tensor, weight: Tensor) -> Tensor:
     rows, choices = weight.shape
     owner = torch.arange(rows, device=y.device).repeat_interleave(choices)
@@ -141,6 +145,7 @@ def attention(
     segments: Segments,
     scale: float,
     window: int | None,
+    first: int,
     tau: Tensor | None,
     cache: PagedKV | None,
 ) -> Tensor:
@@ -161,7 +166,9 @@ def attention(
     index = distance.clamp(0, extent - 1)[:, :, None].expand(-1, -1, q.shape[1], -1)
     bias = by_distance.gather(3, index).transpose(1, 2)
     bias = bias.masked_fill((distance >= extent)[:, None], 0.0)
-    unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    unseen = distance < 0
+    if window is not None:
+        unseen |= (distance >= window) & (key_at >= first)
     bias = bias.masked_fill(unseen[:, None], -torch.inf)
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)

@@ -1,7 +1,7 @@
 """``python -m kernels.tools.bench [--json FILE]``: times of the cpu kernels and of torch's, which keep no row contract.
 
 Both run in one process in turn, so that a busy moment of the machine hits both, and the median over the rounds counts.
-Compared with: ``torch.nn.functional``'s `linear`, `rms_norm`, `scaled_dot_product_attention` (without a
+Compared with: ``torch.nn.functional``'s `linear`, `rms_norm`, `gelu`, `scaled_dot_product_attention` (without a
 relative bias, which ours adds), `log_softmax` with the pick of one token (ours adds entropy and a digest of the
 row), and for a mixture of experts the fastest of transformers' implementations of Inkling's experts. Backward is the
 backward alone. `expert_linear` is timed on both of its paths, gather + GEMV and grouped GEMM, and their results must be
@@ -161,7 +161,10 @@ def measure_all(group: Iterator[Case], effort: Effort, ceiling: tuple[float, flo
         yield result
 
 
-OPS = ("linear", "rms_norm", "logprob", "attention_decode", "attention_prefill", "moe", "expert_linear")
+OPS = (
+    "linear", "rms_norm", "gelu", "logprob", "attention_decode", "attention_far", "attention_prefill", "moe",
+    "expert_linear",
+)  # fmt: skip
 
 
 def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
@@ -171,8 +174,10 @@ def run(quick: bool, chosen: tuple[str, ...] = OPS) -> list[Result]:
     groups = {
         "linear": cases.linear_cases(rows),
         "rms_norm": cases.norm_cases(rows),
+        "gelu": cases.gelu_cases(rows),
         "logprob": cases.logprob_cases(rows),
         "attention_decode": cases.decode_cases((1,) if quick else (1, 8)),
+        "attention_far": cases.decode_cases((1,) if quick else (1, 8), far=True),
         "attention_prefill": cases.prefill_cases((64,) if quick else (64, 256, 1024)),
         "moe": cases.moe_cases(rows, partial(fastest, effort)),
     }

@@ -23,12 +23,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROWS = (1, 2, 4, 8, 16, 64, 256, 1024)
 LINEAR = ((128, 320), (256, 128), (512, 1536), (1024, 4096), (2048, 8192))  # K, N; the first two are the tiny preset's
 NORM = (128, 512, 2048)
+GELU = (320, 1216)
 VOCABULARY = (256, 16384)
 HEADS = ((4, 2, 32), (8, 2, 64), (32, 8, 128))  # query heads, key heads, width: presets tiny, base, inkling_small
 EXPERTS = ((8, 2, 128, 128), (16, 4, 512, 256), (16, 2, 1024, 1024))  # experts, top-k, D, inner width
 TORCH_EXPERTS = ("eager", "grouped_mm", "batched_mm")  # transformers' names
 MOST_GATHERED = 1 << 30  # bytes; batched_mm copies each row's expert weights, 25 GB for 1,024 rows of the largest shape
 DECODE_KEYS = 4096
+FIRST_KEYS, FAR = 64, 1 << 17  # of a session that keeps its first keys and a window; its position
 REL_CHANNELS, REL_EXTENT = 16, 1024
 
 
@@ -90,6 +92,13 @@ def norm_cases(rows: tuple[int, ...]) -> Iterator[Case]:
         yield from _both_ways("rms_norm", str(d), t, ours, theirs, [x, w], 4.0 * t * d, 2.0 * dtype.itemsize * t * d)
 
 
+def gelu_cases(rows: tuple[int, ...]) -> Iterator[Case]:
+    for dtype, n, t in product(DTYPES, GELU, rows):
+        x = _leaf(t, n, dtype=dtype)
+        ours, theirs = partial(ops.gelu, x), partial(F.gelu, x)
+        yield from _both_ways("gelu", str(n), t, ours, theirs, [x], 45.0 * t * n, 2.0 * dtype.itemsize * t * n)
+
+
 def logprob_cases(rows: tuple[int, ...]) -> Iterator[Case]:
     for v, t in product(VOCABULARY, rows):
         x, token = _leaf(t, v), torch.randint(v, (t,))
@@ -106,21 +115,27 @@ def _torch_logprob(x: Tensor, token: Tensor) -> Tensor:
     return F.log_softmax(x, -1).gather(1, token[:, None])
 
 
-def decode_cases(sequences: tuple[int, ...]) -> Iterator[Case]:
-    """One new token for each of some sequences that hold DECODE_KEYS keys already."""
+def decode_cases(sequences: tuple[int, ...], far: bool = False) -> Iterator[Case]:
+    """One new token for each of some sequences that hold DECODE_KEYS keys already; ``far``: of sequences at position
+    FAR that see FIRST_KEYS keys and then a window, together as many."""
     for dtype, (heads, kv, d), t in product(DTYPES, HEADS, sequences):
         if t * kv * d > 4096:
             continue  # hundreds of MB of keys
         q, k, v = (random(t, h, d, dtype=dtype) for h in (heads, kv, kv))
         rel = random(t, heads, REL_CHANNELS, dtype=dtype)
         proj = 0.02 * random(REL_CHANNELS, REL_EXTENT, dtype=dtype)
-        pages = DECODE_KEYS // SPLIT_TOKENS + 1
+        pages, at = DECODE_KEYS // SPLIT_TOKENS + 1, FAR if far else DECODE_KEYS
+        held = torch.arange(t * pages, dtype=torch.int32).view(t, pages)
+        kept, between = FIRST_KEYS // SPLIT_TOKENS, torch.full((t, (at - DECODE_KEYS) // SPLIT_TOKENS), -1).int()
         cache = PagedKV(
             random(t * pages, kv, d, SPLIT_TOKENS, dtype=dtype), random(t * pages, kv, SPLIT_TOKENS, d, dtype=dtype),
-            torch.arange(t * pages, dtype=torch.int32).view(t, pages),
+            torch.cat([held[:, :kept], between, held[:, kept:]], 1),
         )  # fmt: skip
-        segments = Segments.build(list(range(t)), [DECODE_KEYS] * t, [1] * t)
-        ours = partial(ops.attention, q, k, v, rel, proj, segments, scale=1 / d, cache=cache)
+        segments = Segments.build(list(range(t)), [at] * t, [1] * t)
+        window = DECODE_KEYS + 1 - FIRST_KEYS if far else None
+        ours = partial(
+            ops.attention, q, k, v, rel, proj, segments, scale=1 / d, window=window, first=FIRST_KEYS, cache=cache
+        )
         keys, values = (random(t, kv, DECODE_KEYS + 1, d, dtype=dtype) for _ in range(2))
         theirs = partial(
             F.scaled_dot_product_attention, q[:, :, None], keys, values, scale=1 / d, enable_gqa=True
@@ -128,7 +143,8 @@ def decode_cases(sequences: tuple[int, ...]) -> Iterator[Case]:
         flops = t * heads * (4.0 * d * DECODE_KEYS + 2 * REL_CHANNELS * REL_EXTENT)
         traffic = 2.0 * t * kv * d * DECODE_KEYS * dtype.itemsize
         calls = (torch.no_grad()(ours), torch.no_grad()(theirs))
-        yield Case("attention_decode", dtype, f"{heads}q{kv}kv{d}", t, "forward", *calls, flops, traffic)
+        name = "attention_far" if far else "attention_decode"
+        yield Case(name, dtype, f"{heads}q{kv}kv{d}", t, "forward", *calls, flops, traffic)
 
 
 def prefill_cases(lengths: tuple[int, ...]) -> Iterator[Case]:

@@ -125,6 +125,8 @@ class Cases:
             x = self.normal(t, 1024, dtype=dtype)
             calls = partial(ops.swiglu, x), partial(gated, x)
             yield Case("swiglu", f"{name}, {t} x 512", *calls, 1.5 * t * 1024 * size)
+            calls = partial(ops.gelu, x), partial(F.gelu, x)
+            yield Case("gelu", f"{name}, {t} x 1024", *calls, 2.0 * t * 1024 * size)
             y, weight = self.normal(t * 5, 512, dtype=dtype), self.normal(t, 5).abs()
             calls = partial(ops.moe_combine, y, weight), partial(weighted, y, weight)
             yield Case("moe_combine", f"{name}, {t} x 5 x 512", *calls, 6.0 * t * 512 * size)

@@ -123,6 +123,8 @@ class Cases:
                 yield Check("rows", f"rms_norm {width}, {name}", partial(row_differences, op, (x,), s.counts))
             x = self.normal(s.rows, 512, dtype=dtype)
             yield Check("rows", f"swiglu, {name}", partial(row_differences, ops.swiglu, (x,), s.counts))
+            x = 3 * self.normal(s.rows, 256, dtype=dtype)
+            yield Check("rows", f"gelu, {name}", partial(row_differences, ops.gelu, (x,), s.counts))
             combined = self.normal(s.rows, 3, 128, dtype=dtype), self.normal(s.rows, 3).abs()
             yield Check("rows", f"moe_combine, {name}", partial(row_differences, _combine, combined, s.counts))
             for width in (256, 1024):
@@ -179,12 +181,13 @@ class Cases:
         cuts = ((length,), (1,), (5, 1, 2), (63, 1, 64, 65))
         for name, dtype in DTYPES.items():
             for heads, key_heads, width in self.sizes.heads:
-                for window in (None, 128):
+                for window, first in ((None, 0), (128, 0), (64, 64)):
                     shapes = (heads, width), (key_heads, width), (key_heads, width), (heads, 16)
                     inputs = [self.normal(length, *shape, dtype=dtype) for shape in shapes]
                     bias = (0.02 * self.normal(16, 512)).to(dtype)
-                    run = partial(attention_differences, inputs, bias, 1 / width, window, cuts)
-                    yield Check("attention", f"attention {heads}/{key_heads} x {width}, window {window}, {name}", run)
+                    run = partial(attention_differences, inputs, bias, 1 / width, window, cuts, first)
+                    keys = f"window {window}" + (f" and first {first}" if first else "")
+                    yield Check("attention", f"attention {heads}/{key_heads} x {width}, {keys}, {name}", run)
 
     def gradients(self) -> Iterator[Check]:
         s = self.sizes
@@ -199,6 +202,7 @@ class Cases:
             w = self.normal(128, dtype=dtype)
             yield check(f"rms_norm, {name}", lambda x, w: ops.rms_norm(x, w, 1e-6), (x,), w)
             yield check(f"swiglu, {name}", ops.swiglu, (self.normal(s.rows, 256, dtype=dtype),))
+            yield check(f"gelu, {name}", ops.gelu, (3 * self.normal(s.rows, 128, dtype=dtype),))
             inputs = self.normal(s.rows, 3, 128, dtype=dtype), self.normal(s.rows, 3).abs()
             yield check(f"moe_combine, {name}", _combine, inputs)
             x, w = self.normal(s.rows, 64, dtype=dtype), self.normal(5, 96, 64, dtype=dtype) / 8

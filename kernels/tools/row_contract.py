@@ -115,7 +115,12 @@ def gradient_differences(
 
 
 def attention_differences(
-    inputs: Sequence[Tensor], rel_proj: Tensor, scale: float, window: int | None, cuts: Sequence[Sequence[int]]
+    inputs: Sequence[Tensor],
+    rel_proj: Tensor,
+    scale: float,
+    window: int | None,
+    cuts: Sequence[Sequence[int]],
+    first: int = 0,
 ) -> list[str]:
     """One sequence's ``inputs`` q, k, v, rel [T, …]: in one call without a cache, beside calls of ``cuts`` rows with a
     cache whose pages lie in any order and with another sequence in every call; the learner's forward; each row's
@@ -124,7 +129,7 @@ def attention_differences(
 
     def attend(x: Sequence[Tensor], segments: Segments, cache: PagedKV | None = None) -> Tensor:
         q, k, v, rel = x
-        return ops.attention(q, k, v, rel, rel_proj, segments, scale=scale, window=window, cache=cache)
+        return ops.attention(q, k, v, rel, rel_proj, segments, scale=scale, window=window, first=first, cache=cache)
 
     alone = Segments.build([0], [0], [rows])
     with torch.no_grad():

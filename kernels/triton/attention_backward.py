@@ -22,12 +22,17 @@ from torch import Tensor
 
 from kernels.layout import Segments
 from kernels.triton.attention_parts import (
-    NO_WINDOW,
     SPEC_SHAPES,
     Shape,
+    Sight,
+    is_global,
+    is_visible,
+    part_of,
+    parts_skipped,
     relative_bias,
     shape_constants,
     sizes,
+    title,
     wide_product,
     width_product,
 )
@@ -42,8 +47,8 @@ ADDENDS = 256  # elements of drel_proj that one program of the last sum takes
 def queries_kernel(
     q, k, v, rel, rel_proj, tau, tiles, out, lse, dout, dq, delta, by_distance, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, FIRST: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
     """dq, delta and the bias's gradient by distance [tiles, KEY_HEADS, ROWS, EXTENT]. Grid (query tiles, key heads)."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -70,11 +75,13 @@ def queries_kernel(
     total = tl.zeros((ROWS, WIDTH_PAD), tl.float32)
     last = tl.minimum(base + ROWS // GROUP_PAD, end) - 1
     first_seen = tl.maximum(tl.maximum(base, start) - (WINDOW - 1), 0)
-    for part in range(first_seen // KEYS, last // KEYS + 1):
+    skipped = parts_skipped(first_seen, KEYS, FIRST)
+    for step in range(skipped, last // KEYS + 1):
+        part = part_of(step, skipped, KEYS, FIRST)
         at = part * KEYS + tl.arange(0, KEYS)
         source = ((at + shift).to(tl.int64) * KEY_HEADS + key_head) * WIDTH
         distance = position[:, None] - at[None, :]
-        visible = (distance >= 0) & (distance < WINDOW) & valid[:, None]
+        visible = is_visible(distance, at, WINDOW, FIRST) & valid[:, None]
         dot = width_product(q, row * WIDTH, valid, k, source, at <= last, 1, WIDTH, STEP)
         dweight = width_product(dout, row * WIDTH, valid, v, source, at <= last, 1, WIDTH, STEP)
         bias = relative_bias(rel, row * CHANNELS, rel_proj, distance, valid, CHANNELS, EXTENT)
@@ -92,8 +99,8 @@ def queries_kernel(
 def keys_kernel(
     q, k, v, rel, rel_proj, tau, parts, lse, dout, dk, dv, delta, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, FIRST: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS neighbouring keys. Grid (such parts, key heads); parts as `tiles_of`."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -108,6 +115,8 @@ def keys_kernel(
     dkeys = tl.zeros((KEYS, WIDTH_PAD), tl.float32)
     dvalues = tl.zeros((KEYS, WIDTH_PAD), tl.float32)
     last = tl.minimum(base + KEYS - 1 + (WINDOW - 1), end - 1)
+    if FIRST > 0:
+        last = tl.where(base < FIRST, end - 1, last)
     for step in range(base // QUERIES, last // QUERIES + 1):
         position = step * QUERIES + r // GROUP_PAD
         valid = (r % GROUP_PAD < GROUP) & (position < end)
@@ -119,7 +128,7 @@ def keys_kernel(
         if HAS_TAU:
             factor = tl.load(tau + position + shift, mask=valid, other=1.0)
         distance = position[:, None] - at[None, :]
-        visible = (distance >= 0) & (distance < WINDOW) & valid[:, None]
+        visible = is_visible(distance, at, WINDOW, FIRST) & valid[:, None]
         dot = width_product(q, row * WIDTH, valid, k, source, at < end, 1, WIDTH, STEP)
         dweight = width_product(dout, row * WIDTH, valid, v, source, at < end, 1, WIDTH, STEP)
         bias = relative_bias(rel, row * CHANNELS, rel_proj, distance, valid, CHANNELS, EXTENT)
@@ -208,7 +217,7 @@ def proj_sum_kernel(partial, drel_proj, count, ELEMENTS: tl.constexpr, BLOCK: tl
 
 def flat_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Compile-time constants of the products with the gradients by distance."""
-    heads, key_heads, width, channels, extent, _ = shape
+    heads, key_heads, width, channels, extent, _, _ = shape
     size = sizes(dtype, heads, key_heads, width)
     of_model = {"HEADS": heads, "KEY_HEADS": key_heads, "CHANNELS": channels, "EXTENT": extent}
     of_tile = {"ROWS": size["ROWS"], "GROUP_PAD": size["GROUP_PAD"], "STEP": DISTANCES}
@@ -227,10 +236,10 @@ def differentiate(
     dout: Tensor,
     segments: Segments,
     scale: float,
-    reach: int,
+    sight: Sight,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, drel, drel_proj), given the forward's ``out`` and ``lse`` and the gradient ``dout``. All arguments
-    are contiguous; ``reach`` is the window, or NO_WINDOW."""
+    are contiguous."""
     (rows, heads, width), key_heads, tile = q.shape, k.shape[1], attention_tile(q.dtype)
     channels, extent = rel_proj.shape
     size = sizes(q.dtype, heads, key_heads, width)
@@ -244,7 +253,7 @@ def differentiate(
     passes = queries.split(PASS_TILES)
     by_distance = lse.new_empty(min(len(queries), PASS_TILES) * key_heads * size["ROWS"], extent)
     partial = lse.new_empty(len(passes), key_heads, channels, extent)
-    shape: Shape = heads, key_heads, width, channels, extent, reach
+    shape: Shape = heads, key_heads, width, channels, extent, *sight
     over = shape_constants(q.dtype, shape) | {"HAS_TAU": tau is not None}
     flat = flat_constants(q.dtype, shape)
     for n, pass_tiles in enumerate(passes):
@@ -281,10 +290,9 @@ def specs() -> list[CompileSpec]:
         proj = {"rel": p, "tiles": "*i32", "by_distance": "*fp32", "partial": "*fp32"}
         total = {"partial": "*fp32", "drel_proj": p}
         for shape in SPEC_SHAPES:
-            heads, key_heads, width, channels, extent, window = shape
-            over = shape_constants(dtype, shape) | {"HAS_TAU": window == NO_WINDOW}
+            _, _, _, channels, extent, *_ = shape
+            over = shape_constants(dtype, shape) | {"HAS_TAU": is_global(shape)}
             flat = flat_constants(dtype, shape)
-            where = f"{heads}/{key_heads} heads of {width}, {'global' if window == NO_WINDOW else f'window {window}'}"
             for name, kernel, pointers, numbers, constants in (
                 ("dq", queries_kernel, queries, {"scale": "fp32"}, over),
                 ("dk and dv", keys_kernel, keys, {"scale": "fp32"}, over),
@@ -298,9 +306,9 @@ def specs() -> list[CompileSpec]:
                     {"ELEMENTS": channels * extent, "BLOCK": ADDENDS},
                 ),
             ):
-                if window == NO_WINDOW and constants is not over:
+                if is_global(shape) and constants is not over:
                     continue  # knows no window
-                title = f"attention gradient {name}, {where}: {t}"
+                what = f"attention gradient {name}, {title(shape)}: {t}"
                 how = tile.warps, tile.stages
-                out.append(CompileSpec(title, kernel, pointers | numbers, dict(constants), (*pointers,), *how))
+                out.append(CompileSpec(what, kernel, pointers | numbers, dict(constants), (*pointers,), *how))
     return out

@@ -22,11 +22,16 @@ from torch import Tensor
 
 from kernels.layout import SPLIT_TOKENS, PagedKV, Segments
 from kernels.triton.attention_parts import (
-    NO_WINDOW,
     SPEC_SHAPES,
+    Sight,
+    is_global,
+    is_visible,
+    part_of,
+    parts_skipped,
     relative_bias,
     shape_constants,
     sizes,
+    title,
     wide_product,
     width_product,
 )
@@ -39,8 +44,8 @@ from kernels.triton.tiles import attention_tile
 def attention_kernel(
     q, rel, rel_proj, tau, key, value, table, tiles, out, lse, scale, table_width, rel_row,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, EXTENT: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, FIRST: tl.constexpr, HAS_TAU: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, STEP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, key heads). tiles int32 [tiles, 5]: see `tiles_of`. table int32 [S, table_width]: the pages of
     each sequence. lse fp32 [T, H]: ln of a row's sum of exp."""
@@ -65,7 +70,9 @@ def attention_kernel(
     result = tl.zeros((ROWS, WIDTH_PAD), tl.float32)
     last = tl.minimum(base + ROWS // GROUP_PAD, end) - 1
     first_seen = tl.maximum(tl.maximum(base, start) - (WINDOW - 1), 0)
-    for part in range(first_seen // KEYS, last // KEYS + 1):
+    skipped = parts_skipped(first_seen, KEYS, FIRST)
+    for step in range(skipped, last // KEYS + 1):
+        part = part_of(step, skipped, KEYS, FIRST)
         first = part * KEYS
         at = first + tl.arange(0, KEYS)
         page = tl.load(table + s.to(tl.int64) * table_width + first // SPLIT).to(tl.int64) * KEY_HEADS + key_head
@@ -75,7 +82,7 @@ def attention_kernel(
             mask=(at <= last)[:, None] & (d < WIDTH)[None, :], other=0.0,
         )  # fmt: skip
         distance = position[:, None] - at[None, :]
-        visible = (distance >= 0) & (distance < WINDOW)
+        visible = is_visible(distance, at, WINDOW, FIRST)
         dot = width_product(q, row * WIDTH, valid, key, page * WIDTH * SPLIT + j, at <= last, SPLIT, WIDTH, STEP)
         bias = relative_bias(rel, rel_rows, rel_proj, distance, valid, CHANNELS, EXTENT)
         score = tl.where(visible, factor[:, None] * (scale * dot + bias), float("-inf"))
@@ -99,7 +106,8 @@ def attention_kernel(
         part_out = wide_product(weight, values) + poison
 
         # A row that sees nothing of this part keeps its sums, and the sign of their zeros.
-        seen = (first <= position) & (first + KEYS - 1 > position - WINDOW)
+        seen = (first + KEYS - 1 > position - WINDOW) | (first < FIRST)
+        seen = (first <= position) & seen
         higher = tl.maximum(greatest, part_max)
         shown = tl.where(higher == float("-inf"), 0.0, higher)
         old, new = tl.exp(greatest - shown), tl.exp(part_max - shown)
@@ -140,12 +148,12 @@ def forward(
     rel_proj: Tensor,
     segments: Segments,
     scale: float,
-    reach: int,
+    sight: Sight,
     tau: Tensor | None,
     cache: PagedKV,
 ) -> tuple[Tensor, Tensor]:
-    """Writes the new keys and values into the pages, then attends: (out [T, H, D], lse fp32 [T, H]). ``reach`` is the
-    window, or NO_WINDOW; ``cache.table`` [S, pages] has a row for each segment."""
+    """Writes the new keys and values into the pages, then attends: (out [T, H, D], lse fp32 [T, H]). ``cache.table``
+    [S, pages] has a row for each segment."""
     rows, heads, width = q.shape
     key_heads, tile = k.shape[1], attention_tile(q.dtype)
     size = sizes(q.dtype, heads, key_heads, width)
@@ -163,7 +171,7 @@ def forward(
         attention_kernel, (len(queries), key_heads), q.device, tile,
         plain(q), rel, rel_proj.contiguous(), lse if tau is None else plain(tau), cache.key, cache.value, cache.table,
         queries, out, lse, float(scale), cache.table.shape[1], row_stride(rel),
-        HAS_TAU=tau is not None, **shape_constants(q.dtype, (heads, key_heads, width, *rel_proj.shape, reach)),
+        HAS_TAU=tau is not None, **shape_constants(q.dtype, (heads, key_heads, width, *rel_proj.shape, *sight)),
     )  # fmt: skip
     return out, lse
 
@@ -176,7 +184,7 @@ def attend_whole(
     rel_proj: Tensor,
     segments: Segments,
     scale: float,
-    reach: int,
+    sight: Sight,
     tau: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` of whole sequences over temporary pages, of which only what was written is read: (out, lse)."""
@@ -184,7 +192,7 @@ def attend_whole(
     cache = PagedKV(
         k.new_empty(pages, key_heads, head, SPLIT_TOKENS), v.new_empty(pages, key_heads, SPLIT_TOKENS, head), table
     )
-    return forward(q, k, v, rel, rel_proj, segments, scale, reach, tau, cache)
+    return forward(q, k, v, rel, rel_proj, segments, scale, sight, tau, cache)
 
 
 def specs() -> list[CompileSpec]:
@@ -195,19 +203,18 @@ def specs() -> list[CompileSpec]:
         pointers |= {"tau": "*fp32", "table": "*i32", "tiles": "*i32", "lse": "*fp32"}
         new = dict.fromkeys(("k", "v", "key", "value"), f"*{t}") | {"table": "*i32", "splits": "*i32"}
         for shape in SPEC_SHAPES:
-            heads, key_heads, width, _, _, window = shape
-            where = f"{heads}/{key_heads} heads of {width}, {'global' if window == NO_WINDOW else f'window {window}'}"
+            _, key_heads, width, *_ = shape
             constants = shape_constants(dtype, shape)
-            attend = constants | {"HAS_TAU": window == NO_WINDOW}
+            attend = constants | {"HAS_TAU": is_global(shape)}
             signature = pointers | {"scale": "fp32", "table_width": "i32", "rel_row": "i32"}
             how = tile.warps, tile.stages
             even = tuple(name for name in pointers if name not in ("rel", "rel_proj"))
-            out.append(CompileSpec(f"attention, {where}: {t}", attention_kernel, signature, attend, even, *how))
-            if window == NO_WINDOW:
+            out.append(CompileSpec(f"attention, {title(shape)}: {t}", attention_kernel, signature, attend, even, *how))
+            if is_global(shape):
                 continue  # pages know no window
             write = {name: constants[name] for name in ("KEY_HEADS", "WIDTH", "SPLIT", "WIDTH_PAD")}
             signature = new | {"table_width": "i32", "k_row": "i32", "v_row": "i32"}
-            title = f"attention pages, {key_heads} heads of {width}: {t}"
+            name = f"attention pages, {key_heads} heads of {width}: {t}"
             even = tuple(name for name in new if name not in ("k", "v"))
-            out.append(CompileSpec(title, write_kernel, signature, write, even, *how))
+            out.append(CompileSpec(name, write_kernel, signature, write, even, *how))
     return out

@@ -20,14 +20,56 @@ from kernels.triton.tiles import PRECISION, attention_tile
 
 NO_WINDOW = 1 << 30  # greater than any distance
 
-Shape = tuple[int, ...]  # heads, key heads, width, channels, extent, window
+Sight = tuple[int, int]
+"""The window, or NO_WINDOW, and ``first`` of `kernels.ops.attention`."""
+
+Shape = tuple[int, ...]  # heads, key heads, width, channels, extent, window, first
 
 SPEC_SHAPES: tuple[Shape, ...] = (
-    (32, 8, 128, 16, 1024, 512),
-    (32, 8, 128, 16, 1024, NO_WINDOW),
-    (4, 2, 32, 16, 1024, 512),
+    (32, 8, 128, 16, 1024, 512, 0),
+    (32, 8, 128, 16, 1024, NO_WINDOW, 0),
+    (32, 8, 128, 16, 1024, 4096, 64),
+    (4, 2, 32, 16, 1024, 512, 0),
 )
-"""Shapes to compile ahead of time: those of sliding and of global layers, and a small model's."""
+"""Shapes to compile ahead of time: those of sliding and of global layers, of global layers that keep the first keys and
+a window, and a small model's."""
+
+
+def is_global(shape: Shape) -> bool:
+    """Whether it is a global layer's, whose scores have a factor."""
+    return shape[5] == NO_WINDOW or shape[6] > 0
+
+
+def title(shape: Shape) -> str:
+    heads, key_heads, width, _, _, window, first = shape
+    keys = "global" if window == NO_WINDOW else f"window {window}" + (f" and first {first}" if first else "")
+    return f"{heads}/{key_heads} heads of {width}, {keys}"
+
+
+@triton.jit
+def is_visible(distance, at, WINDOW: tl.constexpr, FIRST: tl.constexpr):
+    """[rows, keys]: whether a row sees a key ``distance`` before it; ``at`` [keys] are the keys' positions."""
+    near = distance < WINDOW
+    if FIRST > 0:
+        near = near | (at < FIRST)[None, :]
+    return (distance >= 0) & near
+
+
+@triton.jit
+def parts_skipped(first_seen, KEYS: tl.constexpr, FIRST: tl.constexpr):
+    """How many parts of KEYS keys a tile need not look at: those between the first FIRST keys and its window, which
+    begins with key ``first_seen``."""
+    return tl.maximum(first_seen // KEYS - FIRST // KEYS, 0)
+
+
+@triton.jit
+def part_of(step, skipped, KEYS: tl.constexpr, FIRST: tl.constexpr):
+    """The part that a tile takes at ``step``, counted from ``skipped``: the first FIRST // KEYS, then those from its
+    window on."""
+    part = step
+    if FIRST > 0:
+        part = tl.where(step - skipped < FIRST // KEYS, step - skipped, step)
+    return part
 
 
 @triton.jit
@@ -90,6 +132,6 @@ def sizes(dtype: torch.dtype, heads: int, key_heads: int, width: int) -> dict[st
 
 def shape_constants(dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Compile-time constants of a kernel over query tiles, without HAS_TAU."""
-    heads, key_heads, width, channels, extent, window = shape
+    heads, key_heads, width, channels, extent, window, first = shape
     of_model = {"HEADS": heads, "KEY_HEADS": key_heads, "WIDTH": width, "CHANNELS": channels, "EXTENT": extent}
-    return {**of_model, "WINDOW": window, **sizes(dtype, heads, key_heads, width)}
+    return {**of_model, "WINDOW": window, "FIRST": first, **sizes(dtype, heads, key_heads, width)}

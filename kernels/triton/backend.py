@@ -20,6 +20,7 @@ from kernels.triton.deferred import deferred, fetch
 from kernels.triton.elementwise import moe_combine, swiglu
 from kernels.triton.embedding import embedding_sum
 from kernels.triton.experts import expert_linear, fill_experts, pack_experts
+from kernels.triton.gelu import gelu
 from kernels.triton.launch import INTERPRET, PLACE
 from kernels.triton.linear import fill_linear, linear, pack_linear
 from kernels.triton.norm import rms_norm
@@ -38,6 +39,7 @@ __all__ = [
     "embedding_sum",
     "expert_linear",
     "fetch",
+    "gelu",
     "instruction_set",
     "linear",
     "logprob",

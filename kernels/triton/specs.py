@@ -9,6 +9,7 @@ from kernels.triton import (
     elementwise,
     embedding,
     experts,
+    gelu,
     linear,
     norm,
     optimizer,
@@ -20,5 +21,6 @@ from kernels.triton.launch import CompileSpec
 
 def compile_specs() -> list[CompileSpec]:
     """In fp32 and in bf16, where a kernel takes both."""
-    forward = (linear, experts, norm, conv, elementwise, embedding, attention_forward, router, sampling, optimizer)
-    return [spec for module in (*forward, attention_backward) for spec in module.specs()]
+    rows = (norm, conv, elementwise, gelu, embedding)
+    rest = (attention_forward, router, sampling, optimizer, attention_backward)
+    return [spec for module in (linear, experts, *rows, *rest) for spec in module.specs()]

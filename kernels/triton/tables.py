@@ -57,7 +57,7 @@ class Tables:
     tiles: dict[int, Tensor] = field(default_factory=dict)  # by size: `tiles_of`
     pages: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by id: (page table, its rows [S, pages])
     whole: Tensor | None = None  # [S, pages], of sequences without a cache: `whole_pages`
-    checked: set[tuple[int, int, int]] = field(default_factory=set)  # (id of a page table, window, pages) found good
+    checked: set[tuple[int, ...]] = field(default_factory=set)  # (id of a page table, window, first, pages) found good
 
 
 def tables_of(segments: Segments, device: torch.device) -> Tables:
@@ -145,19 +145,20 @@ def whole(segments: Segments, device: torch.device) -> tuple[Tensor, int]:
     return tables.whole, int((-(-tables.host.count // SPLIT_TOKENS)).sum())
 
 
-def page_rows(segments: Segments, cache: PagedKV, reach: int) -> Tensor:
+def page_rows(segments: Segments, cache: PagedKV, reach: int, first: int = 0) -> Tensor:
     """The page table's rows of the call's sequences, int32 [S, pages], beside the keys.
 
     Raises ValueError for a split of keys without a page, before anything is written; once a forward pass for each
-    table and window. Waits for the device only when the page table lies there. ``reach`` is the window."""
+    table and window. Waits for the device only when the page table lies there. ``reach`` is the window, ``first`` the
+    number of first keys that are seen for ever."""
     device, table = cache.key.device, cache.table
     tables = tables_of(segments, device)
     kept = tables.pages.get(id(table))
-    key = id(table), reach, cache.key.shape[0]
+    key = id(table), reach, first, cache.key.shape[0]
     if kept is not None and key in tables.checked:
         return kept[1]
     rows = _rows(table, tables.host)
-    bad = _without_page(tables.host, rows, reach, cache.key.shape[0])
+    bad = _without_page(tables.host, rows, reach, first, cache.key.shape[0])
     if bad is not None:
         raise no_such_page(segments, *bad, cache)
     if kept is not None:
@@ -181,12 +182,13 @@ def _rows(table: Tensor, host: Host) -> NDArray[np.int32]:
     return rows
 
 
-def _without_page(host: Host, rows: NDArray[np.int32], reach: int, pages: int) -> tuple[int, int] | None:
+def _without_page(host: Host, rows: NDArray[np.int32], reach: int, first: int, pages: int) -> tuple[int, int] | None:
     """The first (segment, split) of keys that a segment sees and that has none of ``pages`` pages."""
-    first = np.maximum(host.start - (reach - 1), 0) // SPLIT_TOKENS
-    count = (host.start + host.count - 1) // SPLIT_TOKENS - first + 1
+    skipped = np.maximum(np.maximum(host.start - (reach - 1), 0) // SPLIT_TOKENS - first // SPLIT_TOKENS, 0)
+    count = (host.start + host.count - 1) // SPLIT_TOKENS - skipped + 1
     which = np.repeat(np.arange(len(count)), count)
-    split = first[which] + np.arange(len(which)) - (np.cumsum(count) - count)[which]
+    split = np.arange(len(which)) - (np.cumsum(count) - count)[which]
+    split += np.where(split < first // SPLIT_TOKENS, 0, skipped[which])
     inside = split < rows.shape[1]
     page = np.full(len(which), -1)
     page[inside] = rows[which[inside], split[inside]]

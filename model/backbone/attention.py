@@ -74,7 +74,7 @@ class Attention(nn.Module):
         text = config.text_config
         width, self.eps = text.hidden_size, text.rms_norm_eps
         self.heads, self.kv_heads, self.head_dim = shapes.heads(text, layer)
-        self.window = shapes.window(text, layer)
+        self.window, self.first = shapes.window(text, layer), shapes.first(text, layer)
         self.scale = 1.0 / self.head_dim  # q and k are normed per head, hence not the square root
         q, kv, rel = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.heads * text.d_rel
         self.columns = (q, 2 * kv, rel)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.v_sconv = ShortConv(kv)
         self.q_norm = Weight(self.head_dim, dtype=dtype)
         self.k_norm = Weight(self.head_dim, dtype=dtype)
-        extent = text.sliding_window_size if self.window else text.rel_extent
+        extent = text.sliding_window_size if shapes.is_sliding(text, layer) else text.rel_extent
         self.rel_logits_proj = RelativeBias(text.d_rel, extent, dtype)
 
     def _kv_taps(self) -> Tensor:
@@ -130,6 +130,7 @@ class Attention(nn.Module):
             segments,
             scale=self.scale,
             window=self.window,
+            first=self.first,
             tau=tau,
             cache=None if state is None else state.kv,
         )

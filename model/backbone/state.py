@@ -5,7 +5,12 @@ All memory is allocated by the constructor; appending allocates nothing. A sessi
 rows of one attention split, so attention over a shared page gives the same bits as over a copy of it, and a fork
 continues with the bits of its origin.
 
-At the context limit the state raises `ContextFull`: dropping early rows would change the policy's input silently.
+What a session remembers is bounded by the model's config, not by the state: a row of a sliding layer attends to a
+window, one of a global layer to all before it or, where the config says so, to the first ones and a window
+(`model.config.global_sight`). Pages that no later row attends to are given to other rows. So sampler and learner are
+one function whatever was given away, and with a window in every layer memory does not grow with a session's length:
+``max_tokens`` then bounds no more than the width of the page tables. Beyond ``max_tokens`` the state raises
+`ContextFull`: dropping rows that the model would attend to would change the policy's input silently.
 """
 
 from __future__ import annotations
@@ -43,26 +48,42 @@ class LayerState:
     mlp_conv: Windows  # C = width
 
 
+Kind = tuple[int | None, int]
+"""How far a layer sees, `model.config.window` and `model.config.first`: layers of one kind share a page table."""
+
+
+def _kinds(text: InklingTextConfig) -> list[Kind]:
+    """Of each layer."""
+    return [(shapes.window(text, i), shapes.first(text, i)) for i in range(text.num_hidden_layers)]
+
+
 class _Pages:
     """Page table of one kind of layer: which pages each slot holds, and how many slots share each page."""
 
-    def __init__(self, pages: int, slots: int, max_pages: int, window: int | None) -> None:
+    def __init__(self, pages: int, slots: int, max_pages: int, kind: Kind) -> None:
         self.table = torch.full((slots, max_pages), -1, dtype=torch.int32)  # on the CPU, wherever the pages are
         self.rows = self.table.numpy()  # same memory; a scalar store here is ten times cheaper than through torch
         self.free = list(range(pages - 1, -1, -1))
         self.users = [0] * pages
         self.held: list[dict[int, int]] = [{} for _ in range(slots)]  # slot -> {page index: page id}, ascending
-        self.window = window
+        self.window, self.first = kind
+        self.freed = 0  # pages freed so far because no row attends to them any more
 
-    def first_visible_page(self, start: int) -> int:
-        """Index of the first page that a row at position ``start`` or later attends to."""
-        return 0 if self.window is None else max(0, start - self.window + 1) // SPLIT_TOKENS
+    def out_of_sight(self, start: int) -> range:
+        """Indices of the pages that no row at position ``start`` or later attends to."""
+        oldest = 0 if self.window is None else max(0, start - self.window + 1)
+        return range(self.first // SPLIT_TOKENS, oldest // SPLIT_TOKENS)
+
+    def free_unseen(self, slot: int, start: int) -> None:
+        unseen = self.out_of_sight(start)
+        for index in [i for i in self.held[slot] if i in unseen]:
+            self._release(slot, index)
+            self.freed += 1
 
     def reserve(self, slot: int, start: int, end: int) -> None:
         """Allocates pages for the rows start … end - 1; frees those that no row from ``start`` on attends to."""
-        held, keep = self.held[slot], self.first_visible_page(start)
-        for index in [i for i in held if i < keep]:
-            self._release(slot, index)
+        self.free_unseen(slot, start)
+        held = self.held[slot]
         for index in range(start // SPLIT_TOKENS, (end - 1) // SPLIT_TOKENS + 1):
             if index not in held:
                 self._take(slot, index)
@@ -102,17 +123,26 @@ class _Pages:
 
 def state_bytes(config: InklingConfig, slots: int, max_tokens: int, dtype: torch.dtype, max_rows: int = 1024) -> int:
     """What a `SessionState` of these sizes allocates."""
+    return sum(state_parts(config, slots, max_tokens, dtype, max_rows))
+
+
+def state_parts(
+    config: InklingConfig, slots: int, max_tokens: int, dtype: torch.dtype, max_rows: int = 1024
+) -> tuple[int, int]:
+    """`state_bytes` as (keys and values, convolution windows)."""
     text = config.text_config
     counts = _page_counts(text, slots, max_tokens, max_rows)
-    layers = (_layer_sizes(text, i, counts[shapes.window(text, i)], slots) for i in range(text.num_hidden_layers))
-    return sum(math.prod(size) for layer in layers for size in layer) * dtype.itemsize
+    layers = [_layer_sizes(text, i, counts[kind], slots) for i, kind in enumerate(_kinds(text))]
+    kv, past = (sum(math.prod(size) for layer in layers for size in layer[part]) for part in (_KV, _PAST))
+    return kv * dtype.itemsize, past * dtype.itemsize
 
 
-def _page_counts(text: InklingTextConfig, slots: int, max_tokens: int, max_rows: int) -> dict[int | None, int]:
-    """Pages of a layer by its window; None is the key of global layers."""
+def _page_counts(text: InklingTextConfig, slots: int, max_tokens: int, max_rows: int) -> dict[Kind, int]:
+    """Pages of a layer by its kind: what all slots hold between calls and, where that is less than all, what one call
+    adds."""
     most = -(-max_tokens // SPLIT_TOKENS)
-    sliding = pages_per_slot(text.sliding_window_size, most) * slots
-    return {None: slots * most, text.sliding_window_size: sliding + min(slots * most, -(-max_rows // SPLIT_TOKENS))}
+    call = -(-max_rows // SPLIT_TOKENS)
+    return {kind: min(slots * most, pages_per_slot(kind, most) * slots + call) for kind in _kinds(text)}
 
 
 class SessionState:
@@ -136,8 +166,8 @@ class SessionState:
         self.slots, self.max_tokens, self.max_rows = slots, max_tokens, max_rows
         max_pages = -(-max_tokens // SPLIT_TOKENS)
         counts = _page_counts(text, slots, max_tokens, max_rows)
-        windows = [shapes.window(text, i) for i in range(text.num_hidden_layers)]
-        sizes = [_layer_sizes(text, i, counts[window], slots) for i, window in enumerate(windows)]
+        kinds = _kinds(text)
+        sizes = [_layer_sizes(text, i, counts[kind], slots) for i, kind in enumerate(kinds)]
         device = device or dispatch.device()
         check_room(
             state_bytes(config, slots, max_tokens, dtype, max_rows),
@@ -145,20 +175,27 @@ class SessionState:
             "lower the number of slots (rl.groups, rl.rollouts) or of tokens (rollout.max_tokens)",
             device,
         )
-        self._pages = {w: _Pages(counts[w], slots, max_pages, w) for w in dict.fromkeys(windows)}
+        self._pages = {kind: _Pages(counts[kind], slots, max_pages, kind) for kind in dict.fromkeys(kinds)}
         self.tables = tuple(pages.table for pages in self._pages.values())  # all that a forward pass reads
         self.layers: list[LayerState] = []
         self.conv_windows: list[list[Tensor]] = []  # every layer's convolution windows
-        for window, layer in zip(windows, sizes, strict=True):
+        for kind, layer in zip(kinds, sizes, strict=True):
             # zero_() because Linux commits memory at the first write: too little must show now, not in the middle of a
             # run.
             key, value, *past = (torch.empty(size, dtype=dtype, device=device).zero_() for size in layer)
-            self.layers.append(LayerState(PagedKV(key, value, self._pages[window].table), *past))
+            self.layers.append(LayerState(PagedKV(key, value, self._pages[kind].table), *past))
             self.conv_windows.append(past)
-        self._windows = windows
+        self._kinds = kinds
+        self._global = {kind for i, kind in enumerate(kinds) if not shapes.is_sliding(text, i)}
         self._length = [-1] * slots  # -1: closed
         self._free = list(range(slots - 1, -1, -1))
+        self._grown: set[int] = set()  # slots that still hold pages which only the rows of their last call attended to
         self._decode: tuple[list[int], Tensor, Tensor] = ([], torch.empty(0), torch.empty(0))
+
+    @property
+    def global_pages_freed(self) -> int:
+        """Pages of global layers' rows that were given away so far because no row attends to them any more."""
+        return sum(pages.freed for kind, pages in self._pages.items() if kind in self._global)
 
     @property
     def open_slots(self) -> int:
@@ -181,14 +218,22 @@ class SessionState:
         self._length[slot] = -1
         self._free.append(slot)
 
+    def restart(self, slot: int) -> None:
+        """Empties an open slot: its next row is at position 0. Raises ValueError if it is not open."""
+        self.length(slot)
+        for pages in self._pages.values():
+            pages.close(slot)
+        self._length[slot] = 0
+
     def fork(self, slot: int) -> int:
         """A new slot with the same rows: full pages are shared, the last one and the convolution windows are copied.
         Raises as `open` and `length` do."""
         length = self.length(slot)
+        self._free_unseen()
         twin = self.open()
-        copies = {window: pages.fork(slot, twin, length) for window, pages in self._pages.items()}
-        for window, layer, conv_windows in zip(self._windows, self.layers, self.conv_windows, strict=True):
-            if (copy := copies[window]) is not None:
+        copies = {kind: pages.fork(slot, twin, length) for kind, pages in self._pages.items()}
+        for kind, layer, conv_windows in zip(self._kinds, self.layers, self.conv_windows, strict=True):
+            if (copy := copies[kind]) is not None:
                 layer.kv.key[copy[1]] = layer.kv.key[copy[0]]
                 layer.kv.value[copy[1]] = layer.kv.value[copy[0]]
             for past in conv_windows:
@@ -220,8 +265,11 @@ class SessionState:
                 )
             if length < 1:
                 raise ValueError(f"SessionState.extend: slot {slot} is to grow by {length} rows; need at least 1")
+        self._free_unseen()
         for slot, start, length in zip(slots, starts, lengths, strict=True):
             end = start + length
+            if length > SPLIT_TOKENS:
+                self._grown.add(slot)
             if start % SPLIT_TOKENS == 0 or (start - 1) // SPLIT_TOKENS != (end - 1) // SPLIT_TOKENS:
                 for pages in self._pages.values():
                     pages.reserve(slot, start, end)
@@ -229,6 +277,15 @@ class SessionState:
         if rows == len(slots):
             return self._one_row_each(slots, starts)
         return Segments.build(slots, starts, lengths)
+
+    def _free_unseen(self) -> None:
+        """Frees pages that a long call needed and no row to come attends to, so that what slots hold between calls is
+        at most `pages_per_slot`."""
+        for slot in self._grown:
+            if self._length[slot] >= 0:
+                for pages in self._pages.values():
+                    pages.free_unseen(slot, self._length[slot])
+        self._grown.clear()
 
     def _one_row_each(self, slots: list[int], starts: list[int]) -> Segments:
         """`Segments.build` for decoding: only the positions change from call to call, the rest is cached."""
@@ -239,6 +296,10 @@ class SessionState:
         return Segments(self._decode[1], start, self._decode[2], start)
 
 
+_KV, _PAST = slice(0, 2), slice(2, None)
+"""Of the shapes that `_layer_sizes` returns: those of keys and values, and those of the convolution windows."""
+
+
 def _layer_sizes(text: InklingTextConfig, layer: int, pages: int, slots: int) -> list[tuple[int, ...]]:
     """Shapes of a layer's keys, values and three convolution windows."""
     _, kv_heads, head = shapes.heads(text, layer)
@@ -246,18 +307,19 @@ def _layer_sizes(text: InklingTextConfig, layer: int, pages: int, slots: int) ->
     return [(pages, kv_heads, head, SPLIT_TOKENS), (pages, kv_heads, SPLIT_TOKENS, head), *past]
 
 
-def pages_per_slot(window: int | None, max_pages: int) -> int:
-    """Pages that one session holds in a layer between calls: all, or those that a sliding window overlaps."""
-    return max_pages if window is None else min(max_pages, -(-(window - 1) // SPLIT_TOKENS) + 2)
+def pages_per_slot(kind: Kind, max_pages: int) -> int:
+    """Pages that one session holds in a layer between calls: all, or the first and those that a window overlaps."""
+    window, first = kind
+    return max_pages if window is None else min(max_pages, first // SPLIT_TOKENS + -(-(window - 1) // SPLIT_TOKENS) + 2)
 
 
 def session_bytes(config: InklingConfig, max_tokens: int, dtype: torch.dtype) -> int:
     """Memory of one session with room for ``max_tokens`` rows, in bytes."""
     text = config.text_config
     elements = 0
-    for i in range(text.num_hidden_layers):
+    for i, kind in enumerate(_kinds(text)):
         _, kv_heads, head = shapes.heads(text, i)
-        pages = pages_per_slot(shapes.window(text, i), -(-max_tokens // SPLIT_TOKENS))
+        pages = pages_per_slot(kind, -(-max_tokens // SPLIT_TOKENS))
         elements += pages * 2 * kv_heads * head * SPLIT_TOKENS
         elements += (CONV_TAPS - 1) * 2 * (kv_heads * head + text.hidden_size)
     return elements * dtype.itemsize

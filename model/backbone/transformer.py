@@ -12,7 +12,7 @@ then `repack`. A forward between the two raises StaleWeightsError (`model.weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from transformers import InklingConfig
 
 from kernels import ops
 from kernels.checks.weights import stale_weights
+from kernels.errors import MetronomeError
 from kernels.layout import Generation, PackedLinear, Segments
 from model import config as shapes
 from model.backbone.attention import Attention, ShortConv, short_conv
@@ -58,7 +59,7 @@ class Layer(nn.Module):
     def __init__(self, config: InklingConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         text = config.text_config
-        self.name, self.eps, self.window = f"layers.{layer}", text.rms_norm_eps, shapes.window(text, layer)
+        self.name, self.eps, self.is_global = f"layers.{layer}", text.rms_norm_eps, not shapes.is_sliding(text, layer)
         self.self_attn = Attention(config, layer, dtype)
         sparse = text.mlp_layer_types[layer] == "sparse"
         self.mlp = MixtureOfExperts(config, dtype) if sparse else DenseMLP(config, dtype)
@@ -141,7 +142,7 @@ class InteractionModel(nn.Module):
         super().__init__()
         shapes.check(config)
         self.config, self.dtype = config, dtype
-        text = config.text_config
+        self.text = text = config.text_config
         self.model = Backbone(config, dtype)
         layers = (Layer(config, i, dtype) for i in range(text.num_hidden_layers))
         self.layers = list(layers)  # typed, and without ModuleList's cost; registered below under transformers' name
@@ -153,13 +154,15 @@ class InteractionModel(nn.Module):
         self.senses = Senses(config.audio_token_id, config.image_token_id, config.vision_config.patch_size)
         self.packed: PackedLinear | None = None  # the output head's
         self.generation = Generation()  # counts the updates of the weights
+        # Of a model that keeps packed copies in place of weights: the weights' digest, `_version` of what it still has.
+        self.packed_digest: tuple[str, tuple[int, ...]] | None = None
         self._versions: tuple[int, ...] = ()  # `_present()` at the last pack
-        self.tau: Tensor | None = None  # fp32 [positions] on the CPU, when log scaling is on
+        self.tau: Tensor | None = None  # `log_scale_table`, fp32 on the CPU, when log scaling is on
         self.tokenizer = shipped(config)  # None: no text; a checkpoint's own replaces it (`model.weights.checkpoint`)
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.language_model.norm.weight.device  # of a weight that no pack replaces
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -188,18 +191,41 @@ class InteractionModel(nn.Module):
     @torch.no_grad()
     def pack(self) -> None:
         """Builds the packed weights for the active backend. Call it once, before the first forward."""
-        for layer in self.layers:
-            layer.pack()
-        self.model.vision_tower.pack()
+        self.need_weights("pack")
+        for _, pack_part in self.packers():
+            pack_part()
+        self.end_packing()
+
+    def packers(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """(beginning of its weights' names, what packs it) for each part of the model that has packs. Who packs part by
+        part calls `end_packing` at the end."""
+        for i, layer in enumerate(self.layers):
+            yield f"model.language_model.layers.{i}.", layer.pack
+        yield "model.vision_tower.", self.model.vision_tower.pack
+        yield "lm_head.", self._pack_head
+
+    def _pack_head(self) -> None:
         self.packed = ops.pack_linear(self.lm_head.weight)
+
+    def end_packing(self) -> None:
+        """To be called when all parts are packed."""
         self.tau = shapes.log_scale_table(self.config.text_config)
         packs.mark_current(self, self.generation)
         self._versions = self._present()
+
+    def need_weights(self, purpose: str) -> None:
+        """Raises MetronomeError for a model of which only packed copies were kept (`model.weights.checkpoint.load`)."""
+        if self.packed_digest is not None:
+            raise MetronomeError(
+                f"{purpose}: this model was loaded for inference only, and its weights were not kept beside their "
+                "packed copies; load it with its weights (keep_weights)"
+            )
 
     @torch.no_grad()
     def repack(self) -> None:
         """Refreshes the packed weights in place from the parameters; needed after each update. Raises RuntimeError
         before `pack`."""
+        self.need_weights("repack")
         if self.packed is None:
             raise RuntimeError("InteractionModel.repack: nothing is packed yet; call pack() first")
         for layer in self.layers:
@@ -210,6 +236,7 @@ class InteractionModel(nn.Module):
 
     def mark_changed(self) -> None:
         """To be called after any change of the weights: until `repack` every forward raises StaleWeightsError."""
+        self.need_weights("a change of the weights")
         self.generation.now += 1
 
     def _present(self) -> tuple[int, ...]:
@@ -221,7 +248,8 @@ class InteractionModel(nn.Module):
         one copy: of ``more``, too, which the caller's own ops will need. Raises ValueError for a token or a code that
         the embeddings lack."""
         tables = () if state is None else state.tables
-        tau = () if self.tau is None else (self.tau[inputs.segments.position.cpu()],)
+        factors = self._factors(inputs.segments)
+        tau = () if factors is None else (factors,)
         patches = inputs.patches
         sound = (inputs.codes, inputs.audio_rows)
         video = (patches.pictures, patches.inside, patches.steps(), inputs.image_rows)
@@ -268,8 +296,13 @@ class InteractionModel(nn.Module):
 
     def run(self, x: Tensor, segments: Segments, layers: Sequence[LayerState] | None = None) -> Tensor:
         """As `forward`, but from embedded rows x [T, D]; ``layers``: each layer's state, None for whole sequences."""
-        tau = None if self.tau is None else self.tau[segments.position.cpu()].to(x.device, non_blocking=True)
+        tau = self._factors(segments)
+        tau = None if tau is None else tau.to(x.device, non_blocking=True)
         return self._run(x, segments, layers, tau, None)
+
+    def _factors(self, segments: Segments) -> Tensor | None:
+        """The factor on global layers' scores of each row, fp32 [T] on the CPU; None when log scaling is off."""
+        return self.tau if self.tau is None else shapes.log_scale(self.text, self.tau, segments.position.cpu())
 
     def _run(
         self,
@@ -281,10 +314,12 @@ class InteractionModel(nn.Module):
     ) -> Tensor:
         if self.packed is None:
             raise RuntimeError("InteractionModel: weights are not packed; call pack() before the first forward")
-        if torch.is_grad_enabled() and self._versions != self._present():  # changed without mark_changed
-            raise stale_weights("InteractionModel")
+        if torch.is_grad_enabled():
+            self.need_weights("a forward pass for gradients")
+            if self._versions != self._present():  # changed without mark_changed
+                raise stale_weights("InteractionModel")
         for i, layer in enumerate(self.layers):
-            layer_tau = tau if layer.window is None else None
+            layer_tau = tau if layer.is_global else None
             x = layer.run(x, segments, None if layers is None else layers[i], layer_tau, capture)
         hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier

@@ -66,6 +66,20 @@ class ZeroOr(Range):
 
 
 @dataclass(frozen=True)
+class Multiples(Range):
+    """Whole numbers from ``low`` to ``high`` that ``of`` divides."""
+
+    of: int = 1
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}, a multiple of {self.of}"
+
+    def problem(self, value: Any) -> str | None:
+        wrong = super().problem(value)
+        return wrong if wrong or value % self.of == 0 else f"give a number from {self!r}"
+
+
+@dataclass(frozen=True)
 class Length:
     """Lists of ``low`` to ``high`` items."""
 

@@ -52,6 +52,29 @@ def digest(module: nn.Module) -> str:
     return hashed.hexdigest()[:32]
 
 
+def release(module: nn.Module) -> None:
+    """Frees the parameters that were copied into packs: module and packs then hold ones of the same shape without
+    memory (meta device). A backend that packs nothing keeps them."""
+    empty: dict[int, nn.Parameter] = {}
+
+    def without_memory(part: Tensor) -> Tensor:
+        if part.is_meta:
+            return part
+        return empty.setdefault(id(part), nn.Parameter(torch.empty_like(part, device="meta"), requires_grad=False))
+
+    for _, pack in packs(module):
+        if not pack.data:
+            continue
+        if isinstance(pack, PackedLinear):
+            pack.parts = tuple(map(without_memory, pack.parts))
+        else:
+            pack.groups = tuple(tuple(map(without_memory, group)) for group in pack.groups)
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if id(parameter) in empty:
+                setattr(part, name, empty[id(parameter)])
+
+
 @torch.no_grad()
 def check(module: nn.Module) -> None:
     """Raises StaleCopyError unless every copy equals, bit for bit, one made afresh from the parameters."""

@@ -15,9 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.program.reading import UnreadableError, size_of
+from model.weights.pickles import disguised
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types in which weights may be stored, as safetensors names them."""
+MOST_MAPPED_BYTES = 1 << 26
+"""`Files` keeps no more of a file mapped, and one tensor."""
 
 
 def stored(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -48,10 +51,33 @@ def shapes(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise _damaged(path, error) from None
 
 
+class Files:
+    """Reads single tensors of files, each a view of its file's mapped pages. These leave this process' memory when the
+    tensor is gone and so much more was read of the file, or another file was begun."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._left = 0  # bytes to read before the file is mapped anew
+
+    def tensor(self, path: Path, name: str) -> Tensor:
+        """Raises UnreadableError as `stored` does."""
+        try:
+            if path != self._path or self._left <= 0:
+                size_of(path)
+                self._file, self._path, self._left = safe_open(path, "pt"), path, MOST_MAPPED_BYTES
+            found: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+            raise _damaged(path, error) from None
+        self._left -= found.nbytes
+        return found
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file by name. Raises UnreadableError as `stored` does."""
     return dict(stored(path))
 
 
 def _damaged(path: Path, error: Exception) -> UnreadableError:
+    if problem := disguised(path):
+        return UnreadableError(path, problem)
     return UnreadableError(path, f"is damaged ({' '.join(str(error).split())[:200]})")

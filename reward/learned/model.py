@@ -28,10 +28,11 @@ from model.backbone.embed import Weight
 from model.backbone.transformer import InteractionModel
 from model.inputs import Conversation, Inputs
 from model.program.exhausted import needing
-from model.program.files import whole_folder, write_json
+from model.program.files import whole_folder, write_json, write_whole
 from model.program.ranges import Range
-from model.program.reading import UnreadableError, read_record
+from model.program.reading import UnreadableError, read_record, read_text
 from model.weights import checkpoint, manifest, packs
+from model.weights.card import CARD
 from model.weights.finite import NotFiniteError, check_finite
 from model.weights.tensors import read_tensors
 from reward.learned.prefixes import last_hidden
@@ -68,6 +69,7 @@ class RewardModel(nn.Module):
             raise MetronomeError(f"{wrong!r} cannot be the name of an axis; use letters, digits and '_'")
         self.temperature = dict.fromkeys(self.axes, 1.0)  # P(a preferred to b) = sigmoid((a - b) / temperature)
         self.origin: dict[str, str] = {}  # digests of what it was made from (`Description`)
+        self.card = ""  # text of its model card (`model.weights.card`)
         self.name = f"reward model of {' and '.join(self.axes)}"  # for messages
         self.backbone = backbone
         backbone.lm_head.requires_grad_(False)  # unused, but kept so that the folder is an ordinary checkpoint
@@ -102,6 +104,7 @@ class RewardModel(nn.Module):
         """Each chunk's rewards, fp32 [chunks, axes] for each conversation, on the model's device and under autograd;
         all in one pass."""
         packed = self._ready()
+        _check_contexts(conversations)
         inputs = Inputs.cat(conversations, self.backbone.senses)
         ends = [chunk_ends(c.tokens, self.backbone.senses.audio) for c in conversations]
         with ops.deferred():  # the host waits once, at the end of the block
@@ -118,6 +121,7 @@ class RewardModel(nn.Module):
         Beginnings that episodes share are read once (`reward.learned.prefixes`). Raises NotFiniteError for rewards that
         are not finite, so that nothing is ever compared with them."""
         packed = self._ready()
+        _check_contexts(episodes)
         out: list[Tensor] = []
         for first in range(0, len(episodes), EPISODES_PER_PASS):
             with ops.deferred():  # the host waits once, in fetch
@@ -145,6 +149,8 @@ class RewardModel(nn.Module):
         checkpoint.save(self.backbone, folder / BACKBONE)
         save_file({HEAD_WEIGHT: self.heads.weight.detach().cpu().contiguous()}, folder / HEAD)
         write_json(folder / DESCRIPTION, asdict(Description(self.axes, self.temperature, self.origin)))
+        if self.card:
+            write_whole(folder / CARD, self.card.encode())
         manifest.write(folder, name)
 
     @staticmethod
@@ -157,6 +163,7 @@ class RewardModel(nn.Module):
         try:
             description = read_record(folder / DESCRIPTION, Description)
             model = RewardModel(checkpoint.load(folder / BACKBONE), description.axes)
+            model.card = read_text(folder / CARD) if (folder / CARD).exists() else ""
         except (MetronomeError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             problem = f"{DESCRIPTION} {error.problem}" if isinstance(error, UnreadableError) else str(error)
             raise MetronomeError(
@@ -216,3 +223,12 @@ def sum_in_order(rewards: Tensor) -> Tensor:
     for k in range(1, rewards.shape[1]):
         total = total + rewards[:, k]
     return total
+
+
+def _check_contexts(conversations: Sequence[Conversation]) -> None:
+    """Raises MetronomeError for a conversation that a policy has summarised on the way."""
+    if any(len(c.contexts) > 1 for c in conversations):
+        raise MetronomeError(
+            "a learned reward model reads a conversation as one sequence, and this one was summarised on the way: "
+            "take the rules (source), or rollout.context.policy stop or window"
+        )

@@ -106,6 +106,9 @@ def _parts(pair: Any) -> Iterable[bytes]:
         yield struct.pack("<qq", side.first, side.end)
         yield side.tokens.to(torch.int64).contiguous().numpy().tobytes()
         yield side.codes.contiguous().numpy().tobytes()
+        if len(side.frames.sizes):
+            yield side.frames.sizes.contiguous().numpy().tobytes()
+            yield side.frames.pixels.contiguous().numpy().tobytes()
 
 
 def write_pairs_origin(folder: Path, name: str, origin: PairsOrigin) -> None:

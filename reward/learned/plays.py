@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import exact
+from model.senses.video import Frames
 from reward.learned.corrupt import FAULTS_OF, Expert, draw
 from reward.learned.preference import Preference, Stretch
 from reward.score import score
@@ -26,7 +27,6 @@ from rollout.seeds import generator
 from rollout.turn.action import Action
 from rollout.turn.grammar import Grammar
 from rollout.turn.observation import Observation, stack_audio
-from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Facts, Scenario, Script, User
 
 MIN_MARGIN = 0.05
@@ -43,6 +43,7 @@ class Played:
     scenario: Scenario
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
+    frames: Frames
     rewards: Mapping[str, NDArray[np.float32]]  # axis -> [chunks]
     source: str  # "expert", a kind of fault, "mistakes" or "rollouts"
     size_ms: int = 0  # size of the fault
@@ -53,14 +54,15 @@ class Played:
 
     def stretch(self, first: int = 0, end: int | None = None) -> Stretch:
         """Chunks ``first`` … ``end - 1``; all chunks by default."""
-        return Stretch(self.tokens, self.codes, first, self.scenario.chunks if end is None else end)
+        end = self.scenario.chunks if end is None else end
+        return Stretch(self.tokens, self.codes, first, end, self.frames)
 
 
 class Writer:
     """Plays scenarios by their experts and writes the plays as token sequences, with the rule's rewards."""
 
-    def __init__(self, vocabulary: Vocabulary, words_per_chunk: int, scenarios: ScenarioConfig) -> None:
-        self._grammar = Grammar(vocabulary, words_per_chunk)
+    def __init__(self, grammar: Grammar, scenarios: ScenarioConfig) -> None:
+        self._grammar = grammar
         self._scenarios = scenarios
 
     def demonstration(
@@ -74,7 +76,7 @@ class Writer:
         observed, actions, facts = played
         written = from_observations(observed, actions, self._grammar)
         rewards = score(scenario.family, facts.to_json(), actions, self._scenarios).rewards
-        return Played(scenario, written.tokens, written.codes, rewards, source, size_ms)
+        return Played(scenario, written.tokens, written.codes, written.frames, rewards, source, size_ms)
 
     def demonstrations(
         self,
@@ -111,7 +113,7 @@ class Writer:
 def of_episode(scenario: Scenario, episode: Episode, scenarios: ScenarioConfig) -> Played:
     """A rollout with the rule's rewards."""
     rewards = score(episode.family, episode.facts, episode.actions, scenarios).rewards
-    return Played(scenario, episode.tokens, episode.codes, rewards, "rollouts")
+    return Played(scenario, episode.tokens, episode.codes, episode.frames, rewards, "rollouts")
 
 
 def prefer(

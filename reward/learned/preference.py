@@ -2,9 +2,9 @@
 
 A stretch is some chunks of a conversation (Christiano et al. 2017 compare segments). The whole conversation up to its
 end is kept with it, because a reward depends on everything heard before. Rows are self-contained; the columns that
-TRL knows (``chosen_ids``, ``rejected_ids``, ``margin``) have TRL's names. dMel codes, uint8 [A, 80], are stored as
-zlib's bytes, a quarter of their size: a conversation is in many pairs. No conversation is in two splits of a table:
-what is held out must be unseen. Conversations are compared by what they hold, tokens and codes.
+TRL knows (``chosen_ids``, ``rejected_ids``, ``margin``) have TRL's names. dMel codes, uint8 [A, 80], and the pixels of
+video are stored as zlib's bytes, a quarter of their size: a conversation is in many pairs. No conversation is in two
+splits of a table: what is held out must be unseen. Conversations are compared by what they hold: tokens, codes, video.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
+from model.inputs import ONE_CONTEXT, Senses
 from model.program.files import whole_folder
 from model.program.ranges import Range
 from model.program.reading import UnreadableError
-from model.senses.video import NO_VIDEO, Frames
+from model.senses.video import NO_VIDEO, Frames, patch_count
 from model.tokenizer import words_digest
 from reward.learned.origin import (
     UNKNOWN,
@@ -46,6 +47,8 @@ MOST_MARGIN = 10_000
 """Largest margin of a pair; an event on time is worth 1."""
 MOST_CODES = 1 << 26
 """dMel codes of a conversation; 64 Mi are more than two hours."""
+MOST_PIXELS = 1 << 30
+"""Bytes of pixels of a conversation."""
 REMEDY = "Make the pairs anew: python -m reward.pairs"
 
 
@@ -58,6 +61,7 @@ class Stretch:
     first: int
     end: int
     frames: Frames = NO_VIDEO
+    contexts: Tensor = ONE_CONTEXT  # reward models read one sequence
 
     @property
     def key(self) -> tuple[bytes, ...]:
@@ -68,7 +72,8 @@ class Stretch:
     @cached_property
     def digest(self) -> bytes:
         """Of the conversation: equal for equal keys."""
-        return _conversation_digest(self.tokens.numpy(), self.codes.numpy())
+        video = (self.frames.pixels.numpy(), self.frames.sizes.numpy())
+        return _conversation_digest(self.tokens.numpy(), self.codes.numpy(), *video)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +91,18 @@ class Preference:
     margin: float  # difference of the rule's rewards (an event on time is worth 1); 0 when unknown
 
 
-_SIDE = {"ids": List(Value("int32")), "codes": Value("binary"), "first": Value("int32"), "end": Value("int32")}
+_SIDE = {
+    "ids": List(Value("int32")),
+    "codes": Value("binary"),
+    "pixels": Value("binary"),  # of the video (`model.senses.video.Frames`), as are its sizes, flattened
+    "sizes": List(Value("int32")),
+    "first": Value("int32"),
+    "end": Value("int32"),
+}
+_NO_VIDEO: dict[str, Any] = {"pixels": b"", "sizes": []}
+SIDES = ("chosen", "rejected")
 FEATURES = Features(
-    {f"{side}_{name}": feature for side in ("chosen", "rejected") for name, feature in _SIDE.items()}
+    {f"{side}_{name}": feature for side in SIDES for name, feature in _SIDE.items()}
     | {name: Value("string") for name in ("axis", "source", "family", "scenario")}
     | {"size_ms": Value("int32"), "margin": Value("float32")}
 )
@@ -108,6 +122,8 @@ def to_row(preference: Preference) -> dict[str, Any]:
     for side, stretch in (("chosen", preference.chosen), ("rejected", preference.rejected)):
         row[f"{side}_ids"] = stretch.tokens.to(torch.int32).numpy()
         row[f"{side}_codes"] = zlib.compress(stretch.codes.numpy().tobytes(), level=1)
+        row[f"{side}_pixels"] = zlib.compress(stretch.frames.pixels.numpy().tobytes(), level=1)
+        row[f"{side}_sizes"] = stretch.frames.sizes.flatten().to(torch.int32).numpy()
         row[f"{side}_first"], row[f"{side}_end"] = stretch.first, stretch.end
     return row | {
         name: getattr(preference, name) for name in ("axis", "source", "family", "scenario", "size_ms", "margin")
@@ -123,35 +139,51 @@ def from_row(row: Mapping[str, Any]) -> Preference:
             torch.from_numpy(_decompressed(row[f"{side}_codes"]).reshape(-1, MEL_CHANNELS).copy()),
             int(row[f"{side}_first"]),
             int(row[f"{side}_end"]),
+            _frames(row, side),
         )
-        for side in ("chosen", "rejected")
+        for side in SIDES
     )
     texts = {name: str(row[name]) for name in ("axis", "source", "family", "scenario")}
     return Preference(chosen, rejected, size_ms=int(row["size_ms"]), margin=float(row["margin"]), **texts)
 
 
 @lru_cache(maxsize=64)
-def _decompressed(codes: bytes) -> NDArray[np.uint8]:
-    """uint8 [A * 80]. Kept for a while: neighbouring pairs share their conversations. Raises zlib.error for what is no
-    whole stream of at most `MOST_CODES` bytes."""
+def _decompressed(data: bytes, most: int = MOST_CODES) -> NDArray[np.uint8]:
+    """uint8 [B]. Kept for a while: neighbouring pairs share their conversations. Raises zlib.error for what is no whole
+    stream of at most ``most`` bytes."""
     stream = zlib.decompressobj()
-    out = stream.decompress(codes, MOST_CODES)
+    out = stream.decompress(data, most)
     if not stream.eof:
-        raise zlib.error(f"cut short, or more than {MOST_CODES:,} bytes")
+        raise zlib.error(f"cut short, or more than {most:,} bytes")
     return np.frombuffer(out, np.uint8)
 
 
-def _conversation_digest(tokens: NDArray[np.int64], codes: NDArray[np.uint8]) -> bytes:
-    """``codes`` of any shape."""
+def _frames(row: Mapping[str, Any], side: str) -> Frames:
+    """A row's video. Raises zlib.error or ValueError for what is damaged."""
+    sizes = torch.from_numpy(np.asarray(row[f"{side}_sizes"], np.int64).reshape(-1, 4))
+    if not len(sizes):
+        return NO_VIDEO
+    return Frames(torch.from_numpy(_decompressed(row[f"{side}_pixels"], MOST_PIXELS).copy()), sizes)
+
+
+def _conversation_digest(
+    tokens: NDArray[np.int64], codes: NDArray[np.uint8], pixels: NDArray[np.uint8], sizes: NDArray[np.integer]
+) -> bytes:
+    """``codes`` and ``sizes`` of any shape. Without video it is what it was before there was any."""
     digest = blake2b(np.ascontiguousarray(tokens, np.int64).tobytes() + b"/", digest_size=16)
     digest.update(np.ascontiguousarray(codes).tobytes())
+    if sizes.size:
+        digest.update(b"/" + np.ascontiguousarray(sizes, np.int64).tobytes() + np.ascontiguousarray(pixels).tobytes())
     return digest.digest()
 
 
 @lru_cache(maxsize=256)
-def _stored_digest(tokens: bytes, codes: bytes) -> bytes:
-    """`Stretch.digest` from a row's int32 tokens and compressed codes. Kept as `_decompressed`."""
-    return _conversation_digest(np.frombuffer(tokens, np.int32), _decompressed(codes))
+def _stored_digest(tokens: bytes, codes: bytes, pixels: bytes, sizes: bytes) -> bytes:
+    """`Stretch.digest` from a row's int32 tokens, compressed codes and pixels, and int32 sizes. Kept as
+    `_decompressed`."""
+    shown = np.frombuffer(sizes, np.int32)
+    video = _decompressed(pixels, MOST_PIXELS) if shown.size else np.empty(0, np.uint8)
+    return _conversation_digest(np.frombuffer(tokens, np.int32), _decompressed(codes), video, shown)
 
 
 def save_preferences(
@@ -195,14 +227,16 @@ def _held(preferences: Iterable[Preference]) -> Iterator[tuple[int, bytes]]:
 
 def _held_in(rows: Dataset) -> Iterator[tuple[int, bytes]]:
     """As `_held`, from disk; a damaged conversation, which `problem_of` will name, is left out."""
-    for side in ("chosen", "rejected"):
-        columns = rows.select_columns([f"{side}_ids", f"{side}_codes"]).with_format("arrow")
+    for side in SIDES:
+        names = [f"{side}_{name}" for name in ("ids", "codes", "pixels", "sizes")]
+        columns = rows.select_columns(names).with_format("arrow")
         for first in range(0, len(rows), 1000):
-            ids, codes = columns[first : first + 1000].columns
-            for i, (tokens, packed) in enumerate(zip(ids, codes, strict=True)):
-                if tokens.is_valid and packed.is_valid and not tokens.values.null_count:
+            for i, cells in enumerate(zip(*columns[first : first + 1000].columns, strict=True)):
+                tokens, codes, pixels, sizes = cells
+                if all(cell.is_valid for cell in cells) and not tokens.values.null_count + sizes.values.null_count:
+                    video = pixels.as_py(), sizes.values.to_numpy().tobytes()
                     with suppress(zlib.error):
-                        yield first + i, _stored_digest(tokens.values.to_numpy().tobytes(), packed.as_py())
+                        yield first + i, _stored_digest(tokens.values.to_numpy().tobytes(), codes.as_py(), *video)
 
 
 def table(preferences: Sequence[Preference]) -> Dataset:
@@ -211,12 +245,12 @@ def table(preferences: Sequence[Preference]) -> Dataset:
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
-def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) -> Dataset:
+def load_preferences(folder: Path, split: str, axes: Sequence[str], senses: Senses) -> Dataset:
     """The rows of one split whose axis is among ``axes``, each checked by `check`.
 
-    ``audio``: id of the audio token. Raises MetronomeError when the data set is missing or damaged, lacks the
-    split or a column, has no pair of these axes, or at the first row that `check` refuses; and as `check_apart`
-    does."""
+    ``senses``: those of the model that will read them. Raises MetronomeError when the data set is missing or damaged,
+    lacks the split or a column, has no pair of these axes, or at the first row that `check` refuses; and as
+    `check_apart` does."""
     if has_pairs_origin(folder):
         read_pairs_origin(folder)
     splits = _tables(folder)
@@ -233,7 +267,7 @@ def load_preferences(folder: Path, split: str, axes: Sequence[str], audio: int) 
     with _reading(folder):
         wanted = [i for i, axis in enumerate(rows["axis"]) if axis in axes]
         rows = rows.select(wanted)
-        check(((f"{folder}, {split}, row {i}", row) for i, row in zip(wanted, rows, strict=True)), audio)
+        check(((f"{folder}, {split}, row {i}", row) for i, row in zip(wanted, rows, strict=True)), senses)
         if not wanted:
             raise MetronomeError(f"{folder}, {split}: no pair has the axis {' or '.join(axes)}")
         check_apart(folder, {name: _held_in(one) for name, one in splits.items()})
@@ -264,7 +298,15 @@ def _tables(folder: Path) -> DatasetDict:
         tables = load_from_disk(str(folder))
     if not isinstance(tables, DatasetDict):
         raise UnreadableError(folder, f"holds one table, and not one for each split. {REMEDY}")
-    return tables
+    return DatasetDict({name: _with_video(rows) for name, rows in tables.items()})
+
+
+def _with_video(rows: Dataset) -> Dataset:
+    """A table of conversations without video may lack the columns for it."""
+    for name, nothing in ((f"{side}_{field}", value) for side in SIDES for field, value in _NO_VIDEO.items()):
+        if name not in rows.column_names:
+            rows = rows.add_column(name, [nothing] * len(rows), feature=FEATURES[name])
+    return rows
 
 
 @contextmanager
@@ -282,11 +324,11 @@ def _reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:
+def check(rows: Iterable[tuple[str, Mapping[str, Any]]], senses: Senses) -> None:
     """Raises MetronomeError for the first (name, row) that cannot be learned from or contradicts an earlier one."""
     seen: dict[bytes, str] = {}
     for where, row in rows:
-        if problem := problem_of(row, audio):
+        if problem := problem_of(row, senses):
             raise MetronomeError(f"{where}: {problem}")
         one, other = (_digest(row, side) for side in ("chosen", "rejected"))
         if one == other:
@@ -297,8 +339,8 @@ def check(rows: Iterable[tuple[str, Mapping[str, Any]]], audio: int) -> None:
             raise MetronomeError(f"{where}: prefers what {earlier} rejects; remove the wrong one of the two")
 
 
-def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
-    """What is wrong with a row of the data set, in words, or None. ``audio``: id of the audio token."""
+def problem_of(row: Mapping[str, Any], senses: Senses) -> str | None:
+    """What is wrong with a row of the data set, in words, or None. ``senses``: those of the model that will read it."""
     if empty := [name for name in FEATURES if row[name] is None]:
         return f"{empty[0]} is missing"
     for name in ("axis", "family"):
@@ -306,7 +348,7 @@ def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
             return f"{name} {str(row[name])!r} is no name of one"
     if problem := Range(0, MOST_MARGIN).problem(float(row["margin"])):
         return f"margin {float(row['margin'])}: {problem}"
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         tokens = np.asarray(row[f"{side}_ids"])
         if len(tokens) and (tokens.dtype.kind != "i" or tokens.min() < 0):
             return f"{side}: a token is no whole number of at least 0"
@@ -314,18 +356,31 @@ def problem_of(row: Mapping[str, Any], audio: int) -> str | None:
             codes = _decompressed(row[f"{side}_codes"])
         except zlib.error as error:
             return f"{side}: the dMel codes are damaged ({error})"
-        heard = int((tokens == audio).sum())
+        heard = int((tokens == senses.audio).sum())
         if not heard:
             return f"the {side} conversation is empty"
         if len(codes) != heard * MEL_CHANNELS:
             return f"{side}: {heard} audio tokens, but {len(codes)} codes; {heard * MEL_CHANNELS} would belong to them"
-        if heard % CHUNK_FRAMES or tokens[-1] == audio:
+        if heard % CHUNK_FRAMES or tokens[-1] == senses.audio:
             return f"{side}: the audio is not whole chunks of {CHUNK_FRAMES} frames, each answered"
         if codes.max() >= MEL_BINS:
             return f"{side}: a dMel code is {codes.max()}, the largest is {MEL_BINS - 1}"
         first, end = int(row[f"{side}_first"]), int(row[f"{side}_end"])
         if not 0 <= first < end <= heard // CHUNK_FRAMES:
             return f"{side}: chunks {first} to {end} are no stretch of {heard // CHUNK_FRAMES} chunks"
+        if problem := _video_problem(row, side, int((tokens == senses.image).sum()), senses.patch):
+            return f"{side}: {problem}"
+    return None
+
+
+def _video_problem(row: Mapping[str, Any], side: str, shown: int, patch: int) -> str | None:
+    """As `problem_of`, of the video, of which the tokens have ``shown`` patches."""
+    try:
+        patches = sum(patch_count(frames, patch) for _, frames in _frames(row, side).chunks())
+    except (zlib.error, ValueError) as error:
+        return f"the video is damaged ({error})"
+    if patches != shown:
+        return f"{shown} image tokens, but the video has {patches} patches of {patch} x {patch} pixels"
     return None
 
 
@@ -333,4 +388,5 @@ def _digest(row: Mapping[str, Any], side: str) -> bytes:
     """Of a stretch."""
     at = np.array([row[f"{side}_first"], row[f"{side}_end"]], np.int64)
     tokens = np.asarray(row[f"{side}_ids"], np.int32)
-    return _stored_digest(tokens.tobytes(), row[f"{side}_codes"]) + at.tobytes()
+    video = row[f"{side}_pixels"], np.asarray(row[f"{side}_sizes"], np.int32).tobytes()
+    return _stored_digest(tokens.tobytes(), row[f"{side}_codes"], *video) + at.tobytes()

@@ -4,14 +4,16 @@ and our part of its checkpoints."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from model.program.files import write_whole
 from model.weights import manifest
+from model.weights.card import CARD
 from model.weights.finite import check_finite
 from reward.learned.resuming import Progress
 
@@ -29,14 +31,22 @@ def diverged(step: int) -> str:
 
 class Report(TrainerCallback):
     """Prints a line at each of the trainer's logs, checks the weights after each step, and writes what we add to each
-    finished checkpoint: `Progress` and a manifest."""
+    finished checkpoint: `Progress`, a model card and a manifest."""
 
-    def __init__(self, arguments: TrainingArguments, origin: str, progress: Progress) -> None:
-        """``origin``: text of the run's `TrainingOrigin`; ``progress``: as the trainer counts it."""
+    def __init__(
+        self,
+        arguments: TrainingArguments,
+        origin: str,
+        progress: Progress,
+        card: Callable[[int, Mapping[str, str]], str],
+    ) -> None:
+        """``origin``: text of the run's `TrainingOrigin`; ``progress``: as the trainer counts it; ``card``: the model
+        card after so many steps, with some digests."""
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self.progress = progress
         self._pairs_a_step = batch
         self._origin = origin
+        self._card = card
         self._last: tuple[float, int] | None = None
 
     def on_train_begin(
@@ -89,4 +99,5 @@ class Report(TrainerCallback):
             for name in UNREAD_FILES:
                 (folder / name).unlink(missing_ok=True)
             self.progress.write(folder)
+            write_whole(folder / CARD, self._card(state.global_step, {}).encode())
             manifest.write(folder, folder.name, self._origin)

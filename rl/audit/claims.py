@@ -91,7 +91,7 @@ def checkpoint_digests(records: Records) -> dict[int, str]:
     digests = {}
     for step, folder in sorted(records.checkpoints.items()):
         try:
-            digests[step] = checkpoint.weights_digest(checkpoint.load(folder / "model"))
+            digests[step] = checkpoint.weights_digest(checkpoint.load(folder / "model", pack=False))
         except MetronomeError as error:
             records.gaps.append(f"Step {step}: {error}.")
     return digests

@@ -86,7 +86,7 @@ function episodeBrowser(rows) {
     const move = (text, to) => el("button", { type: "button", disabled: !found[to], onclick: () => open(found[to], true) }, text);
     const title = el("h3", { tabindex: "-1" }, `${row.name}, step ${whole(row.step)}`);
     detail.replaceChildren(el("header", {}, [title, el("div", {}, [move("← Previous", place - 1), move("Next →", place < 0 ? 0 : place + 1)])]),
-      ...episodeDetail(row, block.episodes[row.place], block.cells, detail.clientWidth));
+      ...episodeDetail(row, block.episodes[row.place], block, detail.clientWidth));
     if (focus) title.focus({ preventScroll: false });
   }
   filter();
@@ -97,7 +97,7 @@ function episodeBrowser(rows) {
     detail]);
 }
 
-function episodeDetail(row, detail, cells, room) {
+function episodeDetail(row, detail, block, room) {
   const said = { identical: `All ${plural(row.tokens, "sampled token")} re-scored: log-probs and whole rows equal, bit for bit.`,
     different: `${plural(row.unequal, "log-prob")} and ${plural(row.rows, "whole row")} of ${plural(row.tokens, "sampled token")} differ.`,
     not_comparable: `Not comparable: ${detail.why_not}.`, not_rescored: "Not re-scored: nothing is claimed about its bits." }[row.state];
@@ -116,7 +116,7 @@ function episodeDetail(row, detail, cells, room) {
   const order = detail.tokens.map((t, i) => i).sort((a, b) => wrong(detail.tokens[b]) - wrong(detail.tokens[a]) || a - b);
   return [
     el("p", { class: STATES[row.state][1] }, said),
-    episodeGrid(detail, cells, row.name, room),
+    episodeGrid(detail, block.cells, block.pictures, row.name, room),
     el("div", { class: "columns" }, [
       el("div", {}, detail.rewards ? paged("Rewards by event (rules)", events, detail.events, 8) : el("p", { class: "note" }, "Not judged: its facts, or the recipe, cannot be read.")),
       el("div", {}, paged("Log-probs of sampled tokens, nats", tokens, order.map((i) => detail.tokens[i]), 8))])];

@@ -1,17 +1,23 @@
 """Episodes as the page reads them: a short row for each in the list, and their details in blocks decoded on demand.
 
 A block holds several episodes as gzip'd JSON. Rollouts of one scenario hear the same audio until the user reacts, so a
-block stores each distinct chunk of dMel codes once, as 320 hexadecimal digits (4 frames x 80 channels, 16 bins).
+block stores each distinct chunk of dMel codes once, as 320 hexadecimal digits (4 frames x 80 channels, 16 bins), and
+each distinct video frame once, as a picture.
 """
 
 from __future__ import annotations
 
 import base64
 import gzip
+import io
 import math
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from model.program.reading import UnreadableError, to_json
@@ -20,6 +26,7 @@ from reward.score import score_stored
 from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode
 from rl.audit.verdict import exact
+from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Outcome, Score
 from rollout.turn.action import CHUNK_FRAMES
@@ -28,6 +35,10 @@ MAX_EPISODES = 5000
 """Most episodes in a page, of 1 to 3 kB each."""
 EPISODES_PER_BLOCK = 24
 """Opening one episode decodes its whole block."""
+PICTURE_SIDE = 128
+"""Larger frames are shown reduced to this, in pixels of the longer side."""
+MAX_PICTURES = 2000
+"""Most distinct frames in a page, of some hundred bytes to 20 kB each; later ones are not shown."""
 
 
 def browser(
@@ -40,14 +51,19 @@ def browser(
     kept = [episodes[i] for i in sorted(shown)]
     rows: list[dict[str, Any]] = []
     blocks: list[str] = []
+    drawn = 0
     for first in range(0, len(kept), EPISODES_PER_BLOCK):
         cells: dict[str, int] = {}
+        pictures: dict[bytes, tuple[int, str]] = {}
         details = []
         for place, one in enumerate(kept[first : first + EPISODES_PER_BLOCK]):
             judged = score_stored(one.episode, scenarios) if scenarios else None
             rows.append(_row(one, judged) | {"block": len(blocks), "place": place})
-            details.append(_detail(one, judged, _user(one.episode.facts, scenarios), words, cells))
-        packed = gzip.compress(to_json({"cells": list(cells), "episodes": details}, None).encode(), 6, mtime=0)
+            detail = _detail(one, judged, _user(one.episode.facts, scenarios), words, cells)
+            details.append(detail | {"seen": _seen(one.episode, pictures, MAX_PICTURES - drawn)})
+        drawn += len(pictures)
+        block = {"cells": list(cells), "pictures": [picture for _, picture in pictures.values()], "episodes": details}
+        packed = gzip.compress(to_json(block, None).encode(), 6, mtime=0)
         blocks.append(base64.b64encode(packed).decode())
     return {"rows": rows, "blocks": blocks, "omitted": len(episodes) - len(kept)}
 
@@ -114,6 +130,36 @@ def _audio(codes: Tensor, cells: dict[str, int]) -> list[int]:
     size = CHUNK_FRAMES * codes.shape[-1]
     chunks = [digits[i : i + size] for i in range(0, len(digits) - size + 1, size)]
     return [cells.setdefault(chunk, len(cells)) for chunk in chunks]
+
+
+def _seen(episode: Episode, pictures: dict[bytes, tuple[int, str]], room: int) -> list[list[int]]:
+    """[chunk, index in ``pictures`` of each of its frames …] for each chunk with video. ``pictures``: (index, PNG as
+    base64) by digest, to which at most ``room`` may belong."""
+    seen = []
+    try:
+        chunks = episode.frames.chunks()
+    except (ValueError, RuntimeError):  # damaged: `rl.audit.replay.comparable` says so
+        return []
+    for k, frames in chunks:
+        places = []
+        for frame in frames.numpy():
+            key = blake2b(f"{frame.shape}".encode() + frame.tobytes(), digest_size=16).digest()
+            if key not in pictures and len(pictures) < room:
+                pictures[key] = len(pictures), _png(frame)
+            if key in pictures:
+                places.append(pictures[key][0])
+        if places:
+            seen.append([k, *places])
+    return seen
+
+
+def _png(frame: NDArray[np.uint8]) -> str:
+    """uint8 [H, W, 3] -> a PNG as base64, reduced to `PICTURE_SIDE`."""
+    picture, out = Image.fromarray(frame), io.BytesIO()
+    if max(picture.size) > PICTURE_SIDE:
+        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX)
+    picture.save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def _tokens(one: CheckedEpisode, words: Mapping[int, str]) -> list[list[Any]]:

@@ -1,8 +1,9 @@
-// One episode on the 200 ms grid: a column a chunk, a lane for what was heard, said, rewarded and how probable it was.
+// One episode on the 200 ms grid: a column a chunk, a lane for what was heard, seen, said, rewarded and how probable it was.
 
 const CHUNK_MS = 200, CHANNELS = 80, FRAMES = 4, NATS = 6;
-const LANES = { time: [0, 16], heard: [18, 80], user: [100, 17], model: [121, 62], mode: [186, 11], events: [200, 22], reward: [225, 52], logprob: [281, 52] };
-const GRID_HEIGHT = 335;
+const LANES = { time: [0, 16], heard: [18, 80], user: [100, 17], model: [121, 62], mode: [186, 11], events: [200, 22], reward: [225, 52], logprob: [281, 52], seen: [337, 26] };
+const gridHeight = (detail) => (detail.seen.length ? 366 : 335);
+const PICTURE = 124;  // pixels of the picture beside the grid
 let COLUMN = 16;  // pixels of a chunk, as the room allows
 const STOPS = ["0b0724", "2c115f", "721f81", "b63679", "f1605d", "feae76", "fcfdbf"].map((h) => [0, 2, 4].map((i) => parseInt(h.slice(i, i + 2), 16)));
 const AXES = ["var(--s0)", "var(--s1)", "var(--s3)", "var(--s2)"];  // colours of an episode's axes of reward, in order
@@ -29,7 +30,10 @@ function spectrogram(audio, cells) {
   return canvas.toDataURL();
 }
 
-function episodeGrid(detail, cells, name, room) {
+const png = (picture) => `data:image/png;base64,${picture}`;
+
+function episodeGrid(detail, cells, pictures, name, room) {
+  const GRID_HEIGHT = gridHeight(detail);
   const chunks = detail.actions.length;
   COLUMN = Math.max(15, Math.min(26, Math.floor((room - 100) / Math.max(1, chunks))));
   const width = chunks * COLUMN;
@@ -52,7 +56,9 @@ function episodeGrid(detail, cells, name, room) {
   drawEvents(root, detail.events, middle("events"));
   if (detail.rewards) drawRewards(root, detail, LANES.reward);
   drawLogprobs(root, detail.tokens, LANES.logprob);
-  return cursor(root, detail, name, chunks);
+  for (const [k, first] of detail.seen) root.append(
+    svg("image", { href: png(pictures[first]), x: k * COLUMN + 0.5, y: LANES.seen[0], width: COLUMN - 1, height: LANES.seen[1], class: "pixels", preserveAspectRatio: "xMidYMid slice" }));
+  return cursor(root, detail, pictures, name, chunks);
 }
 const clip = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
 
@@ -86,8 +92,17 @@ function drawLogprobs(root, tokens, [top, height]) {
   });
 }
 
-function cursor(root, detail, name, chunks) {
-  const pick = svg("rect", { class: "pick", y: 1, width: COLUMN, height: GRID_HEIGHT - 2, rx: 3 });
+// The frames of the last chunk up to k that has some, each as an image.
+function frames(detail, pictures, k) {
+  const seen = detail.seen.filter(([chunk]) => chunk <= k).at(-1);
+  if (!seen) return [];
+  return seen.slice(1).map((place, i) => el("img", { src: png(pictures[place]), height: PICTURE, class: "pixels",
+    alt: `frame ${i + 1} of ${seen.length - 1} of chunk ${seen[0]}` }));
+}
+
+function cursor(root, detail, pictures, name, chunks) {
+  const pick = svg("rect", { class: "pick", y: 1, width: COLUMN, height: gridHeight(detail) - 2, rx: 3 });
+  const shown = el("p", { class: "frames" }, frames(detail, pictures, 0));
   const readout = el("p", { class: "readout", "aria-live": "polite" }, "Point at a chunk, or focus the grid and use the arrow keys.");
   const lanes = el("div", { class: "lanes", tabindex: "0", role: "group", "aria-label": `200 ms grid of ${name}, ${chunks} chunks. Left and right arrow keys read single chunks; the tables below hold the same.` }, root);
   let at = -1;
@@ -96,6 +111,7 @@ function cursor(root, detail, name, chunks) {
     pick.setAttribute("x", at * COLUMN);
     if (!pick.parentNode) root.append(pick);
     readout.textContent = describe(detail, at);
+    shown.replaceChildren(...frames(detail, pictures, at));
     if (follow) lanes.scrollLeft = Math.max(0, (at + 0.5) * COLUMN - lanes.clientWidth / 2);
   };
   root.addEventListener("pointermove", (event) => read(Math.floor((event.clientX - root.getBoundingClientRect().left) / COLUMN), false));
@@ -103,10 +119,12 @@ function cursor(root, detail, name, chunks) {
     const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: chunks - 1, PageUp: at - 5, PageDown: at + 5 };
     if (event.key in moves) { event.preventDefault(); read(moves[event.key], true); }
   });
-  const labels = { heard: "heard: user, 0–8 kHz (mel)", user: "user", model: "model: its words; no voice yet", mode: "mode", events: "events", reward: "reward", logprob: `log-prob, 0 to −${NATS}` };
+  const video = detail.seen.length ? { seen: "seen: video frames" } : {};
+  const labels = { heard: "heard: user, 0–8 kHz (mel)", user: "user", model: "model: its words; no voice yet", mode: "mode", events: "events", reward: "reward", logprob: `log-prob, 0 to −${NATS}`, ...video };
   const names = el("div", { class: "names", "aria-hidden": "true" }, Object.entries(labels).map(([lane, text]) => {
     const span = el("span", {}, text); span.style.top = `${LANES[lane][0] + LANES[lane][1] / 2}px`; return span; }));
-  return el("div", {}, [el("div", { class: "grid" }, [names, lanes]), gridLegend(Object.keys(detail.rewards || {})), readout]);
+  return el("div", {}, [el("div", { class: "grid" }, [names, lanes]), gridLegend(Object.keys(detail.rewards || {})), readout,
+    ...(detail.seen.length ? [shown] : [])]);
 }
 
 function gridLegend(axes) {
@@ -123,6 +141,8 @@ function describe(detail, k) {
     const earned = Object.entries(rewards).map(([axis, reward]) => `${axis} ${signed(reward)}`).join(", ");
     if (chunk === k) parts.push(`${kind} ${OUTCOMES[outcome]}${due === null ? "" : ` (due ${due})`}: ${earned}`);
   }
+  const here = detail.seen.find(([chunk]) => chunk === k);
+  if (here) parts.push(here.length > 2 ? "two frames" : "a frame");
   for (const t of detail.tokens) if (t[0] === k) parts.push(`${t[1]} ${t[3]}`);
   return parts.join(" · ");
 }

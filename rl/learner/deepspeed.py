@@ -80,6 +80,7 @@ class Learner:
 
     @needing("making the optimizer", _LESS)
     def __init__(self, model: InteractionModel, optim: OptimConfig, steps: int) -> None:
+        model.need_weights("training")
         self.model = model
         self.optim = optim
         self.steps = steps

@@ -19,10 +19,11 @@ import torch
 
 from kernels.errors import MetronomeError
 from model import config as shapes
+from model.backbone.size import empty
 from model.config import MEL_CHANNELS
-from model.info import parameter_counts
 from model.program.arguments import Parser
 from model.program.ranges import Range, number
+from model.sizing import counts
 from rl.config import RLConfig
 from rollout.record.episode import TEXT, Stream
 from rollout.turn.action import CHUNKS_PER_SECOND
@@ -75,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     most = given.seconds * CHUNKS_PER_SECOND
     if given.words > most:
         raise MetronomeError(f"--words is {given.words}; with one a chunk, {given.seconds} s hold 0 to {most}")
-    total, _ = parameter_counts(shapes.preset(given.preset))
+    shape = shapes.preset(given.preset)
+    total = counts(shape, empty(shape, torch.bfloat16))["parameters"]
     episode = episode_bytes(given.seconds, given.words)
     print(f"{given.preset}: {total:,} parameters; an episode of {given.seconds} s is {episode:,} bytes")
     for what, size in traffic(total, given.learners, given.groups * given.rollouts, episode):

@@ -27,15 +27,18 @@ from kernels import ops
 from kernels.errors import MetronomeError
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
+from model.context import STOP, ContextConfig
 from model.inputs import Inputs
+from model.logprob import NEXT_TEXT
 from model.senses.audio import HOP, WINDOW, DMel
 from model.senses.video import Patches
 from model.weights import checkpoint
 from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
 from rollout.seeds import token_key
 from rollout.turn.action import Action
-from rollout.turn.grammar import Grammar, context_chunks, row_class
+from rollout.turn.grammar import NO_LIMIT, Grammar, context_chunks, row_class
 from rollout.turn.observation import Observation
+from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
 
 
@@ -54,6 +57,9 @@ class SessionRecipe(Protocol):
     @property
     def max_event_words(self) -> int: ...
 
+    @property
+    def context(self) -> ContextConfig: ...
+
 
 class SessionEngine:
     """Sessions of one model in this process; implements `rollout.engines.engine.Engine`.
@@ -61,6 +67,7 @@ class SessionEngine:
     slots: how many sessions can be open; max_tokens: context of each, in rows (memory for all is allocated at once);
     words_per_chunk, max_patches, max_event_words: the most words that a micro-turn may say, video patches that it may
     see and words of text events that it may read;
+    context: the policy at the context limit, of which policy summary is carried out here (the others are the model's);
     keep_hidden: whether sessions record the hidden state that each token was sampled from (for value heads and such).
     """
 
@@ -75,13 +82,17 @@ class SessionEngine:
         max_patches: int = 0,
         max_event_words: int = 0,
         keep_hidden: bool = False,
+        context: ContextConfig = STOP,
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
         self.dmel = DMel.build()
-        self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, model.senses.patch)
+        summary = Summary.of(context, vocabulary)
+        self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, model.senses.patch, summary)
+        if summary is not None and summary.budget > max_tokens:
+            raise MetronomeError(f"context.budget is {summary.budget}, but max_tokens is {max_tokens}; give as many")
         self.keep_hidden = keep_hidden
-        max_rows = slots * self.grammar.max_rows
+        max_rows = slots * self.grammar.most_new_rows
         self.state = SessionState(model.config, slots, max_tokens, model.dtype, max_rows=max_rows)
         self.weights_digest = checkpoint.weights_digest(model)
         self._sharing = [0] * slots  # number of open sessions in each slot
@@ -101,6 +112,7 @@ class SessionEngine:
             words_per_chunk=recipe.words_per_chunk,
             max_patches=recipe.max_patches,
             max_event_words=recipe.max_event_words,
+            context=recipe.context,
         )
 
     @property
@@ -110,6 +122,8 @@ class SessionEngine:
 
     @property
     def max_chunks(self) -> int:
+        if self.grammar.summary is not None:
+            return NO_LIMIT
         return context_chunks(self.state.max_tokens, self.grammar.words_per_chunk, self.grammar.extra)
 
     def publish(self) -> None:
@@ -118,7 +132,8 @@ class SessionEngine:
             raise MetronomeError(
                 f"weights were changed under {len(self._opened)} open sessions; close them before publishing"
             )
-        self.model.repack()
+        if self.model.packed_digest is None:  # else whoever changed the weights packed them anew
+            self.model.repack()
         self.weights_digest = checkpoint.weights_digest(self.model)
 
     def open(self, key: int, temperature: float = 1.0) -> Session:
@@ -153,6 +168,12 @@ class SessionEngine:
     def append(self, sessions: Sequence[Session], observations: Sequence[Observation]) -> list[Action]:
         """See `Engine.append`."""
         check_append(self.check, sessions, observations)
+        try:
+            self._summarise([s for s in sessions if self.grammar.needs_summary(s.rows)])
+        except BaseException:
+            for session in sessions:
+                self.close(session)
+            raise
         if any(self._sharing[s.slot] > 1 for s in sessions):
             self._unshare(sessions, [_identity(o) for o in observations])
         of_slot = {s.slot: (s.last_samples, o) for s, o in zip(sessions, observations, strict=True)}
@@ -189,6 +210,27 @@ class SessionEngine:
         self._sharing[session.slot] += 1
         self._opened.add(session)
         return session
+
+    def _summarise(self, sessions: Sequence[Session]) -> None:
+        """Has each session write a summary, and begins its next context with it."""
+        if not sessions:
+            return
+        assert self.grammar.summary is not None
+        if any(self._sharing[s.slot] > 1 for s in sessions):
+            self._unshare(sessions, [b""] * len(sessions))  # from those that go on in the old context
+        for session in sessions:
+            session.tokens += self.grammar.summary.request
+        sampled: list[list[int]] = [[] for _ in sessions]
+        unfinished = list(range(len(sessions)))
+        while unfinished:
+            tokens = self._sample_next([sessions[i] for i in unfinished], self._no_codes, self._no_patches, NEXT_TEXT)
+            for i, token in zip(unfinished, tokens, strict=True):
+                sampled[i].append(token)
+            unfinished = [i for i in unfinished if not self.grammar.summary_is_over(sampled[i])]
+        for session, summary in zip(sessions, sampled, strict=True):
+            session.end_summary(summary, self.grammar)
+        for slot in {session.slot for session in sessions}:
+            self.state.restart(slot)
 
     def _sample_turns(self, sessions: Sequence[Session], codes: Tensor, patches: Patches) -> list[Action]:
         """Samples the rest of each session's micro-turn. ``codes`` uint8 [4 * slots in use, 80]: its audio; ``patches``

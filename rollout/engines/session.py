@@ -32,11 +32,13 @@ class Session:
     weights_digest: str
     tokens: list[int]
     last_samples: Tensor  # fp32 [800], end of the audio so far: the next chunk's first dMel window begins with it
-    computed: int = 0  # rows in the KV cache
+    computed: int = 0  # tokens whose rows were computed
     chunks: int = 0  # micro-turns that have ended
     codes: list[Tensor] = field(default_factory=list)  # uint8 [CHUNK_FRAMES, 80] a chunk
     frames: list[Tensor] = field(default_factory=list)  # uint8 [F, H, W, 3] a chunk
     events: list[tuple[str, ...]] = field(default_factory=list)  # those of a chunk
+    contexts: list[int] = field(default_factory=lambda: [0])  # index of the first token of each context
+    summaries: list[tuple[int, int]] = field(default_factory=list)  # (chunk that it precedes, its sampled tokens)
     actions: list[Action] = field(default_factory=list)  # one a chunk
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
     logprob: list[float] = field(default_factory=list)
@@ -72,6 +74,25 @@ class Session:
         self.events.append(observation.events)
         self.tokens += grammar.observed(frames, observation.events)
 
+    @property
+    def rows(self) -> int:
+        """Tokens of the present context."""
+        return len(self.tokens) - self.contexts[-1]
+
+    @property
+    def cached(self) -> int:
+        """Those of them whose rows were computed."""
+        return max(0, self.computed - self.contexts[-1])
+
+    def end_summary(self, sampled: Sequence[int], grammar: Grammar) -> None:
+        """Ends the present context, whose summary was ``sampled`` last, and begins the next."""
+        if sampled[-1] != grammar.vocabulary.end:
+            self.tokens.append(grammar.vocabulary.end)
+        self.summaries.append((self.chunks, len(sampled)))
+        self.contexts.append(len(self.tokens))
+        self.computed = len(self.tokens)
+        self.tokens += grammar.begin_context(sampled)
+
     def end_turn(self, action: Action, forced: list[int]) -> None:
         """Ends the micro-turn. ``forced``: its tokens that are written without being sampled (`Grammar.forced`)."""
         self.tokens += forced
@@ -103,6 +124,7 @@ class Session:
             codes=torch.cat(self.codes),
             frames=Frames.of(self.frames),
             events={k: texts for k, texts in enumerate(self.events) if texts},
+            contexts=torch.tensor(self.contexts),
             streams={TEXT: text},
         )
 
@@ -136,9 +158,9 @@ def check_turn(
     """What `Engine.check` checks. ``opened``: the engine's open sessions; a context has ``max_tokens`` rows."""
     check_own(session, opened)
     check_observation(observation, grammar)
-    if max_tokens - session.computed < grammar.max_rows:
+    if grammar.summary is None and max_tokens - session.cached < grammar.max_rows:
         raise ContextFull(
-            f"session in slot {session.slot} holds {session.computed} of at most {max_tokens} tokens; another "
+            f"session in slot {session.slot} holds {session.cached} of at most {max_tokens} tokens; another "
             f"micro-turn may need {grammar.max_rows}. Close it, or make the engine with more max_tokens"
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.config import MEL_CHANNELS
+from model.inputs import ONE_CONTEXT
 from model.program.files import write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, as_object, as_record, decode, one_line, parse_json, read_bytes
@@ -31,7 +32,7 @@ TEXT = "text"
 """Name of the stream of mode and text tokens. A voice will be another stream."""
 
 FORMAT = 3
-"""Version of the episode file format. (Version 1 had no streams, version 2 no video.)"""
+"""Version of the episode file format. (Version 1 had no streams, version 2 no video and one context.)"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Episode:
     streams: Mapping[str, Stream]  # by name
     frames: Frames = NO_VIDEO  # what the rows that hold the image token are patches of, in order
     events: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # chunk -> texts that the model read in it
+    contexts: Tensor = ONE_CONTEXT  # int64 [C], index of the first token of each context (`rollout.turn.summary`)
 
     @property
     def text(self) -> Stream:
@@ -97,7 +99,7 @@ def tensors(episode: Episode) -> dict[str, Tensor]:
         f"{name}.{f.name}": getattr(stream, f.name) for name, stream in episode.streams.items() for f in fields(Stream)
     }
     video = {"frames.pixels": episode.frames.pixels, "frames.sizes": episode.frames.sizes}
-    return {"tokens": episode.tokens, "codes": episode.codes, **video, **streams}
+    return {"tokens": episode.tokens, "codes": episode.codes, "contexts": episode.contexts, **video, **streams}
 
 
 def pack_episodes(episodes: Sequence[Episode]) -> bytes:
@@ -169,7 +171,13 @@ class _Header:
 def _names(item: _Described) -> list[str]:
     """Names of the tensors (as in `tensors`) of the episode that ``item`` describes."""
     video = ("frames.pixels", "frames.sizes")
-    return ["tokens", "codes", *video, *(f"{stream}.{f.name}" for stream in item.streams for f in fields(Stream))]
+    return [
+        "tokens",
+        "codes",
+        "contexts",
+        *video,
+        *(f"{stream}.{f.name}" for stream in item.streams for f in fields(Stream)),
+    ]
 
 
 def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
@@ -182,6 +190,7 @@ def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
         actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in item.actions),
         tokens=content["tokens"],
         codes=content["codes"],
+        contexts=content["contexts"],
         frames=Frames(content["frames.pixels"], content["frames.sizes"]),
         streams=streams,
         events={int(k): tuple(map(str, texts)) for k, *texts in item.events},
@@ -205,6 +214,7 @@ def check_tensors(episode: Episode) -> None:
 
 _TABLES = ("codes", "frames.sizes")
 _DTYPES = {
+    "contexts": torch.int64,
     "pixels": torch.uint8,
     "sizes": torch.int64,
     "tokens": torch.int64,

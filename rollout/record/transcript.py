@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.inputs import ONE_CONTEXT
+from model.logprob import NEXT_TEXT
 from model.senses.audio import DMel
 from model.senses.video import NO_FRAMES, NO_VIDEO, Frames
 from rollout.record.episode import Choices
@@ -30,6 +32,7 @@ class Transcript:
     codes: Tensor  # uint8 [A, 80]
     text: Choices  # the targets
     frames: Frames = NO_VIDEO
+    contexts: Tensor = ONE_CONTEXT  # int64 [C], as in `Episode`
 
 
 def from_observations(observations: Sequence[Observation], actions: Sequence[Action], grammar: Grammar) -> Transcript:
@@ -48,17 +51,31 @@ def write_transcript(
     grammar: Grammar,
     frames: Frames = NO_VIDEO,
     events: Mapping[int, tuple[str, ...]] = NO_EVENTS,
+    summaries: Sequence[Sequence[int]] | None = None,
 ) -> Transcript:
     """From dMel codes uint8 [chunks, CHUNK_FRAMES, 80], one action for each chunk, the video, and by chunk the texts of
-    events. Raises ValueError when the numbers of chunks differ or an action has too many or unknown words."""
+    events; ``summaries``: the sampled tokens of those that the grammar asks for, in order. By default a summary repeats
+    the last words that were said, which is what a demonstration shows.
+
+    Raises ValueError when the numbers of chunks differ, an action has too many or unknown words, or a summary is
+    missing, too many, or none."""
     if len(codes) != len(actions):
         raise ValueError(f"transcript: {len(codes)} chunks of audio but {len(actions)} actions")
     shown = dict(frames.chunks())
     if beyond := [k for k in (*shown, *events) if k >= len(actions)]:
         raise ValueError(f"transcript: video or events in chunk {beyond[0]} of {len(actions)} chunks")
-    tokens = [grammar.vocabulary.bos]
+    tokens, contexts = [grammar.vocabulary.bos], [0]
     chosen: list[tuple[int, int, int]] = []
+    said: list[int] = []
+    given = None if summaries is None else list(summaries)
     for k, action in enumerate(actions):
+        if grammar.needs_summary(len(tokens) - contexts[-1]):
+            summary = _scripted(said, grammar) if given is None else _next(given, grammar, k)
+            tokens += grammar.summary.request if grammar.summary else ()
+            chosen += [(len(tokens) + i, NEXT_TEXT, k) for i in range(len(summary))]
+            tokens += [*summary, *([] if summary[-1] == grammar.vocabulary.end else [grammar.vocabulary.end])]
+            contexts.append(len(tokens))
+            tokens += grammar.begin_context(summary)
         tokens += grammar.observed(shown.get(k, NO_FRAMES), events.get(k, ()))
         try:
             sampled = grammar.write(action)
@@ -66,5 +83,25 @@ def write_transcript(
             raise ValueError(f"transcript: chunk {k}: {error}") from error
         chosen += [(len(tokens) + i, row_class(i), k) for i in range(len(sampled))]
         tokens += sampled + grammar.forced(sampled)
+        said += [grammar.vocabulary.word_id(word) for word in action.words]
     text = Choices(*(torch.tensor(column) for column in zip(*chosen, strict=True)))
-    return Transcript(torch.tensor(tokens), codes.flatten(0, 1), text, frames)
+    if given:
+        raise ValueError(f"transcript: {len(given)} summaries more than were asked for")
+    return Transcript(torch.tensor(tokens), codes.flatten(0, 1), text, frames, torch.tensor(contexts))
+
+
+def _scripted(said: Sequence[int], grammar: Grammar) -> list[int]:
+    """The last words that were said, and the end token where there is room."""
+    assert grammar.summary is not None
+    kept = list(said)[-grammar.summary.words :]
+    return kept if len(kept) == grammar.summary.words else [*kept, grammar.vocabulary.end]
+
+
+def _next(given: list[Sequence[int]], grammar: Grammar, chunk: int) -> list[int]:
+    if not given:
+        raise ValueError(f"transcript: the summary before chunk {chunk} is missing")
+    summary = list(given.pop(0))
+    ends = [i for i in range(len(summary)) if grammar.summary_is_over(summary[: i + 1])]
+    if ends != [len(summary) - 1]:
+        raise ValueError(f"transcript: what is before chunk {chunk} is no summary")
+    return summary

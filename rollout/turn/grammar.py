@@ -25,10 +25,15 @@ from model.config import SMALL_PATCH
 from model.logprob import MODE, NEXT_TEXT
 from model.senses.video import NO_FRAMES, patch_count
 from rollout.turn.action import CHUNK_FRAMES, Action, Mode
+from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
 
 AUDIO_ROWS = CHUNK_FRAMES
 """Rows of a micro-turn that hold the audio token."""
+
+
+NO_LIMIT = 2**31 - 1
+"""Micro-turns of a session that has no end."""
 
 
 def row_class(sampled: int) -> int:
@@ -107,10 +112,13 @@ class Grammar:
     max_patches: int = 0
     max_event_words: int = 0
     patch: int = SMALL_PATCH  # side of the model's video patches, pixels (`model.inputs.Senses`)
+    summary: Summary | None = None  # the rule by which long sessions are summarised
 
     def __post_init__(self) -> None:
         if self.words_per_chunk < 1:
             raise ValueError(f"words_per_chunk is {self.words_per_chunk}; a micro-turn needs room for 1 word or more")
+        if self.summary is not None:
+            self.summary.check(self.max_rows)
 
     @property
     def max_sampled(self) -> int:
@@ -121,6 +129,25 @@ class Grammar:
     def max_rows(self) -> int:
         """The most rows that one micro-turn can have."""
         return max_rows(self.words_per_chunk, self.extra)
+
+    @property
+    def most_new_rows(self) -> int:
+        """The most rows that one forward pass computes for a session: a micro-turn's, and the beginning of a context or
+        a request before it."""
+        return self.max_rows + (0 if self.summary is None else 1 + self.summary.rows)
+
+    def needs_summary(self, rows: int) -> bool:
+        """Whether a context of ``rows`` tokens is to be summarised before the next micro-turn."""
+        return self.summary is not None and self.summary.is_due(rows, self.max_rows)
+
+    def summary_is_over(self, sampled: Sequence[int]) -> bool:
+        """Whether a summary of these sampled tokens (at least one) has no more."""
+        assert self.summary is not None
+        return len(sampled) == self.summary.words or sampled[-1] == self.vocabulary.end
+
+    def begin_context(self, sampled: Sequence[int]) -> list[int]:
+        """The first tokens of the context after a summary of these sampled tokens."""
+        return [self.vocabulary.bos, *(token for token in sampled if token != self.vocabulary.end)]
 
     @property
     def extra(self) -> int:

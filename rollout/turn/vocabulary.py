@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
-from model.tokenizer import FILE, SETTINGS, load_tokenizer, size, special_ids, words_digest
+from model.tokenizer import FILE, SETTINGS, disagreements, load_tokenizer, size, special_ids, words_digest
 from rollout.turn.action import Mode
 
 _made: WeakKeyDictionary[InteractionModel, Vocabulary] = WeakKeyDictionary()
@@ -34,9 +34,10 @@ class Vocabulary:
     def of(model: InteractionModel) -> Vocabulary:
         """The model's, from its tokenizer; made once for each. Raises MetronomeError for a model without."""
         if model.tokenizer is None:
+            wrong = "; ".join(disagreements(load_tokenizer(), model.config))
             raise MetronomeError(
-                f"the model came without a tokenizer, and the shipped one does not fit its ids (audio_token_id is "
-                f"{model.config.audio_token_id}): put {FILE} and {SETTINGS} of its own into its checkpoint's folder"
+                f"the model came without a tokenizer, and the shipped one does not fit: {wrong}. Put {FILE} and "
+                f"{SETTINGS} of its own into its checkpoint's folder"
             )
         made = _made.get(model)
         if made is None or made.tokenizer is not model.tokenizer:

@@ -260,7 +260,7 @@ READERS = {
         lambda f: read_all_labels([f / "labels.jsonl"], Vocabulary.build(256), 1, ScenarioConfig()), 60,
     ),
     "metrics": Reader(("rl.folder",), a_run, "a/metrics.jsonl", "lines", reopened, 60),
-    "a saved recipe": Reader(("rl.folder",), a_run, "a/config.yaml", "json", reopened),
+    "a saved recipe": Reader(("rl.folder",), a_run, "a/config.yaml", "json", reopened, 150),
     "progress": Reader(("rl.resume",), progress, "progress.json", "json", load_progress, 60),
     "learner": Reader(("rl.learner.deepspeed",), Learners.make, "learner/state.json", "json", Learners.read),
     "optimizer": Reader(

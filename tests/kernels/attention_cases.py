@@ -31,6 +31,7 @@ SHAPES = small(
 
 SHAPE = st.sampled_from(SHAPES)
 WINDOW = st.sampled_from([None, 1, 33, 64, 128])
+FIRST = st.sampled_from([0, 64, 128])
 LENGTHS = st.lists(st.integers(1, small(250, 80)), min_size=1, max_size=small(4, 2))
 
 
@@ -67,13 +68,19 @@ def proj(shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def attend(
-    x: Rows, shape: Shape, window: int | None, segments: Segments | None = None, cache: PagedKV | None = None
+    x: Rows,
+    shape: Shape,
+    window: int | None,
+    segments: Segments | None = None,
+    cache: PagedKV | None = None,
+    first: int = 0,
 ) -> Tensor:
     if segments is None:
         segments = Segments.build([0], [0], [len(x.q)])
     scale = shape.width**-0.5
+    bias = proj(shape, x.q.dtype)
     return ops.attention(
-        x.q, x.k, x.v, x.rel, proj(shape, x.q.dtype), segments, scale=scale, window=window, tau=x.tau, cache=cache
+        x.q, x.k, x.v, x.rel, bias, segments, scale=scale, window=window, first=first, tau=x.tau, cache=cache
     )
 
 

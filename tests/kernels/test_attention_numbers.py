@@ -67,7 +67,7 @@ def _in(segments: Segments, shape: Shape, window: int | None, tau: Tensor) -> Ca
 
     def call(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, rel_proj: Tensor) -> Tensor:
         if q.dtype == torch.float64:
-            return reference.attention(q, k, v, rel, rel_proj, segments, scale, window, tau.double(), None)
+            return reference.attention(q, k, v, rel, rel_proj, segments, scale, window, 0, tau.double(), None)
         return ops.attention(q, k, v, rel, rel_proj, segments, scale=scale, window=window, tau=tau)
 
     return call

@@ -51,6 +51,7 @@ def cases() -> dict[str, tuple[Call, dict[str, Tensor]]]:
         "linear": (lambda x: ops.linear(x, packed), {"x": there(2, 16)}),
         "expert_linear": (expert_linear, {"x": there(2, 16), "expert": table.view(1).repeat(2)}),
         "swiglu": (ops.swiglu, {"gate_up": there(2, 32)}),
+        "gelu": (ops.gelu, {"x": there(2, 16)}),
         "moe_combine": (ops.moe_combine, {"y": there(4, 16), "weight": there(2, 2)}),
         "rms_norm": (lambda x, weight: ops.rms_norm(x, weight, 1e-6), {"x": there(2, 16), "weight": there(16)}),
         "embedding_sum": (
@@ -81,8 +82,8 @@ def cases() -> dict[str, tuple[Call, dict[str, Tensor]]]:
 
 
 NAMES = (
-    "pack_linear", "pack_experts", "linear", "expert_linear", "swiglu", "moe_combine", "rms_norm", "embedding_sum",
-    "short_conv", "attention", "attention over pages", "route", "logprob", "sample", "dot", "adamw",
+    "pack_linear", "pack_experts", "linear", "expert_linear", "swiglu", "gelu", "moe_combine", "rms_norm",
+    "embedding_sum", "short_conv", "attention", "attention over pages", "route", "logprob", "sample", "dot", "adamw",
 )  # fmt: skip
 
 

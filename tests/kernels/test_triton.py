@@ -20,11 +20,13 @@ from tests.kernels.backend import COPIES, DEVICE_VARIABLE, OPS
 FOLDER = Path(__file__).parent
 SHARED = [
     "test_attention.py",
+    "test_attention_first.py",
     "test_attention_numbers.py",
     "test_conv.py",
     "test_devices.py",
     "test_embedding.py",
     "test_experts.py",
+    "test_gelu.py",
     "test_linear.py",
     "test_logprob.py",
     "test_norm.py",

@@ -12,7 +12,7 @@ from transformers import InklingConfig, InklingForConditionalGeneration
 
 from model.backbone.state import SessionState
 from model.backbone.transformer import Capture, InteractionModel
-from model.inputs import Inputs, Senses
+from model.inputs import ONE_CONTEXT, Inputs, Senses
 from model.senses.video import NO_VIDEO, Frames, grid, normalised
 
 AUDIO, IMAGE = 2, 5
@@ -27,6 +27,7 @@ class Rows:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
     frames: Frames = NO_VIDEO
+    contexts: Tensor = ONE_CONTEXT
 
     def cut(self, first: int, end: int) -> Rows:
         """Of rows without video."""

@@ -88,7 +88,7 @@ DAMAGES = [
     (lambda folder: flip_bit(folder / OPTIMIZER), r"learner/optimizer\.safetensors is damaged: its digest"),
     (truncated, r"learner/optimizer\.safetensors is damaged: it has 50 bytes"),
     (lambda folder: (folder / OPTIMIZER).unlink(), r"learner/optimizer\.safetensors is missing"),
-    (lambda folder: shutil.rmtree(folder / "model"), r"model/config\.json is missing"),
+    (lambda folder: shutil.rmtree(folder / "model"), r"model/(README\.md|config\.json) is missing"),
     (empty, r"learner/optimizer\.safetensors is damaged: it has 0 bytes"),
     (step_changed, r"progress\.json is damaged: its digest"),
     (pickle_in_place, r"learner/optimizer\.safetensors is damaged"),

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from kernels.errors import MetronomeError
 from model.add_tokens import add_tokens, main
 from model.backbone.transformer import InteractionModel
-from model.config import preset
-from model.tokenizer import SPECIALS, load_tokenizer, read_tokenizer, words_digest
+from model.config import IMAGE_TOKEN_ID, preset
+from model.tokenizer import NAMES, SPECIALS, load_tokenizer, read_tokenizer, words_digest
 from model.weights import checkpoint, manifest
 from model.weights.checkpoint import CheckpointError
 from rollout.engines.workers.task import Setup
@@ -105,6 +105,10 @@ def audio(content: dict[str, Any]) -> None:
     content["audio_token_id"] = 9
 
 
+def picture(content: dict[str, Any]) -> None:
+    content["image_token_id"] = 3
+
+
 def begin(content: dict[str, Any]) -> None:
     content["text_config"]["bos_token_id"] = 5
 
@@ -124,6 +128,7 @@ def rows(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [(audio, "audio_token_id is 9, but <|audio|> is token 2"),
+     (picture, "image_token_id is 3, but <|image|> is token 194"),
      (begin, "text_config.bos_token_id is 5, but <|bos|> is token 1"),
      (end, "text_config.eos_token_id is 3, but <|end|> is token 6"),
      (padding, "text_config.pad_token_id is 1, but <|pad|> is token 0"),
@@ -137,7 +142,7 @@ def test_ids_that_disagree_are_refused(folder: Path, change: Callable[[dict[str,
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["<|bos|>", "<|audio|>", "<|listen|>", "<|speak|>", "<|delegate|>", "<|end|>"])
+@pytest.mark.parametrize("text", [f"<|{name}|>" for name in NAMES])
 def test_a_token_that_is_missing_is_named(folder: Path, text: str) -> None:
     words = {f"[{word}]" if word == text else word: i for word, i in load_tokenizer().get_vocab().items()}
     made(words, bos_token=None, eos_token=None).save_pretrained(folder)
@@ -166,7 +171,7 @@ def test_a_checkpoint_without_has_the_shipped_one_if_it_fits(folder: Path) -> No
     assert Vocabulary.of(checkpoint.load(folder)).word_id("yes") == Vocabulary.build(256).word_id("yes")
     edit(folder / "config.json", audio)
     model = checkpoint.load(folder)  # its forward is still of use
-    with pytest.raises(MetronomeError, match=r"audio_token_id is 9\): put tokenizer.json and tokenizer_config.json"):
+    with pytest.raises(MetronomeError, match=r"audio_token_id is 9, but .*\. Put tokenizer.json and"):
         Vocabulary.of(model)
 
 
@@ -181,7 +186,7 @@ def test_a_worker_has_the_models(tmp_path: Path) -> None:
 def test_only_the_vocabulary_builds_vocabularies() -> None:
     """Everybody else takes the model's."""
     build = {n for n, tree in sources() for name, _ in calls(tree) if name.endswith("Vocabulary.build")}
-    assert build == {"rollout.turn.vocabulary", "reward.pairs"}, "reward.pairs: of a recipe without any policy"
+    assert build == {"rollout.turn.vocabulary", "reward.pairs", "rl.room"}, "of a recipe, before there is a model"
     shipped = {n for n, tree in sources() for name, _ in calls(tree) if name.endswith("tokenizer.load_tokenizer")}
     assert shipped == {"rollout.turn.vocabulary", "rl.audit.episodes"}, "rl.audit.episodes: of a run without any model"
 
@@ -219,11 +224,11 @@ def test_tokens_are_added_within_the_padding(tmp_path: Path, capsys: pytest.Capt
     assert (folder / "model.safetensors").read_bytes() == before
     model = checkpoint.load(folder)
     vocabulary = Vocabulary.of(model)
-    assert (vocabulary.bos, vocabulary.audio) == (0, 27)
+    assert (vocabulary.bos, vocabulary.audio, vocabulary.image) == (0, 27, 28)
     ids = [vocabulary.mode_id(mode) for mode in Mode] + [vocabulary.end]
     assert sorted(ids) == [30, 31, 32, 33] and model.vocab == 34
     said = vocabulary.classes.allowed[2].nonzero()[:, 0].tolist()
-    assert {*range(2, 27), vocabulary.end} <= set(said) and not {0, 1, 27, *ids[:-1]} & set(said)
+    assert {*range(2, 27), vocabulary.end} <= set(said) and not {0, 1, 27, 28, *ids[:-1]} & set(said)
     files = {name: (folder / name).read_bytes() for name in (*FILES, "config.json")}
     assert add_tokens(folder) == {}
     assert {name: (folder / name).read_bytes() for name in files} == files, "a second time changes nothing"
@@ -256,4 +261,4 @@ def test_a_runs_checkpoint_is_left_as_it_is(folder: Path) -> None:
 
 def test_the_shipped_specials_are_what_they_were() -> None:
     ids = load_tokenizer().get_vocab()
-    assert [ids[text] for text in SPECIALS] == list(range(8))
+    assert [ids[text] for text in SPECIALS] == list(range(8)) and ids["<|image|>"] == IMAGE_TOKEN_ID

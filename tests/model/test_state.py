@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import InklingConfig
 
 from kernels.layout import SPLIT_TOKENS
-from model.backbone.state import ContextFull, SessionState, pages_per_slot, session_bytes
+from model.backbone.state import ContextFull, SessionState, pages_per_slot, session_bytes, state_bytes
 from model.config import preset
+from model.context import ContextConfig, give
 from tests.model.cases import ROWS, in_pieces, random_rows, twins
 
 TINY = preset("tiny")
 WINDOW = TINY.text_config.sliding_window_size
+WINDOWED = give(preset("tiny"), ContextConfig("window", first=128, window=256))
 
 
 def state_of(slots: int = 2, max_tokens: int = 1024, max_rows: int = 256) -> SessionState:
@@ -29,7 +32,7 @@ def test_sliding_layers_recycle_their_pages() -> None:
     for _ in range(1024):
         state.extend([slot], [1])
         most = max(most, len(held(state, 0, slot)))
-    assert most <= pages_per_slot(WINDOW, 10**9) < 1024 // SPLIT_TOKENS
+    assert most <= pages_per_slot((WINDOW, 0), 10**9) < 1024 // SPLIT_TOKENS
     assert len(held(state, 3, slot)) == 1024 // SPLIT_TOKENS
 
 
@@ -48,6 +51,34 @@ def test_every_slot_can_be_full_at_once_and_in_any_cut() -> None:
     for _ in range(8):
         state.extend([slot], [256])
     assert state.max_tokens - state.length(slot) == 0
+
+
+def test_global_layers_keep_the_first_pages_and_a_window() -> None:
+    """Under a window a session of any length holds a bounded number of pages; `max_tokens` is the table's width."""
+    state = SessionState(WINDOWED, 2, 10**6, torch.float32, max_rows=256)
+    assert state_bytes(WINDOWED, 2, 10**6, torch.float32, 256) == state_bytes(WINDOWED, 2, 10**5, torch.float32, 256)
+    assert state_bytes(TINY, 2, 10**6, torch.float32, 256) > 50 * state_bytes(WINDOWED, 2, 10**6, torch.float32, 256)
+    slot, most = state.open(), 0
+    for _ in range(1500):
+        state.extend([slot], [1])
+        most = max(most, len(held(state, 3, slot)))
+    assert most <= pages_per_slot((256, 128), 10**9) == 8
+    table = state.layers[3].kv.table[slot]
+    first = (1499 - 256 + 1) // SPLIT_TOKENS  # page of the first key in sight
+    assert (table[:24] >= 0).nonzero()[:, 0].tolist() == [0, 1, *range(first, 24)]
+    assert state.global_pages_freed == first - 2
+
+
+def test_long_calls_leave_pages_for_other_slots() -> None:
+    """What only the rows of a long call attended to is free for the next call of any slot, and for a fork."""
+    state = SessionState(WINDOWED, 4, 4096, torch.float32, max_rows=1024)
+    slots = [state.open() for _ in range(3)]
+    for _ in range(4):
+        for slot in slots:
+            state.extend([slot], [1024])
+    twin = state.fork(slots[0])
+    assert held(state, 3, twin)[:2] == held(state, 3, slots[0])[:2]  # the first ones are shared
+    assert len(held(state, 3, twin)) <= pages_per_slot((256, 128), 10**9)
 
 
 def test_appending_allocates_no_memory() -> None:
@@ -128,10 +159,11 @@ def test_misuse_is_named() -> None:
             call()
 
 
-def test_session_bytes_is_what_a_slot_adds() -> None:
+@pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["all", "window"])
+def test_session_bytes_is_what_a_slot_adds(config: InklingConfig) -> None:
     def size(slots: int) -> int:
-        state = SessionState(TINY, slots, 1024, torch.float32, max_rows=64)
+        state = SessionState(config, slots, 1024, torch.float32, max_rows=64)
         parts = [(x.kv.key, x.kv.value, x.kv_conv, x.attn_conv, x.mlp_conv) for x in state.layers]
         return sum(t.numel() * t.element_size() for layer in parts for t in layer)
 
-    assert size(9) - size(8) == session_bytes(TINY, 1024, torch.float32)
+    assert size(9) - size(8) == session_bytes(config, 1024, torch.float32)

@@ -14,12 +14,14 @@ import soundfile
 
 from kernels.errors import MetronomeError
 from model.tokenizer import SPECIALS
+from model.weights import checkpoint
 from reward.learned.human import read_all_labels
 from reward.pairs import PairMaker, PairsConfig, PolicyRecipe, RolloutRecipe
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.grammar import chunk_ends
 from rollout.turn.vocabulary import Vocabulary
+from tests.support.models import fresh_model
 
 VOCABULARY = Vocabulary.build(256)
 FIRST = [["listen"], ["listen"], ["speak", "four"]]
@@ -125,9 +127,11 @@ def test_files_are_compared_with_each_other(folder: Path) -> None:
 
 
 def test_pairs_read_labels_before_anything_slow(folder: Path) -> None:
-    """The policy and the recordings that the recipe names are missing; the labels are complained of first. The control:
-    right labels get as far as the recordings."""
-    nowhere = RolloutRecipe(policies=(PolicyRecipe(str(folder / "nowhere")),))
+    """The policy's weights and the recordings that the recipe names are missing; the labels are complained of first.
+    The control: right labels get as far as the recordings."""
+    checkpoint.save(fresh_model("nano"), folder / "policy")
+    (folder / "policy/model.safetensors").unlink()
+    nowhere = RolloutRecipe(policies=(PolicyRecipe(str(folder / "policy")),))
     for name, labels, message in (
         ("wrong", [label(), label(id="p9", preferred="second")], "wrong.jsonl, line 2: pair 'p9' contradicts itself"),
         ("right", [label()], "nowhere"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.senses.video import NO_VIDEO
 from reward.learned.corrupt import FAULTS, FAULTS_OF
 from reward.learned.plays import Played, Writer, segment_preferences
 from reward.score import score
@@ -13,6 +14,7 @@ from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Outcome
 from rollout.turn.action import CHUNK_MS
+from rollout.turn.grammar import Grammar
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.base import Scenario
 from rollout.world.speech import SpeechBank
@@ -31,7 +33,9 @@ def played(item: Scenario, rewards: dict[int, float], mark: int) -> Played:
     line = np.zeros(item.chunks, np.float32)
     for chunk, reward in rewards.items():
         line[chunk] = reward
-    return Played(item, torch.tensor([mark]), torch.zeros(1, 80, dtype=torch.uint8), {"timing": line}, "rollouts")
+    return Played(
+        item, torch.tensor([mark]), torch.zeros(1, 80, dtype=torch.uint8), NO_VIDEO, {"timing": line}, "rollouts"
+    )
 
 
 def test_aligned_stretches_hold_a_chunk_that_is_rewarded_differently(item: Scenario) -> None:
@@ -55,7 +59,7 @@ def test_equal_plays_give_no_aligned_stretch(item: Scenario) -> None:
 def test_each_axis_has_its_faults(item: Scenario) -> None:
     assert sorted(kind for kinds in FAULTS_OF.values() for kind in kinds) == sorted(FAULTS)
     assert set(FAULTS_OF) == set(CONFIG.axes)
-    writer = Writer(Vocabulary.build(256), 1, CONFIG)
+    writer = Writer(Grammar(Vocabulary.build(256), 1), CONFIG)
     plays = writer.demonstrations(item, WORDS, (1, 3), faults=3, mistakes=1)
     swaps = [p for p in plays if p.source in FAULTS_OF["content"]]
     assert len(swaps) == 3 and plays[0].source == "expert" and plays[-1].source == "mistakes"
@@ -64,7 +68,7 @@ def test_each_axis_has_its_faults(item: Scenario) -> None:
 
 
 def test_faults_have_wanted_sizes_only(bank: SpeechBank) -> None:
-    writer = Writer(Vocabulary.build(256), 1, CONFIG)
+    writer = Writer(Grammar(Vocabulary.build(256), 1), CONFIG)
     for sizes in ((2, 4), (1, 3)):
         plays = [
             play

@@ -6,18 +6,16 @@ import pytest
 import torch
 
 from model.backbone.transformer import InteractionModel
-from model.config import SMALL_PATCH
-from model.inputs import Inputs, Senses
+from model.inputs import Inputs
 from model.senses.video import NO_FRAMES, NO_VIDEO, Frames
 from reward.learned.model import RewardModel
 from reward.learned.prefixes import MIN_SHARED_ROWS, Node, tree
 from rollout.record.transcript import Transcript, write_transcript
 from rollout.turn.action import CHUNK_FRAMES, LISTEN, Action, speak
 from rollout.turn.grammar import Grammar
-from tests.support.models import VOCABULARY, conversation, reward_model
+from tests.support.models import SENSES, VOCABULARY, conversation, reward_model
 
 CHUNKS = 30
-SENSES = Senses(VOCABULARY.audio, VOCABULARY.image, SMALL_PATCH)
 
 
 def talk(

@@ -2,7 +2,8 @@
 
     accelerate launch … -m tests.rl.steps_of_ranks FOLDER STAGE DTYPE [mean]
 
-Rank r's gradient of a step is a function of r and the step. Prints the weights' digest, once."""
+Rank r's gradient of a step is a function of r and the step. Prints, once, the weights' digest and the bytes of the
+first rank's moments."""
 
 from __future__ import annotations
 
@@ -69,6 +70,8 @@ def main() -> None:
     ranks.agree("weights digest", weights_digest(one.model))
     if ranks.rank() == 0:
         print(f"digest {weights_digest(one.model)}")
+        tensors = (x for state in one._adamw.state.values() for x in state.values() if isinstance(x, Tensor))
+        print(f"moments {sum(x.nbytes for x in tensors)}")
     ranks.leave()
 
 

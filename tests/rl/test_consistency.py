@@ -12,6 +12,8 @@ from rl.train import parse
 CASES = {
     "rollout.worker_threads": [("2", [], ["--rollout.workers", "2"]), ("1", ["--rollout.engine", "vllm"], [])],
     "rollout.worker_timeout_s": [("60", ["--rollout.workers", "0"], ["--rollout.workers", "2"])],
+    "rollout.context.first": [("128", [], ["--rollout.context.policy", "window"])],
+    "rollout.context.window": [("128", [], ["--rollout.context.policy", "window"])],
     "tracking.mode": [("online", [], ["--tracking.trackers", "[wandb]"])],
     "tracking.project": [("mine", [], ["--tracking.trackers", "[wandb]"])],
     "source.watch": [("{patience: 3}", [], ["--source.models", "[m]", "--source.rewards", "learned"])],

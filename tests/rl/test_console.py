@@ -65,7 +65,7 @@ def test_an_unknown_verb_is_an_error() -> None:
 
 def test_arguments_go_through_and_so_does_the_status(tmp_path: Path) -> None:
     done = metronome("info", "--preset", "tiny", "--max-tokens", "100", cwd=tmp_path)
-    assert done.returncode == 0 and "for 100 rows" in done.stdout
+    assert done.returncode == 0 and "up to 100 rows" in done.stdout
     refused = metronome("show", str(tmp_path / "nothing"), cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "nothing" in refused.stderr
 

@@ -98,8 +98,8 @@ def test_an_undamaged_one_is_taken(runs: Path) -> None:
     assert (step, path.name) == (4, "step_000004")
     files = json.loads((path / manifest.MANIFEST).read_text())["files"]
     assert list(files) == [
-        "learner/optimizer.safetensors", "learner/state.json", "model/config.json", "model/model.safetensors",
-        "progress.json",
+        "learner/optimizer.safetensors", "learner/state.json", "model/README.md", "model/config.json",
+        "model/model.safetensors", "model/tokenizer.json", "model/tokenizer_config.json", "progress.json",
     ]  # fmt: skip
     assert resumed(runs).folder.metrics() == folder.metrics()
 

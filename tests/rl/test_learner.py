@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from dataclasses import replace
@@ -14,9 +15,10 @@ import torch
 from kernels import ops
 from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
+from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
 from model.config import SMALL_PATCH
-from model.weights import checkpoint
+from model.weights import checkpoint, packs
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
 from rl.learner.deepspeed import Learner, learning_rate
@@ -52,6 +54,45 @@ def transcripts(vocabulary: Vocabulary) -> list[Transcript]:
 def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(len(t.text.chunk), generator=generator) / 100 for t in transcripts]
+
+
+def test_a_model_without_its_weights_is_refused(model: InteractionModel, tmp_path: Path) -> None:
+    checkpoint.save(model, tmp_path / "a")
+    with pytest.raises(MetronomeError, match=r"^training: this model was loaded for inference only"):
+        Learner(checkpoint.load(tmp_path / "a", keep_weights=False), OPTIM, 1)
+    Learner(checkpoint.load(tmp_path / "a"), OPTIM, 1)  # the control
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (0, torch.float32),
+        (1, torch.bfloat16),
+        pytest.param(1, torch.float32, marks=pytest.mark.slow),
+        pytest.param(2, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_step_holds_is_what_was_foreseen(stage: Literal[0, 1, 2], dtype: torch.dtype) -> None:
+    def held() -> int:
+        gc.collect()
+        alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}.values())
+
+    start, at_step = held(), []
+    model = fresh_model(dtype=dtype)
+    packed = sum(buffer.nbytes for _, pack in packs.packs(model) for buffer in pack.data.values())
+    learner = Learner(model, replace(OPTIM, zero_stage=stage), 3)
+    gradient = Gradient(tuple(torch.full(p.shape, 1e-3) for p in model.parameters()), *[torch.zeros(1)] * 3)
+    learner.step(gradient)  # the first makes the moments
+    honest = learner.engine.step
+    learner.engine.step = lambda: (at_step.append(held() - start), honest())
+    learner.step(gradient)
+    foreseen = training_bytes(empty(model.config, dtype), stage)
+    moments = [x for state in learner._adamw.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    copy = foreseen.gradient // 3 if stage else 0  # DeepSpeed's own, of the values that it updates
+    assert sum(x.nbytes for x in moments) + copy == foreseen.optimizer
+    more = at_step[0] - (packed - foreseen.packs) - foreseen.total  # beside the padding of packs
+    assert 0 <= more < 0.005 * foreseen.total, (at_step, foreseen)
 
 
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:

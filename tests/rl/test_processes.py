@@ -9,6 +9,8 @@ from typing import Literal
 import pytest
 import torch
 
+from model.backbone.size import empty, training_bytes
+from model.config import preset
 from model.weights.checkpoint import weights_digest
 from rl.learner.deepspeed import Learner
 from tests.rl.steps_of_ranks import STEPS, gradient, learner, take
@@ -18,12 +20,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("world")]
 
 
 def launched(folder: Path, processes: int, stage: int, dtype: str, *more: str) -> str:
-    """The digest that so many processes end with."""
+    """The digest that so many processes end with. Checks that each holds the part of the moments that was foreseen."""
     command = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
     command += ["--num_processes", str(processes), "-m", "tests.rl.steps_of_ranks"]
     command += [str(folder), str(stage), dtype, *more]
     done = run(command, {})
     assert done.returncode == 0, done.stderr[-3000:]
+    foreseen = training_bytes(empty(preset("nano"), getattr(torch, dtype)), stage, processes).optimizer
+    foreseen = foreseen * 2 // 3 if stage else foreseen  # the rest is DeepSpeed's copy of the values
+    moments = int(re.findall(r"moments (\d+)", done.stdout)[0])
+    assert foreseen <= moments < 1.01 * foreseen, "DeepSpeed pads to a few numbers"
     return re.findall(r"digest ([0-9a-f]{32})", done.stdout)[0]
 
 

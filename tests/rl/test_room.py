@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
 from model.config import preset
 from model.program import gpu, memory
+from model.weights import checkpoint
 from rl import room
 from rl.step.batch import choice_logprobs, collate
 from rl.train import parse
@@ -25,7 +28,7 @@ def test_a_run_too_large_for_the_card_names_the_fields_to_lower(monkeypatch: pyt
     model."""
     config = parse(["--placement.device", "cuda"])[0]
     shape, slots = preset("tiny"), config.rl.groups * config.rl.rollouts
-    model = training_bytes(empty(shape, torch.float32))
+    model = training_bytes(empty(shape, torch.float32), config.rl.optim.zero_stage).total
     sessions = state_bytes(shape, slots, config.rollout.max_tokens, torch.float32, max_rows=slots)
     forward = activation_bytes(shape, config.rl.micro_batch * room.fewest_rows(config), torch.float32)
     enough = int((model + sessions + forward) / (1 - memory.RESERVED_FRACTION)) + 2
@@ -76,3 +79,24 @@ def test_no_episode_of_ours_has_fewer_rows_than_foreseen() -> None:
     assert {config.scenarios.settings_of(name).chunks for name in config.scenarios.members} == {60}
     foreign = parse(["--scenarios.families", "[tests.examples.confide:FAMILY]"])[0]
     assert room.fewest_rows(foreign) == 0
+
+
+def test_a_window_bounds_memory_and_positions() -> None:
+    """An episode longer than the positions that a model knows is refused, unless a window bounds what its rows see; a
+    policy that is not there is refused in the same place, and so is a run's model that remembers otherwise."""
+    long = ["--scenarios.families", "[timespeak]", "--scenarios.timespeak.chunks", "3000"]
+    long += ["--rollout.words_per_chunk", "8", "--rollout.max_tokens", "50000"]
+    small = ["--rl.groups", "1", "--rl.rollouts", "2", "--rl.micro_batch", "1"]
+    with pytest.raises(MetronomeError, match=r"knows 32768 positions.*rollout\.context\.policy window"):
+        room.check_fits(parse([*long, *small])[0])
+    windowed = parse([*long, *small, "--rollout.context", "{policy: window, first: 64, window: 256}"])[0]
+    room.check_fits(windowed)
+    with pytest.raises(MetronomeError, match="'summary', which is not there yet"):
+        room.check_fits(parse(["--rollout.context.policy", "summary"])[0])
+
+
+def test_a_run_goes_on_only_with_its_own_policy(tmp_path: Path) -> None:
+    checkpoint.save(fresh_model(), tmp_path / "model")
+    room.check_fits(parse([])[0], tmp_path / "model")
+    with pytest.raises(MetronomeError, match="policy window, first 64, window 4096 in the recipe, but the model in"):
+        room.check_fits(parse(["--rollout.context.policy", "window"])[0], tmp_path / "model")

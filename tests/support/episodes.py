@@ -14,7 +14,7 @@ from rollout.turn.action import LISTEN
 def unequal_fields(one: Episode, other: Episode) -> set[str]:
     """Names of all in which two episodes differ by a bit; those of `tensors` for what is a tensor."""
     a, b = tensors(one), tensors(other)
-    plain = {f.name for f in fields(Episode)} - {"tokens", "codes", "frames", "streams"}
+    plain = {f.name for f in fields(Episode)} - {"tokens", "codes", "contexts", "frames", "streams"}
     differs = {name for name in plain if getattr(one, name) != getattr(other, name)} | (a.keys() ^ b.keys())
     return differs | {n for n in a.keys() & b.keys() if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])}
 

@@ -7,7 +7,8 @@ import random
 import torch
 
 from model.backbone.transformer import InteractionModel
-from model.config import preset
+from model.config import SMALL_PATCH, preset
+from model.inputs import Senses
 from reward.learned.model import RewardModel
 from rollout.record.transcript import Transcript, write_transcript
 from rollout.turn.action import CHUNK_FRAMES, LISTEN, speak
@@ -15,6 +16,7 @@ from rollout.turn.grammar import Grammar
 from rollout.turn.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(256)
+SENSES = Senses(VOCABULARY.audio, VOCABULARY.image, SMALL_PATCH)
 
 
 def fresh_model(name: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32) -> InteractionModel:

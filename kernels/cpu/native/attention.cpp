@@ -15,7 +15,8 @@ template <class T> struct Call {
   Rows<T> q, k, v, rel;
   const float* tau;  // [T] or null
   float scale;
-  int64_t heads, key_heads, width, channels, window;
+  int64_t heads, key_heads, width, channels;
+  Sight sight;
   ReversedProj proj;
   T* out;      // [T, heads, width]
   float* lse;  // [T, heads] or null
@@ -86,7 +87,7 @@ template <class T, class P> struct SplitPass {
   template <int POS, int HB> MEMBER void run(int64_t p, int64_t h) {
     constexpr int MR = POS * HB, NV = score_vectors(MR), KEYS = NV * W;
     const int64_t group = call.group(), row = p * group + h, i = tile.position + p;
-    Range head = visible(i, call.window, first), last = visible(i + POS - 1, call.window, first);
+    Range head = visible(i, call.sight, first), last = visible(i + POS - 1, call.sight, first);
     if (head.lo >= SPLIT || last.hi <= 0) return;  // no row of the block sees this split
     alignas(64) float s[MR * SPLIT];
     for (int64_t j = head.lo / KEYS * KEYS; j < last.hi; j += KEYS) {
@@ -95,7 +96,7 @@ template <class T, class P> struct SplitPass {
                                      first + j - i);
     }
     for (int n = 0; n < POS; n++) {
-      Range r = visible(i + n, call.window, first);
+      Range r = visible(i + n, call.sight, first);
       if (r.lo >= r.hi) continue;
       for (int m = 0; m < HB; m++) {
         size_t at = size_t(row + n * group + m);
@@ -112,16 +113,16 @@ template <class T, class P> struct SplitPass {
     }
     Range common = {last.lo, head.hi};
     if (common.lo >= common.hi) {
-      for (int n = 0; n < POS; n++) weigh<1, HB>(out, s, n, visible(i + n, call.window, first));
+      for (int n = 0; n < POS; n++) weigh<1, HB>(out, s, n, visible(i + n, call.sight, first));
       return;
     }
     for (int n = 0; n < POS; n++) {
-      Range r = visible(i + n, call.window, first);
+      Range r = visible(i + n, call.sight, first);
       weigh<1, HB>(out, s, n, {r.lo, common.lo});
     }
     weigh<POS, HB>(out, s, 0, common);
     for (int n = 0; n < POS; n++) {
-      Range r = visible(i + n, call.window, first);
+      Range r = visible(i + n, call.sight, first);
       weigh<1, HB>(out, s, n, {common.hi, r.hi});
     }
   }
@@ -183,7 +184,7 @@ template <class T> void combine(const Call<T>& call, const Tile& tile, Scratch& 
     store(&x.add[size_t(r)], exp(now - top));
   }
   for (int64_t p = 0; p < tile.count; p++) {
-    Range seen = visible(tile.position + p, call.window, first);
+    Range seen = visible(tile.position + p, call.sight, first);
     if (seen.lo >= seen.hi) continue;
     for (size_t r = size_t(p * group); r < size_t((p + 1) * group); r++) {
       const float keep = x.keep[r], more = x.add[r];
@@ -227,9 +228,10 @@ template <class P> INLINE void fetch_ahead(Page<P> page) {
 template <class P, class T, class PageOf> void attend(const Call<T>& call, const Tile& tile, PageOf page_of) {
   Scratch& x = scratch;
   load_tile(call, tile, x);
-  const int64_t oldest = tile.position - call.window + 1, newest = tile.position + tile.count - 1;
-  for (int64_t split = oldest > 0 ? oldest / SPLIT : 0; split <= newest / SPLIT; split++) {
-    if (split < newest / SPLIT) fetch_ahead(page_of(split + 1));
+  const int64_t last = (tile.position + tile.count - 1) / SPLIT;
+  for (int64_t split = call.sight.begin(tile.position), next; split <= last; split = next) {
+    next = call.sight.next(split, tile.position);
+    if (next <= last) fetch_ahead(page_of(next));
     SplitPass<T, P> pass{call, tile, x, page_of(split), split * SPLIT};
     for_blocks(tile.count, call.group(), pass);
     combine(call, tile, x, split * SPLIT);
@@ -241,7 +243,7 @@ INLINE int64_t tile_positions(int64_t group) { return group >= 8 ? 4 : 32 / grou
 
 // A guess in ns on one thread.
 template <class T> double work_of(const Call<T>& call, const Segs& segs) {
-  return work_pairs(segs, call.window) * double(call.heads * (2 * call.width + call.channels)) * 0.03;
+  return work_pairs(segs, call.sight) * double(call.heads * (2 * call.width + call.channels)) * 0.03;
 }
 
 // Without cache: every segment starts at 0; keys are transposed into scratch for one segment and key head at a time.
@@ -273,8 +275,8 @@ template <class T> struct Cache {
 // 0, or 1 + segment * 2^32 + split of the first page that a segment needs and does not have.
 template <class T> int64_t missing_page(const Call<T>& call, const Segs& segs, const Cache<T>& cache) {
   for (int64_t s = 0; s < segs.count; s++) {
-    const int64_t oldest = segs.start[s] - call.window + 1, newest = segs.start[s] + segs.length(s) - 1;
-    for (int64_t split = oldest > 0 ? oldest / SPLIT : 0; split <= newest / SPLIT; split++) {
+    const int64_t start = segs.start[s], last = (start + segs.length(s) - 1) / SPLIT;
+    for (int64_t split = call.sight.begin(start); split <= last; split = call.sight.next(split, start)) {
       bool held = segs.slot[s] >= 0 && segs.slot[s] < cache.slots && split < cache.max_pages;
       if (held) {
         int32_t page = cache.table[segs.slot[s] * cache.max_pages + split];
@@ -335,21 +337,21 @@ template <class T> int64_t attend_cache(const Call<T>& call, const Segs& segs, c
 }  // namespace
 
 // q [T, heads, width], k and v [T, key_heads, width], rel [T, heads, channels], rows strided by ld*;
-// proj [channels, extent] fp32, row stride extent; window is a large number where there is none. Returns 0, or 1 + the
-// first segment that does not start at position 0.
+// proj [channels, extent] fp32, row stride extent; window is a large number where there is none, kept as in
+// `Sight`. Returns 0, or 1 + the first segment that does not start at position 0.
 EXPORT int64_t attention_f32(const float* q, int64_t ldq, const float* k, int64_t ldk, const float* v, int64_t ldv,
                              const float* rel, int64_t ldrel, const float* proj, const float* tau,
                              const int32_t* slot, const int32_t* start, const int32_t* offset, int64_t segments,
                              int64_t heads, int64_t key_heads, int64_t width, int64_t channels, int64_t extent,
-                             int64_t window, float scale, float* out, float* lse) {
+                             int64_t window, int64_t kept, float scale, float* out, float* lse) {
   static thread_local Call<float> call;
   call.q = {q, ldq}, call.k = {k, ldk}, call.v = {v, ldv}, call.rel = {rel, ldrel};
   call.tau = tau, call.scale = scale, call.heads = heads, call.key_heads = key_heads;
-  call.width = width, call.channels = channels, call.window = window, call.out = out, call.lse = lse;
+  call.width = width, call.channels = channels, call.sight = {window, kept}, call.out = out, call.lse = lse;
   Segs segs{slot, start, offset, segments};
   for (int64_t s = 0; s < segments; s++)
     if (start[s] != 0) return 1 + s;
-  call.proj.build(proj, extent, channels, distances(segs, extent, window));
+  call.proj.build(proj, extent, channels, distances(segs, extent, call.sight));
   attend_segments(call, segs);
   return 0;
 }
@@ -360,14 +362,14 @@ EXPORT int64_t attention_f32(const float* q, int64_t ldq, const float* k, int64_
   EXPORT int64_t NAME(const T* q, int64_t ldq, const T* k, int64_t ldk, const T* v, int64_t ldv, const T* rel,        \
                       int64_t ldrel, const float* proj, const float* tau, const int32_t* slot, const int32_t* start,  \
                       const int32_t* offset, int64_t segments, int64_t heads, int64_t key_heads, int64_t width,       \
-                      int64_t channels, int64_t extent, int64_t window, float scale, T* out, T* key, T* value,        \
-                      const int32_t* table, int64_t slots, int64_t max_pages, int64_t pages) {                        \
+                      int64_t channels, int64_t extent, int64_t window, int64_t kept, float scale, T* out, T* key,    \
+                      T* value, const int32_t* table, int64_t slots, int64_t max_pages, int64_t pages) {              \
     static thread_local Call<T> call;                                                                                 \
     call.q = {q, ldq}, call.k = {k, ldk}, call.v = {v, ldv}, call.rel = {rel, ldrel};                                 \
     call.tau = tau, call.scale = scale, call.heads = heads, call.key_heads = key_heads;                               \
-    call.width = width, call.channels = channels, call.window = window, call.out = out, call.lse = nullptr;           \
+    call.width = width, call.channels = channels, call.sight = {window, kept}, call.out = out, call.lse = nullptr;    \
     Segs segs{slot, start, offset, segments};                                                                         \
-    call.proj.build(proj, extent, channels, distances(segs, extent, window));                                         \
+    call.proj.build(proj, extent, channels, distances(segs, extent, call.sight));                                     \
     return attend_cache(call, segs, Cache<T>{key, value, table, slots, max_pages, pages});                            \
   }
 ATTENTION_CACHE(attention_cache_f32, float)

@@ -175,12 +175,31 @@ INLINE void score_block(const float* a, int64_t width, const K* keys, int64_t he
 // Keys that a score block takes at once: about eight accumulators, which covers the fma's latency.
 constexpr int score_vectors(int rows) { return rows >= 4 ? 2 : rows == 2 ? 4 : SPLIT / W; }
 
+// Which keys a position sees: of those up to itself the ones less than `window` before it, and those at positions before
+// `kept`. That is a multiple of SPLIT, so a split is kept as a whole or not at all.
+struct Sight {
+  int64_t window, kept;
+
+  // The first split that a row at `position` or later sees, and the one that it sees next after `split`.
+  MEMBER int64_t begin(int64_t position) const { return kept > 0 ? 0 : oldest(position); }
+  MEMBER int64_t next(int64_t split, int64_t position) const {
+    const int64_t after = split + 1, near = oldest(position);
+    return after * SPLIT < kept || after > near ? after : near;
+  }
+
+ private:
+  MEMBER int64_t oldest(int64_t position) const {
+    const int64_t key = position - window + 1;
+    return key > 0 ? key / SPLIT : 0;
+  }
+};
+
 // Keys of the split starting at `first` that position i sees: [lo, hi), empty when lo >= hi.
 struct Range {
   int64_t lo, hi;
 };
-INLINE Range visible(int64_t i, int64_t window, int64_t first) {
-  int64_t lo = i - window + 1 - first, hi = i + 1 - first;
+INLINE Range visible(int64_t i, Sight sight, int64_t first) {
+  int64_t lo = first < sight.kept ? 0 : i - sight.window + 1 - first, hi = i + 1 - first;
   return {lo < 0 ? 0 : lo, hi > SPLIT ? SPLIT : hi};
 }
 
@@ -218,22 +237,23 @@ struct Segs {  // kernels.layout.Segments
 };
 
 // Distances whose bias some row of the call can see.
-INLINE int64_t distances(const Segs& segs, int64_t extent, int64_t window) {
+INLINE int64_t distances(const Segs& segs, int64_t extent, Sight sight) {
   int64_t reach = 0;
   for (int64_t s = 0; s < segs.count; s++) {
     int64_t end = segs.start[s] + segs.length(s);
     reach = end > reach ? end : reach;
   }
-  reach = reach < window ? reach : window;
+  if (sight.kept == 0 && sight.window < reach) reach = sight.window;
   return reach < extent ? reach : extent;
 }
 
 // About how many (row, key) pairs the call sees, a head.
-INLINE double work_pairs(const Segs& segs, int64_t window) {
+INLINE double work_pairs(const Segs& segs, Sight sight) {
+  const double most = double(sight.window) + double(sight.kept);
   double pairs = 0;
   for (int64_t s = 0; s < segs.count; s++) {
     double reach = double(segs.start[s] + segs.length(s));
-    pairs += double(segs.length(s)) * (reach < double(window) ? reach : double(window));
+    pairs += double(segs.length(s)) * (reach < most ? reach : most);
   }
   return pairs;
 }

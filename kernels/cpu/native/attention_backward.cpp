@@ -18,7 +18,8 @@ struct Call {
   const float *q, *k, *v, *rel;  // rows strided by ld*
   int64_t ldq, ldk, ldv, ldrel;
   const float *tau, *out, *lse, *dout;
-  int64_t heads, key_heads, width, channels, window;
+  int64_t heads, key_heads, width, channels;
+  Sight sight;
   float scale;
   float *dq, *dk, *dv, *drel;
   ReversedProj reversed;
@@ -41,7 +42,7 @@ struct Products {
   template <int POS, int HB> MEMBER void run(int64_t p, int64_t h) {
     constexpr int NV = score_vectors(POS * HB), KEYS = NV * W;
     const int64_t group = call.group(), i = tile + p, row = i * group + h, at = (p * group + h) * LD + PAD;
-    const Range head = visible(i, call.window, first), last = visible(i + POS - 1, call.window, first);
+    const Range head = visible(i, call.sight, first), last = visible(i + POS - 1, call.sight, first);
     if (head.lo >= SPLIT || last.hi <= 0) return;
     const float *keys = &x.keys[size_t(first * call.width)], *values = &x.values[size_t(first * call.width)];
     for (int64_t j = head.lo / KEYS * KEYS; j < last.hi; j += KEYS) {
@@ -80,14 +81,14 @@ void one_split(const Call& call, Work& x, int64_t tile, int64_t count, int64_t f
   Products products{call, x, tile, first};
   for_blocks(count, group, products);
   for (int64_t p = 0; p < count; p++) {
-    const Range r = visible(tile + p, call.window, first);
+    const Range r = visible(tile + p, call.sight, first);
     for (int64_t h = 0; h < group; h++) {
       const size_t at = size_t((p * group + h) * LD + PAD), row = size_t((tile + p) * group + h);
       finish_row(&x.p[at], &x.ds[at], r, x.lse[row], x.delta[row]);
     }
   }
-  const int64_t lo = visible(tile, call.window, first).lo & ~int64_t(3);
-  const int64_t hi = visible(tile + count - 1, call.window, first).hi;
+  const int64_t lo = visible(tile, call.sight, first).lo & ~int64_t(3);
+  const int64_t hi = visible(tile + count - 1, call.sight, first).hi;
   const float *p = x.p.data() + PAD, *ds = x.ds.data() + PAD;
   const float *q = &x.q[size_t(tile * group * width)], *dout = &x.dout[size_t(tile * group * width)];
   product(&x.dv[size_t((first + lo) * width)], width, p + lo, 1, LD, dout, width, hi - lo, rows, width);
@@ -165,9 +166,9 @@ void one_item(const Call& call, int64_t row, int64_t length, int64_t head, float
   load_work(call, x, row, length, head);
   const float* k = call.k + row * call.ldk + head * call.width;
   for (int64_t tile = 0; tile < length; tile += TILE) {
-    const int64_t count = length - tile < TILE ? length - tile : TILE, oldest = tile - call.window + 1;
-    for (int64_t first = oldest > 0 ? oldest / SPLIT * SPLIT : 0; first < tile + count; first += SPLIT)
-      one_split(call, x, tile, count, first, k, dproj);
+    const int64_t count = length - tile < TILE ? length - tile : TILE;
+    for (int64_t split = call.sight.begin(tile); split * SPLIT < tile + count; split = call.sight.next(split, tile))
+      one_split(call, x, tile, count, split * SPLIT, k, dproj);
   }
   store_work(call, x, row, length, head);
 }
@@ -179,18 +180,19 @@ void one_item(const Call& call, int64_t row, int64_t length, int64_t head, float
 EXPORT int64_t attention_backward(const float* q, int64_t ldq, const float* k, int64_t ldk, const float* v, int64_t ldv,
                                   const float* rel, int64_t ldrel, const float* proj, const float* tau,
                                   const int32_t* offset, int64_t segments, int64_t heads, int64_t key_heads,
-                                  int64_t width, int64_t channels, int64_t extent, int64_t window, float scale,
-                                  const float* out, const float* lse, const float* dout, float* dq, float* dk,
-                                  float* dv, float* drel, float* dproj) {
+                                  int64_t width, int64_t channels, int64_t extent, int64_t window, int64_t kept,
+                                  float scale, const float* out, const float* lse, const float* dout, float* dq,
+                                  float* dk, float* dv, float* drel, float* dproj) {
   static thread_local Call call;
   call.q = q, call.k = k, call.v = v, call.rel = rel;
   call.ldq = ldq, call.ldk = ldk, call.ldv = ldv, call.ldrel = ldrel;
   call.tau = tau, call.out = out, call.lse = lse, call.dout = dout, call.scale = scale;
-  call.heads = heads, call.key_heads = key_heads, call.width = width, call.channels = channels, call.window = window;
+  call.heads = heads, call.key_heads = key_heads, call.width = width, call.channels = channels;
+  call.sight = {window, kept};
   call.dq = dq, call.dk = dk, call.dv = dv, call.drel = drel;
   std::vector<int32_t> zeros(size_t(segments + 1), 0);
   const Segs segs{zeros.data(), zeros.data(), offset, segments};
-  const int64_t known = distances(segs, extent, window);
+  const int64_t known = distances(segs, extent, call.sight);
   call.reversed.build(proj, extent, channels, known);
   call.by_distance.resize(size_t(known * channels));
   for (int64_t c = 0; c < channels; c++)
@@ -199,7 +201,7 @@ EXPORT int64_t attention_backward(const float* q, int64_t ldq, const float* k, i
   const int64_t items = segments * key_heads, share = (known + 4) * channels;
   std::vector<float> shares, total(size_t(share), 0.f);
   const Call& shared = call;
-  const double pairs = work_pairs(segs, window) * double(heads * (6 * width + 3 * channels));
+  const double pairs = work_pairs(segs, call.sight) * double(heads * (6 * width + 3 * channels));
   for (int64_t begin = 0; begin < items; begin += BATCH) {
     const int64_t held = items - begin < BATCH ? items - begin : BATCH;
     shares.assign(size_t(held * share), 0.f);

@@ -96,6 +96,9 @@ INLINE vf round_even(vf v) { return (vf)_mm512_roundscale_ps((__m512)v, _MM_FROU
 INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
+INLINE vf pick(const float* table, vi index) {  // of a table of 8, entry index % 8
+  return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)));
+}
 
 #else
 
@@ -141,6 +144,9 @@ INLINE vf round_even(vf v) { return (vf)_mm256_round_ps((__m256)v, _MM_FROUND_TO
 INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 INLINE bool any(vi mask) { return !_mm256_testz_si256((__m256i)mask, (__m256i)mask); }
+INLINE vf pick(const float* table, vi index) {  // of a table of 8, entry index % 8
+  return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+}
 
 #endif
 

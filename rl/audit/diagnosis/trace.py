@@ -162,7 +162,13 @@ def sampler(model: InteractionModel, episodes: Sequence[Episode], index: int, cl
     trace, state = Trace(model), _state(model, episodes)
     slots = [state.open() for _ in episodes]
     inputs_of_all, fed = Inputs.cat(episodes, model.senses), [0] * len(episodes)
+    contexts = [episode.contexts.tolist() for episode in episodes]
     for chunk, turn in _turns(episodes):
+        for e, position in turn:
+            begin = max(first for first in contexts[e] if first < position)
+            if fed[e] < begin:  # what was before is forgotten
+                fed[e] = begin
+                state.restart(slots[e])
         spans = [(e, fed[e], position) for e, position in turn]
         lengths = [end - first for _, first, end in spans]
         segments = state.extend([slots[e] for e, _ in turn], lengths)

@@ -20,6 +20,7 @@ from rollout.turn.grammar import Grammar
 DTYPES = {
     "tokens": torch.int64,
     "codes": torch.uint8,
+    "contexts": torch.int64,
     "frames.pixels": torch.uint8,
     "frames.sizes": torch.int64,
     "text.sampled_at": torch.int64,
@@ -63,10 +64,11 @@ def _other_layout(episode: Episode, grammar: Grammar) -> tuple[Reason, str] | No
         return Reason.TOKENS, f"its audio has codes above {MEL_BINS - 1}"
     try:
         codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
-        made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events)
+        summaries = _summaries(episode, grammar)
+        made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events, summaries)
     except (ValueError, RuntimeError) as error:
         return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
-    if not torch.equal(episode.tokens, made.tokens):
+    if not torch.equal(episode.tokens, made.tokens) or not torch.equal(episode.contexts, made.contexts):
         return Reason.TOKENS, "its tokens are not those of its audio, video, events and actions"
     text, wanted = episode.text, made.text
     sizes = {len(t) for t in (text.logprob, text.digest, wanted.chunk)}
@@ -76,3 +78,18 @@ def _other_layout(episode: Episode, grammar: Grammar) -> tuple[Reason, str] | No
     if not torch.equal(text.row_class, wanted.row_class):
         return Reason.MASKS, "its masks are not those under which the model chose"
     return None
+
+
+def _summaries(episode: Episode, grammar: Grammar) -> list[list[int]]:
+    """The sampled tokens before the beginning of each later context, as far as they can be summaries."""
+    if grammar.summary is None:
+        return []
+    sampled, tokens = set(episode.text.sampled_at.tolist()), episode.tokens.tolist()
+    found = []
+    for begin in episode.contexts.tolist()[1:]:
+        last = begin - 1 if begin - 1 in sampled else begin - 2  # an end that was forced
+        first = last
+        while first - 1 in sampled and last - first + 1 < grammar.summary.words:
+            first -= 1
+        found.append(tokens[first : last + 1])
+    return found

@@ -13,6 +13,7 @@ import torch
 
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
+from model.context import STOP, ContextConfig
 from model.senses.audio import HOP, WINDOW, DMel
 from model.senses.video import Patches
 from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
@@ -38,6 +39,7 @@ class VllmEngine:
         words_per_chunk: int = 1,
         max_patches: int = 0,
         max_event_words: int = 0,
+        context: ContextConfig = STOP,
         keep_hidden: bool = False,
         worker_process: bool = False,
         prefix_cache: bool = True,
@@ -50,6 +52,11 @@ class VllmEngine:
             if size is not None and (type(size) is not int or size < 1):
                 raise ValueError(f"VllmEngine: {name} is {size!r}; it must be a whole number (int), at least 1")
         self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, model.senses.patch)
+        if context.policy == "summary":
+            raise MetronomeError(
+                "rollout.context.policy is summary, which the vllm engine does not carry out; take rollout.engine "
+                "session, or policy window"
+            )
         self.core = shared_core(
             model,
             vocabulary,

@@ -18,6 +18,7 @@ import torch
 from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from model.config import MEL_CHANNELS
+from model.context import STOP, ContextConfig
 from rollout.record.episode import TEXT, Episode, Stream, tensors
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.grammar import AUDIO_ROWS
@@ -42,6 +43,7 @@ class Setup:
     words_per_chunk: int
     max_patches: int = 0  # these two as in `rollout.turn.grammar.Grammar`
     max_event_words: int = 0
+    context: ContextConfig = STOP
     number: int = READY
 
 
@@ -127,6 +129,7 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
     forms = {
         "tokens": (torch.int64, (tokens,)),
         "codes": (torch.uint8, (audio, MEL_CHANNELS)),
+        "contexts": (torch.int64, (len(episode.contexts),)),
         "frames.pixels": (torch.uint8, (episode.frames.pixels.numel(),)),
         "frames.sizes": (torch.int64, (len(episode.frames.sizes), 4)),
     }
@@ -138,6 +141,8 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
         dtype, shape = forms[name]
         if tensor.dtype != dtype or tensor.shape != shape:
             raise ValueError(f"an episode's {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+    if (begins := episode.contexts.tolist())[:1] != [0] or begins != sorted({*begins}) or begins[-1] >= tokens:
+        raise ValueError(f"an episode of {tokens} tokens has contexts that begin at {begins[:9]}")
     if any(k >= play.chunks for k, _ in episode.frames.chunks()):
         raise ValueError(f"an episode of {play.chunks} chunks has video beyond them")
     at = episode.text.sampled_at

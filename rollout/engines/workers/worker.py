@@ -13,13 +13,13 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
-
-import safetensors.torch
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model.backbone.transformer import InteractionModel
+from model.backbone.size import empty
+from model.weights import checkpoint
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.workers.task import Reply, Setup, Task, seal
 from rollout.play import Play, play
@@ -28,14 +28,14 @@ from rollout.world.speech import SpeechBank
 
 
 class Worker:
-    """Owns a copy of the model and an engine on it."""
+    """Owns packed copies of the model's weights, and an engine on them."""
 
     def __init__(self, setup: Setup, weights: int) -> None:
         """``weights``: file descriptor of the memory file with the weights. Raises SpeechError for bad recordings."""
         self._setup = setup
-        self._weights = f"/proc/self/fd/{weights}"
+        self._weights = Path(f"/proc/self/fd/{weights}")
         self._bank = SpeechBank.open(setup.speech_dir)
-        self._model = InteractionModel(setup.config, setup.dtype)
+        self._model = empty(setup.config, setup.dtype)  # gets packed copies only: a worker changes no weight
         self._model.tokenizer = setup.tokenizer
         self._engine: SessionEngine | None = None
 
@@ -49,12 +49,10 @@ class Worker:
     def _prepared(self, weights_digest: str) -> SessionEngine:
         """The engine, with the weights of that digest, loaded if it has others. The digest is computed here."""
         if self._engine is None:
-            safetensors.torch.load_model(self._model, self._weights)
-            self._model.pack()
+            checkpoint.read_packs(self._model, self._weights)
             self._engine = SessionEngine.of(self._model, self._setup, self._setup.slots)
         elif self._engine.weights_digest != weights_digest:
-            safetensors.torch.load_model(self._model, self._weights)
-            self._model.mark_changed()
+            checkpoint.read_packs(self._model, self._weights)
             self._engine.publish()
         if self._engine.weights_digest != weights_digest:
             raise MetronomeError(

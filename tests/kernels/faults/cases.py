@@ -93,11 +93,13 @@ def paged_inputs(seed: int, rows: int, width: int, dtype: torch.dtype) -> Inputs
     }
 
 
-def attend(x: Inputs, scale: float = 0.2, window: int | None = 100, slot: int = 0, start: int = 0) -> Outputs:
+def attend(
+    x: Inputs, scale: float = 0.2, window: int | None = 100, first: int = 0, slot: int = 0, start: int = 0
+) -> Outputs:
     cache = PagedKV(x["key"], x["value"], x["table"]) if "key" in x else None
     heads = (x["q"], x["k"], x["v"], x["rel"], x["rel_proj"])
     segments = one_segment(x["q"], slot, start)
-    return (ops.attention(*heads, segments, scale=scale, window=window, tau=x["tau"], cache=cache),)
+    return (ops.attention(*heads, segments, scale=scale, window=window, first=first, tau=x["tau"], cache=cache),)
 
 
 def _router(seed: int, rows: int, width: int, dtype: torch.dtype) -> Inputs:
@@ -126,7 +128,13 @@ def _draws(seed: int, rows: int, width: int, dtype: torch.dtype) -> Inputs:
 
 FAR = (-1, 2**31 - 1)
 HEATS = (0.0, -0.0, -1.0, torch.nan, torch.inf, 1e-40, 1e30)
-ATTENTION = {"scale": (0.0, -3.0, 1e30), "window": (None, 1, 0, -1, 2**40), "start": (1, 64, *FAR), "slot": (1, *FAR)}
+ATTENTION = {
+    "scale": (0.0, -3.0, 1e30),
+    "window": (None, 1, 0, -1, 2**40),
+    "first": (1, 64, -64, 2**40),
+    "start": (1, 64, *FAR),
+    "slot": (1, *FAR),
+}
 
 CASES = {
     "linear": Case(
@@ -145,6 +153,11 @@ CASES = {
         lambda seed, rows, width, dtype: {"gate_up": normal(seed, rows, 2 * width, dtype=dtype)},
         lambda x: (ops.swiglu(x["gate_up"]),),
         ("gate_up",),
+    ),
+    "gelu": Case(
+        lambda seed, rows, width, dtype: {"x": normal(seed, rows, width, dtype=dtype)},
+        lambda x: (ops.gelu(x["x"]),),
+        ("x",),
     ),
     "moe_combine": Case(_combine, lambda x: (ops.moe_combine(x["y"], x["weight"]),), ()),
     "rms_norm": Case(
@@ -199,7 +212,9 @@ WRITTEN = ("state", "key", "value")  # inputs that an op writes to
 CONSTANT = ("tau", "bias")  # inputs that have no gradient
 DIFFERENTIABLE = pytest.mark.parametrize("name", [n for n in CASES if "with" not in n and n != "sample"])
 BY_NAME = pytest.mark.parametrize("name", CASES)
-F64 = {"linear", "expert_linear", "swiglu", "moe_combine", "rms_norm", "short_conv", "attention", "embedding_sum"}
+F64 = {
+    "linear", "expert_linear", "swiglu", "gelu", "moe_combine", "rms_norm", "short_conv", "attention", "embedding_sum",
+}  # fmt: skip
 
 
 def call(name: str, inputs: Inputs, **numbers: Any) -> Outputs:
@@ -234,6 +249,8 @@ def oracle(name: str, x: Inputs) -> Tensor:
         return reference.expert_linear(x["x"], reference.pack_experts(((x["w"],),)), x["expert"], 2)
     if name == "swiglu":
         return reference.swiglu(x["gate_up"])
+    if name == "gelu":
+        return reference.gelu(x["x"])
     if name == "moe_combine":
         return reference.moe_combine(x["y"], x["weight"])
     if name == "rms_norm":
@@ -243,4 +260,4 @@ def oracle(name: str, x: Inputs) -> Tensor:
     if name == "embedding_sum":
         return reference.embedding_sum(x["codes"], x["table"], 5)
     heads = (x["q"], x["k"], x["v"], x["rel"], x["rel_proj"])
-    return reference.attention(*heads, one_segment(x["q"]), 0.2, 100, x["tau"], None)
+    return reference.attention(*heads, one_segment(x["q"]), 0.2, 100, 0, x["tau"], None)

@@ -36,7 +36,9 @@ def test_gradients_of_no_rows(name: str, dtype: torch.dtype, width: int) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["linear", "expert_linear", "swiglu", "moe_combine", "short_conv", "embedding_sum"])
+@pytest.mark.parametrize(
+    "name", ["linear", "expert_linear", "swiglu", "gelu", "moe_combine", "short_conv", "embedding_sum"]
+)
 def test_no_columns(name: str, dtype: torch.dtype) -> None:
     """Vectors of no elements: a product over none is 0; other results have no elements either."""
     outputs = call(name, CASES[name].make(5, 7, 0, dtype))

@@ -23,7 +23,7 @@ def test_wrong_devices(name: str) -> None:
 
 
 ANY_FLOAT = {  # inputs that alone decide the type, or may differ from the others
-    ("swiglu", "gate_up"), ("moe_combine", "y"), ("short_conv", "x"), ("embedding_sum", "table"),
+    ("swiglu", "gate_up"), ("gelu", "x"), ("moe_combine", "y"), ("short_conv", "x"), ("embedding_sum", "table"),
     ("attention", "rel_proj"), ("attention with cache", "rel_proj"),
 }  # fmt: skip
 ANY_ROWS = {
@@ -32,10 +32,11 @@ ANY_ROWS = {
     "short_conv with state",
     "rms_norm",
     "swiglu",
+    "gelu",
     "route",
     "embedding_sum",
 }  # one row less is another call, no fault
-ANY_COLUMNS = {("moe_combine", "y"), ("embedding_sum", "table"), ("attention", "rel_proj"),
+ANY_COLUMNS = {("gelu", "x"), ("moe_combine", "y"), ("embedding_sum", "table"), ("attention", "rel_proj"),
                ("attention with cache", "rel_proj"), ("attention with cache", "table")}  # fmt: skip
 
 

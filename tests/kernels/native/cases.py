@@ -38,8 +38,8 @@ def digests(spoil: float = 0.0) -> Digests:
         for cols in NARROW:
             found |= _rows(f"5x{cols} {short}", _leaf(1, 5, cols, dtype=dtype), cols)
             found |= _rows(f"strange 14x{cols} {short}", _strange(1, 14, cols, dtype=dtype), 1 + cols % 3)
-        for window in (None, 70):
-            found[f"attention window {window} {short}"] = _attention(dtype, window)
+        for window, first in ((None, 0), (70, 0), (20, 64)):
+            found[f"attention window {window} first {first} {short}"] = _attention(dtype, window, first)
     found |= _scores() | _functions() | _dmel() | _updates()
     return found
 
@@ -95,6 +95,7 @@ def _rows(name: str, x: Tensor, columns: int, spoil: float = 0.0) -> Digests:
         found["short_conv state"] = (ops.short_conv(x, taps, Segments.build([0], [5], [rows]), state), state)
     wide = torch.cat([x, x.roll(1, 0)], dim=1).detach().requires_grad_()
     found["swiglu"] = _with_gradients(ops.swiglu(wide), wide)
+    found["gelu"] = _with_gradients(ops.gelu(x), x)
     share = _leaf(9, rows, 3)
     three = torch.cat([x, x * 2, x * 3]).detach().requires_grad_()
     found["moe_combine"] = _with_gradients(ops.moe_combine(three, share), three, share)
@@ -105,12 +106,13 @@ def _rows(name: str, x: Tensor, columns: int, spoil: float = 0.0) -> Digests:
     return {f"{op} {name}": sha(outputs) for op, outputs in found.items()}
 
 
-def _attention(dtype: torch.dtype, window: int | None) -> str:
+def _attention(dtype: torch.dtype, window: int | None, first: int) -> str:
     rows, width = 200, 20
     q, k, v = (_leaf(20 + n, rows, heads, width, dtype=dtype) for n, heads in enumerate((4, 2, 2)))
     rel, proj, tau = _leaf(23, rows, 4, 5, dtype=dtype), _leaf(24, 5, 70, dtype=dtype), 1 + normal(25, rows).abs()
     segments = Segments.build([0, 1], [0, 0], [130, 70])
-    out = ops.attention(q, k, v, rel, proj, segments, scale=0.2, window=window, tau=tau)
+    how = {"scale": 0.2, "window": window, "first": first, "tau": tau}
+    out = ops.attention(q, k, v, rel, proj, segments, **how)
     both = _with_gradients(out, q, k, v, rel, proj)
     pages = PagedKV(
         torch.zeros(6, 2, width, SPLIT_TOKENS, dtype=dtype),
@@ -118,7 +120,7 @@ def _attention(dtype: torch.dtype, window: int | None) -> str:
         torch.tensor([[3, 1, 4], [0, 5, 2]], dtype=torch.int32),
     )
     with torch.no_grad():
-        cached = ops.attention(q, k, v, rel, proj, segments, scale=0.2, window=window, tau=tau, cache=pages)
+        cached = ops.attention(q, k, v, rel, proj, segments, cache=pages, **how)
     assert torch.equal(cached, out)
     narrow = []
     for heads_width in (1, 7, 16, 33):
@@ -164,7 +166,9 @@ def _functions() -> Digests:
     word = words()
     noise = torch.empty(len(word))
     library.bind("vec_gumbel", "ppi")(word.data_ptr(), noise.data_ptr(), len(word))
-    return found | {"vec_gumbel": sha((noise,))}
+    tails = torch.linspace(-20, 20, 30_001)[None].requires_grad_()
+    gelu = sha(_with_gradients(ops.gelu(tails), tails))
+    return found | {"vec_gumbel": sha((noise,)), "gelu, both tails": gelu}
 
 
 def _updates() -> Digests:

@@ -41,14 +41,14 @@ def attention_inputs(rows: int, dtype: torch.dtype = F64) -> list[Tensor]:
 def test_attention_is_a_softmax(window: int | None, scaled: bool) -> None:
     inputs = attention_inputs(150)
     tau = torch.linspace(1, 2, 150, dtype=F64) if scaled else None
-    got = reference.attention(*inputs, Segments.build([0], [0], [150]), 0.3, window, tau, None)
+    got = reference.attention(*inputs, Segments.build([0], [0], [150]), 0.3, window, 0, tau, None)
     assert torch.allclose(got, dense_attention(*inputs, 0.3, window, tau), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 70])
 def test_attention_over_pages_equals_attention_at_once(window: int | None) -> None:
     inputs, proj = attention_inputs(150, torch.float32)[:4], attention_inputs(1, torch.float32)[4]
-    at_once = reference.attention(*inputs, proj, Segments.build([0], [0], [150]), 0.3, window, None, None)
+    at_once = reference.attention(*inputs, proj, Segments.build([0], [0], [150]), 0.3, window, 0, None, None)
     garbage = torch.nan  # what was never written must not be read
     kv = PagedKV(
         torch.full((5, 2, 8, SPLIT_TOKENS), garbage),
@@ -59,18 +59,18 @@ def test_attention_over_pages_equals_attention_at_once(window: int | None) -> No
     for length in (1, 62, 1, 1, 30, 55):
         rows = slice(start, start + length)
         piece = [t[rows] for t in inputs]
-        got = reference.attention(*piece, proj, Segments.build([1], [start], [length]), 0.3, window, None, kv)
+        got = reference.attention(*piece, proj, Segments.build([1], [start], [length]), 0.3, window, 0, None, kv)
         assert torch.equal(got, at_once[rows])
         start += length
     with pytest.raises(ValueError, match="no page for slot 0, position 0"):
-        reference.attention(*(t[:1] for t in inputs), proj, Segments.build([0], [0], [1]), 0.3, None, None, kv)
+        reference.attention(*(t[:1] for t in inputs), proj, Segments.build([0], [0], [1]), 0.3, None, 0, None, kv)
 
 
 def test_attention_writes_all_keys_before_it_reads() -> None:
     """The first segment begins behind the page that the second one fills in the same call."""
     inputs, proj = attention_inputs(SPLIT_TOKENS + 2, torch.float32)[:4], attention_inputs(1, torch.float32)[4]
     whole = Segments.build([0], [0], [SPLIT_TOKENS + 2])
-    at_once = reference.attention(*inputs, proj, whole, 0.3, None, None, None)
+    at_once = reference.attention(*inputs, proj, whole, 0.3, None, 0, None, None)
     kv = PagedKV(
         torch.full((2, 2, 8, SPLIT_TOKENS), torch.nan),
         torch.full((2, 2, SPLIT_TOKENS, 8), torch.nan),
@@ -78,7 +78,7 @@ def test_attention_writes_all_keys_before_it_reads() -> None:
     )
     rows = [torch.cat((t[SPLIT_TOKENS:], t[:SPLIT_TOKENS])) for t in inputs]
     segments = Segments.build([1, 0], [SPLIT_TOKENS, 0], [2, SPLIT_TOKENS])
-    got = reference.attention(*rows, proj, segments, 0.3, None, None, kv)
+    got = reference.attention(*rows, proj, segments, 0.3, None, 0, None, kv)
     assert torch.equal(torch.cat((got[2:], got[:2])), at_once)
 
 
@@ -94,13 +94,14 @@ def test_linear_and_experts_are_products() -> None:
     assert torch.allclose(reference.expert_linear(x, experts, expert, 2), wanted, atol=1e-13)
 
 
-def test_norm_conv_swiglu_combine_and_embedding() -> None:
+def test_norm_conv_swiglu_gelu_combine_and_embedding() -> None:
     x, weight = normal(0, 9, 6).to(F64), normal(1, 6).to(F64)
     assert torch.allclose(reference.rms_norm(x, weight, 1e-6), F.rms_norm(x, (6,), weight, 1e-6))
     taps = normal(2, 6, 4).to(F64)
     conv = F.conv1d(F.pad(x.T, (3, 0)), taps[:, None], groups=6).T + x
     assert torch.allclose(reference.short_conv(x, taps, Segments.build([0], [0], [9]), None), conv)
     assert torch.allclose(reference.swiglu(x), F.silu(x[:, :3]) * x[:, 3:])
+    assert torch.allclose(reference.gelu(x), F.gelu(x))
     share = normal(3, 3, 3).to(F64)
     assert torch.allclose(reference.moe_combine(x, share), torch.einsum("tj,tjd->td", share, x.view(3, 3, 6)))
     table, codes = normal(4, 4 * 5, 6).to(F64), torch.tensor([[0, 4, 2, 1], [3, 3, 0, 0]], dtype=torch.uint8)
@@ -180,10 +181,11 @@ def test_gradients() -> None:
     assert check(lambda x, taps: reference.short_conv(x, taps, segments, None), (x, taps))
     assert check(lambda x, taps: reference.rms_norm(x, taps[:, 0], 1e-6), (x, taps))
     assert check(reference.swiglu, (x,))
+    assert check(reference.gelu, (x,))
     shapes = [(4, 2, 2), (4, 1, 2), (4, 1, 2), (4, 2, 2), (2, 2)]
     small = leaves(*(normal(i, *shape).to(F64) for i, shape in enumerate(shapes)))
     tau, one = torch.linspace(1, 2, 4, dtype=F64), Segments.build([0], [0], [4])
-    assert check(lambda *t: reference.attention(*t, one, 0.3, 3, tau, None), small)
+    assert check(lambda *t: reference.attention(*t, one, 0.3, 3, 0, tau, None), small)
     allowed, row_class = torch.tensor([[True] * 5 + [False]]), torch.zeros(9, dtype=torch.int64)
     token = torch.arange(9) % 5
     assert check(lambda x: reference.logprob(x, token, 0.7, allowed, row_class)[:2], (x,))
@@ -198,6 +200,7 @@ def test_keeps_the_row_contract() -> None:
     assert_row_contract(lambda x: reference.linear(x, packed, torch.float32), (x,), 0)
     assert_row_contract(lambda x: reference.rms_norm(x, weight, 1e-6), (x,), 1)
     assert_row_contract(lambda x: reference.swiglu(x[:, :32]), (x,), 2)
+    assert_row_contract(reference.gelu, (x,), 2)
     assert_row_contract(lambda x: reference.route(x, torch.zeros(30), 4, 3)[1], (x,), 3)
     assert_row_contract(lambda x, c: reference.sample(x, 1.0, torch.arange(len(c)) * 0, allowed, c)[1], (x, zero), 4)
 

@@ -20,7 +20,7 @@ KEYS = {"op", "dtype", "shape", "rows", "direction", "ours_us", "torch_us", "rat
 QUICK = bench.Effort(rounds=1, seconds=0.0, sample_s=0.0)
 
 
-@pytest.mark.parametrize("make", [cases.linear_cases, cases.norm_cases, cases.logprob_cases])
+@pytest.mark.parametrize("make", [cases.linear_cases, cases.norm_cases, cases.gelu_cases, cases.logprob_cases])
 def test_both_sides_compute_one_function(make) -> None:  # type: ignore[no-untyped-def]
     for case in islice(make((5,)), 4):
         ours, theirs = case.ours(), case.torch()
@@ -69,8 +69,7 @@ def test_quick_run_writes_its_results(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["kernels.tools.bench", "--quick", "--json", str(tmp_path / "bench.json")])
     bench.main()
     rows = json.loads((tmp_path / "bench.json").read_text())
-    wanted = {"linear", "rms_norm", "logprob", "attention_decode", "attention_prefill", "moe", "expert_linear"}
-    assert {row["op"] for row in rows} == wanted
+    assert {row["op"] for row in rows} == {*bench.OPS}
     for row in rows:
         assert row.keys() >= KEYS and row["ours_us"] > 0 and row["torch_us"] > 0
         assert row["direction"] in ("forward", "backward") and row["dtype"] in ("fp32", "bf16")

@@ -241,7 +241,7 @@ def test_names_of_products() -> None:
     )
     windows = [f"attention gradient dq, 32/8 heads of 128, {where}: fp32" for where in ("window 512", "global")]
     assert {products.product_of(name) for name in windows} == {"attention gradient dq, 32/8 heads of 128: fp32"}
-    for name in ("swiglu: bf16", "attention pages, 2 heads of 32: fp32", "embedding_sum, u8 codes: fp32"):
+    for name in ("swiglu: bf16", "gelu: fp32", "attention pages, 2 heads of 32: fp32", "embedding_sum, u8 codes: fp32"):
         assert products.product_of(name) == ""
 
 

@@ -230,7 +230,7 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
         inputs = heads(n, how, 4), heads(n, how, 2), heads(n, how, 2), heads(n, how, 4, 3), proj
         with torch.no_grad():
             for at in (decode(n), *segments(n).values(), Segments.build([1], [n % 70], [n])):
-                attend(n, how, at, cache=cache)(*inputs)
+                attend(n, how, at, cache=cache, first=64)(*inputs)
 
     def conv(n: int, how: str) -> None:
         for at in segments(n).values():
@@ -270,6 +270,7 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
             lambda x: ops.expert_linear(x, experts, numbers[: 2 * n].int(), 2), how, rows(n, how)
         ),
         "swiglu": lambda n, how: both(ops.swiglu, how, rows(n, how, 2 * width)),
+        "gelu": lambda n, how: both(ops.gelu, how, rows(n, how)),
         "moe_combine": lambda n, how: both(
             ops.moe_combine, how, dense(2 * n, how, width, dtype), dense(n, how, 2, torch.float32)
         ),

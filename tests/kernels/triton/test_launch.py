@@ -23,6 +23,7 @@ from kernels.triton import (
     elementwise,
     embedding,
     experts,
+    gelu,
     launch,
     linear,
     norm,
@@ -35,7 +36,8 @@ from tests.kernels.backend import device
 from tests.kernels.contract import DTYPES, normal
 
 MODULES = (
-    attention_backward, attention_forward, conv, elementwise, embedding, experts, linear, norm, router, sampling,
+    attention_backward, attention_forward, conv, elementwise, embedding, experts, gelu, linear, norm, router,
+    sampling,
 )  # fmt: skip
 MOST = 4096
 SOME = sorted({*range(1, 20), 31, 32, 33, 63, 64, 65, *range(90, MOST, 777), MOST - 1, MOST})
@@ -129,6 +131,7 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
         "linear": lambda r, g: differentiate(lambda x: ops.linear(x, packed), g, x[r]),
         "expert_linear": lambda r, g: differentiate(lambda x: ops.expert_linear(x, many, expert[pair(r)], 2), g, x[r]),
         "swiglu": lambda r, g: differentiate(ops.swiglu, g, wide[r]),
+        "gelu": lambda r, g: differentiate(ops.gelu, g, x[r]),
         "moe_combine": lambda r, g: differentiate(ops.moe_combine, g, x[pair(r)], share[r]),
         "rms_norm": lambda r, g: differentiate(lambda x, w: ops.rms_norm(x, w, 1e-6), g, x[r], scale),
         "rms_norm of heads": lambda r, g: differentiate(
@@ -153,7 +156,7 @@ def cases(dtype: torch.dtype, width: int) -> dict[str, Call]:
 
 
 NAMES = (
-    "linear", "expert_linear", "swiglu", "moe_combine", "rms_norm", "rms_norm of heads", "short_conv",
+    "linear", "expert_linear", "swiglu", "gelu", "moe_combine", "rms_norm", "rms_norm of heads", "short_conv",
     "short_conv with state", "attention", "attention with cache", "route", "embedding_sum", "logprob", "sample",
 )  # fmt: skip
 FORMS = {"gather_kernel", "grouped_kernel"}

@@ -25,8 +25,13 @@ STEPS = 2
 RECIPE = {"name": "small", "rl.steps": STEPS, "rl.groups": 2, "rl.rollouts": 2, "rl.micro_batch": 3}
 
 
-def make(runs: Path) -> Path:
-    config, _, text = parse([part for name, value in RECIPE.items() for part in (f"--{name}", str(value))])
+SEEING = {"scenarios.families": "[lookout]", "rollout.max_patches": 4}
+"""Further fields, of a run with video."""
+
+
+def make(runs: Path, **more: Any) -> Path:
+    """``more``: fields of the recipe beside those of `RECIPE`."""
+    config, _, text = parse([part for name, value in (RECIPE | more).items() for part in (f"--{name}", str(value))])
     folder, bank, before = RunFolder.create(runs, config.name, text), SpeechBank.open(), 0
     folder.write_json("environment.json", environment() | {"processes": 2})
     digest = ""

@@ -16,9 +16,10 @@ from rl.audit.compare import compare_runs
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep, rescore
 from rl.audit.report import audit, run_page
+from rollout.record.episode import load_episodes
 from rollout.turn.action import Action, Mode
 from tests.rl.audit.browser import Tab, chromium, tab
-from tests.rl.audit.runs import first_file, flip, record, tamper
+from tests.rl.audit.runs import SEEING, first_file, flip, make, record, tamper
 from tests.support.episodes import with_text
 
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (1920, 1080)}
@@ -65,6 +66,30 @@ def test_opens_without_a_word_or_a_request(browser: Tab, page: Path, tmp_path: P
     bright = browser.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
     assert (sum(bright) > 600) == (scheme == "light")
     assert len(browser.screenshot(tmp_path / f"{size}-{scheme}.png", whole=True)) > 50_000
+
+
+def test_the_frames_that_were_seen(browser: Tab, tmp_path: Path) -> None:
+    """A strip of them under the grid, and the chosen chunk's beside it, with the bytes that the episode has."""
+    run = make(tmp_path, **SEEING)
+    audit(run)
+    browser.open(run / "audit/report.html")
+    browser.settle()
+    name = browser.run("document.querySelector('.detail h3').textContent").split(",")[0]
+    stored = [e for path in sorted((run / "episodes").iterdir()) for e in load_episodes(path)]
+    shown = dict(next(e for e in stored if e.name == name).frames.chunks())
+    assert browser.run("document.querySelectorAll('.detail .grid svg image.pixels').length") == len(shown) > 10
+    browser.run("document.querySelector('.lanes').focus()")
+    for _ in range(9):
+        browser.press("ArrowRight")
+    pixels = browser.run(
+        "(() => { const i = document.querySelector('.detail .frames img'), c = document.createElement('canvas');"
+        "c.width = i.naturalWidth; c.height = i.naturalHeight; c.getContext('2d').drawImage(i, 0, 0);"
+        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+    )
+    levels = torch.tensor(pixels, dtype=torch.uint8).view(-1, 4)[:, :3]
+    assert torch.equal(levels, shown[8].view(-1, 3)) and not torch.equal(levels, shown[0].view(-1, 3))
+    assert "a frame" in browser.run("document.querySelector('.detail .readout').textContent")
+    assert quiet(browser)
 
 
 def test_what_devtools_would_have_seen(browser: Tab, page: Path, tmp_path: Path) -> None:
