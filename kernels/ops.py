@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.checks.weights import check_held
 from kernels.layout import AdamWStep, PackedExperts, PackedLinear, PagedKV, Segments
+from kernels.rows import active
 
 
 def upload(segments: Segments, page_tables: Sequence[Tensor], *parts: Tensor) -> tuple[Segments, tuple[Tensor, ...]]:
@@ -230,12 +231,14 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, factor)
+        ctx.rows = active()
         return x * factor
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, factor = ctx.saved_tensors
-        total = dot(x.float().contiguous(), grad.float().contiguous())
+        every, dy = (x, grad) if ctx.rows is None else (ctx.rows.whole(x), ctx.rows.whole(grad))
+        total = dot(every.float().contiguous(), dy.float().contiguous())
         return grad * factor, total.to(factor.dtype).view(factor.shape)
 
 

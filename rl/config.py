@@ -83,6 +83,8 @@ class RLConfig:
     reference_weight: Weight = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
     optim: OptimConfig = field(default_factory=OptimConfig)
     micro_batch: Some = 8  # episodes in one learner forward; does not enter the result beyond summation order
+    # So many processes share the rows of the same episodes, for long ones; the bits are those of one process.
+    sequence_parallel: Annotated[int, Range(1, 1024)] = 1
     checkpoint_every: Every = 40
     evaluate_every: Every = 20
     save_episodes_every: Steps = 40  # episode records to disk every so many steps; 0 never

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.errors import MetronomeError
-from model.program import ranks
+from model.program import ranks, teams
 from model.program.ranges import shown
 from rl.config import TrainConfig
 from rl.environment import computing, contract_in_words
@@ -72,7 +72,7 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
 
 NOT_IN_MINIMAL = (
     *("rollout.engine", "rollout.workers", "tracking.trackers", "hub.repo"),
-    *("source.models", "rl.reference_weight", "model.dtype"),
+    *("source.models", "rl.reference_weight", "rl.sequence_parallel", "model.dtype"),
 )
 """What `rl.minimal` refuses; what else it leaves out changes no weights and asks for nothing."""
 
@@ -133,8 +133,8 @@ def check_shares(config: TrainConfig) -> None:
             "the most likely token, which is no sample of the policy whose log-probs are learned from"
         )
     for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
-        if count < ranks.world():
-            raise MetronomeError(f"{name} is {count}, but {ranks.world()} processes share them: give at least one each")
+        if count < teams.count():
+            raise MetronomeError(f"{name} is {count}, but {teams.count()} processes share them: give at least one each")
     for name, steps, each, seeds in (
         ("rl.steps", config.rl.steps, config.rl.groups, FIRST_DEMONSTRATION_SEED),
         ("warmstart.steps", config.warmstart.steps, config.warmstart.episodes, SEEDS_PER_RUN),

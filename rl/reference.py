@@ -18,10 +18,11 @@ from torch import Tensor
 
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
-from model.program import ranks
+from model.program import teams
 from model.program.exhausted import needing
 from model.weights import checkpoint
-from rl.step.batch import choice_logprobs, collate
+from rl.step.batch import collate
+from rl.step.sequence import choice_logprobs
 from rollout.record.episode import Episode, concatenate
 
 
@@ -59,5 +60,5 @@ def metrics(log_ratio: Sequence[Tensor]) -> dict[str, float]:
     k1 = mean(r) and k3 = mean(exp(-r) - 1 + r), r = log p - log p_reference."""
     r = torch.cat(list(log_ratio)).double()
     sums = (float(r.sum()), float((torch.expm1(-r) + r).sum()), len(r))
-    k1, k3, tokens = (sum(column) for column in zip(*ranks.gather(sums), strict=True))
+    k1, k3, tokens = (sum(column) for column in zip(*teams.gather(sums), strict=True))
     return {"reference/kl_k1": k1 / tokens, "reference/kl_k3": k3 / tokens}

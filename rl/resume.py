@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
-from model.program import ranks
+from model.program import ranks, teams
 from model.program.files import write_json
 from model.program.ranges import Range, Text, shown
 from model.program.reading import UnreadableError, read_record
@@ -44,6 +44,7 @@ FREE = (
     *("name", "runs"),  # where the run lies
     *("tracking", "hub"),  # where it is reported and sent
     *("rl.checkpoint_every", "rl.save_episodes_every"),  # what of it is kept
+    "rl.sequence_parallel",  # how many processes do what one does
     *("rollout.engine", "rollout.workers", "rollout.worker_threads", "rollout.worker_timeout_s"),  # who rolls out
     "rollout.max_tokens",  # room of a session: an episode that needs more raises
 )
@@ -80,7 +81,7 @@ class Progress:
     mismatch: Mismatch
     wall_s: Annotated[float, Range(0, 10**10)]
     reward_models: tuple[str, ...]  # digest of each one's weights
-    processes: Annotated[int, Range(1, 10**6)]  # that sum the gradients; another number sums them in another order
+    processes: Annotated[int, Range(1, 10**6)]  # that sum the gradients, a team for one: their order
     stopped: bool = False  # by the watch over learned rewards
     scales: Scales = field(default_factory=dict)  # of the advantages (`rl.step.credit`)
     recordings: str = ""  # digest of the speech; "": saved by a version that did not record it
@@ -197,11 +198,11 @@ def check_same(
             f"source.models: other weights than the run in {folder.path} began with; put those back, or start "
             "a new run under another --name"
         )
-    if progress.processes != ranks.world():
+    if progress.processes != teams.count():
         raise MetronomeError(
-            f"the run in {folder.path} was begun by {progress.processes} processes, this is {ranks.world()}: "
+            f"the run in {folder.path} was begun by {progress.processes} processes, this is {teams.count()}: "
             "another number sums gradients in another order and ends with other weights. Give the launcher "
-            f"--num_processes {progress.processes}, or start a new run under another --name"
+            f"--num_processes {progress.processes * teams.size()}, or start a new run under another --name"
         )
     known = progress.recordings or "speech_dir" in changed
     if known and progress.recordings != bank.digest():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
-from model.program import ranks
+from model.program import teams
 from model.program.launched import local_world
 from rl.config import TrainConfig
 from rollout.engines.embedded import SessionEngine
@@ -75,7 +75,7 @@ def check_engine(config: TrainConfig) -> None:
 
 def plays_of_a_step(config: TrainConfig) -> int:
     """This rank's share."""
-    return max(1, len(ranks.share(config.rl.groups))) * config.rl.rollouts
+    return -(-max(1, len(teams.share(config.rl.groups))) * config.rl.rollouts // teams.size())
 
 
 def build_engine(config: TrainConfig, model: InteractionModel) -> Engine:

@@ -13,7 +13,7 @@ from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
 from model.config import most_keys, preset
 from model.context import check_same, give
-from model.program import ranks
+from model.program import ranks, teams
 from model.program.launched import local_world
 from model.program.memory import check_room
 from model.tokenizer import size
@@ -68,8 +68,8 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
         needed += together * state_bytes(shape, slots, rollout.max_tokens, dtype, max_rows=slots)
         purpose += f", with {slots} sessions of up to {rollout.max_tokens} tokens each,"
         check_room(needed, purpose, "lower rl.groups, rl.rollouts or rollout.max_tokens", device)
-    batch = min(config.rl.micro_batch, slots)
-    needed += together * activation_bytes(shape, batch * fewest_rows(config), dtype)
+    batch = min(config.rl.micro_batch, slots * teams.size())
+    needed += together * activation_bytes(shape, batch * fewest_rows(config) // teams.size(), dtype)
     check_room(needed, f"{purpose} and a forward pass of {batch} episodes", "lower rl.micro_batch", device)
 
 

@@ -20,7 +20,7 @@ from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.context import give
-from model.program import ranks
+from model.program import ranks, teams
 from model.program.exhausted import needing
 from model.program.folders import locked
 from model.weights import checkpoint
@@ -87,6 +87,7 @@ class Run:
         self.display = Display(ranks.rank() == 0)
         self._newest: tuple[int, Path] | None = None  # checkpoint to go on from
         changed: dict[str, tuple[Any, Any]] = {}
+        teams.form(config.rl.sequence_parallel)
         if resume:  # another recipe or a damaged checkpoint is refused before anything is written over
             self.folder = RunFolder.reopen(Path(config.runs), config.name)
             saved = read_saved(self.folder, config)
@@ -167,7 +168,7 @@ class Run:
             mismatch=Mismatch.total([]),
             wall_s=self.wall_s(),
             reward_models=self.source.digests,
-            processes=ranks.world(),
+            processes=teams.count(),
             recordings=self.bank.digest(),
         )
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
@@ -215,9 +216,10 @@ class Run:
                 if "proxy/held_out" in metrics:
                     progress = replace(progress, stopped=self.alarmed(progress))
                 if rl.save_episodes_every and (done - 1) % rl.save_episodes_every == 0:
-                    name = f"episodes/step_{done - 1:06d}.rank_{ranks.rank()}.safetensors"
-                    with self.folder.writing(name):
-                        save_episodes(self.folder.path / name, result.episodes)
+                    name = f"episodes/step_{done - 1:06d}.rank_{teams.count_before()}.safetensors"
+                    if teams.member() == 0:
+                        with self.folder.writing(name):
+                            save_episodes(self.folder.path / name, result.episodes)
                 if done % rl.checkpoint_every == 0 or done == rl.steps or progress.stopped:
                     save(self.folder, learner, progress)
                     self.sender.saved(progress.step)
@@ -236,7 +238,7 @@ class Run:
             **after.named("after"),
             **progress.mismatch.metrics(),
             "weights_digest": checkpoint.weights_digest(self.model),
-            "processes": ranks.world(),  # another number sums gradients in another order
+            "processes": teams.count(),  # another number sums gradients in another order
             "wall_s": self.wall_s(),
         }
         if self.source.models:

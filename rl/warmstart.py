@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from model.backbone.transformer import InteractionModel
-from model.program import ranks
+from model.program import teams
 from rl.config import TrainConfig
 from rl.learner.deepspeed import Learner
 from rl.step.gradient import gradient_of
@@ -35,10 +35,10 @@ def demonstration(config: TrainConfig, bank: SpeechBank, index: int) -> tuple[li
 def demonstrations(
     config: TrainConfig, bank: SpeechBank, vocabulary: Vocabulary, patch: int, step: int
 ) -> list[Transcript]:
-    """This rank's share of a step's demonstrations; a pure function of config and step. ``patch``: side of the model's
+    """This team's share of a step's demonstrations; a pure function of config and step. ``patch``: side of the model's
     video patches."""
     grammar, out = config.rollout.grammar(vocabulary, patch), []
-    for i in ranks.share(config.warmstart.episodes):
+    for i in teams.share(config.warmstart.episodes):
         observed, actions = demonstration(config, bank, step * config.warmstart.episodes + i)
         out.append(from_observations(observed, actions, grammar))
     return out
@@ -52,9 +52,9 @@ def warm_start(
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
         transcripts = demonstrations(config, bank, vocabulary, model.senses.patch, step)
-        tokens = sum(ranks.gather(sum(len(t.text.chunk) for t in transcripts)))
+        tokens = sum(teams.gather(sum(len(t.text.chunk) for t in transcripts)))
         weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in transcripts]
         gradient = gradient_of(model, transcripts, weights, vocabulary.classes, 1.0, config.rl.micro_batch)
         norm = learner.step(gradient)
-        loss = -sum(ranks.gather(float(gradient.logprob.double().sum()))) / tokens
+        loss = -sum(teams.gather(float(gradient.logprob.double().sum()))) / tokens
         yield {"step": step, "warmstart/loss": loss, "warmstart/grad_norm": norm}

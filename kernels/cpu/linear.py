@@ -14,6 +14,7 @@ from kernels.checks.common import check_device
 from kernels.checks.weights import check_out_dtype, check_rows, packed_buffer
 from kernels.cpu.library import bind
 from kernels.layout import PackedExperts, PackedLinear
+from kernels.rows import active, over_all_rows
 
 PANEL = 16  # columns of a panel; the same number is in native/gemm.h
 
@@ -89,7 +90,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, out_dtype, *parts):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
-        ctx.packed = packed
+        ctx.packed, ctx.rows = packed, active()
         return linear(x, packed, out_dtype)  # no gradient is asked for in here
 
     @staticmethod
@@ -100,7 +101,7 @@ class _Linear(torch.autograd.Function):
         dx = _input_gradient(grad, packed).to(x.dtype) if need_x else None
         if not any(need_parts):
             return dx, None, None, *[None] * len(need_parts)
-        whole = weight_gradient(grad, x.float()).to(x.dtype)
+        whole = over_all_rows(ctx.rows, weight_gradient, grad, x).to(x.dtype)
         pieces = whole.split([part.shape[0] for part in packed.parts]) if len(packed.parts) > 1 else (whole,)
         return dx, None, None, *(piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
 
@@ -119,7 +120,8 @@ def _input_gradient(grad: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [T, N], x [T, K], fp32 -> [N, K]: one chain in ascending t."""
+    """grad [T, N] fp32, x [T, K] -> [N, K] fp32: one chain in ascending t."""
+    x = x.float()
     dw = torch.empty(grad.shape[1], x.shape[1])
     arguments = (grad.data_ptr(), grad.shape[1], x.data_ptr(), x.stride(0), grad.shape[0], *dw.shape, dw.data_ptr())
     _WEIGHT_GRADIENT(*arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from kernels.checks.weights import check_experts, check_rows, no_such_expert, pa
 from kernels.cpu.library import bind
 from kernels.cpu.linear import PANEL, fill_panels, fill_transposed, panel_count, panel_depth, panels_of
 from kernels.layout import PackedExperts
+from kernels.rows import active, over_all_rows
 
 _EXPERT_LINEAR = {
     torch.float32: bind("expert_linear_f32", "piipipiiipi"),
@@ -84,7 +87,7 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, expert, fan_out, *parts):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, expert)
-        ctx.packed, ctx.fan_out = packed, fan_out
+        ctx.packed, ctx.fan_out, ctx.rows = packed, fan_out, active()
         return expert_linear_by(AUTO, x, packed, expert, fan_out)
 
     @staticmethod
@@ -95,12 +98,7 @@ class _ExpertLinear(torch.autograd.Function):
         dx = _expert_input_gradient(grad, packed, expert, fan_out).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not any(need_parts):
             return dx, None, None, None, *[None] * len(need_parts)
-        wide = x.float()
-        dw = torch.empty(packed.experts, packed.rows, packed.cols)
-        _EXPERT_WEIGHT_GRADIENT(
-            grad.data_ptr(), wide.data_ptr(), wide.stride(0), fan_out, expert.data_ptr(), expert.shape[0], *dw.shape,
-            dw.data_ptr(),
-        )  # fmt: skip
+        dw = over_all_rows(ctx.rows, partial(_expert_weight_gradient, packed.experts, fan_out), grad, x, expert)
         pieces = []
         for group, whole in zip(
             packed.groups, dw.to(x.dtype).split([group[0].shape[0] for group in packed.groups]), strict=True
@@ -108,6 +106,16 @@ class _ExpertLinear(torch.autograd.Function):
             pieces += whole.split([part.shape[1] for part in group], dim=1)
         parts = (piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
         return dx, None, None, None, *parts
+
+
+def _expert_weight_gradient(experts: int, fan_out: int, grad: Tensor, x: Tensor, expert: Tensor) -> Tensor:
+    """grad [R, N] fp32, x [T, K], expert [R] -> [E, N, K] fp32: for each expert one chain in ascending r."""
+    wide, dw = x.float(), torch.empty(experts, grad.shape[1], x.shape[1])
+    _EXPERT_WEIGHT_GRADIENT(
+        grad.data_ptr(), wide.data_ptr(), wide.stride(0), fan_out, expert.data_ptr(), expert.shape[0], *dw.shape,
+        dw.data_ptr(),
+    )  # fmt: skip
+    return dw
 
 
 def _expert_input_gradient(grad: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:

@@ -8,6 +8,8 @@ idle, but with few rows reading the weights takes the time.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from kernels.checks.weights import check_experts, check_rows, no_such_expert
 from kernels.layout import PackedExperts
+from kernels.rows import active, over_all_rows
 from kernels.triton.deferred import settle, word_on
 from kernels.triton.elementwise import combine
 from kernels.triton.launch import CompileSpec, aligned, check_place, plain, row_stride, run
@@ -195,31 +198,38 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, expert, fan_out, *parts):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, expert)
-        ctx.packed, ctx.fan_out = packed, fan_out
+        ctx.packed, ctx.fan_out, ctx.rows = packed, fan_out, active()
         return _forward(x, packed, expert, fan_out)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x, expert), packed, fan_out = ctx.saved_tensors, ctx.packed, ctx.fan_out
-        weight, grad = weight_of(packed, "expert_linear"), aligned(grad)
-        need_parts = ctx.needs_input_grad[4:]
-        dx = _input_gradient(grad, weight, packed, expert, fan_out).to(x.dtype) if ctx.needs_input_grad[0] else None
+        weight, need_parts, dx = weight_of(packed, "expert_linear"), ctx.needs_input_grad[4:], None
+        if ctx.needs_input_grad[0]:
+            dx = _input_gradient(aligned(grad), weight, packed, expert, fan_out).to(x.dtype)
         if not any(need_parts):
             return dx, None, None, None, *[None] * len(need_parts)
-        dw = x.new_empty(packed.experts, packed.rows, packed.cols)
-        order, bound = sort_by_expert(expert, packed.experts)
-        x, tile = aligned(x), _tile(grad, x)
-        run(
-            expert_weight_gradient_kernel,
-            (triton.cdiv(packed.cols, tile.n), triton.cdiv(packed.rows, tile.m), packed.experts),
-            x.device, tile, grad, x, dw, order, bound, packed.rows, packed.cols, fan_out, row_stride(grad),
-            row_stride(x), M=tile.m, N=tile.n, K=tile.k, WIDEN=grad.dtype != x.dtype,
-        )  # fmt: skip
+        dw = over_all_rows(ctx.rows, partial(_weight_gradient, packed.experts, fan_out), grad, x, expert)
         pieces = []
         for group, whole in zip(packed.groups, dw.split([group[0].shape[0] for group in packed.groups]), strict=True):
             pieces += whole.split([part.shape[1] for part in group], dim=1)
         parts = (piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
         return dx, None, None, None, *parts
+
+
+def _weight_gradient(experts: int, fan_out: int, grad: Tensor, x: Tensor, expert: Tensor) -> Tensor:
+    """grad [R, N], x [T, K], expert [R] -> [E, N, K] of x.dtype, summed over each expert's rows in ascending order."""
+    columns, width = grad.shape[1], x.shape[1]
+    dw = x.new_empty(experts, columns, width)
+    order, bound = sort_by_expert(expert, experts)
+    grad, x = aligned(grad), aligned(x)
+    tile = _tile(grad, x)
+    run(
+        expert_weight_gradient_kernel, (triton.cdiv(width, tile.n), triton.cdiv(columns, tile.m), experts), x.device,
+        tile, grad, x, dw, order, bound, columns, width, fan_out, row_stride(grad), row_stride(x),
+        M=tile.m, N=tile.n, K=tile.k, WIDEN=grad.dtype != x.dtype,
+    )  # fmt: skip
+    return dw
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, packed: PackedExperts, expert: Tensor, fan_out: int) -> Tensor:

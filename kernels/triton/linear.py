@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.checks.weights import check_out_dtype, check_rows, packed_buffer
 from kernels.layout import PackedExperts, PackedLinear
+from kernels.rows import active, over_all_rows
 from kernels.triton.launch import ALIGN, CompileSpec, aligned, check_place, row_stride, run
 from kernels.triton.tiles import PRECISION, product_tile
 
@@ -150,25 +151,31 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, out_dtype, *parts):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
-        ctx.packed = packed
+        ctx.packed, ctx.rows = packed, active()
         return _forward(x, packed, out_dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,), packed = ctx.saved_tensors, ctx.packed
-        grad, weight = aligned(grad), weight_of(packed, "linear")
+        weight = weight_of(packed, "linear")
         need_x, need_parts = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         dx = None
         if need_x:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            product(grad, weight, dx, packed.rows, (row_stride(grad), 1), (weight.stride(0), 1))
+            dx, dy = torch.empty_like(x, memory_format=torch.contiguous_format), aligned(grad)
+            product(dy, weight, dx, packed.rows, (row_stride(dy), 1), (weight.stride(0), 1))
         if not any(need_parts):
             return dx, None, None, *[None] * len(need_parts)
-        whole, x = x.new_empty(packed.rows, packed.cols), aligned(x)
-        strides = (1, row_stride(grad)), (row_stride(x), 1)
-        product(grad, x, whole, x.shape[0], *strides, kernel=weight_gradient_kernel)
+        whole = over_all_rows(ctx.rows, _weight_gradient, grad, x)
         pieces = whole.split([part.shape[0] for part in packed.parts])
         return dx, None, None, *(piece if need else None for piece, need in zip(pieces, need_parts, strict=True))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [T, N], x [T, K] -> [N, K] of x.dtype, summed over t."""
+    out, grad, x = x.new_empty(grad.shape[1], x.shape[1]), aligned(grad), aligned(x)
+    strides = (1, row_stride(grad)), (row_stride(x), 1)
+    product(grad, x, out, x.shape[0], *strides, kernel=weight_gradient_kernel)
+    return out
 
 
 def specs() -> list[CompileSpec]:

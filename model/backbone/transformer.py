@@ -289,7 +289,7 @@ class InteractionModel(nn.Module):
         sub-block, to find the first layer where two runs differ. Raises RuntimeError before `pack`, StaleWeightsError
         between an update and `repack`."""
         placed = inputs if isinstance(inputs, Placed) else self.place(inputs, state)
-        x = self._embed(placed)
+        x = self.embed(placed)
         if capture is not None:
             capture.append(("embed", x))
         return self._run(x, placed.segments, None if state is None else state.layers, placed.tau, capture)
@@ -324,8 +324,14 @@ class InteractionModel(nn.Module):
         hidden = ops.rms_norm(x, self.model.language_model.norm.weight, self.eps)
         return hidden if self.multiplier == 1.0 else hidden / self.multiplier
 
-    def _embed(self, placed: Placed) -> Tensor:
-        """[T, D]"""
+    @property
+    def embedders(self) -> tuple[nn.Module, ...]:
+        """The modules with whose weights `embed` computes."""
+        towers = self.model
+        return towers.language_model.embed_tokens, towers.audio_tower, towers.vision_tower
+
+    def embed(self, placed: Placed) -> Tensor:
+        """T input rows -> [T, D], what `run` takes."""
         tokens, towers = placed.tokens, self.model
         rows, heard, shown = tokens.shape[0], placed.audio_rows.shape[0], placed.image_rows.shape[0]
         if heard == rows:

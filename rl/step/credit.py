@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from model.program import ranks
+from model.program import teams
 from reward.source import Rewards
 from rl.config import RLConfig
 from rl.step.advantage import RunningScale, informative_groups, leave_one_out, reward_to_go
@@ -33,7 +33,7 @@ Scales = Mapping[str, RunningScale]
 
 @dataclass(frozen=True)
 class Credit:
-    """The weights of this rank's tokens, and counts over all ranks' groups."""
+    """The weights of this team's tokens, and counts over all teams' groups."""
 
     weights: list[Tensor]  # for each episode fp32 [N_e]: advantages divided by the number of tokens of all ranks
     scales: dict[str, RunningScale]  # updated by this step
@@ -65,7 +65,7 @@ def token_weights(
 ) -> Credit:
     """The advantage of every sampled token, divided by the number of tokens sampled by all ranks.
 
-    ``episodes``: this rank's, ``config.rollouts`` of each scenario one after another. ``acting`` [sources, episodes]:
+    ``episodes``: this team's, ``config.rollouts`` of each scenario one after another. ``acting`` [sources, episodes]:
     the rewards to learn from. ``log_ratio``: for each episode fp32 [N_e], as `rl.reference` gives it; empty without a
     reference. ``scales``: as the step before left them. Raises MetronomeError for a reward that is not finite."""
     if any(len(rewards) != len(episodes) for rewards in acting):
@@ -102,7 +102,7 @@ def token_weights(
             for row in leave_one_out(reward_to_go(group, config.gamma), config.rollouts)
         )  # fmt: skip
         advantages = [advantage + row for advantage, row in zip(advantages, rows, strict=True)]
-    tokens = sum(ranks.gather(sum(len(e.text.chunk) for e in episodes)))
+    tokens = sum(teams.gather(sum(len(e.text.chunk) for e in episodes)))
     return Credit(
         weights=[(a[e.text.chunk] / tokens).float() for a, e in zip(advantages, episodes, strict=True)],
         scales=updated,
@@ -131,7 +131,7 @@ def _groups(rewards: Sequence[Tensor], config: RLConfig) -> list[Tensor]:
 
 def _over_ranks(terms: dict[str, Term]) -> dict[str, Term]:
     merged: dict[str, Term] = {}
-    for part in ranks.gather(terms):
+    for part in teams.gather(terms):
         for name, term in part.items():
             merged[name] = merged.get(name, []) + term
     return merged

@@ -14,8 +14,9 @@ from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
 from model.program.exhausted import needing
 from rl.step import tree
-from rl.step.batch import choice_logprobs, collate
+from rl.step.batch import collate
 from rl.step.objective import Objective, Tokens, policy_gradient
+from rl.step.sequence import choice_logprobs
 from rollout.record.episode import Episode
 from rollout.record.transcript import Transcript
 
@@ -43,7 +44,8 @@ def gradient_of(
 ) -> Gradient:
     """The gradient over a rank's episodes. ``weights[e]`` fp32 [N_e]: the weight of each chosen token of episode e (an
     advantage, or 1 for supervised learning), already divided by the number of tokens to average over; ``micro_batch``:
-    episodes in one forward pass.
+    episodes in one forward pass. The members of a team share the rows of the same episodes (`rl.step.sequence`), and
+    each gets the whole result.
 
     Raises MetronomeError when a log-prob is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
-from model.program import ranks
+from model.program import teams
 from rollout.record.episode import TEXT, Episode, concatenate
 
 
@@ -190,7 +190,7 @@ def check_identity(evidence: Evidence) -> Mismatch:
     processes."""
     mismatch = evidence.mismatch()
     differs = bool(mismatch.num_unequal or mismatch.rows_unequal)
-    parts = ranks.gather((mismatch, evidence.describe() if differs else ""))
+    parts = teams.gather((mismatch, evidence.describe() if differs else ""))
     message = next((text for _, text in parts if text), "")
     if message:
         raise NotEqualError(

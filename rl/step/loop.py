@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kernels import dispatch
-from model.program import ranks
+from model.program import ranks, teams
 from model.program.exhausted import needing
 from model.weights import packs
 from model.weights.checkpoint import weights_digest
@@ -34,7 +34,7 @@ class StepResult:
 
     metrics: dict[str, float | int | str]  # equal on every rank
     mismatch: Mismatch  # over all ranks; no bit differs, or the step would have raised
-    episodes: list[Episode]  # this rank's
+    episodes: list[Episode]  # this team's
     scales: Scales  # of the advantages, after this step
 
 
@@ -59,7 +59,8 @@ def steps(
     for step in range(first, config.rl.steps):
         clock = time.perf_counter()
         with needing("the rollout", SMALLER):
-            episodes = roller.play(plays(config, bank, step), config.seed, config.rollout.temperature)
+            mine = teams.part(plays(config, bank, step))
+            episodes = teams.merged(roller.play(mine, config.seed, config.rollout.temperature) if mine else [])
         rollout_s = time.perf_counter() - clock
         judged = source.judge(episodes)
         judge_s = time.perf_counter() - clock - rollout_s
@@ -104,9 +105,9 @@ def steps(
 
 
 def plays(config: TrainConfig, bank: SpeechBank, step: int) -> list[Play]:
-    """This rank's rollouts of a step: its share of the groups. Each group is a new train scenario, families in turn."""
+    """This team's rollouts of a step: its share of the groups. Each group is a new train scenario, families in turn."""
     out = []
-    for g in ranks.share(config.rl.groups):
+    for g in teams.share(config.rl.groups):
         index = step * config.rl.groups + g
         item = config.scenarios.in_turn(index, "train", index, bank)
         out += [Play(item, r) for r in range(config.rl.rollouts)]

@@ -1,8 +1,9 @@
 """The order in which sums over a step's episodes are taken. It decides bits, so it is defined in this module only.
 
-Tensors: a rank adds its micro-batches in their order, then the ranks' sums are added in rank order. So the number of
-ranks and ``rl.micro_batch`` are part of a recipe's result. Numbers (means of rewards and metrics, sums of squares) are
-added exactly and rounded once a rank (`math.fsum`): for these no order exists.
+Tensors: a rank adds its micro-batches in their order, then the ranks' sums are added in rank order. A team of ranks
+(`model.program.teams`) counts as one. So the number of ranks, or of teams, and ``rl.micro_batch`` are part of a
+recipe's result. Numbers (means of rewards and metrics, sums of squares) are added exactly and rounded once a rank
+(`math.fsum`): for these no order exists.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from math import fsum
 import torch
 from torch import Tensor
 
-from model.program import ranks
+from model.program import ranks, teams
 
 
 def over_micro_batches(total: list[Tensor] | None, part: Sequence[Tensor]) -> list[Tensor]:
@@ -25,12 +26,13 @@ def over_micro_batches(total: list[Tensor] | None, part: Sequence[Tensor]) -> li
 
 
 def over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, added in rank order: [n] -> [n], the same bits on every rank."""
-    return ranks.sum_in_order(tensor)
+    """The sum of the ranks' tensors, added in rank order: [n] -> [n], the same bits on every rank. Of a team, whose
+    members hold the same tensor, the first one's counts: the others add the number that changes no other."""
+    return ranks.sum_in_order(torch.full_like(tensor, -0.0) if teams.member() else tensor)
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean of all ranks' values, [n] each; 0 when there are none."""
+    """The mean of all teams' values, [n] each; 0 when there are none."""
     own = list(values)
-    sums, counts = zip(*ranks.gather((fsum(own), len(own))), strict=True)
+    sums, counts = zip(*teams.gather((fsum(own), len(own))), strict=True)
     return fsum(sums) / total if (total := sum(counts)) else 0.0

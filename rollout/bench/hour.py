@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MetronomeError
@@ -178,19 +177,12 @@ def resident_bytes() -> int:
 
 
 def record_bytes(session: Session) -> int:
-    """What the lists of the session's record hold, each object once: as Python counts them, and tensors' memory."""
-    record = (
-        session.tokens,
-        session.codes,
-        session.frames,
-        session.actions,
-        session.sampled,
-        session.logprob,
-        session.digest,
-    )
+    """What the session's record holds: the bytes of codes and pixels, and of lists each object once, as Python counts
+    them."""
+    lists = session.tokens, session.actions, session.sampled, session.logprob, session.digest, session.shown
     seen: set[int] = set()
-    left: list[object] = list(record)
-    total = 0
+    left: list[object] = list(lists)
+    total = session.sound.nbytes + session.pixels.nbytes
     while left:
         one = left.pop()
         if id(one) in seen:
@@ -199,9 +191,6 @@ def record_bytes(session: Session) -> int:
         total += sys.getsizeof(one)
         if isinstance(one, list | tuple):
             left += one
-        elif isinstance(one, Tensor) and (place := one.untyped_storage().data_ptr()) not in seen:
-            seen.add(place)  # one block for many
-            total += one.untyped_storage().nbytes()
         elif isinstance(one, Action):
             left += vars(one).values()
     return total

@@ -3,6 +3,7 @@ the same one."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from kernels import dispatch
 from model.backbone.state import ContextFull
+from model.config import MEL_CHANNELS
 from model.program.ranges import TEMPERATURE
 from model.senses.audio import HOP, WINDOW
-from model.senses.video import Frames
+from model.senses.video import CHANNELS, NO_VIDEO, Frames
 from rollout.record.episode import TEXT, Episode, Stream
-from rollout.turn.action import Action
+from rollout.record.growing import Growing
+from rollout.turn.action import CHUNK_FRAMES, Action
 from rollout.turn.grammar import Grammar
 from rollout.turn.observation import Observation, check_observation
-
-BLOCK = 2**14  # bytes of the first piece of memory for codes and frames; each next one is as large as all before
 
 
 @dataclass(eq=False)
@@ -36,9 +37,11 @@ class Session:
     last_samples: Tensor  # fp32 [800], end of the audio so far: the next chunk's first dMel window begins with it
     computed: int = 0  # tokens whose rows were computed
     chunks: int = 0  # micro-turns that have ended
-    codes: list[Tensor] = field(default_factory=list)  # uint8 [CHUNK_FRAMES, 80] a chunk
-    frames: list[Tensor] = field(default_factory=list)  # uint8 [F, H, W, 3] a chunk
-    events: list[tuple[str, ...]] = field(default_factory=list)  # those of a chunk
+    heard: int = 0  # chunks that were observed
+    sound: Growing = field(default_factory=Growing)  # dMel codes, CHUNK_FRAMES * 80 a chunk
+    pixels: Growing = field(default_factory=Growing)  # of all frames
+    shown: list[tuple[int, int, int, int]] = field(default_factory=list)  # as `Frames.sizes`
+    events: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  # (chunk, its texts) where there are some
     contexts: list[int] = field(default_factory=lambda: [0])  # index of the first token of each context
     actions: list[Action] = field(default_factory=list)  # one a chunk
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
@@ -46,8 +49,6 @@ class Session:
     digest: list[int] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)  # [D] a sampled token, if the engine keeps them
     closed: bool = False
-    kept_bytes: int = 0  # of codes and frames
-    room: Tensor | None = None  # uint8 [B], for the next of these; of this session alone
 
     @staticmethod
     def begin(slot: int, key: int, temperature: float, weights_digest: str, bos: int) -> Session:
@@ -57,7 +58,7 @@ class Session:
     def forked(self, slot: int, key: int) -> Session:
         """A copy of the record so far with its own slot and sampling key."""
         lists: dict[str, Any] = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
-        return replace(self, slot=slot, key=key, room=None, **lists)
+        return replace(self, slot=slot, key=key, sound=self.sound.copy(), pixels=self.pixels.copy(), **lists)
 
     def record_token(self, token: int, row_class: int, logprob: float, digest: int) -> None:
         """Adds one sampled token: its class (`model.logprob`), log-prob in nats and digest of the log-prob row."""
@@ -70,12 +71,29 @@ class Session:
         """Adds one chunk's observed rows: dMel ``codes`` uint8 [CHUNK_FRAMES, 80] of its audio, and its video and
         events; ``last_samples`` fp32 [800] is the end of its audio. Frames are copied: a client may use its memory
         again."""
-        frames = observation.frames
+        frames, k = observation.frames, self.heard
         self.last_samples = last_samples
-        self.codes.append(self._kept(codes))
-        self.frames.append(self._kept(frames) if len(frames) else frames)
-        self.events.append(observation.events)
+        self.sound.append(codes)
+        if len(frames):
+            self.pixels.append(frames)
+            self.shown.append((k, *frames.shape[:3]))
+        if observation.events:
+            self.events.append((k, observation.events))
+        self.heard += 1
         self.tokens += grammar.observed(frames, observation.events)
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [chunks that were observed, CHUNK_FRAMES, 80]: a view, until the next is."""
+        return self.sound.all().view(-1, CHUNK_FRAMES, MEL_CHANNELS)
+
+    def frames_since(self, chunk: int) -> list[tuple[int, Tensor]]:
+        """(chunk, its frames uint8 [F, H, W, 3]) of each chunk with video from ``chunk`` on: views, as `codes`."""
+        first = bisect_left(self.shown, (chunk, 0, 0, 0))
+        sizes = [n * height * width * CHANNELS for _, n, height, width in self.shown[first:]]
+        end = self.pixels.nbytes
+        parts = self.pixels.all()[end - sum(sizes) :].split(sizes) if sizes else ()
+        return [(k, part.view(*shape, CHANNELS)) for (k, *shape), part in zip(self.shown[first:], parts, strict=True)]
 
     @property
     def rows(self) -> int:
@@ -95,16 +113,6 @@ class Session:
         self.computed = len(self.tokens)
         self.tokens += grammar.begin_context(sampled)
 
-    def _kept(self, x: Tensor) -> Tensor:
-        """A copy of ``x``, uint8, in one of a few large pieces of memory. A small tensor a chunk that stays, among
-        large ones that come and go, breaks up glibc's heap: the process grew by 100 kB a chunk, 1.8 GB an hour."""
-        size = x.numel()
-        if self.room is None or len(self.room) < size:
-            self.room = x.new_empty(max(BLOCK, self.kept_bytes, size))
-        kept, self.room = self.room[:size].view(x.shape), self.room[size:]
-        self.kept_bytes += size
-        return kept.copy_(x)
-
     def end_turn(self, action: Action, forced: list[int]) -> None:
         """Ends the micro-turn. ``forced``: its tokens that are written without being sampled (`Grammar.forced`)."""
         self.tokens += forced
@@ -113,7 +121,7 @@ class Session:
 
     def episode(self, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
         """The record so far as an `Episode`. Raises ValueError if an error interrupted a micro-turn."""
-        if len(self.codes) > self.chunks:
+        if self.heard > self.chunks:
             raise ValueError(f"the session was closed by an error inside chunk {self.chunks}; it is no whole episode")
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
         text = Stream(
@@ -133,9 +141,9 @@ class Session:
             facts=facts,
             actions=tuple(self.actions),
             tokens=torch.tensor(self.tokens),
-            codes=torch.cat(self.codes),
-            frames=Frames.of(self.frames),
-            events={k: texts for k, texts in enumerate(self.events) if texts},
+            codes=self.codes.flatten(0, 1).clone(),
+            frames=Frames(self.pixels.all().clone(), torch.tensor(self.shown)) if self.shown else NO_VIDEO,
+            events=dict(self.events),
             contexts=torch.tensor(self.contexts),
             streams={TEXT: text},
         )
