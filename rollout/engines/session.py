@@ -84,15 +84,19 @@ class Session:
 
     @property
     def codes(self) -> Tensor:
-        """uint8 [chunks that were observed, CHUNK_FRAMES, 80]: a view, until the next is."""
-        return self.sound.all().view(-1, CHUNK_FRAMES, MEL_CHANNELS)
+        """uint8 [chunks that were observed, CHUNK_FRAMES, 80]; a copy."""
+        return self.codes_since(0)
+
+    def codes_since(self, chunk: int) -> Tensor:
+        """`codes` of the chunks from ``chunk`` on."""
+        count = (self.heard - chunk) * CHUNK_FRAMES * MEL_CHANNELS
+        return self.sound.tail(count).view(-1, CHUNK_FRAMES, MEL_CHANNELS)
 
     def frames_since(self, chunk: int) -> list[tuple[int, Tensor]]:
-        """(chunk, its frames uint8 [F, H, W, 3]) of each chunk with video from ``chunk`` on: views, as `codes`."""
+        """(chunk, its frames uint8 [F, H, W, 3]) of each chunk with video from ``chunk`` on; copies."""
         first = bisect_left(self.shown, (chunk, 0, 0, 0))
         sizes = [n * height * width * CHANNELS for _, n, height, width in self.shown[first:]]
-        end = self.pixels.nbytes
-        parts = self.pixels.all()[end - sum(sizes) :].split(sizes) if sizes else ()
+        parts = self.pixels.tail(sum(sizes)).split(sizes) if sizes else ()
         return [(k, part.view(*shape, CHANNELS)) for (k, *shape), part in zip(self.shown[first:], parts, strict=True)]
 
     @property
@@ -141,8 +145,8 @@ class Session:
             facts=facts,
             actions=tuple(self.actions),
             tokens=torch.tensor(self.tokens),
-            codes=self.codes.flatten(0, 1).clone(),
-            frames=Frames(self.pixels.all().clone(), torch.tensor(self.shown)) if self.shown else NO_VIDEO,
+            codes=self.codes.flatten(0, 1),
+            frames=Frames(self.pixels.all(), torch.tensor(self.shown)) if self.shown else NO_VIDEO,
             events=dict(self.events),
             contexts=torch.tensor(self.contexts),
             streams={TEXT: text},

@@ -157,7 +157,7 @@ class VllmEngine:
             "keep_hidden": self.keep_hidden,
         }
         before = session.heard - len(starts)
-        items = [codes_item(first, codes.clone()) for first, codes in zip(starts, session.codes[before:], strict=True)]
+        items = [codes_item(first, codes) for first, codes in zip(starts, session.codes_since(before), strict=True)]
         for k, frames in session.frames_since(before):
             items.append(patches_item(starts[k - before] + AUDIO_ROWS, Patches.cut(frames, self.grammar.patch)))
         items.sort(key=lambda item: int(item.mm_position.offset))
