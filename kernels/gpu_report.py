@@ -1,4 +1,4 @@
-"""``python -m kernels.gpu_report FILE``: the rows of `kernels/docs/gpu.md` of a report that `.ci/gpu` wrote, as a markdown table.
+"""``python -m kernels.gpu_report FILE``: the table of `kernels/docs/gpu.md`, of a report that `.ci/gpu` wrote.
 
 `.ci/gpu` makes the report by ``--collect FOLDER``: it joins what its parts wrote there, judges it, prints one table
 and ends with status 1 when a bit differs or a part failed. A part that was left out for lack of time, or that left
