@@ -28,8 +28,9 @@ class Senses:
     patch: int  # side of a video patch, pixels
 
 
-ONE_CONTEXT = torch.zeros(1, dtype=torch.int64)
-"""`Conversation.contexts` of a conversation that is one sequence."""
+def one_context() -> Tensor:
+    """`Conversation.contexts` of a conversation that is one sequence; a tensor of its own, so that it can be saved."""
+    return torch.zeros(1, dtype=torch.int64)
 
 
 class Conversation(Protocol):

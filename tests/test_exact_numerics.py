@@ -150,6 +150,7 @@ ALLOWED: dict[Place, str] = {
     ("kernels/ops.py", "dot", "dot"): "ours, called through the backend",
     ("model/senses/audio.py", "mel_filters", "exp"): DECIMAL,
     ("model/inputs.py", "Inputs.part", "builtin sum"): INTEGERS,
+    ("rollout/engines/session.py", "Session.frames_since", "builtin sum"): INTEGERS,
     ("model/senses/video.py", "Patches.part", "cumsum"): INTEGERS,
     ("model/senses/video.py", "Patches.steps", "cumsum"): INTEGERS,
     ("model/senses/video.py", "Frames.chunks", "builtin sum"): INTEGERS,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.config import MEL_BINS, MEL_CHANNELS
-from model.inputs import ONE_CONTEXT, Senses
+from model.inputs import Senses, one_context
 from model.program.files import whole_folder
 from model.program.ranges import Range
 from model.program.reading import UnreadableError
@@ -61,7 +61,7 @@ class Stretch:
     first: int
     end: int
     frames: Frames = NO_VIDEO
-    contexts: Tensor = ONE_CONTEXT  # reward models read one sequence
+    contexts: Tensor = field(default_factory=one_context)  # reward models read one sequence
 
     @property
     def key(self) -> tuple[bytes, ...]:
@@ -303,7 +303,7 @@ def _tables(folder: Path) -> DatasetDict:
 
 def _with_video(rows: Dataset) -> Dataset:
     """A table of conversations without video may lack the columns for it."""
-    for name, nothing in ((f"{side}_{field}", value) for side in SIDES for field, value in _NO_VIDEO.items()):
+    for name, nothing in ((f"{side}_{column}", value) for side in SIDES for column, value in _NO_VIDEO.items()):
         if name not in rows.column_names:
             rows = rows.add_column(name, [nothing] * len(rows), feature=FEATURES[name])
     return rows

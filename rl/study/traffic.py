@@ -39,6 +39,7 @@ def episode_tensors(seconds: int, words: int) -> dict[str, torch.Tensor]:
         per_token = {f"{TEXT}.{field.name}": torch.empty(sampled, dtype=torch.int64) for field in fields(Stream)}
         return per_token | {
             "tokens": torch.empty(1 + rows, dtype=torch.int64),
+            "contexts": torch.empty(1, dtype=torch.int64),
             "codes": torch.empty(chunks * AUDIO_ROWS, MEL_CHANNELS, dtype=torch.uint8),
             f"{TEXT}.logprob": torch.empty(sampled, dtype=torch.float32),
         }

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.config import MEL_CHANNELS
-from model.inputs import ONE_CONTEXT
+from model.inputs import one_context
 from model.program.files import write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, as_object, as_record, decode, one_line, parse_json, read_bytes
@@ -74,7 +74,7 @@ class Episode:
     streams: Mapping[str, Stream]  # by name
     frames: Frames = NO_VIDEO  # what the rows that hold the image token are patches of, in order
     events: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # chunk -> texts that the model read in it
-    contexts: Tensor = ONE_CONTEXT  # int64 [C], index of the first token of each context (`rollout.turn.summary`)
+    contexts: Tensor = field(default_factory=one_context)  # int64 [C], where each begins (`rollout.turn.summary`)
 
     @property
     def text(self) -> Stream:

@@ -7,12 +7,12 @@ Demonstrations for supervised training are made this way. Sessions and transcrip
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from model.inputs import ONE_CONTEXT
+from model.inputs import one_context
 from model.logprob import NEXT_TEXT
 from model.senses.audio import DMel
 from model.senses.video import NO_FRAMES, NO_VIDEO, Frames
@@ -32,7 +32,7 @@ class Transcript:
     codes: Tensor  # uint8 [A, 80]
     text: Choices  # the targets
     frames: Frames = NO_VIDEO
-    contexts: Tensor = ONE_CONTEXT  # int64 [C], as in `Episode`
+    contexts: Tensor = field(default_factory=one_context)  # int64 [C], as in `Episode`
 
 
 def from_observations(observations: Sequence[Observation], actions: Sequence[Action], grammar: Grammar) -> Transcript:

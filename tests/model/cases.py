@@ -4,7 +4,7 @@ seed."""
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import InklingConfig, InklingForConditionalGeneration
 
 from model.backbone.state import SessionState
 from model.backbone.transformer import Capture, InteractionModel
-from model.inputs import ONE_CONTEXT, Inputs, Senses
+from model.inputs import Inputs, Senses, one_context
 from model.senses.video import NO_VIDEO, Frames, grid, normalised
 
 AUDIO, IMAGE = 2, 5
@@ -27,7 +27,7 @@ class Rows:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, 80]
     frames: Frames = NO_VIDEO
-    contexts: Tensor = ONE_CONTEXT
+    contexts: Tensor = field(default_factory=one_context)
 
     def cut(self, first: int, end: int) -> Rows:
         """Of rows without video."""

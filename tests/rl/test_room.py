@@ -82,8 +82,8 @@ def test_no_episode_of_ours_has_fewer_rows_than_foreseen() -> None:
 
 
 def test_a_window_bounds_memory_and_positions() -> None:
-    """An episode longer than the positions that a model knows is refused, unless a window bounds what its rows see; a
-    policy that is not there is refused in the same place, and so is a run's model that remembers otherwise."""
+    """An episode longer than the positions that a model knows is refused, unless a window bounds what its rows see or
+    a summary a context's length; a context that does not fit a session is refused."""
     long = ["--scenarios.families", "[timespeak]", "--scenarios.timespeak.chunks", "3000"]
     long += ["--rollout.words_per_chunk", "8", "--rollout.max_tokens", "50000"]
     small = ["--rl.groups", "1", "--rl.rollouts", "2", "--rl.micro_batch", "1"]
@@ -91,8 +91,10 @@ def test_a_window_bounds_memory_and_positions() -> None:
         room.check_fits(parse([*long, *small])[0])
     windowed = parse([*long, *small, "--rollout.context", "{policy: window, first: 64, window: 256}"])[0]
     room.check_fits(windowed)
-    with pytest.raises(MetronomeError, match="'summary', which is not there yet"):
-        room.check_fits(parse(["--rollout.context.policy", "summary"])[0])
+    summarised = ["--rollout.context", "{policy: summary, budget: 4096}"]
+    room.check_fits(parse([*long, *small, *summarised])[0])
+    with pytest.raises(MetronomeError, match=r"rollout\.max_tokens is 4000, and rollout\.context\.budget 4096"):
+        room.check_fits(parse([*long, *small, *summarised, "--rollout.max_tokens", "4000"])[0])
 
 
 def test_a_run_goes_on_only_with_its_own_policy(tmp_path: Path) -> None:

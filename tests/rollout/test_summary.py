@@ -10,7 +10,7 @@ import torch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.context import ContextConfig
-from model.inputs import ONE_CONTEXT
+from model.inputs import one_context
 from rl.audit.diagnosis import trace
 from rl.audit.replay.comparable import incomparable
 from rl.step.batch import choice_logprobs, collate
@@ -64,7 +64,7 @@ def test_the_learner_gives_the_bits_of_summarised_sessions(model: InteractionMod
         assert len(one.contexts) >= 4 and int(lengths.max()) <= CONTEXT.budget
         bos = one.tokens[one.contexts]
         assert (bos == bos[0]).all() and len(one.actions) == CHUNKS
-    wrong = [replace(one, contexts=ONE_CONTEXT) for one in seen]  # the control: nothing is forgotten
+    wrong = [replace(one, contexts=one_context()) for one in seen]  # the control: nothing is forgotten
     found = evidence(model, wrong)
     assert found.mismatch().num_unequal > 0
     first = found.first()
