@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from kernels.errors import MetronomeError
 from model.program import ranks, teams
 from rl.consistency import check_minimal
+from rl.step.batch import collate
+from rl.step.sequence import choice_logprobs, part
 from rl.train import parse
 from tests.rl.resuming import content, digests, go
-from tests.rl.sequence_of_ranks import CASES, steps
+from tests.rl.sequence_of_ranks import CASES, episodes, steps
+from tests.support.models import SENSES, VOCABULARY, fresh_model
 from tests.support.settings import run
 
 
@@ -134,3 +138,30 @@ def test_shares_of_teams(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, 1, [2, 3, 4], [3]),
         (1, 2, [2, 3, 4], [4]),
     ]
+
+
+def test_slices_of_rows_together_are_the_inputs() -> None:
+    """Whatever a cut falls into: a conversation, its sound, the patches of a frame."""
+    every = episodes()
+    inputs = collate(every, SENSES).inputs
+    rows = len(inputs.tokens)
+    for bounds in ((0, 7, 8, 600, rows), (*range(0, rows, 97), rows)):
+        parts = [part(inputs, first, end) for first, end in pairwise(bounds)]
+        for name in ("tokens", "codes"):
+            assert torch.equal(torch.cat([getattr(one, name) for one in parts]), getattr(inputs, name))
+        for name in ("audio_rows", "image_rows"):
+            moved = [getattr(one, name) + first for one, first in zip(parts, bounds, strict=False)]
+            assert torch.equal(torch.cat(moved), getattr(inputs, name))
+        assert sum(len(one.patches) for one in parts) == len(inputs.patches) > 20
+
+
+def test_members_with_other_episodes_and_fewer_rows_than_members_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = fresh_model("nano"), collate(episodes()[:1], SENSES)
+    monkeypatch.setattr(teams, "size", lambda: 2)
+    monkeypatch.setattr(teams, "merged", lambda own: [*own, "another digest"])
+    with pytest.raises(RuntimeError, match="the members of a team hold different episodes"):
+        choice_logprobs(model, batch, VOCABULARY.classes, 1.0)
+    monkeypatch.setattr(teams, "size", lambda: 10_000)
+    monkeypatch.setattr(teams, "merged", lambda own: own * 2)  # the control: equal ones
+    with pytest.raises(MetronomeError, match=r"^rl\.sequence_parallel is 10000, but a forward pass has only \d+ rows"):
+        choice_logprobs(model, batch, VOCABULARY.classes, 1.0)
