@@ -1,4 +1,4 @@
-"""``python -m kernels.gpu_report FILE``: the README's rows of a report that `.ci/gpu` wrote, as a markdown table.
+"""``python -m kernels.gpu_report FILE``: the table of `kernels/docs/gpu.md`, of a report that `.ci/gpu` wrote.
 
 `.ci/gpu` makes the report by ``--collect FOLDER``: it joins what its parts wrote there, judges it, prints one table
 and ends with status 1 when a bit differs or a part failed. A part that was left out for lack of time, or that left
@@ -210,7 +210,7 @@ def table(report: Report) -> str:
     return "\n".join(f"{mark[f['ok']]} {f['part']:{width}s}  {f['text']}" for f in report["findings"])
 
 
-# ---- the README's rows ----
+# ---- the document's rows ----
 
 
 def readme(report: Report) -> str:

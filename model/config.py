@@ -67,7 +67,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def preset(name: str) -> InklingConfig:
-    """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.3M parameters, for CPUs.
+    """A fresh config. nano: 0.3M parameters, for the reward models of tiny policies. tiny: 2.5M parameters, for CPUs.
     base: 125M. inkling_small: Inkling-Small, 264B without vision and multi-token prediction; its numbers and their
     sources are in `model.published`. Raises ValueError for another name."""
     match name:

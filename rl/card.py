@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kernels import dispatch
 from model.program.reading import parse_yaml
 from model.weights.card import Facts, Score
-from rl.evaluate import WATCHED, HeldOut
+from rl.evaluate import INTERVAL, WATCHED, HeldOut
 from rl.folder import RunFolder
 
 GREEDY = "greedy"
 """Name of the mean at temperature 0 (`rl.run.Run.examine`)."""
+NO_FAMILY = (WATCHED, GREEDY, INTERVAL)
 
 TRANSFORMERS = """\
 from transformers import AutoModelForMultimodalLM, AutoTokenizer
@@ -29,9 +29,16 @@ vocabulary = Vocabulary.of(model)"""
 """Python that loads a checkpoint."""
 
 
-def facts(folder: RunFolder, step: int, digest: str, before: HeldOut, after: Mapping[str, Any] | None = None) -> Facts:
-    """``step``: finished steps; ``digest``: of the weights; ``before``: as the run's `rl.resume.Progress` has it;
-    ``after``: the summary of a run that is finished."""
+def facts(
+    folder: RunFolder,
+    step: int,
+    digest: str,
+    contract: str,
+    before: HeldOut,
+    after: Mapping[str, Any] | None = None,
+) -> Facts:
+    """``step``: finished steps; ``digest``: of the weights; ``contract``: id of the run's; ``before``: as the run's
+    `rl.resume.Progress` has it; ``after``: the summary of a run that is finished."""
     recipe = parse_yaml(folder.recipe) or {}
     scores = list(_scores("after warm start", before.score, recipe, "scenarios"))
     during = [record for record in folder.metrics() if "eval/held_out" in record and record["step"] < step]
@@ -45,7 +52,7 @@ def facts(folder: RunFolder, step: int, digest: str, before: HeldOut, after: Map
         summary=f"A policy for conversations in micro-turns of 200 ms, after {step} steps of exactly on-policy RL: "
         "each token that it learnt from was sampled with the very log-probability of which the gradient was taken, bit "
         "for bit. The weights are of Inkling's architecture.",
-        identity={"step": str(step), "weights digest": digest, "contract": dispatch.contract_id()},
+        identity={"step": str(step), "weights digest": digest, "contract": contract},
         recipe=folder.recipe,
         loading=OURS,
         with_transformers=TRANSFORMERS,
@@ -60,8 +67,9 @@ def _means(record: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 def _scores(when: str, means: Mapping[str, float], recipe: Mapping[str, Any], many: str) -> Iterator[Score]:
     """``many``: the field of the recipe's ``eval`` that says over how many scenarios of each family."""
-    families = [name for name in means if name and not name.endswith("_tight") and name not in (WATCHED, GREEDY)]
+    families = [name for name in means if name and not name.endswith("_tight") and name not in NO_FAMILY]
     each = recipe.get("eval", {}).get(many)
-    for name in ("", *families, *(one for one in (GREEDY,) if one in means)):
+    for name in (one for one in ("", *families, GREEDY) if one in means):
         count = each and each * (1 if name in families else len(families))
-        yield Score(f"held out, {when}" + (f", {name}" if name else ""), means[name], count)
+        within = None if name else means.get(INTERVAL)
+        yield Score(f"held out, {when}" + (f", {name}" if name else ""), means[name], count, within)

@@ -31,6 +31,7 @@ from model.program.ranges import (
     Words,
 )
 from reward.source import SourceConfig
+from rl.hub import HubConfig
 from rl.tracking.settings import TrackingConfig
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.grammar import Grammar
@@ -138,3 +139,4 @@ class TrainConfig:
     rl: RLConfig = field(default_factory=RLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)

@@ -53,6 +53,11 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
         "tracking.trackers names no tracker",
     ),
     (
+        ("hub.private", "hub.every", "hub.timeout_s"),
+        lambda config: config.hub.repo is None,
+        "hub.repo names no repository, so nothing is sent",
+    ),
+    (
         ("source.watch",),
         lambda config: not config.source.models,
         "source.models names no reward model, so no learned reward is watched",
@@ -66,7 +71,7 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
 """(settings, whether nothing reads them, why)."""
 
 NOT_IN_MINIMAL = (
-    *("rollout.engine", "rollout.workers", "tracking.trackers"),
+    *("rollout.engine", "rollout.workers", "tracking.trackers", "hub.repo"),
     *("source.models", "rl.reference_weight", "rl.sequence_parallel", "model.dtype"),
 )
 """What `rl.minimal` refuses; what else it leaves out changes no weights and asks for nothing."""

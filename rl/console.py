@@ -43,6 +43,7 @@ VERBS = {
     "kernel-bench": Verb("kernels.tools.bench", "speed of the kernels beside torch's"),
     "compile-report": Verb("kernels.tools.compile_report", "compile the Triton kernels for four GPUs and check them"),
     "traffic": Verb("rl.study.traffic", "bytes that cross the network in a step on many machines"),
+    "push": Verb("rl.push", "send a checkpoint and its model card to the Hugging Face hub"),
     "info": Verb("model.info", "a model's numbers and their sources, its parameters, and the memory of a run"),
 }
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.program import ranks, teams
 from model.program.files import write_json
@@ -41,7 +42,7 @@ PROGRESS = "progress.json"
 
 FREE = (
     *("name", "runs"),  # where the run lies
-    "tracking",  # where it is reported
+    *("tracking", "hub"),  # where it is reported and sent
     *("rl.checkpoint_every", "rl.save_episodes_every"),  # what of it is kept
     "rl.sequence_parallel",  # how many processes do what one does
     *("rollout.engine", "rollout.workers", "rollout.worker_threads", "rollout.worker_timeout_s"),  # who rolls out
@@ -93,7 +94,7 @@ def save(folder: RunFolder, learner: Learner, progress: Progress) -> None:
         if ranks.rank() == 0:
             checkpoint.save(learner.model, path / "model")
             digest = checkpoint.weights_digest(learner.model)
-            write_card(path / "model", facts(folder, progress.step, digest, progress.before))
+            write_card(path / "model", facts(folder, progress.step, digest, dispatch.contract_id(), progress.before))
             write_json(path / PROGRESS, asdict(progress))
 
 

@@ -50,9 +50,21 @@ def check_workers(config: TrainConfig) -> None:
 
 
 def check_engine(config: TrainConfig) -> None:
-    """Raises MetronomeError when vLLM is asked for and cannot be used here."""
+    """Raises MetronomeError when vLLM is asked for and cannot be used here or for this recipe, and for learned rewards
+    of sessions that are summarised."""
+    summarised = config.rollout.context.policy == "summary"
+    if summarised and config.source.models:
+        raise MetronomeError(
+            "rollout.context.policy is summary, but a learned reward model (source.models) reads an episode as one "
+            "sequence; take the rules, or policy window"
+        )
     if config.rollout.engine != "vllm":
         return
+    if summarised:
+        raise MetronomeError(
+            "rollout.context.policy is summary, which the vllm engine does not carry out; take rollout.engine session, "
+            "or policy window"
+        )
     check_installed()
     if config.placement.device == "cuda" and local_world() > 1:
         raise MetronomeError(

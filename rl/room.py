@@ -11,11 +11,12 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
-from model.config import SMALL_PATCH, most_keys, preset
+from model.config import most_keys, preset
 from model.context import check_same, give
 from model.program import ranks, teams
 from model.program.launched import local_world
 from model.program.memory import check_room
+from model.tokenizer import size
 from model.weights import checkpoint
 from rl.config import TrainConfig
 from rl.rollers import plays_of_a_step
@@ -36,7 +37,9 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra
     rows = context_rows(*longest)
     if rollout.context.policy == "summary":
-        rollout.grammar(Vocabulary.build(256), SMALL_PATCH)  # raises for a budget that holds no summary
+        tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
+        vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
+        rollout.grammar(vocabulary, shape.vision_config.patch_size)  # raises for a budget that holds no summary
         rows = min(rows, rollout.context.budget)
         if rows > rollout.max_tokens:
             raise MetronomeError(

@@ -36,6 +36,7 @@ from rl.display import Display
 from rl.environment import environment
 from rl.evaluate import HeldOut, evaluate
 from rl.folder import RunFolder
+from rl.hub import HubConfig, Sender
 from rl.learner.deepspeed import Learner
 from rl.reference import Reference
 from rl.resume import (
@@ -114,9 +115,12 @@ class Run:
         self.folder.write_json("environment.json", environment())
         trackers = config.tracking.trackers if ranks.rank() == 0 else ()
         tracked = replace(config.tracking, trackers=trackers)
+        here = config.hub if ranks.rank() == 0 else HubConfig()
+        self.sender = Sender(here, self.folder.path, self.display.say)
         self.tracker = Tracker(tracked, config.name, self.folder.path, asdict(config))
 
-    def execute(self) -> None:
+    def execute(self) -> int:
+        """The number of finished steps."""
         self.display.say(
             f"Run {self.config.name}: {sum(p.numel() for p in self.model.parameters()):,} parameters, {ranks.world()} "
             f"processes, backend {dispatch.contract()['backend']} ({dispatch.instruction_set()}), contract "
@@ -126,9 +130,11 @@ class Run:
             with start_roller(self.config, self.model) as self.roller:
                 learner, progress = self.resume(*self._newest) if self._newest else self.begin()
                 self.display.say(f"held-out score after warm start: {describe(progress.before.score)}")
-                self.finish(self.learn(learner, progress))
+                progress = self.learn(learner, progress)
+                self.finish(progress)
         except NotEqualError as error:
             raise self.explained(error) from error
+        return progress.step
 
     def explained(self, error: NotEqualError) -> NotEqualError:
         """The same on every rank with the diagnosis in its words; writes audit/difference.json and the audit's report.
@@ -216,6 +222,7 @@ class Run:
                             save_episodes(self.folder.path / name, result.episodes)
                 if done % rl.checkpoint_every == 0 or done == rl.steps or progress.stopped:
                     save(self.folder, learner, progress)
+                    self.sender.saved(progress.step)
                 if progress.stopped:
                     break
         return progress

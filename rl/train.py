@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
         if resume and (said := finished(config)):
             Display(ranks.rank() == 0).say(said)
             return
-        Run(config, recipe, resume).execute()
+        run = Run(config, recipe, resume)
+        last = run.execute()
+    run.sender.ended(last)  # when no other process waits for this one
 
 
 def parse(arguments: list[str] | None = None, past: bool = False) -> tuple[TrainConfig, bool, str]:

@@ -13,6 +13,7 @@ PACKAGES = ("kernels", "model", "rollout", "reward", "rl", "tests")
 DOCUMENTS = [
     "README.md",
     "kernels/docs/exactness.md",
+    "kernels/docs/gpu.md",
     "rl/docs/trackers.md",
     "configs/LOG.md",
     ".github/CONTRIBUTING.md",

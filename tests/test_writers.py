@@ -24,6 +24,7 @@ BY_ITSELF = {
     "reward.learned.model": "in a folder of `whole_folder`",
     "reward.learned.preference": "in a folder of `whole_folder`",
     "reward.study.pictures": "a picture, in memory",
+    "rollout.bench.pictures": "the same",
     "rl.learner.deepspeed": "in the folder of `RunFolder.checkpoint`",
     "rl.study.baseline": "a picture, in memory",
     "rollout.engines.vllm.core": "in a temporary folder",

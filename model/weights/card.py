@@ -29,6 +29,7 @@ class Score:
     name: str
     value: float
     scenarios: int | None  # over how many, where that is known
+    interval: float | None = None  # half of the 95 % interval, where that is known
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def card(facts: Facts) -> str:
     parts = [f"# {one_line(facts.title)}", facts.summary]
     parts.append(_table(("", ""), [(name, f"`{one_line(value)}`") for name, value in facts.identity.items()]))
     if facts.scores:
-        rows = [(one_line(s.name), f"{s.value:.4f}", f"{s.scenarios or ''}") for s in facts.scores]
-        parts += ["## Scores", _table(("", "mean score", "scenarios"), rows)]
+        rows = [(one_line(s.name), _with_interval(s), f"{s.scenarios or ''}") for s in facts.scores]
+        parts += ["## Scores", _table(("", "mean score ± half its 95 % interval", "scenarios"), rows)]
     parts.append("## Use")
     if facts.with_transformers is not None:
         parts += ["With transformers alone:", _code("python", facts.with_transformers), "With Metronome:"]
@@ -83,6 +84,10 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_places(one) for one in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _with_interval(score: Score) -> str:
+    return f"{score.value:.4f}" + ("" if score.interval is None else f" ± {score.interval:.4f}")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,8 +25,8 @@ from model.program.reading import UnreadableError, one_line, parse_yaml, read_js
 
 MANIFEST = "manifest.json"
 FORMAT = "metronome.manifest/1"
-LOCATION_FIELDS = ("name", "runs", "tracking")
-"""Fields of a recipe that say where a run is stored and reported. They affect no result, so no digest covers them."""
+LOCATION_FIELDS = ("name", "runs", "tracking", "hub")
+"""Fields of a recipe that say where a run is stored, reported, sent. They change no result; no digest covers them."""
 _SERIES = re.compile(r"(step_|checkpoint-)(\d+)")
 """Matches the names of a run's successive checkpoints: step_000004, checkpoint-4."""
 

@@ -2,6 +2,7 @@
 
 - ``text``: decoding beside transformers' (`rollout.bench.text`);
 - ``turns``, ``serving``, ``real_time``: streaming sessions (`rollout.bench.serving`);
+- ``vision``: the vision tower beside transformers' (`rollout.bench.vision`);
 - ``overhead``: overhead of a micro-turn beside computing, and growth of memory (`rollout.bench.overhead`);
 - ``sharing``: a group's rollouts as forks of one session (`rollout.bench.sharing`), by the policy of ``--checkpoint``;
 - ``workers``: rollouts in worker processes (`rollout.bench.workers`), with the same policy;
@@ -42,12 +43,17 @@ from rollout.bench.overhead import measure_growth, measure_overhead
 from rollout.bench.serving import holds_real_time, measure_real_time, measure_shapes, measure_turns
 from rollout.bench.sharing import measure_sharing
 from rollout.bench.text import measure_text
+from rollout.bench.vision import measure_vision
 from rollout.bench.workers import measure_workers
 from rollout.engines.vllm import process
 
 
 def text(given: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(r) | {"times": r.times} for r in measure_text(given.rounds)]
+
+
+def vision(given: argparse.Namespace) -> list[dict[str, Any]]:
+    return [asdict(r) | {"times": r.times} for r in measure_vision(20 * given.rounds)]
 
 
 def turns(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -102,6 +108,7 @@ def policy(given: argparse.Namespace) -> InteractionModel:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "text": text,
+    "vision": vision,
     "turns": turns,
     "overhead": overhead,
     "serving": serving,

@@ -20,6 +20,7 @@ from typing import Any
 from rollout.bench.crowd import Crowd, embedded, tiny_model
 from rollout.bench.timing import Stopwatch
 from rollout.engines.embedded import SessionEngine
+from rollout.record.growing import Growing
 
 WARM_TICKS = 20
 SETTLED_TICKS = 100  # micro-turns until caches and free lists of Python and malloc have reached their size
@@ -109,8 +110,9 @@ def growth(engine: SessionEngine, chunks: int) -> Growth:
     def run(count: int) -> tuple[int, int]:
         for _ in range(count):
             crowd.tick()
-            for record in (session.codes, session.actions, session.sampled, session.logprob, session.digest):
+            for record in (session.actions, session.sampled, session.logprob, session.digest):
                 record.clear()
+            session.sound = Growing()
         gc.collect()
         return heap_bytes(), sys.getallocatedblocks()
 

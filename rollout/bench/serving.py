@@ -89,7 +89,7 @@ def measure_turns(rounds: int) -> list[TurnSpeed]:
     for length_s in SESSION_S:
         while session.chunks < length_s * CHUNKS_PER_SECOND:
             crowd.tick()
-        taken = [(crowd.tick(), resend_s(model, session.tokens, session.codes)) for _ in range(rounds)]
+        taken = [(crowd.tick(), resend_s(model, session.tokens, session.codes.flatten(0, 1))) for _ in range(rounds)]
         results.append(TurnSpeed(length_s, *(1000 * statistics.median(column) for column in zip(*taken, strict=True))))
         last = results[-1]
         print(f"{length_s:3d} s in: micro-turn {last.session_ms:6.2f} ms, the prefix again {last.resend_ms:7.1f} ms")
@@ -97,13 +97,13 @@ def measure_turns(rounds: int) -> list[TurnSpeed]:
 
 
 @torch.inference_mode()
-def resend_s(model: InteractionModel, tokens: list[int], codes: list[Tensor]) -> float:
+def resend_s(model: InteractionModel, tokens: list[int], codes: Tensor) -> float:
     """Seconds to the logits after the whole sequence, computed from nothing."""
 
     def whole() -> Tensor:
         segments = Segments.build([0], [0], [len(tokens)])
         dark = Patches.none(model.senses.patch)
-        inputs = Inputs.of(torch.tensor(tokens), torch.cat(codes), dark, segments, model.senses)
+        inputs = Inputs.of(torch.tensor(tokens), codes, dark, segments, model.senses)
         return model.logits(model(inputs)[-1:])
 
     return seconds(whole)

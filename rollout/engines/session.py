@@ -3,6 +3,7 @@ the same one."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from kernels import dispatch
 from model.backbone.state import ContextFull
+from model.config import MEL_CHANNELS
 from model.program.ranges import TEMPERATURE
 from model.senses.audio import HOP, WINDOW
-from model.senses.video import Frames
+from model.senses.video import CHANNELS, NO_VIDEO, Frames
 from rollout.record.episode import TEXT, Episode, Stream
-from rollout.turn.action import Action
+from rollout.record.growing import Growing
+from rollout.turn.action import CHUNK_FRAMES, Action
 from rollout.turn.grammar import Grammar
 from rollout.turn.observation import Observation, check_observation
 
@@ -34,11 +37,12 @@ class Session:
     last_samples: Tensor  # fp32 [800], end of the audio so far: the next chunk's first dMel window begins with it
     computed: int = 0  # tokens whose rows were computed
     chunks: int = 0  # micro-turns that have ended
-    codes: list[Tensor] = field(default_factory=list)  # uint8 [CHUNK_FRAMES, 80] a chunk
-    frames: list[Tensor] = field(default_factory=list)  # uint8 [F, H, W, 3] a chunk
-    events: list[tuple[str, ...]] = field(default_factory=list)  # those of a chunk
+    heard: int = 0  # chunks that were observed
+    sound: Growing = field(default_factory=Growing)  # dMel codes, CHUNK_FRAMES * 80 a chunk
+    pixels: Growing = field(default_factory=Growing)  # of all frames
+    shown: list[tuple[int, int, int, int]] = field(default_factory=list)  # as `Frames.sizes`
+    events: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  # (chunk, its texts) where there are some
     contexts: list[int] = field(default_factory=lambda: [0])  # index of the first token of each context
-    summaries: list[tuple[int, int]] = field(default_factory=list)  # (chunk that it precedes, its sampled tokens)
     actions: list[Action] = field(default_factory=list)  # one a chunk
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
     logprob: list[float] = field(default_factory=list)
@@ -54,7 +58,7 @@ class Session:
     def forked(self, slot: int, key: int) -> Session:
         """A copy of the record so far with its own slot and sampling key."""
         lists: dict[str, Any] = {f.name: list(v) for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
-        return replace(self, slot=slot, key=key, **lists)
+        return replace(self, slot=slot, key=key, sound=self.sound.copy(), pixels=self.pixels.copy(), **lists)
 
     def record_token(self, token: int, row_class: int, logprob: float, digest: int) -> None:
         """Adds one sampled token: its class (`model.logprob`), log-prob in nats and digest of the log-prob row."""
@@ -67,12 +71,33 @@ class Session:
         """Adds one chunk's observed rows: dMel ``codes`` uint8 [CHUNK_FRAMES, 80] of its audio, and its video and
         events; ``last_samples`` fp32 [800] is the end of its audio. Frames are copied: a client may use its memory
         again."""
-        frames = observation.frames
+        frames, k = observation.frames, self.heard
         self.last_samples = last_samples
-        self.codes.append(codes)
-        self.frames.append(frames.clone() if len(frames) else frames)
-        self.events.append(observation.events)
+        self.sound.append(codes)
+        if len(frames):
+            self.pixels.append(frames)
+            self.shown.append((k, *frames.shape[:3]))
+        if observation.events:
+            self.events.append((k, observation.events))
+        self.heard += 1
         self.tokens += grammar.observed(frames, observation.events)
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [chunks that were observed, CHUNK_FRAMES, 80]; a copy."""
+        return self.codes_since(0)
+
+    def codes_since(self, chunk: int) -> Tensor:
+        """`codes` of the chunks from ``chunk`` on."""
+        count = (self.heard - chunk) * CHUNK_FRAMES * MEL_CHANNELS
+        return self.sound.tail(count).view(-1, CHUNK_FRAMES, MEL_CHANNELS)
+
+    def frames_since(self, chunk: int) -> list[tuple[int, Tensor]]:
+        """(chunk, its frames uint8 [F, H, W, 3]) of each chunk with video from ``chunk`` on; copies."""
+        first = bisect_left(self.shown, (chunk, 0, 0, 0))
+        sizes = [n * height * width * CHANNELS for _, n, height, width in self.shown[first:]]
+        parts = self.pixels.tail(sum(sizes)).split(sizes) if sizes else ()
+        return [(k, part.view(*shape, CHANNELS)) for (k, *shape), part in zip(self.shown[first:], parts, strict=True)]
 
     @property
     def rows(self) -> int:
@@ -88,7 +113,6 @@ class Session:
         """Ends the present context, whose summary was ``sampled`` last, and begins the next."""
         if sampled[-1] != grammar.vocabulary.end:
             self.tokens.append(grammar.vocabulary.end)
-        self.summaries.append((self.chunks, len(sampled)))
         self.contexts.append(len(self.tokens))
         self.computed = len(self.tokens)
         self.tokens += grammar.begin_context(sampled)
@@ -101,7 +125,7 @@ class Session:
 
     def episode(self, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
         """The record so far as an `Episode`. Raises ValueError if an error interrupted a micro-turn."""
-        if len(self.codes) > self.chunks:
+        if self.heard > self.chunks:
             raise ValueError(f"the session was closed by an error inside chunk {self.chunks}; it is no whole episode")
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
         text = Stream(
@@ -121,9 +145,9 @@ class Session:
             facts=facts,
             actions=tuple(self.actions),
             tokens=torch.tensor(self.tokens),
-            codes=torch.cat(self.codes),
-            frames=Frames.of(self.frames),
-            events={k: texts for k, texts in enumerate(self.events) if texts},
+            codes=self.codes.flatten(0, 1),
+            frames=Frames(self.pixels.all(), torch.tensor(self.shown)) if self.shown else NO_VIDEO,
+            events=dict(self.events),
             contexts=torch.tensor(self.contexts),
             streams={TEXT: text},
         )

@@ -10,7 +10,6 @@ stays, and blinks from then on. Scenarios of the split held_out have other shape
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
@@ -95,8 +94,13 @@ class LookoutFacts:
     distractions: tuple[Distraction, ...]
 
     def to_json(self) -> dict[str, Any]:
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists for tuples, as when it is read back
-        return {"family": FAMILY, **plain}
+        return {
+            "family": FAMILY,
+            "chunks": self.chunks,
+            "places": list(self.places),
+            "shapes": [asdict(shape) for shape in self.shapes],
+            "distractions": [asdict(one) for one in self.distractions],
+        }
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> LookoutFacts:

@@ -88,6 +88,6 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that the model reads; a word that the tokenizer does not have becomes the unknown
-        one."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        one. Control tokens are none of them, whatever the text says: it may be a stranger's."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids

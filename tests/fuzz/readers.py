@@ -32,6 +32,7 @@ from rl.audit.report import audit
 from rl.config import OptimConfig
 from rl.folder import Note, RunFolder, notes
 from rl.learner.deepspeed import Learner
+from rl.push import final_card
 from rl.resume import load_progress
 from rl.tracking import tracker
 from rl.train import parse
@@ -156,6 +157,13 @@ def compared(folder: Path) -> None:
 
 def reopened(folder: Path) -> None:
     RunFolder.reopen(folder, "a").keep_before(2)
+
+
+def a_finished_run(folder: Path) -> None:
+    a_run(folder)
+    at = folder / "a/checkpoints/step_000003"
+    at.mkdir(parents=True)
+    progress(at)
 
 
 def progress(folder: Path) -> None:
@@ -290,6 +298,9 @@ READERS = {
     ),
     "end of a reward training": Reader(
         ("reward.learned.resuming",), a_training, resuming.SUMMARY, "json", resuming.finished
+    ),
+    "a card's summary": Reader(
+        ("rl.push",), a_finished_run, "a/summary.json", "json", lambda f: final_card(RunFolder.reopen(f, "a"), 3)
     ),
     "notes": Reader(("rl.folder",), some_notes, RESUMED, "lines", notes),
     "wav": Reader(

@@ -19,7 +19,7 @@ from tests.fuzz.readers import READERS, RECORDS, Make
 
 WRITTEN_ANEW = ("manifest", "reward model", "head", "gpu report", "origin of pairs")
 """Readers whose tries write a file themselves, or that find nothing to be a report."""
-MAY_BE_MISSING = ("index", "metrics", "families", "journal", "notes", "end of a reward training")
+MAY_BE_MISSING = ("a card's summary", "index", "metrics", "families", "journal", "notes", "end of a reward training")
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,11 @@ def _back(x: Any) -> Any:
 
 MOVES = ("upload", "deferred", "fetch")
 """Of `kernels.ops`, what moves tensors and errors and computes nothing: triton/test_deferred.py."""
-OPS = tuple(name for name, value in vars(_ops).items() if isfunction(value) and name not in MOVES)
+OPS = tuple(
+    name
+    for name, value in vars(_ops).items()
+    if isfunction(value) and value.__module__ == _ops.__name__ and name not in MOVES
+)
 COPIES = frozenset({"pack_linear", "pack_experts", "repack"})
 """Those that compute nothing."""
 ops = SimpleNamespace(**{name: there(getattr(_ops, name)) for name in OPS})

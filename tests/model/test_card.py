@@ -30,7 +30,7 @@ FACTS = Facts(
     recipe=RECIPE,
     loading="import model",
     with_transformers="import transformers",
-    scores=[Score("held out, after RL", 0.8125, 96), Score("held out, x|y", 0.5, None)],
+    scores=[Score("held out, after RL", 0.8125, 96, 0.05), Score("held out, x|y", 0.5, None)],
 )
 
 
@@ -45,8 +45,8 @@ def test_the_head_is_what_the_hub_reads(tmp_path: Path) -> None:
 
 def test_it_says_what_there_is() -> None:
     text = card(FACTS)
-    for said in ("# a run\n", "| weights digest | `0f0f", "| held out, after RL | 0.8125 | 96 |", r"x\|y | 0.5000 |  |",
-                 "import transformers", "import model", "seed: 7"):  # fmt: skip
+    for said in ("# a run\n", "| weights digest | `0f0f", "| held out, after RL | 0.8125 ± 0.0500 | 96 |",
+                 r"x\|y | 0.5000 |  |", "import transformers", "import model", "seed: 7"):  # fmt: skip
         assert said in text
     assert text == card(FACTS) and "With transformers" not in card(replace(FACTS, with_transformers=None))
 
@@ -66,17 +66,17 @@ def test_texts_cannot_leave_their_place() -> None:
 def test_the_scores_of_a_run(tmp_path: Path) -> None:
     recipe = parse(["--eval.scenarios", "10", "--eval.during", "4"])[2]
     folder = RunFolder.create(tmp_path, "r", recipe)
-    before = HeldOut({"": 0.25, "a": 0.5, "b": 0.0, "a_tight": 0.1, "greedy": 0.3, "watched": 0.2}, {})
-    assert [(s.name, s.value, s.scenarios) for s in facts(folder, 0, "0f", before).scores] == [
-        ("held out, after warm start", 0.25, 20), ("held out, after warm start, a", 0.5, 10),
-        ("held out, after warm start, b", 0.0, 10), ("held out, after warm start, greedy", 0.3, 20),
+    before = HeldOut({"": 0.25, "a": 0.5, "b": 0.0, "a_tight": 0.1, "greedy": 0.3, "watched": 0.2, "interval": 0.1}, {})
+    assert list(facts(folder, 0, "0f", "c0", before).scores) == [
+        Score("held out, after warm start", 0.25, 20, 0.1), Score("held out, after warm start, a", 0.5, 10),
+        Score("held out, after warm start, b", 0.0, 10), Score("held out, after warm start, greedy", 0.3, 20),
     ]  # fmt: skip
     folder.append_metrics({"step": 0, "eval/held_out": 0.75, "eval/held_out/a": 0.75})
     folder.append_metrics({"step": 1, "loss": 1.0})
-    later = [(s.name, s.scenarios) for s in facts(folder, 2, "0f", before).scores][4:]
+    later = [(s.name, s.scenarios) for s in facts(folder, 2, "0f", "c0", before).scores][4:]
     assert later == [("held out, after 1 steps", 4), ("held out, after 1 steps, a", 4)]
-    summary = {"eval/after": 1.0, "eval/after/a": 1.0, "eval/before": 0.1, "wall_s": 3.0}
-    last = [(s.name, s.value, s.scenarios) for s in facts(folder, 2, "0f", before, summary).scores][4:]
+    summary = {"eval/after": 1.0, "eval/after/a": 1.0, "eval/after/interval": 0.0, "eval/before": 0.1, "wall_s": 3.0}
+    last = [(s.name, s.value, s.scenarios) for s in facts(folder, 2, "0f", "c0", before, summary).scores][4:]
     assert last == [("held out, after RL", 1.0, 10), ("held out, after RL, a", 1.0, 10)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kernels.errors import MetronomeError
@@ -91,6 +91,26 @@ def test_made_once_for_a_model() -> None:
     model = fresh_model("nano")
     assert Vocabulary.of(model) is Vocabulary.of(model)
     assert Vocabulary.of(model) is not Vocabulary.of(fresh_model("nano"))
+
+
+def bytes_only() -> PreTrainedTokenizerFast:
+    """Of Inkling's kind: of bytes, so that it can write everything."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"extra_special_tokens": [f"<|{name}|>" for name in (*NAMES, "pad")]})
+    return fast
+
+
+@pytest.mark.parametrize("name", [*NAMES, "pad"])
+def test_a_text_cannot_hold_control_tokens(name: str) -> None:
+    """Texts of events may be a stranger's."""
+    text = f"four <|{name}|>"
+    for vocabulary in (Vocabulary.build(256), Vocabulary.build(300, bytes_only())):
+        control = vocabulary.ids[f"<|{name}|>"]
+        assert control not in vocabulary.encode(text) and len(vocabulary.encode(text)) > 1
+        assert control in vocabulary.tokenizer.encode(text, add_special_tokens=False), "the control: as others read it"
+        assert control not in vocabulary.encode(text), "whoever has read with it in between"
 
 
 def test_models_with_other_words_do_not_meet() -> None:
@@ -186,7 +206,7 @@ def test_a_worker_has_the_models(tmp_path: Path) -> None:
 def test_only_the_vocabulary_builds_vocabularies() -> None:
     """Everybody else takes the model's."""
     build = {n for n, tree in sources() for name, _ in calls(tree) if name.endswith("Vocabulary.build")}
-    assert build == {"rollout.turn.vocabulary", "reward.pairs"}, "reward.pairs: of a recipe without any policy"
+    assert build == {"rollout.turn.vocabulary", "reward.pairs", "rl.room"}, "of a recipe, before there is a model"
     shipped = {n for n, tree in sources() for name, _ in calls(tree) if name.endswith("tokenizer.load_tokenizer")}
     assert shipped == {"rollout.turn.vocabulary", "rl.audit.episodes"}, "rl.audit.episodes: of a run without any model"
 

@@ -134,6 +134,8 @@ OUTSIDE = [
     (TrainConfig, "scenarios.turn_taking.sound.gain_db", "[6, -8]", "ascending order"),
     (TrainConfig, "scenarios.turn_taking.patience", "3", "4 to 3,000"),
     (TrainConfig, "tracking.trackers", "[wandb, wandb]", "each once"),
+    (TrainConfig, "hub.repo", "a-model", "owner/name"),
+    (TrainConfig, "hub.timeout_s", "0", "1 to 86,400"),
     (TrainConfig, "source.watch.patience", "0", "1 to 1,000,000"),
     (TrainConfig, "name", "../escaped", "letters, digits"),
     (RewardTrainConfig, "name", "../escaped", "letters, digits"),

@@ -118,7 +118,7 @@ def test_events_carry_the_whole_reward() -> None:
 @pytest.fixture(scope="module", params=["train", "held_out"])
 def items(request: pytest.FixtureRequest) -> list[Scenario]:
     bank = SpeechBank.open()
-    return [CONFIG.scenario("lookout", request.param, seed, bank) for seed in range(60)]
+    return [CONFIG.scenario("lookout", request.param, seed, bank) for seed in range(30)]
 
 
 def test_the_expert_is_faultless(items: list[Scenario]) -> None:
@@ -163,7 +163,7 @@ def test_a_rule_that_pays_for_talk_is_found_out(items: list[Scenario]) -> None:
     generous = ScenarioConfig(
         CONFIG.families, {"lookout": replace(settings, reward=replace(settings.reward, spurious=0.5))}
     )
-    rows = hacks.assess(items[:20], generous, RewardSource(generous, "rules", []))
+    rows = hacks.assess(items[:15], generous, RewardSource(generous, "rules", []))
     assert any("speaks always" in line for line in hacks.winners(rows))
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.errors import MetronomeError
 from kernels.layout import Segments
+from model.context import ContextConfig
 from rollout.bench import __main__ as bench
-from rollout.bench import overhead, serving, text, workers
+from rollout.bench import hour, overhead, serving, text, workers
 from rollout.bench.crowd import Crowd, Served, embedded, served, tiny_model
+from rollout.bench.hour_result import SLOWER
+from rollout.bench.pictures import hour_picture
 from rollout.engines.embedded import SessionEngine
 from rollout.engines.session import Session
 from rollout.turn.action import Action
@@ -106,3 +112,24 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vllm_is_left_out_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.process, "unavailable_reason", lambda: "vLLM is not installed")
     assert bench.engines(argparse.Namespace(rounds=1)) == "left out: vLLM is not installed"
+
+
+def test_a_short_hour() -> None:
+    """A session of many times its windows; times are left out, which a busy machine decides in so short a run."""
+    result = hour.measure(200, ContextConfig("window", first=64, window=64))
+    steady = replace(result, end_ms=result.young_ms)
+    assert steady.problems() == [] and result.unequal == 0
+    assert result.rows > 6 * 128 and result.pages_freed > 10 and len(result.points) > 50
+    for change, said in (
+        ({"end_ms": 1.2 * result.young_ms}, "in a young session"),
+        ({"end_ms": math.nan}, "in a young session"),
+        ({"state_moved": True}, "allocated anew"),
+        ({"window": 0}, "pages, more than 3"),
+        ({"process_bytes_per_chunk": 1e6}, "beside the session's record"),
+        ({"unequal": 1}, "differ in the learner"),
+    ):
+        (problem,) = replace(steady, **change).problems()
+        assert said in problem
+    assert hour_picture(result, SLOWER).startswith(b"\x89PNG")
+    with pytest.raises(MetronomeError, match="--chunks 200: too few; the session's windows were full at 4160 rows"):
+        hour.main(["--chunks", "200"])

@@ -156,11 +156,10 @@ class VllmEngine:
             "temperature": session.temperature,
             "keep_hidden": self.keep_hidden,
         }
-        before = len(session.codes) - len(starts)
-        items = [codes_item(first, codes) for first, codes in zip(starts, session.codes[before:], strict=True)]
-        for first, frames in zip(starts, session.frames[before:], strict=True):
-            if len(frames):
-                items.append(patches_item(first + AUDIO_ROWS, Patches.cut(frames, self.grammar.patch)))
+        before = session.heard - len(starts)
+        items = [codes_item(first, codes) for first, codes in zip(starts, session.codes_since(before), strict=True)]
+        for k, frames in session.frames_since(before):
+            items.append(patches_item(starts[k - before] + AUDIO_ROWS, Patches.cut(frames, self.grammar.patch)))
         items.sort(key=lambda item: int(item.mm_position.offset))
         stop = list(self.grammar.stops)
         self.core.add(session.slot, tokens, items, turn, max_tokens=self.grammar.max_sampled, stop=stop)

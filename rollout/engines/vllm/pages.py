@@ -17,7 +17,9 @@ all pages that become full, then reads those of sequences that start at a page's
 windows at a page's end depend only on rows that the filling sequence computes in this step and, if these are fewer than
 three, on windows that it wrote into the same page in an earlier step.
 
-Not implemented: freeing pages that are behind all sliding windows. All layers share a page, and global layers need it.
+Not implemented: freeing pages that no layer attends to any more. All layers share a page, so this could be done only
+where global layers have a window too (`model.context`). The bits are the same; memory grows with a session up to its
+context.
 """
 
 from __future__ import annotations
