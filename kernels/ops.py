@@ -237,9 +237,10 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, factor = ctx.saved_tensors
-        every, dy = (x, grad) if ctx.rows is None else (ctx.rows.whole(x), ctx.rows.whole(grad))
-        total = dot(every.float().contiguous(), dy.float().contiguous())
-        return grad * factor, total.to(factor.dtype).view(factor.shape)
+        rows = ctx.rows
+        every, dy = (x, grad) if rows is None else (rows.whole(x), rows.whole(grad))
+        total = dot(every.float().contiguous(), dy.float().contiguous()).to(factor.dtype).view(factor.shape)
+        return grad * factor, total if rows is None else rows.made(total)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

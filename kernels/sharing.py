@@ -6,7 +6,9 @@ pass. What is divided is rows and columns, never a sum, so every bit is that of 
 - an op on single rows computes its own rows, forward and backward (the row contract);
 - a gradient of weights is a sum over rows, in the order of all rows. `kernels.rows.over_all_rows` gathers the rows'
   inputs and gradients and runs the very kernel of one process on them; of a matrix product each process computes a
-  slice of the output columns, of a norm every process computes all;
+  slice of the output columns, of a norm every process computes all. Each process has a part of the gradient
+  (`kernels.rows.Rows.made`), so that it is not sent here: who adds the parts up, as for processes with other rows, has
+  it;
 - a short convolution computes its own rows from the three inputs before them (`kernels.rows.Rows.before`); its backward
   runs on gathered rows on every process;
 - attention runs on gathered rows on every process, forward and backward, and its own rows are kept of the result and of
@@ -117,7 +119,8 @@ class _Sharing:
             return rows.whole(packed[1]) if packed[0] else packed[1]
 
         with torch.autograd.graph.saved_tensors_hooks(keep, give):
-            out = self._backend.attention(*whole, rel_proj, segments, scale, window, first, tau, None)
+            bias: Tensor = _Made.apply(rows, rel_proj)
+            out = self._backend.attention(*whole, bias, segments, scale, window, first, tau, None)
         mine: Tensor = _Own.apply(rows, out)
         return mine
 
@@ -178,7 +181,8 @@ class _Recomputed(torch.autograd.Function):
             y = ctx.whole(*inputs)
         found = iter(torch.autograd.grad(y, [one for one in inputs if one.requires_grad], rows.whole(grad)))
         dx, dweight = (next(found) if need else None for need in needed)
-        return None, None, None, None if dx is None else rows.own(dx), dweight
+        made = None if dweight is None else rows.made(dweight)
+        return None, None, None, None if dx is None else rows.own(dx), made
 
 
 class _Whole(torch.autograd.Function):
@@ -205,6 +209,19 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return None, ctx.rows.whole(grad)
+
+
+class _Made(torch.autograd.Function):
+    """Weights whose gradient every process computes."""
+
+    @staticmethod
+    def forward(ctx, rows, weight):  # type: ignore[no-untyped-def]
+        ctx.rows = rows
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return None, ctx.rows.made(grad)
 
 
 def gathered(rows: Rows, own: Tensor) -> Tensor:

@@ -21,22 +21,20 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "safete
 
 
 def environment() -> dict[str, Any]:
-    """The content of environment.json, as plain values. No result of the run depends on it."""
-    return (
-        computing()
-        | {
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "platform": platform.platform(),
-            "processor": _processor(),
-            **({"gpu": None} if dispatch.device().type == "cpu" else gpu.card()),
-            "cores": os.cpu_count(),
-            "processes": teams.count(),  # a team of them sums gradients as one does, and counts as one
-            "threads": torch.get_num_threads(),
-            "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
-            "git_commit": _git_commit(Path(__file__).resolve().parent.parent),
-        }
-    )
+    """The content of environment.json, as plain values. No result of the run depends on it. A team of processes counts
+    as one, because it sums gradients as one does."""
+    return computing() | {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        **({"gpu": None} if dispatch.device().type == "cpu" else gpu.card()),
+        "cores": os.cpu_count(),
+        "processes": teams.count(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
+        "git_commit": _git_commit(Path(__file__).resolve().parent.parent),
+    }
 
 
 def computing() -> dict[str, Any]:

@@ -6,6 +6,7 @@ processes hold together each team's part counts once. Without teams (of one memb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,15 +87,31 @@ def gather(value: Any) -> list[Any]:
     return ranks.gather(value)[:: size()]
 
 
+# ---- a `kernels.rows.Team`; bytes are sent, whatever their type ----
+
+
 def gather_rows(own: Tensor, counts: Sequence[int]) -> Tensor:
-    """A `kernels.rows.Gather` over the team. Bytes are sent, whatever their type, and padded to one length."""
-    most = max(counts)
-    if not most:
+    """See `kernels.rows.Team`. All members send equally many rows, the last ones of which some make up."""
+    most, total = max(counts), sum(counts)
+    if not total:
         return own
-    flat = own.reshape(own.shape[0], -1).view(torch.uint8)
-    padded = flat.new_zeros(most, flat.shape[1])
-    padded[: own.shape[0]] = flat
+    flat = own.reshape(own.shape[0], math.prod(own.shape[1:])).view(torch.uint8)
     received = flat.new_empty(len(counts) * most, flat.shape[1])
-    dist.all_gather_into_tensor(received, padded, group=_formed.group)
-    rows = torch.cat([received[i * most : i * most + n] for i, n in enumerate(counts)])
-    return rows.view(own.dtype).view(-1, *own.shape[1:])
+    if len(flat) < most:
+        flat = torch.cat((flat, flat.new_empty(most - len(flat), flat.shape[1])))
+    dist.all_gather_into_tensor(received, flat, group=_formed.group)
+    if sum(counts[:-1]) == most * (len(counts) - 1):  # what is made up lies at the end
+        rows = received[:total]
+    else:
+        rows = torch.cat([received[i * most : i * most + n] for i, n in enumerate(counts)])
+    return rows.view(own.dtype).view(total, *own.shape[1:])
+
+
+def swap_rows(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """See `kernels.rows.Team`."""
+    sent = torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
+    own, sizes = parts[member()], [part.numel() * part.element_size() for part in parts]
+    width = own.shape[1] * own.element_size()
+    received = sent.new_empty(sum(counts) * width)
+    dist.all_to_all_single(received, sent, [n * width for n in counts], sizes, group=_formed.group)
+    return received.view(own.dtype).view(sum(counts), own.shape[1])

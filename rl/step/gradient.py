@@ -26,7 +26,8 @@ class Gradient:
     """The gradient of minus the objective, and what the forward pass gave for this rank's N chosen tokens, on the
     CPU."""
 
-    parameters: tuple[Tensor, ...]  # fp32, one for each trained parameter, in the model's order, on its device
+    # fp32, one for each trained parameter, in the model's order, on its device; of a team, this member's part
+    parameters: tuple[Tensor, ...]
     logprob: Tensor  # fp32 [N]
     entropy: Tensor  # fp32 [N], nats
     digest: Tensor  # int64 [N] digest of the token's whole row of log-probs
@@ -44,8 +45,8 @@ def gradient_of(
 ) -> Gradient:
     """The gradient over a rank's episodes. ``weights[e]`` fp32 [N_e]: the weight of each chosen token of episode e (an
     advantage, or 1 for supervised learning), already divided by the number of tokens to average over; ``micro_batch``:
-    episodes in one forward pass. The members of a team share the rows of the same episodes (`rl.step.sequence`), and
-    each gets the whole result.
+    episodes in one forward pass. The members of a team share the rows of the same episodes (`rl.step.sequence`); what
+    the forward pass gave is whole on each, and the sum of the members' gradients is the gradient.
 
     Raises MetronomeError when a log-prob is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,11 +1,11 @@
 """The learner's forward pass where a team of processes shares out the rows of the same episodes.
 
 Each member embeds its slice of the packed rows, runs it through the layers (`kernels.sharing` says how attention,
-convolutions and gradients of weights see the other rows) and scores the chosen tokens whose rows it has. Results and
-gradients are whole on every member, with the bits of one process. So what is kept between forward and backward pass is
-divided, and so is the work, but for attention, which every member computes whole, and for the backward passes of
-embeddings, norms and convolutions. Between its members a team sends, for each layer, its rows' activations and their
-gradients some ten times.
+convolutions and gradients of weights see the other rows) and scores the chosen tokens whose rows it has. Their results
+are then whole on every member; the sum of the members' gradients is the gradient; all have the bits of one process. So
+what is kept between forward and backward pass is divided, and so is the work, but for attention, which every member
+computes whole, and for the backward passes of embeddings, norms and convolutions, which every member computes from all
+rows. What a team sends grows with the rows times the width, not with the weights.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def choice_logprobs(
     if teams.size() == 1:
         return alone.choice_logprobs(model, batch, classes, temperature)
     _check_same(batch)
-    rows = Rows.even(len(batch.inputs.tokens), teams.size(), teams.member(), teams.gather_rows)
+    rows = Rows.even(len(batch.inputs.tokens), teams.size(), teams.member(), teams)
     if 0 in rows.counts:
         raise MetronomeError(
             f"rl.sequence_parallel is {teams.size()}, but a forward pass has only {rows.bounds[-1]} rows: give less"
         )
-    chosen = Rows(_cuts(batch.row, rows.bounds), rows.rank, rows.gather)
+    chosen = Rows(_cuts(batch.row, rows.bounds), rows.rank, rows.team)
     row, target, row_class = (chosen.own(x) for x in (batch.row, batch.target, batch.row_class))
     with ops.deferred():
         placed = model.place(part(batch.inputs, rows.start, rows.end), None, row - rows.start, target, row_class)
@@ -98,4 +98,5 @@ class _Embedded(torch.autograd.Function):
         grad = ctx.rows.whole(grad)
         with torch.enable_grad():
             x = ctx.model.embed(ctx.model.place(ctx.inputs, None))
-        return None, None, None, None, *torch.autograd.grad(x, ctx.weights, grad, allow_unused=True)
+        found = torch.autograd.grad(x, ctx.weights, grad, allow_unused=True)
+        return None, None, None, None, *(None if one is None else ctx.rows.made(one) for one in found)

@@ -26,9 +26,9 @@ def over_micro_batches(total: list[Tensor] | None, part: Sequence[Tensor]) -> li
 
 
 def over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, added in rank order: [n] -> [n], the same bits on every rank. Of a team, whose
-    members hold the same tensor, the first one's counts: the others add the number that changes no other."""
-    return ranks.sum_in_order(torch.full_like(tensor, -0.0) if teams.member() else tensor)
+    """The sum of the ranks' tensors, added in rank order: [n] -> [n], the same bits on every rank. Of a
+    team, whose members hold parts (`kernels.rows.Rows.made`), it is as if one rank had given their sum."""
+    return ranks.sum_in_order(tensor)
 
 
 def mean(values: Iterable[float]) -> float:

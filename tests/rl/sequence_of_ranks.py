@@ -1,35 +1,42 @@
-"""Takes learner steps on the same episodes by any number of processes in teams, and saves what it got; run by
-`test_sequence`.
+"""What several processes in teams do for `test_sequence`:
 
-    accelerate launch … -m tests.rl.sequence_of_ranks FOLDER SEQUENCE_PARALLEL [halo | sums]
+    python -m tests.rl.sequence_of_ranks PROCESSES steps FOLDER SIZE[:MISTAKE] …
+    python -m tests.rl.sequence_of_ranks PROCESSES run RUNS NAME SIZE
+    python -m tests.rl.sequence_of_ranks PROCESSES measure
 
-``halo`` gives convolutions the rows before a slice in another order, ``sums`` adds the members' own gradients of
-weights: the mistakes that the test must see. Each case is a dtype and a context policy. Rank r writes FOLDER/<case>.r.
+``steps``: learner steps by teams of each SIZE, in each of `CASES`; with a mistake (`tests.support.wrong_sharing`) only
+in the first. Rank r writes FOLDER/SIZE:MISTAKE.CASE.r. ``run``: a whole run. ``measure``: prints what
+`rl.study.sequence` finds.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import kernels.rows
-from kernels.rows import Rows
 from model.backbone.transformer import InteractionModel
 from model.config import preset
 from model.context import ContextConfig, give
 from model.program import ranks, teams
+from model.program.startup import import_deepspeed
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig
 from rl.learner.deepspeed import Learner
+from rl.step import tree
 from rl.step.gradient import gradient_of
+from rl.study.sequence import measured
 from rollout.record.transcript import Transcript, from_observations
 from rollout.turn.action import LISTEN, speak
 from rollout.turn.grammar import Grammar
+from tests.rl.resuming import go
+from tests.support.forks import forked
 from tests.support.models import VOCABULARY, conversation
 from tests.support.sessions import everything
+from tests.support.wrong_sharing import mistaken
 
 CASES = {
     "float32": ("tiny", ContextConfig()),
@@ -51,6 +58,11 @@ def weights(of: list[Transcript]) -> list[Tensor]:
     return [torch.randn(len(t.text.chunk), generator=generator) / 100 for t in of]
 
 
+def whole(gradient: Tensor) -> Tensor:
+    """What all processes' parts add up to."""
+    return tree.over_ranks(gradient.flatten()).view(gradient.shape)
+
+
 def steps(case: str) -> dict[str, list[Tensor] | str]:
     """What the passes and steps of this process's team gave."""
     name, context = CASES[case]
@@ -63,38 +75,35 @@ def steps(case: str) -> dict[str, list[Tensor] | str]:
     some, mine = every[own.start : own.stop], weights(every)[own.start : own.stop]
     for _ in range(STEPS):
         gradient = gradient_of(model, some, mine, VOCABULARY.classes, 1.0, MICRO_BATCH)
-        tensors += [gradient.logprob, gradient.entropy, gradient.digest, *gradient.parameters]
+        tensors += [gradient.logprob, gradient.entropy, gradient.digest, *(whole(g) for g in gradient.parameters)]
         tensors.append(torch.tensor(learner.step(gradient)))
     return {"tensors": [x.clone() for x in tensors], "digest": weights_digest(model)}
 
 
-def mistake(kind: str) -> None:
-    if kind == "halo":
-        honest = Rows.before
-        Rows.before = lambda self, own, most: honest(self, own, most).roll(1, 0)  # type: ignore[method-assign]
-    if kind == "sums":
+def all_steps(folder: Path, *wanted: str) -> None:
+    for one in wanted:
+        size, _, mistake = one.partition(":")
+        teams.form(int(size))
+        for case in list(CASES)[:1] if mistake else CASES:
+            with mistaken(mistake):
+                torch.save(steps(case), folder / f"{one}.{case}.{ranks.rank()}")
 
-        def added(rows, gradient, grad, *inputs):  # type: ignore[no-untyped-def]
-            part = gradient(grad, *inputs)
-            if rows is None:
-                return part
-            first, *rest = rows.gather(part[None].contiguous(), [1] * len(rows.counts))
-            return sum(rest, first)
 
-        for module in list(sys.modules.values()):
-            if getattr(module, "over_all_rows", None) is kernels.rows.over_all_rows and module is not kernels.rows:
-                module.over_all_rows = added  # type: ignore[attr-defined]
+def measure() -> None:
+    for size, rows, one in measured("tiny", 4096, 1):
+        if ranks.rank() == 0:
+            print(f"measured {size} {rows} {one.kept_bytes}")
 
 
 def main() -> None:
-    folder, size = Path(sys.argv[1]), int(sys.argv[2])
-    mistake("".join(sys.argv[3:]))
-    ranks.join()
-    torch.set_num_threads(1)
-    teams.form(size)
-    for case in CASES:
-        torch.save(steps(case), folder / f"{case}.{ranks.rank()}")
-    ranks.leave()
+    processes, what, *more = sys.argv[1:]
+    work: dict[str, Callable[[], object]] = {
+        "steps": lambda: all_steps(Path(more[0]), *more[1:]),
+        "run": lambda: go(Path(more[0]), more[1], resume=False, rl__sequence_parallel=more[2]),
+        "measure": measure,
+    }
+    import_deepspeed()  # before there are processes that each would
+    forked(int(processes), work[what])
 
 
 if __name__ == "__main__":
