@@ -106,6 +106,7 @@ def test_pinned_wheels_are_what_the_project_needs_beside_the_machines_own_packag
         "tokenizers",
         "scipy",
         "matplotlib",
+        "pillow",  # which matplotlib needs
     }
     optional = {"trl", "datasets", "wandb"}  # for training reward models by TRL, and for tracking
     names = {re.match(r"[a-z]+", line)[0] for line in needed}  # type: ignore[index]
