@@ -51,6 +51,21 @@ def test_short_recipe_ends_with_one_digest(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_teams_end_with_that_digest(tmp_path: Path) -> None:
+    """Four learners, of which two at a time share the rows of the same episodes."""
+    golden = json.loads(SHORT.read_text())
+    recipe = tmp_path / "short.json"
+    recipe.write_text(json.dumps(golden["recipe"]))
+    command = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    command += ["--num_processes", "4", "-m", "rl.train", "--config", str(recipe), "--rl.sequence_parallel", "2"]
+    done = run([*command, "--name", "short", "--runs", str(tmp_path)], {})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "short/summary.json").read_text())
+    assert (summary["processes"], summary["weights_digest"]) == (2, golden["weights_digest"])
+    assert summary["mismatch/num_tokens"] == golden["tokens"] and summary["mismatch/num_unequal"] == 0
+
+
+@pytest.mark.slow
 def test_the_algorithm_on_one_page_ends_with_that_digest(tmp_path: Path) -> None:
     golden = json.loads(SHORT.read_text())
     recipe = tmp_path / "short.json"
