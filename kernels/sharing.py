@@ -55,7 +55,7 @@ class _Sharing:
 
     def __init__(self, backend: Backend, rows: Rows) -> None:
         self._backend, self._rows = backend, rows
-        self._near: dict[int, Segments] = {}  # by id of the segments of all rows
+        self._near: tuple[Segments, Segments] | None = None  # of all rows, and of this process's
         self.NAME, self.DEVICE = backend.NAME, backend.DEVICE
         self.contract, self.instruction_set = backend.contract, backend.instruction_set
         self.upload, self.deferred, self.fetch = backend.upload, backend.deferred, backend.fetch
@@ -83,9 +83,10 @@ class _Sharing:
         want of theirs, is dropped."""
         rows = self._rows
         halo = rows.before(x, CONV_TAPS - 1)
-        near = self._near.get(id(segments))
+        near = self._near[1] if self._near is not None and self._near[0] is segments else None
         if near is None:
-            near = self._near[id(segments)] = _part(segments, rows.start - halo.shape[0], rows.end)
+            near = _part(segments, rows.start - halo.shape[0], rows.end)
+            self._near = segments, near
         return self._backend.short_conv(torch.cat((halo, x)), weight, near, None, None)[halo.shape[0] :]
 
     def attention(

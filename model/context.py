@@ -7,9 +7,10 @@ session of any length has bounded memory and cost. What is dropped is gone for g
 `summary`: before the tokens of a session reach ``budget`` the model is asked, in text, for a summary; the session then
 goes on as a new sequence that begins with what it wrote (`rollout.turn.summary`).
 
-The policy is a property of the model, kept in its ``config.json``, not of whoever runs it: sampler, learner, audit and
-reward models read one config and compute one function. It changes no weight, so any checkpoint can be given another
-policy for a new run; within a run it stays.
+A window is a property of the model, kept in its ``config.json``, not of whoever runs it: sampler, learner, audit and
+reward models read one config and compute one function. A summary changes nothing that the model computes, only where
+its sequences begin: its rule is the recipe's alone, and an episode says where its contexts begin. Neither changes a
+weight, so any checkpoint can be given another policy for a new run; within a run it stays.
 """
 
 from __future__ import annotations

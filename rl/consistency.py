@@ -3,7 +3,8 @@
 - `check_recipe`: all of it, before anything is written.
 - `check_contracts`: all processes compute the same bits.
 - `check_read`: each setting that is given is read.
-- `check_shares`: every process has its share of scenarios, none comes twice, and there is a policy to learn from.
+- `check_shares`: every process, or team of processes, has its share of scenarios, none comes twice, and there is a
+  policy to learn from.
 
 Given is what differs from the default. Not meant by `check_read` are settings of a phase that has no steps, which wait
 for its steps, and ``model.preset`` beside a checkpoint, which replaces it as the recipe says.
@@ -124,6 +125,11 @@ def _value(config: TrainConfig, name: str) -> Any:
     return reduce(getattr, name.split("."), config)
 
 
+def _sharers() -> str:
+    """Who shares out scenarios: processes, or teams of them (`model.program.teams`)."""
+    return f"{teams.count()} " + ("processes" if teams.size() == 1 else f"teams of {teams.size()} processes")
+
+
 def check_shares(config: TrainConfig) -> None:
     """Raises MetronomeError for a setting that does not fit the others: a process would have nothing to do, scenarios
     would come twice, an axis is not rewarded, or the policy would not be sampled from."""
@@ -134,7 +140,7 @@ def check_shares(config: TrainConfig) -> None:
         )
     for name, count in (("rl.groups", config.rl.groups), ("warmstart.episodes", config.warmstart.episodes)):
         if count < teams.count():
-            raise MetronomeError(f"{name} is {count}, but {teams.count()} processes share them: give at least one each")
+            raise MetronomeError(f"{name} is {count}, but {_sharers()} share them: give at least one each")
     for name, steps, each, seeds in (
         ("rl.steps", config.rl.steps, config.rl.groups, FIRST_DEMONSTRATION_SEED),
         ("warmstart.steps", config.warmstart.steps, config.warmstart.episodes, SEEDS_PER_RUN),

@@ -89,7 +89,11 @@ class Sender:
         of_run = ["--run", str(self._run.resolve()), "--step", str(step)]
         command = [sys.executable, *self._program, *of_run, "--repo", self._config.repo, *limit]
         kept = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
-        said = tempfile.TemporaryFile()  # noqa: SIM115, closed in `_report`
+        try:
+            said = tempfile.TemporaryFile()  # noqa: SIM115, closed in `_report`
+        except OSError as error:  # as where the folder for temporary files is full
+            self._failed(step, str(error))
+            return
         try:
             process = subprocess.Popen(command, env=kept, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         except OSError as error:

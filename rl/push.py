@@ -87,7 +87,7 @@ def push(run: Path, repo: str, step: int | None = None, private: bool = True) ->
         commit = api.create_commit(repo, operations, commit_message=f"{name}, by Metronome")
     # Broad on purpose: what the library raises for a hub that fails is open-ended.
     except Exception as error:
-        raise MetronomeError(f"{repo}: {_reason(error)}. {AGAIN}") from error
+        raise MetronomeError(f"{repo}: {_reason(error)}. {AGAIN}") from None  # whose text may hold the token
     return f"{name} is at {commit.commit_url}"
 
 
@@ -133,9 +133,9 @@ def _reason(error: Exception) -> str:
         text = f"the hub at {constants.ENDPOINT} answers {status} ({said}){remedy}"
     else:
         text = f"the hub at {constants.ENDPOINT} cannot be used ({type(error).__name__}: {error})"
-    text = one_line(" ".join(text.split()))[:500]
-    token = get_token()
-    return text.replace(token, "***") if token else text
+    if token := get_token():
+        text = text.replace(token, "***")  # before it is cut, which could leave a part of it
+    return one_line(" ".join(text.split()))[:500]
 
 
 if __name__ == "__main__":

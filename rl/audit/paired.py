@@ -88,10 +88,11 @@ class PairedEpisodes:
         ]  # fmt: skip
         plain = ("seed", "temperature", "weights_digest", "facts")
         differs += [f for f in plain if not same_value(getattr(x, f), getattr(y, f))]
-        differs += [] if x.actions == y.actions else ["actions"]
+        differs += [f for f in ("actions", "events") if getattr(x, f) != getattr(y, f)]
         self.unequal += bool(differs)
         self._count(differs)
-        other_inputs = {"tokens", "codes"} | {f for f in tensors_x if f.endswith((".sampled_at", ".row_class"))}
+        other_inputs = {"tokens", "codes", "contexts", "frames.pixels", "frames.sizes", "events"}
+        other_inputs |= {f for f in tensors_x if f.endswith((".sampled_at", ".row_class"))}
         if other_inputs & set(differs) or x.streams.keys() != y.streams.keys():
             return  # nothing to count
         for stream, one in x.streams.items():

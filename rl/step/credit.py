@@ -35,7 +35,7 @@ Scales = Mapping[str, RunningScale]
 class Credit:
     """The weights of this team's tokens, and counts over all teams' groups."""
 
-    weights: list[Tensor]  # for each episode fp32 [N_e]: advantages divided by the number of tokens of all ranks
+    weights: list[Tensor]  # for each episode fp32 [N_e]: advantages divided by the number of tokens of all teams
     scales: dict[str, RunningScale]  # updated by this step
     groups: int  # counted once for each source and axis
     degenerate_groups: int  # those whose rollouts had equal returns, so that nothing is learned from them
@@ -63,7 +63,7 @@ def token_weights(
     config: RLConfig,
     scales: Scales,
 ) -> Credit:
-    """The advantage of every sampled token, divided by the number of tokens sampled by all ranks.
+    """The advantage of every sampled token, divided by the number of tokens sampled by all teams.
 
     ``episodes``: this team's, ``config.rollouts`` of each scenario one after another. ``acting`` [sources, episodes]:
     the rewards to learn from. ``log_ratio``: for each episode fp32 [N_e], as `rl.reference` gives it; empty without a

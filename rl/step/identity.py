@@ -185,8 +185,8 @@ class NotEqualError(MetronomeError):
 
 
 def check_identity(evidence: Evidence) -> Mismatch:
-    """The counts over all ranks' sampled tokens. Raises NotEqualError on every rank when a bit differs on any rank:
-    with the message of the first such rank, and with each rank's own evidence, so that evidence need not cross
+    """The counts over all sampled tokens, a team's once. Raises NotEqualError on every rank when a bit differs on any
+    rank: with the message of the first such rank, and with each rank's own evidence, so that evidence need not cross
     processes."""
     mismatch = evidence.mismatch()
     differs = bool(mismatch.num_unequal or mismatch.rows_unequal)

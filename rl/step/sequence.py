@@ -10,6 +10,7 @@ rows. What a team sends grows with the rows times the width, not with the weight
 
 from __future__ import annotations
 
+from dataclasses import fields
 from hashlib import blake2b
 
 import torch
@@ -24,6 +25,7 @@ from model.backbone.transformer import InteractionModel
 from model.inputs import Inputs
 from model.logprob import TokenClasses
 from model.program import teams
+from model.senses.video import Patches
 from rl.step import batch as alone
 from rl.step.batch import Batch
 
@@ -35,7 +37,7 @@ def choice_logprobs(
     backward pass is one of all members, too. Raises MetronomeError for fewer rows than members."""
     if teams.size() == 1:
         return alone.choice_logprobs(model, batch, classes, temperature)
-    _check_same(batch)
+    _check_same(batch, temperature)
     rows = Rows.even(len(batch.inputs.tokens), teams.size(), teams.member(), teams)
     if 0 in rows.counts:
         raise MetronomeError(
@@ -75,11 +77,17 @@ def _cuts(ascending: Tensor, bounds: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(torch.searchsorted(ascending, torch.tensor(bounds)).tolist())
 
 
-def _check_same(batch: Batch) -> None:
+def _check_same(batch: Batch, temperature: float) -> None:
     """Raises RuntimeError, on every member, unless all hold the same batch: their rows would be mixed up."""
-    digest = blake2b(digest_size=8)
-    for x in (batch.inputs.tokens, batch.inputs.codes, batch.inputs.segments.offset, batch.row, batch.target):
-        digest.update(x.numpy().tobytes())
+    inputs, digest = batch.inputs, blake2b(repr(temperature).encode(), digest_size=8)
+    read = (
+        inputs.tokens,
+        inputs.codes,
+        inputs.segments.offset,
+        *(getattr(inputs.patches, f.name) for f in fields(Patches)),
+    )
+    for x in (*read, batch.row, batch.target, batch.row_class):
+        digest.update(f"{tuple(x.shape)}".encode() + x.numpy().tobytes())
     held = teams.merged([digest.hexdigest()])
     if len(set(held)) > 1:
         raise RuntimeError(f"the members of a team hold different episodes: {held}; the run cannot go on")

@@ -103,7 +103,7 @@ class SessionEngine:
 
     @staticmethod
     def of(model: InteractionModel, recipe: SessionRecipe, slots: int) -> SessionEngine:
-        """An engine with the recipe's sizes and the shipped vocabulary, with room for ``slots`` sessions."""
+        """An engine with the recipe's sizes and the model's vocabulary, with room for ``slots`` sessions."""
         return SessionEngine(
             model,
             Vocabulary.of(model),

@@ -37,6 +37,7 @@ class Session:
     last_samples: Tensor  # fp32 [800], end of the audio so far: the next chunk's first dMel window begins with it
     computed: int = 0  # tokens whose rows were computed
     chunks: int = 0  # micro-turns that have ended
+    whole_tokens: int = 0  # tokens when the last of them ended
     heard: int = 0  # chunks that were observed
     sound: Growing = field(default_factory=Growing)  # dMel codes, CHUNK_FRAMES * 80 a chunk
     pixels: Growing = field(default_factory=Growing)  # of all frames
@@ -122,10 +123,14 @@ class Session:
         self.tokens += forced
         self.actions.append(action)
         self.chunks += 1
+        self.whole_tokens = len(self.tokens)
 
     def episode(self, *, scenario: str, rollout: int, seed: int, facts: dict[str, Any]) -> Episode:
-        """The record so far as an `Episode`. Raises ValueError if an error interrupted a micro-turn."""
-        if self.heard > self.chunks:
+        """The record so far as an `Episode`. Raises ValueError if there is no micro-turn yet, and if an error
+        interrupted one or the summary before it."""
+        if not self.chunks:
+            raise ValueError("the session has had no micro-turn yet; there is no episode")
+        if len(self.tokens) > self.whole_tokens:
             raise ValueError(f"the session was closed by an error inside chunk {self.chunks}; it is no whole episode")
         positions, row_class, chunk = (list(column) for column in zip(*self.sampled, strict=True))
         text = Stream(

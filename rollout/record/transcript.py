@@ -57,10 +57,10 @@ def write_transcript(
     events; ``summaries``: the sampled tokens of those that the grammar asks for, in order. By default a summary repeats
     the last words that were said, which is what a demonstration shows.
 
-    Raises ValueError when the numbers of chunks differ, an action has too many or unknown words, or a summary is
-    missing, too many, or none."""
-    if len(codes) != len(actions):
-        raise ValueError(f"transcript: {len(codes)} chunks of audio but {len(actions)} actions")
+    Raises ValueError when the numbers of chunks differ or are 0, an action has too many or unknown words, or a summary
+    is missing, too many, or none."""
+    if len(codes) != len(actions) or not actions:
+        raise ValueError(f"transcript: {len(codes)} chunks of audio and {len(actions)} actions; give one each, or more")
     shown = dict(frames.chunks())
     if beyond := [k for k in (*shown, *events) if k >= len(actions)]:
         raise ValueError(f"transcript: video or events in chunk {beyond[0]} of {len(actions)} chunks")

@@ -215,3 +215,19 @@ def test_a_process_that_cannot_start_ends_in_a_line(saved: Path, monkeypatch: py
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     Sender(HubConfig(REPO), saved, said.append).ended(2)
     assert "No such file" in said[0] and len(said) == 1
+
+
+def test_a_long_reason_holds_no_part_of_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for before in range(380, 500):
+        assert TOKEN[:8] not in push._reason(ValueError("y" * before + " " + TOKEN))
+
+
+def test_a_run_survives_a_missing_folder_for_temporary_files(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    said: list[str] = []
+    monkeypatch.setattr("rl.hub.tempfile.TemporaryFile", full)
+    Sender(HubConfig(REPO), saved, said.append).ended(2)
+    assert len(said) == 1 and "step 2 was not sent" in said[0] and "No space left" in said[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,25 @@ def test_slices_of_rows_together_are_the_inputs() -> None:
 
 
 def test_members_with_other_episodes_and_fewer_rows_than_members_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = fresh_model("nano"), collate(episodes()[:1], SENSES)
+    model, batch = fresh_model("nano"), collate(episodes()[1:2], SENSES)
     monkeypatch.setattr(teams, "size", lambda: 2)
     monkeypatch.setattr(teams, "merged", lambda own: [*own, "another digest"])
     with pytest.raises(RuntimeError, match="the members of a team hold different episodes"):
         choice_logprobs(model, batch, VOCABULARY.classes, 1.0)
+    held: list[str] = []
+    monkeypatch.setattr(teams, "merged", lambda own: held.extend(own) or [*own, "another digest"])
+    patches = batch.inputs.patches
+    brighter = replace(patches, pictures=patches.pictures.clone())
+    brighter.pictures[0, 0, 0, 0] ^= 1  # one level of one pixel
+    classes = batch.row_class.clone()
+    classes[-1] += 1
+    for one, temperature in (
+        (batch, 1.0), (batch, 0.5), (replace(batch, inputs=replace(batch.inputs, patches=brighter)), 1.0),
+        (replace(batch, row_class=classes), 1.0),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="the members of a team hold different episodes"):
+            choice_logprobs(model, one, VOCABULARY.classes, temperature)
+    assert len(set(held)) == 4
     monkeypatch.setattr(teams, "size", lambda: 10_000)
     monkeypatch.setattr(teams, "merged", lambda own: own * 2)  # the control: equal ones
     with pytest.raises(MetronomeError, match=r"^rl\.sequence_parallel is 10000, but a forward pass has only \d+ rows"):

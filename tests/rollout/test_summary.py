@@ -16,6 +16,7 @@ from rl.audit.replay.comparable import incomparable
 from rl.step.batch import choice_logprobs, collate
 from rl.step.identity import Evidence
 from rollout.engines.embedded import SessionEngine
+from rollout.engines.session import Session
 from rollout.record.episode import Episode, concatenate, pack_episodes, unpack_episodes
 from rollout.record.transcript import from_observations
 from rollout.seeds import session_key
@@ -100,6 +101,22 @@ def test_forks_share_what_they_summarise_alike(model: InteractionModel) -> None:
     assert "tokens" in unequal_fields(record(other), record(origin))
     found = evidence(model, [record(s) for s in (origin, other, late)])
     assert found.mismatch().num_unequal == found.mismatch().rows_unequal == 0
+
+
+def test_an_error_inside_a_summary_leaves_no_episode(model: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(model)
+    session = engine.open(3)
+    with pytest.raises(ValueError, match="no micro-turn yet"):
+        record(session)
+    fails = pytest.raises(ZeroDivisionError)
+    monkeypatch.setattr(Session, "end_summary", lambda *_: 1 // 0)
+    with fails:
+        for k in range(CHUNKS):
+            engine.append([session], [everything(k)])
+            record(session)  # the control
+    assert session.heard == session.chunks and session.closed
+    with pytest.raises(ValueError, match=f"closed by an error inside chunk {session.chunks}"):
+        record(session)
 
 
 def test_an_episode_comes_back_and_is_comparable(model: InteractionModel) -> None:

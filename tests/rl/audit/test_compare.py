@@ -13,16 +13,19 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 from kernels.errors import MetronomeError
+from model.senses.video import Frames
 from model.weights import manifest
 from rl.audit.command import main
 from rl.audit.compare import _fields, compare_runs
 from rl.audit.document import plain
+from rl.audit.paired import PairedEpisodes, Saved
 from rl.audit.schema import schema
 from rollout.record.episode import load_episodes, save_episodes
 from tests.rl.audit.runs import changed, first_file, flip, tamper
-from tests.support.episodes import with_text
+from tests.support.episodes import some_episode, with_text
 
 
 @pytest.fixture
@@ -320,3 +323,19 @@ def test_a_comparison_is_not_written_over_what_a_run_has(run: Path, other: Path,
     for place in ("audit/compare_run", "../audit"):
         main(["--compare", str(run), str(other), "--out", str(other / place)])
         assert (other / place / "report.json").is_file()
+
+
+def test_what_was_seen_and_read_is_compared_and_another_input_proves_nothing_about_bits() -> None:
+    seen = replace(some_episode(), frames=Frames(torch.zeros(3, dtype=torch.uint8), torch.tensor([[0, 1, 1, 1]])))
+    other_bits = with_text(seen, logprob=flip(seen.text.logprob, 0))
+    brighter = replace(seen.frames, pixels=torch.tensor([0, 1, 0], dtype=torch.uint8))
+    for one, fields, tokens in (
+        (seen, set(), len(seen.text.logprob)),
+        (other_bits, {"text.logprob"}, len(seen.text.logprob)),
+        (replace(other_bits, frames=brighter), {"text.logprob", "frames.pixels"}, 0),
+        (replace(other_bits, events={0: ("four",)}), {"text.logprob", "events"}, 0),
+    ):
+        pairs = PairedEpisodes()
+        pairs.add(Saved({"a": seen}, 0), Saved({"a": one}, 0), 0)
+        assert set(pairs.fields) == fields and pairs.unequal == bool(fields)
+        assert (pairs.tokens, pairs.tokens_unequal) == (tokens, int(bool(tokens and fields)))
