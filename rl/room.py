@@ -16,6 +16,7 @@ from model.context import check_same, give
 from model.program import ranks, teams
 from model.program.launched import local_world
 from model.program.memory import check_room
+from model.senses.video import grid
 from model.tokenizer import size
 from model.weights import checkpoint
 from rl.config import TrainConfig
@@ -47,6 +48,7 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
             )
     else:
         check_context("rollout.max_tokens", rollout.max_tokens, *longest)
+    check_pictures(config, shape.vision_config.patch_size)
     positions = shape.text_config.max_position_embeddings
     if rows > positions and most_keys(shape.text_config) is None:
         raise MetronomeError(
@@ -71,6 +73,21 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     batch = min(config.rl.micro_batch, slots * teams.size())
     needed += together * activation_bytes(shape, batch * fewest_rows(config) // teams.size(), dtype)
     check_room(needed, f"{purpose} and a forward pass of {batch} episodes", "lower rl.micro_batch", device)
+
+
+def check_pictures(config: TrainConfig, patch: int) -> None:
+    """Raises MetronomeError where frames that a family says it shows are cut into more patches, of ``patch`` x
+    ``patch`` pixels, than a micro-turn has room for."""
+    for name in config.scenarios.members:
+        frame: tuple[int, int] | None = getattr(config.scenarios.settings_of(name), "frame", None)
+        if frame is None:
+            continue
+        rows, columns = grid(*frame, patch)
+        if (needed := rows * columns) > config.rollout.max_patches:
+            raise MetronomeError(
+                f"rollout.max_patches is {config.rollout.max_patches}, but frames of {name}, {frame[0]} x {frame[1]} "
+                f"pixels, are cut into {needed} patches: give as many, or smaller frames"
+            )
 
 
 def fewest_rows(config: TrainConfig) -> int:

@@ -26,7 +26,8 @@ RESERVED_NAMES = ("families", "mean", "watched", "greedy", "interval")
 
 class Settings(Protocol):
     """A family's part of the recipe: a frozen dataclass in which every field has a default, and each number, list and
-    text a range in its type (`model.program.ranges`)."""
+    text a range in its type (`model.program.ranges`). Those of a family that shows video may have a property ``frame``,
+    (height, width) of its largest frame in pixels: then a recipe without room for it is refused before a run begins."""
 
     @property
     def chunks(self) -> int:

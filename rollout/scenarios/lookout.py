@@ -65,6 +65,11 @@ class LookoutConfig:
     sound: SoundConfig = field(default_factory=SoundConfig)
     mistakes: LookoutMistakes = field(default_factory=LookoutMistakes)
 
+    @property
+    def frame(self) -> tuple[int, int]:
+        """See `rollout.scenarios.family.Settings`."""
+        return self.looks.side, self.looks.side
+
 
 @dataclass(frozen=True)
 class Appearance:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from kernels.errors import MetronomeError
 from rl.run import Run
 from rl.train import parse
 from rollout.record.episode import load_episodes
-from rollout.turn.observation import MissingSenseError
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "configs/eyes.yaml")
 SHORT = ["--model.preset", "nano", "--warmstart.steps", "2", "--warmstart.episodes", "2", "--rl.steps", "2"]
@@ -39,8 +39,8 @@ def test_the_recipe_trains_and_its_bits_are_equal(tmp_path: Path) -> None:
     assert fainter["weights_digest"] != once["weights_digest"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("world")
-def test_a_recipe_without_room_for_its_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MissingSenseError, match=r"4 patches, .* room for 3 patches"):
+def test_a_recipe_without_room_for_its_pictures_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(MetronomeError, match=r"rollout.max_patches is 3, .* 4 patches"):
         summary(tmp_path, "blind", "--rollout.max_patches", "3")
+    assert not any(tmp_path.iterdir())

@@ -97,6 +97,18 @@ def test_a_window_bounds_memory_and_positions() -> None:
         room.check_fits(parse([*long, *small, *summarised, "--rollout.max_tokens", "4000"])[0])
 
 
+def test_a_recipe_without_room_for_its_pictures_is_refused() -> None:
+    eyes = ["--config", "eyes"]
+    for given, says in (
+        (["--rollout.max_patches", "3"], "rollout.max_patches is 3, but frames of lookout, 31 x 31 .* into 4 patches"),
+        (["--rollout.max_patches", "0"], "rollout.max_patches is 0"),
+        (["--scenarios.lookout.looks.side", "64"], "rollout.max_patches is 4, .* 64 x 64 .* into 20 patches"),
+    ):
+        with pytest.raises(MetronomeError, match=says):
+            room.check_fits(parse([*eyes, *given])[0])
+    room.check_fits(parse(eyes)[0])  # the control
+
+
 def test_a_run_goes_on_only_with_its_own_policy(tmp_path: Path) -> None:
     checkpoint.save(fresh_model(), tmp_path / "model")
     room.check_fits(parse([])[0], tmp_path / "model")
