@@ -37,7 +37,6 @@ class VisionSpeed:
         return self.transformers_ms / self.ours_ms
 
 
-@torch.inference_mode()
 def measure_vision(rounds: int) -> list[VisionSpeed]:
     """One for each of PRESETS."""
     frame = torch.randint(0, 256, (1, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -66,9 +65,10 @@ def _measure(name: Preset, frame: Tensor, rounds: int) -> VisionSpeed:
     patches = cut()
     pixels = normalised(patches.pictures, patches.inside)[patches.steps()].transpose(0, 1).contiguous()
     calls = (ours, cut, partial(theirs, pixels))
-    for call in calls:
-        call()
-    taken = [[1000 * seconds(call) for call in calls] for _ in range(rounds)]
+    with torch.inference_mode():
+        for call in calls:
+            call()
+        taken = [[1000 * seconds(call) for call in calls] for _ in range(rounds)]
     result = VisionSpeed(name, len(patches), *(statistics.median(column) for column in zip(*taken, strict=True)))
     print(
         f"{name}: a frame of {SIDE} x {SIDE} pixels, {result.patches} patches: {result.ours_ms:.2f} ms, of which "
