@@ -87,7 +87,7 @@ def unequal(a: list[Session], b: list[Session]) -> int:
     for x, y in zip(a, b, strict=True):
         equal = all(getattr(x, name) == getattr(y, name) for name in names)
         hidden = len(x.hidden) == len(y.hidden) and all(map(torch.equal, x.hidden, y.hidden))
-        differs += not (equal and hidden and torch.equal(torch.cat(x.codes), torch.cat(y.codes)))
+        differs += not (equal and hidden and torch.equal(x.codes, y.codes))
     return differs
 
 
