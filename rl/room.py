@@ -27,9 +27,10 @@ from rollout.turn.vocabulary import Vocabulary
 
 
 def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
-    """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, for a model that is to
-    go on and remembers otherwise than the recipe says, and for a model, sessions or a learner's forward pass beyond
-    what this machine's memory, or its GPU's, has left. ``resumed``: as in `rl.run.build_model`."""
+    """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, pictures that a
+    micro-turn cannot, a model that is to go on and remembers otherwise than the recipe says, and for a model, sessions
+    or a learner's forward pass beyond what this machine's memory, or its GPU's, has left. ``resumed``: as in
+    `rl.run.build_model`."""
     rollout, path = config.rollout, config.model.checkpoint
     if resumed is not None:
         check_same(checkpoint.config_of(resumed), rollout.context, str(resumed))

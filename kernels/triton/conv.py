@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.checks.sequences import check_short_conv, no_gradient_with_state, no_such_state
 from kernels.layout import CONV_TAPS, Segments
-from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, row_stride, run
+from kernels.triton.launch import SHORT, CompileSpec, aligned, check_place, map_grid, row_stride, run
 from kernels.triton.tables import Host, tables_of
 from kernels.triton.tiles import MAP_TILE, ROWS_TILE
 
@@ -127,7 +127,7 @@ def _forward(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None
     held = y if state is None else state  # the pointer is not read without state, nor the next without addend
     other = y if addend is None else aligned(addend)
     run(
-        conv_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), x.device, MAP_TILE,
+        conv_kernel, map_grid(rows, width), x.device, MAP_TILE,
         x, weight, held, at.segment, at.slot, at.start, at.offset, other, y, rows, width, row_stride(x),
         row_stride(other) if addend is not None else 0,
         STATE=state is not None, ADD=addend is not None, TAPS=CONV_TAPS, M=MAP_TILE.m, N=MAP_TILE.n,
@@ -161,7 +161,7 @@ class _ShortConv(torch.autograd.Function):
         segment, (rows, width) = at.segment, x.shape
         dx, dweight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
         run(
-            conv_backward_kernel, (triton.cdiv(rows, MAP_TILE.m), triton.cdiv(width, MAP_TILE.n)), x.device, MAP_TILE,
+            conv_backward_kernel, map_grid(rows, width), x.device, MAP_TILE,
             grad, weight, segment, at.offset, dx, rows, width, row_stride(grad),
             TAPS=CONV_TAPS, M=MAP_TILE.m, N=MAP_TILE.n,
         )  # fmt: skip

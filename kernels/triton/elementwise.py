@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks.rows import check_moe_combine, check_swiglu
-from kernels.triton.launch import CompileSpec, aligned, check_place, plain, row_stride, run
+from kernels.triton.launch import CompileSpec, aligned, check_place, map_grid, plain, row_stride, run
 from kernels.triton.tiles import MAP_TILE, norm_tile
 
 
@@ -72,10 +72,6 @@ def combine_backward_kernel(
     tl.store(dweight + row, tl.sum(partial, axis=1), live)
 
 
-def _grid(rows: int, columns: int) -> tuple[int, int]:
-    return triton.cdiv(rows, MAP_TILE.m), triton.cdiv(columns, MAP_TILE.n)
-
-
 def swiglu(gate_up: Tensor) -> Tensor:
     if torch.is_grad_enabled() and gate_up.requires_grad:
         out: Tensor = _SwiGLU.apply(gate_up)
@@ -90,7 +86,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     gate, up, stride = _halves(gate_up)
     out = gate_up.new_empty(rows, half)
     constants = {"M": MAP_TILE.m, "N": MAP_TILE.n}
-    run(swiglu_kernel, _grid(rows, half), out.device, MAP_TILE, gate, up, out, rows, half, stride, **constants)
+    run(swiglu_kernel, map_grid(rows, half), out.device, MAP_TILE, gate, up, out, rows, half, stride, **constants)
     return out
 
 
@@ -113,8 +109,8 @@ class _SwiGLU(torch.autograd.Function):
         gate, up, stride = _halves(gate_up)
         grad, out = aligned(grad), gate_up.new_empty(rows, 2 * half)
         run(
-            swiglu_backward_kernel, _grid(rows, half), out.device, MAP_TILE, gate, up, grad, out, out[:, half:], rows,
-            half, stride, row_stride(grad), M=MAP_TILE.m, N=MAP_TILE.n,
+            swiglu_backward_kernel, map_grid(rows, half), out.device, MAP_TILE, gate, up, grad, out, out[:, half:],
+            rows, half, stride, row_stride(grad), M=MAP_TILE.m, N=MAP_TILE.n,
         )  # fmt: skip
         return out
 
@@ -133,7 +129,7 @@ def combine(y: Tensor, weight: Tensor) -> Tensor:
     y, weight = plain(y), plain(weight)
     out = y.new_empty(rows, width)
     constants = {"M": MAP_TILE.m, "N": MAP_TILE.n}
-    run(combine_kernel, _grid(rows, width), y.device, MAP_TILE, y, weight, out, rows, width, choices, **constants)
+    run(combine_kernel, map_grid(rows, width), y.device, MAP_TILE, y, weight, out, rows, width, choices, **constants)
     return out
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks.rows import check_gelu
-from kernels.triton.launch import CompileSpec, aligned, check_place, row_stride, run
+from kernels.triton.launch import CompileSpec, aligned, check_place, map_grid, row_stride, run
 from kernels.triton.tiles import MAP_TILE
 
 
@@ -94,10 +94,6 @@ def gelu_backward_kernel(x, grad, dx, rows, width, x_row, grad_row, M: tl.conste
     tl.store(dx + row * width + column, (dy * slope).to(dx.dtype.element_ty), inside)
 
 
-def _grid(rows: int, columns: int) -> tuple[int, int]:
-    return triton.cdiv(rows, MAP_TILE.m), triton.cdiv(columns, MAP_TILE.n)
-
-
 def gelu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         out: Tensor = _Gelu.apply(x)
@@ -111,7 +107,7 @@ def _gelu(x: Tensor) -> Tensor:
     rows, width = x.shape
     x, out = aligned(x), x.new_empty(rows, width)
     constants = {"M": MAP_TILE.m, "N": MAP_TILE.n}
-    run(gelu_kernel, _grid(rows, width), out.device, MAP_TILE, x, out, rows, width, row_stride(x), **constants)
+    run(gelu_kernel, map_grid(rows, width), out.device, MAP_TILE, x, out, rows, width, row_stride(x), **constants)
     return out
 
 
@@ -127,7 +123,7 @@ class _Gelu(torch.autograd.Function):
         rows, width = x.shape
         x, grad, dx = aligned(x), aligned(grad), x.new_empty(rows, width)
         run(
-            gelu_backward_kernel, _grid(rows, width), dx.device, MAP_TILE, x, grad, dx, rows, width, row_stride(x),
+            gelu_backward_kernel, map_grid(rows, width), dx.device, MAP_TILE, x, grad, dx, rows, width, row_stride(x),
             row_stride(grad), M=MAP_TILE.m, N=MAP_TILE.n,
         )  # fmt: skip
         return dx

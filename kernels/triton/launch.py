@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from kernels.checks.common import check_device, program_line
-from kernels.triton.tiles import FP_FUSION, Tile
+from kernels.triton.tiles import FP_FUSION, MAP_TILE, Tile
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when triton was imported: then kernels run in its interpreter, on CPU tensors."""
@@ -58,6 +58,11 @@ def run(
         return
     compiled = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": FP_FUSION}
     launch(kernel, grid, device, args, constants | compiled)
+
+
+def map_grid(rows: int, columns: int) -> tuple[int, int]:
+    """The grid of a kernel that computes each element by itself, in tiles of `MAP_TILE`."""
+    return triton.cdiv(rows, MAP_TILE.m), triton.cdiv(columns, MAP_TILE.n)
 
 
 def check_place(op: str, **tensors: Tensor | None) -> None:
