@@ -46,6 +46,12 @@ def return_freed() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is in use, once the C library's heap has given back its free pages."""
+    return_freed()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def check_room(needed: int, purpose: str, remedy: str, device: torch.device | None = None) -> None:
     """Raises MetronomeError, before anything is allocated, when ``needed`` bytes are more than ``device`` (the CPU if
     None) can give; the message says that ``purpose`` needs them and what to do (``remedy``)."""

@@ -14,12 +14,10 @@ if __name__ == "__main__":  # the checks must come before any import of our own 
 
     run_command("rl.study.sequence")
 
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from model.backbone.transformer import InteractionModel
 from model.placement import Placement, PlacementConfig
 from model.program import ranks, teams
 from model.program.arguments import Parser
-from model.program.memory import return_freed
+from model.program.memory import resident_bytes
 from model.program.ranges import Range, number
 from rl.step.batch import Batch, collate
 from rl.step.sequence import choice_logprobs
@@ -50,18 +48,12 @@ class Measured:
     digest: str  # of log-probs, row digests and gradient
 
 
-def held_bytes() -> int:
-    """What this process has in memory."""
-    return_freed()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def one_pass(model: InteractionModel, batch: Batch, vocabulary: Vocabulary) -> Measured:
     """Every member of a team must call it."""
-    before, clock = held_bytes(), time.perf_counter()
+    before, clock = resident_bytes(), time.perf_counter()
     logprob, _, row_digest = choice_logprobs(model, batch, vocabulary.classes, 1.0)
     forward_s = time.perf_counter() - clock
-    kept, clock = held_bytes() - before, time.perf_counter()
+    kept, clock = resident_bytes() - before, time.perf_counter()
     gradient = torch.autograd.grad(logprob.sum(), list(model.parameters()), materialize_grads=True)
     backward_s, digest = time.perf_counter() - clock, blake2b(digest_size=16)
     for x in (logprob.detach(), row_digest, *map(whole, gradient)):

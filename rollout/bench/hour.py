@@ -44,7 +44,7 @@ from model.inputs import Inputs
 from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json, write_whole
-from model.program.memory import return_freed
+from model.program.memory import resident_bytes
 from model.program.outputs import output_file
 from model.program.ranges import Multiples, Range, number
 from rollout.bench.hour_result import SLOWER, Hour, Point
@@ -170,12 +170,6 @@ def _point(timed: Timed, every: int) -> Point:
         session.chunks, len(session.tokens), timed.cost(session.chunks - every), resident_bytes(),
         record_bytes(session), int((table[session.slot] >= 0).sum()),
     )  # fmt: skip
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in use, once glibc's heap has given back its free pages."""
-    return_freed()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def record_bytes(session: Session) -> int:

@@ -40,7 +40,6 @@ BY_ITSELF = {
     "reward.learned.resuming": "weights that a manifest was compared with before",
     "rl.environment": "/proc",
     "rollout.bench.workers": "/proc",
-    "rollout.bench.hour": "/proc",
     "rollout.engines.workers.task": "messages between the learner and the workers that it has started",
     "rollout.engines.vllm.worker": "what another process of this run has just written",
     "rollout.engines.vllm.policy": "what another process of this run has just written",
