@@ -81,6 +81,7 @@ class RLConfig:
     gamma: Probability = 0.9  # discount a chunk; at 0.6 a reminder too early paid more than one on time
     axis_weights: dict[str, Weight] = field(default_factory=dict)  # of axes of reward; 1 where left out
     reference_weight: Weight = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
+    voice_weight: Weight = 1.0  # of a chunk of sound beside a token, for a model with a voice
     optim: OptimConfig = field(default_factory=OptimConfig)
     micro_batch: Some = 8  # episodes in one learner forward; does not enter the result beyond summation order
     # So many processes share the rows of the same episodes, for long ones; the bits are those of one process.

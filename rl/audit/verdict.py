@@ -272,14 +272,17 @@ def _first_difference(episodes: Sequence[CheckedEpisode]) -> FirstDifference | N
         if one.state != "different" or one.logprob is None:
             continue
         place = int((one.token_differs | one.row_differs).nonzero()[0])
-        position = int(one.episode.text.sampled_at[place])
+        text, voice = one.episode.text, one.episode.voice
+        words = len(text.logprob)
+        stream, within = (text, place) if place < words or voice is None else (voice, place - words)
+        position = int(stream.sampled_at[within])
         return FirstDifference(
             step=one.step,
             episode=one.episode.name,
             position=position,
-            chunk=int(one.episode.text.chunk[place]),
-            token=int(one.episode.tokens[position]),
-            sampler=exact(one.episode.text.logprob[place].item()),
+            chunk=int(stream.chunk[within]),
+            token=int(one.episode.tokens[position]) if stream is text else None,
+            sampler=exact(stream.logprob[within].item()),
             learner=exact(one.logprob[place].item()),
             row_differs=bool(one.row_differs[place]),
         )

@@ -25,7 +25,7 @@ from model.program import teams
 from reward.source import Rewards
 from rl.config import RLConfig
 from rl.step.advantage import RunningScale, informative_groups, leave_one_out, reward_to_go
-from rollout.record.episode import Episode
+from rollout.record.episode import Episode, Stream
 
 Scales = Mapping[str, RunningScale]
 """``<source>/<family>/<axis>`` -> its scale; <source> is its index in `Judged.acting`. Saved in checkpoints."""
@@ -36,6 +36,7 @@ class Credit:
     """The weights of this team's tokens, and counts over all teams' groups."""
 
     weights: list[Tensor]  # for each episode fp32 [N_e]: advantages divided by the number of tokens of all teams
+    sound_weights: list[Tensor]  # fp32 [M_e]: those of chunks of sound, divided by `sound_numbers`, too
     scales: dict[str, RunningScale]  # updated by this step
     groups: int  # counted once for each source and axis
     degenerate_groups: int  # those whose rollouts had equal returns, so that nothing is learned from them
@@ -105,12 +106,26 @@ def token_weights(
     tokens = sum(teams.gather(sum(len(e.text.chunk) for e in episodes)))
     return Credit(
         weights=[(a[e.text.chunk] / tokens).float() for a, e in zip(advantages, episodes, strict=True)],
+        sound_weights=[
+            (a[v.chunk] * (config.voice_weight / (sound_numbers(v) * tokens))).float()
+            if (v := e.voice) is not None
+            else torch.empty(0)
+            for a, e in zip(advantages, episodes, strict=True)
+        ],
         scales=updated,
         groups=sum(map(len, everyone.values())),
         degenerate_groups=sum(count == 0 for term in everyone.values() for _, count in term),
         terms=len(everyone),
         degenerate_terms=sum(not any(count for _, count in term) for term in everyone.values()),
     )
+
+
+def sound_numbers(voice: Stream) -> int:
+    """How many numbers were drawn for a chunk of sound, in all steps of its chain. The log-prob of a chain is a sum
+    over them, and so is its gradient; divided by their number it is of the size of a token's. The log-prob itself is
+    never scaled."""
+    assert voice.payload is not None
+    return (voice.payload.shape[1] - 1) * voice.payload.shape[2]
 
 
 def _check_finite(episodes: Sequence[Episode], rewards: Sequence[Tensor], axis: str) -> None:

@@ -75,8 +75,9 @@ def steps(
             classes,
             config.rollout.temperature,
             config.rl.micro_batch,
+            sound_weights=credit.sound_weights,
         )
-        mismatch = check_identity(Evidence(step, episodes, gradient.logprob, gradient.digest, config.rl.micro_batch))
+        mismatch = check_identity(Evidence(step, episodes, *gradient.choices(), config.rl.micro_batch))
         norm = learner.step(gradient)
         roller.publish()
         packs.check(learner.model)

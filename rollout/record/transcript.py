@@ -7,7 +7,7 @@ Demonstrations for supervised training are made this way. Sessions and transcrip
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from model.inputs import one_context
 from model.logprob import NEXT_TEXT
 from model.senses.audio import DMel
 from model.senses.video import NO_FRAMES, NO_VIDEO, Frames
-from rollout.record.episode import Choices
+from model.voice.config import BANDS, FRAMES
+from rollout.record.episode import Choices, heard_codes
 from rollout.turn.action import CHUNK_FRAMES, Action
-from rollout.turn.grammar import Grammar, row_class
+from rollout.turn.grammar import Grammar
 from rollout.turn.observation import Observation, check_observation, stack_audio
 
+NO_SOUND = torch.empty(0, FRAMES, BANDS)
 NO_EVENTS: Mapping[int, tuple[str, ...]] = {}
 
 
@@ -33,16 +35,30 @@ class Transcript:
     text: Choices  # the targets
     frames: Frames = NO_VIDEO
     contexts: Tensor = field(default_factory=one_context)  # int64 [C], as in `Episode`
+    voice: Choices | None = None  # where sound is to be sampled: N chunks of it
+    sound: Tensor = NO_SOUND  # fp32 [N, FRAMES, BANDS], the targets
+    chunks: int = 0  # all, if there is sound
+    key: int = 0  # of the noise with which sound is learnt (`rollout.seeds.session_key`)
+
+    @property
+    def own(self) -> Tensor:
+        """As in `Episode`."""
+        return self.codes[:0] if self.voice is None else heard_codes(self.sound, self.voice.chunk, self.chunks)
 
 
-def from_observations(observations: Sequence[Observation], actions: Sequence[Action], grammar: Grammar) -> Transcript:
+def from_observations(
+    observations: Sequence[Observation],
+    actions: Sequence[Action],
+    grammar: Grammar,
+    sound: Mapping[int, Tensor] | None = None,
+) -> Transcript:
     """As `write_transcript`, from one observation for each chunk. Raises as an engine would (`check_observation`)."""
     for observation in observations:
         check_observation(observation, grammar)
     codes = DMel.build().codes(stack_audio(observations).view(1, -1))[0]
     frames = Frames.of([o.frames for o in observations])
     events = {k: o.events for k, o in enumerate(observations)}
-    return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar, frames, events)
+    return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar, frames, events, sound=sound)
 
 
 def write_transcript(
@@ -52,13 +68,15 @@ def write_transcript(
     frames: Frames = NO_VIDEO,
     events: Mapping[int, tuple[str, ...]] = NO_EVENTS,
     summaries: Sequence[Sequence[int]] | None = None,
+    sound: Mapping[int, Tensor] | None = None,
 ) -> Transcript:
     """From dMel codes uint8 [chunks, CHUNK_FRAMES, 80], one action for each chunk, the video, and by chunk the texts of
     events; ``summaries``: the sampled tokens of those that the grammar asks for, in order. By default a summary repeats
-    the last words that were said, which is what a demonstration shows.
+    the last words that were said, which is what a demonstration shows; ``sound``: by chunk what is to be heard of a
+    model with a voice, fp32 [FRAMES, BANDS], in every chunk whose action speaks and in no other.
 
-    Raises ValueError when the numbers of chunks differ or are 0, an action has too many or unknown words, or a summary
-    is missing, too many, or none."""
+    Raises ValueError when the numbers of chunks differ or are 0, an action has too many or unknown words, a summary is
+    missing, too many, or none, or a chunk of sound is missing, too many, of another shape or not finite."""
     if len(codes) != len(actions) or not actions:
         raise ValueError(f"transcript: {len(codes)} chunks of audio and {len(actions)} actions; give one each, or more")
     shown = dict(frames.chunks())
@@ -68,6 +86,8 @@ def write_transcript(
     chosen: list[tuple[int, int, int]] = []
     said: list[int] = []
     given = None if summaries is None else list(summaries)
+    sound = _checked(sound or {}, actions, grammar)
+    voiced: list[tuple[int, int, int]] = []
     for k, action in enumerate(actions):
         if grammar.needs_summary(len(tokens) - contexts[-1]):
             summary = _scripted(said, grammar) if given is None else _next(given, grammar, k)
@@ -76,18 +96,37 @@ def write_transcript(
             tokens += [*summary, *([] if summary[-1] == grammar.vocabulary.end else [grammar.vocabulary.end])]
             contexts.append(len(tokens))
             tokens += grammar.begin_context(summary)
-        tokens += grammar.observed(shown.get(k, NO_FRAMES), events.get(k, ()))
+        tokens += grammar.observed(shown.get(k, NO_FRAMES), events.get(k, ()), k - 1 in sound)
         try:
             sampled = grammar.write(action)
         except ValueError as error:
             raise ValueError(f"transcript: chunk {k}: {error}") from error
-        chosen += [(len(tokens) + i, row_class(i), k) for i in range(len(sampled))]
+        chosen += [(len(tokens) + i, grammar.row_class(sampled[:i]), k) for i in range(len(sampled))]
         tokens += sampled + grammar.forced(sampled)
+        if k in sound:
+            voiced.append((len(tokens), 0, k))
         said += [grammar.vocabulary.word_id(word) for word in action.words]
     text = Choices(*(torch.tensor(column) for column in zip(*chosen, strict=True)))
     if given:
         raise ValueError(f"transcript: {len(given)} summaries more than were asked for")
-    return Transcript(torch.tensor(tokens), codes.flatten(0, 1), text, frames, torch.tensor(contexts))
+    written = Transcript(torch.tensor(tokens), codes.flatten(0, 1), text, frames, torch.tensor(contexts))
+    if not voiced:
+        return written
+    voice = Choices(*(torch.tensor(column) for column in zip(*voiced, strict=True)))
+    return replace(written, voice=voice, sound=torch.stack([sound[k] for _, _, k in voiced]), chunks=len(actions))
+
+
+def _checked(sound: Mapping[int, Tensor], actions: Sequence[Action], grammar: Grammar) -> Mapping[int, Tensor]:
+    wanted = {k for k, action in enumerate(actions) if action.speaks} if grammar.voice else set()
+    if wrong := sorted(wanted ^ sound.keys()):
+        what = "speaks, but has no sound" if wrong[0] in wanted else "has sound, but no voice speaks in it"
+        raise ValueError(f"transcript: chunk {wrong[0]} {what}")
+    for k, one in sound.items():
+        if one.shape != (FRAMES, BANDS) or one.dtype != torch.float32 or not bool(one.isfinite().all()):
+            raise ValueError(
+                f"transcript: the sound of chunk {k} is {list(one.shape)}, need finite float32 {[FRAMES, BANDS]}"
+            )
+    return sound
 
 
 def _scripted(said: Sequence[int], grammar: Grammar) -> list[int]:

@@ -27,25 +27,27 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Action:
-    """What the model did in one chunk. Raises ValueError for words in mode listen, or none in another mode.
+    """What the model did in one chunk. Raises ValueError for words in mode listen, or none in mode delegate.
 
-    Example: ``Action(Mode.SPEAK, ("breathe",))``; silence is `LISTEN`.
+    Example: ``Action(Mode.SPEAK, ("breathe",))``; silence is `LISTEN`. A model with a voice needs several chunks for
+    most words, and speaks without a new word while it goes on with the last one (`GO_ON`).
     """
 
     mode: Mode
-    words: tuple[str, ...] = ()  # [0..K] lower-case words, empty if and only if the mode is listen
+    words: tuple[str, ...] = ()  # [0..K] lower-case words
 
     def __post_init__(self) -> None:
-        if (self.mode is Mode.LISTEN) == bool(self.words):
+        if self.words if self.mode is Mode.LISTEN else self.mode is Mode.DELEGATE and not self.words:
             raise ValueError(f"an action in mode {self.mode.value!r} cannot have the words {self.words!r}")
 
     @property
     def speaks(self) -> bool:
-        """Whether the user hears words."""
+        """Whether the user hears something."""
         return self.mode is Mode.SPEAK
 
 
 LISTEN = Action(Mode.LISTEN)
+GO_ON = Action(Mode.SPEAK)
 
 
 def speak(*words: str) -> Action:

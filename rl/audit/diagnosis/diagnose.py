@@ -28,7 +28,7 @@ class Diagnosis:
     episode: str  # its name
     position: int  # index in the episode of the first token that differs
     chunk: int
-    token: int  # its id
+    token: int | None  # its id; None for a chunk of sound
     rollout_logprob: float
     learner_logprob: float
     mismatch: Mismatch  # over all tokens compared

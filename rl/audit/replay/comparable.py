@@ -12,7 +12,7 @@ import torch
 from kernels import dispatch
 from model.config import MEL_BINS
 from rl.audit.document import Reason
-from rollout.record.episode import Episode, tensors
+from rollout.record.episode import Episode, check_tensors, sounds, tensors
 from rollout.record.transcript import write_transcript
 from rollout.turn.action import CHUNK_FRAMES
 from rollout.turn.grammar import Grammar
@@ -28,6 +28,12 @@ DTYPES = {
     "text.chunk": torch.int64,
     "text.logprob": torch.float32,
     "text.digest": torch.int64,
+    "voice.sampled_at": torch.int64,
+    "voice.row_class": torch.int64,
+    "voice.chunk": torch.int64,
+    "voice.logprob": torch.float32,
+    "voice.digest": torch.int64,
+    "voice.payload": torch.float32,
 }
 
 
@@ -65,18 +71,24 @@ def _other_layout(episode: Episode, grammar: Grammar) -> tuple[Reason, str] | No
     try:
         codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
         summaries = _summaries(episode, grammar)
-        made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events, summaries)
+        voice, sound = episode.voice, {}
+        if voice is not None:
+            check_tensors(episode)
+            sound = dict(zip(voice.chunk.tolist(), sounds(voice), strict=True))
+        made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events, summaries, sound)
     except (ValueError, RuntimeError) as error:
         return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
     if not torch.equal(episode.tokens, made.tokens) or not torch.equal(episode.contexts, made.contexts):
         return Reason.TOKENS, "its tokens are not those of its audio, video, events and actions"
-    text, wanted = episode.text, made.text
-    sizes = {len(t) for t in (text.logprob, text.digest, wanted.chunk)}
-    same = torch.equal(text.sampled_at, wanted.sampled_at) and torch.equal(text.chunk, wanted.chunk)
-    if not same or len(sizes) > 1:
-        return Reason.POSITIONS, "its sampled positions are not where the model chose"
-    if not torch.equal(text.row_class, wanted.row_class):
-        return Reason.MASKS, "its masks are not those under which the model chose"
+    for stream, wanted in ((episode.text, made.text), (voice, made.voice)):
+        if stream is None or wanted is None:  # both, or `write_transcript` had refused them
+            continue
+        sizes = {len(t) for t in (stream.logprob, stream.digest, wanted.chunk)}
+        same = torch.equal(stream.sampled_at, wanted.sampled_at) and torch.equal(stream.chunk, wanted.chunk)
+        if not same or len(sizes) > 1:
+            return Reason.POSITIONS, "its sampled positions are not where the model chose"
+        if not torch.equal(stream.row_class, wanted.row_class):
+            return Reason.MASKS, "its masks are not those under which the model chose"
     return None
 
 

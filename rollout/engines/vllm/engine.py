@@ -57,6 +57,8 @@ class VllmEngine:
                 "rollout.context.policy is summary, which the vllm engine does not carry out; take rollout.engine "
                 "session, or policy window"
             )
+        if model.voice_head is not None:
+            raise MetronomeError("the vllm engine samples no sound, but the model has a voice: rollout.engine session")
         self.core = shared_core(
             model,
             vocabulary,
@@ -181,5 +183,6 @@ class VllmEngine:
         sampled = self.core.run(slots)
         for session, tokens, record in zip(sessions, sampled, self.core.records(slots), strict=True):
             self._record(session, tokens, record)
-            session.end_turn(self.grammar.read(tokens), self.grammar.forced(tokens))
+            session.tokens += self.grammar.forced(tokens)
+            session.end_turn(self.grammar.read(tokens))
         return [session.actions[-1] for session in sessions]

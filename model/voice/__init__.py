@@ -1,0 +1,1 @@
+"""The voice: a flow head that samples sound, a chunk of 200 ms at a time, with an exact log-probability."""
