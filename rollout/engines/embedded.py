@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -266,15 +266,18 @@ class SessionEngine:
         for session, turn in zip(sessions, sampled, strict=True):
             session.tokens += self.grammar.forced(turn)
         if self.grammar.voice:
-            self._sample_sound([s for s, action in zip(sessions, actions, strict=True) if action.speaks])
+            speaking = [i for i, action in enumerate(actions) if action.speaks]
+            for i, sound in zip(speaking, self._sample_sound([sessions[i] for i in speaking]), strict=True):
+                actions[i] = replace(actions[i], sound=sound)
         for session, action in zip(sessions, actions, strict=True):
             session.end_turn(action)
         return actions
 
-    def _sample_sound(self, sessions: Sequence[Session]) -> None:
-        """Samples and records a chunk of sound for each session, from the hidden state of its last row."""
+    def _sample_sound(self, sessions: Sequence[Session]) -> list[Tensor]:
+        """Samples and records a chunk of sound for each session, from the hidden state of its last row: fp32 [FRAMES,
+        BANDS] each."""
         if not sessions:
-            return
+            return []
         head = self.model.voice_head
         assert head is not None
         keys = [token_key(s.key, s.chunks, len(s.tokens), VOICE_STREAM) for s in sessions]
@@ -286,6 +289,7 @@ class SessionEngine:
         for session, chain, p, d in zip(sessions, x, logprob.tolist(), digest.tolist(), strict=True):
             session.computed = len(session.tokens)
             session.record_voice(chain.clone(), p, d)
+        return [session.spoken[-1].sound for session in sessions]
 
     def _compute(
         self, sessions: Sequence[Session], heard: _Heard, *more: Tensor

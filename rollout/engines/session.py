@@ -36,6 +36,11 @@ class Spoken:
     digest: int  # of the chain's distributions
     x: Tensor  # fp32 [K + 1, NUMBERS], the chain (`model.voice.chain`)
 
+    @property
+    def sound(self) -> Tensor:
+        """fp32 [FRAMES, BANDS], the end of the chain."""
+        return self.x[-1].view(FRAMES, BANDS)
+
 
 @dataclass(eq=False)
 class Session:
@@ -137,7 +142,7 @@ class Session:
     def record_voice(self, x: Tensor, logprob: float, digest: int) -> None:
         """Adds the chunk of sound that was sampled after all tokens of the micro-turn."""
         self.spoken.append(Spoken(len(self.tokens), self.chunks, logprob, digest, x))
-        self.own = self_codes(x[-1].view(1, FRAMES, BANDS))[0]
+        self.own = self_codes(self.spoken[-1].sound[None])[0]
 
     def end_turn(self, action: Action) -> None:
         """Ends the micro-turn, of which all tokens were written."""

@@ -225,7 +225,7 @@ def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
     plain = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in ("actions", "streams", "events")}
     episode = Episode(
         **plain,
-        actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in item.actions),
+        actions=_actions(item.actions, streams.get(VOICE)),
         tokens=content["tokens"],
         codes=content["codes"],
         contexts=content["contexts"],
@@ -236,6 +236,17 @@ def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
     if single := [name for name, tensor in tensors(episode).items() if not tensor.ndim]:
         raise ValueError(f"{single[0]} of an episode is a single number")
     return episode
+
+
+def _actions(described: Sequence[Sequence[str]], voice: Stream | None) -> tuple[Action, ...]:
+    """With the sound of each chunk, as far as the stream has it in its form."""
+    sound: dict[int, Tensor] = {}
+    if voice is not None and voice.payload is not None and voice.payload.shape[2:] == (NUMBERS,):
+        sound = dict(zip(voice.chunk.tolist(), sounds(voice), strict=False))
+    return tuple(
+        Action(Mode(mode), tuple(words), sound.get(k) if mode == Mode.SPEAK else None)
+        for k, (mode, *words) in enumerate(described)
+    )
 
 
 def check_tensors(episode: Episode) -> None:

@@ -46,19 +46,14 @@ class Transcript:
         return self.codes[:0] if self.voice is None else heard_codes(self.sound, self.voice.chunk, self.chunks)
 
 
-def from_observations(
-    observations: Sequence[Observation],
-    actions: Sequence[Action],
-    grammar: Grammar,
-    sound: Mapping[int, Tensor] | None = None,
-) -> Transcript:
+def from_observations(observations: Sequence[Observation], actions: Sequence[Action], grammar: Grammar) -> Transcript:
     """As `write_transcript`, from one observation for each chunk. Raises as an engine would (`check_observation`)."""
     for observation in observations:
         check_observation(observation, grammar)
     codes = DMel.build().codes(stack_audio(observations).view(1, -1))[0]
     frames = Frames.of([o.frames for o in observations])
     events = {k: o.events for k, o in enumerate(observations)}
-    return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar, frames, events, sound=sound)
+    return write_transcript(codes.unflatten(0, (-1, CHUNK_FRAMES)), actions, grammar, frames, events)
 
 
 def write_transcript(
@@ -68,15 +63,14 @@ def write_transcript(
     frames: Frames = NO_VIDEO,
     events: Mapping[int, tuple[str, ...]] = NO_EVENTS,
     summaries: Sequence[Sequence[int]] | None = None,
-    sound: Mapping[int, Tensor] | None = None,
 ) -> Transcript:
     """From dMel codes uint8 [chunks, CHUNK_FRAMES, 80], one action for each chunk, the video, and by chunk the texts of
     events; ``summaries``: the sampled tokens of those that the grammar asks for, in order. By default a summary repeats
-    the last words that were said, which is what a demonstration shows; ``sound``: by chunk what is to be heard of a
-    model with a voice, fp32 [FRAMES, BANDS], in every chunk whose action speaks and in no other.
+    the last words that were said, which is what a demonstration shows.
 
     Raises ValueError when the numbers of chunks differ or are 0, an action has too many or unknown words, a summary is
-    missing, too many, or none, or a chunk of sound is missing, too many, of another shape or not finite."""
+    missing, too many, or none, or an action that speaks lacks the sound that a model with a voice makes, or has some
+    that is no chunk."""
     if len(codes) != len(actions) or not actions:
         raise ValueError(f"transcript: {len(codes)} chunks of audio and {len(actions)} actions; give one each, or more")
     shown = dict(frames.chunks())
@@ -86,8 +80,8 @@ def write_transcript(
     chosen: list[tuple[int, int, int]] = []
     said: list[int] = []
     given = None if summaries is None else list(summaries)
-    sound = _checked(sound or {}, actions, grammar)
     voiced: list[tuple[int, int, int]] = []
+    sound: list[Tensor] = []
     for k, action in enumerate(actions):
         if grammar.needs_summary(len(tokens) - contexts[-1]):
             summary = _scripted(said, grammar) if given is None else _next(given, grammar, k)
@@ -96,15 +90,16 @@ def write_transcript(
             tokens += [*summary, *([] if summary[-1] == grammar.vocabulary.end else [grammar.vocabulary.end])]
             contexts.append(len(tokens))
             tokens += grammar.begin_context(summary)
-        tokens += grammar.observed(shown.get(k, NO_FRAMES), events.get(k, ()), k - 1 in sound)
+        tokens += grammar.observed(shown.get(k, NO_FRAMES), events.get(k, ()), bool(voiced) and voiced[-1][2] == k - 1)
         try:
             sampled = grammar.write(action)
         except ValueError as error:
             raise ValueError(f"transcript: chunk {k}: {error}") from error
         chosen += [(len(tokens) + i, grammar.row_class(sampled[:i]), k) for i in range(len(sampled))]
         tokens += sampled + grammar.forced(sampled)
-        if k in sound:
+        if grammar.voice and action.speaks:
             voiced.append((len(tokens), 0, k))
+            sound.append(_checked(action.sound, k))
         said += [grammar.vocabulary.word_id(word) for word in action.words]
     text = Choices(*(torch.tensor(column) for column in zip(*chosen, strict=True)))
     if given:
@@ -113,19 +108,16 @@ def write_transcript(
     if not voiced:
         return written
     voice = Choices(*(torch.tensor(column) for column in zip(*voiced, strict=True)))
-    return replace(written, voice=voice, sound=torch.stack([sound[k] for _, _, k in voiced]), chunks=len(actions))
+    return replace(written, voice=voice, sound=torch.stack(sound), chunks=len(actions))
 
 
-def _checked(sound: Mapping[int, Tensor], actions: Sequence[Action], grammar: Grammar) -> Mapping[int, Tensor]:
-    wanted = {k for k, action in enumerate(actions) if action.speaks} if grammar.voice else set()
-    if wrong := sorted(wanted ^ sound.keys()):
-        what = "speaks, but has no sound" if wrong[0] in wanted else "has sound, but no voice speaks in it"
-        raise ValueError(f"transcript: chunk {wrong[0]} {what}")
-    for k, one in sound.items():
-        if one.shape != (FRAMES, BANDS) or one.dtype != torch.float32 or not bool(one.isfinite().all()):
-            raise ValueError(
-                f"transcript: the sound of chunk {k} is {list(one.shape)}, need finite float32 {[FRAMES, BANDS]}"
-            )
+def _checked(sound: Tensor | None, chunk: int) -> Tensor:
+    if sound is None:
+        raise ValueError(f"transcript: chunk {chunk} speaks, but has no sound")
+    if sound.shape != (FRAMES, BANDS) or sound.dtype != torch.float32 or not bool(sound.isfinite().all()):
+        raise ValueError(
+            f"transcript: the sound of chunk {chunk} is {list(sound.shape)}, need finite float32 {[FRAMES, BANDS]}"
+        )
     return sound
 
 

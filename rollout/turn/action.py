@@ -6,8 +6,10 @@ received; the user hears it before producing chunk k + 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from torch import Tensor
 
 from model.senses.audio import HOP, SAMPLE_RATE_HZ
 
@@ -27,7 +29,8 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Action:
-    """What the model did in one chunk. Raises ValueError for words in mode listen, or none in mode delegate.
+    """What the model did in one chunk. Raises ValueError for words or sound in mode listen, for no words or sound in
+    mode delegate.
 
     Example: ``Action(Mode.SPEAK, ("breathe",))``; silence is `LISTEN`. A model with a voice needs several chunks for
     most words, and speaks without a new word while it goes on with the last one (`GO_ON`).
@@ -35,8 +38,11 @@ class Action:
 
     mode: Mode
     words: tuple[str, ...] = ()  # [0..K] lower-case words
+    sound: Tensor | None = field(default=None, compare=False, repr=False)  # fp32 [FRAMES, BANDS], if there is a voice
 
     def __post_init__(self) -> None:
+        if self.sound is not None and self.mode is not Mode.SPEAK:
+            raise ValueError(f"an action in mode {self.mode.value!r} cannot have sound")
         if self.words if self.mode is Mode.LISTEN else self.mode is Mode.DELEGATE and not self.words:
             raise ValueError(f"an action in mode {self.mode.value!r} cannot have the words {self.words!r}")
 

@@ -12,7 +12,7 @@ import torch
 from kernels import dispatch
 from model.config import MEL_BINS
 from rl.audit.document import Reason
-from rollout.record.episode import Episode, check_tensors, sounds, tensors
+from rollout.record.episode import Episode, check_tensors, tensors
 from rollout.record.transcript import write_transcript
 from rollout.turn.action import CHUNK_FRAMES
 from rollout.turn.grammar import Grammar
@@ -71,11 +71,10 @@ def _other_layout(episode: Episode, grammar: Grammar) -> tuple[Reason, str] | No
     try:
         codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
         summaries = _summaries(episode, grammar)
-        voice, sound = episode.voice, {}
+        voice = episode.voice
         if voice is not None:
             check_tensors(episode)
-            sound = dict(zip(voice.chunk.tolist(), sounds(voice), strict=True))
-        made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events, summaries, sound)
+        made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events, summaries)
     except (ValueError, RuntimeError) as error:
         return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
     if not torch.equal(episode.tokens, made.tokens) or not torch.equal(episode.contexts, made.contexts):
