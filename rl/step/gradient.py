@@ -20,7 +20,6 @@ from rl.step.sequence import all_logprobs
 from rollout.record.episode import Episode
 from rollout.record.transcript import Transcript
 
-
 NO_SOUND = torch.empty(0), torch.empty(0, dtype=torch.int64)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, ops
-from kernels.cpu import library
+from kernels.cpu import library, noise
 from kernels.cpu.dmel import transform
 from kernels.exact import roots_of_unity
 from kernels.layout import SPLIT_TOKENS, AdamWStep, DMelTables, PagedKV, Segments
@@ -40,7 +40,7 @@ def digests(spoil: float = 0.0) -> Digests:
             found |= _rows(f"strange 14x{cols} {short}", _strange(1, 14, cols, dtype=dtype), 1 + cols % 3)
         for window, first in ((None, 0), (70, 0), (20, 64)):
             found[f"attention window {window} first {first} {short}"] = _attention(dtype, window, first)
-    found |= _scores() | _functions() | _dmel() | _updates()
+    found |= _scores() | _functions() | _dmel() | _noise() | _updates()
     return found
 
 
@@ -181,6 +181,10 @@ def _updates() -> Digests:
         ops.adamw(*state, step)
         found[f"adamw {size}"] = sha(tuple(state))
     return found
+
+
+def _noise() -> Digests:
+    return {"normal noise": sha((noise.normal(torch.arange(-3, 4), 1601),))}
 
 
 def _dmel() -> Digests:
