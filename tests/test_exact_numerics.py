@@ -201,7 +201,6 @@ ALLOWED: dict[Place, str] = {
     ("rl/step/identity.py", "compare", "sum"): RECORD,
     ("rl/step/identity.py", "compare", "expm1"): RECORD,
     ("rl/step/tree.py", "mean", "builtin sum"): INTEGERS,
-    ("rl/minimal.py", "train", "builtin sum"): INTEGERS,
     ("rl/warmstart.py", "likelihood", "builtin sum"): INTEGERS,
     ("rl/warmstart.py", "_mean_loss", "sum"): RECORD,
     ("rl/warmstart.py", "_mean_loss", "builtin sum"): RECORD,
