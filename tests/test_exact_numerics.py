@@ -26,11 +26,8 @@ def _files(package: str, *left_out: str) -> list[str]:
 
 
 SCANNED = [
-    *(
-        f"kernels/{name}.py"
-        for name in ("exact", "fourier", "dmel", "noise", "reference/dmel", "adamw", "layout", "ops")
-    ),
-    "kernels/reference/noise.py",
+    *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel", "reference/dmel", "noise", "reference/noise")),
+    *(f"kernels/{name}.py" for name in ("adamw", "layout", "ops")),
     *_files("kernels/cpu", "library.py"),
     *_files("model", "info.py", "program"),
     *_files("rollout", "bench", "engines/vllm", "record/timeline.py", "show.py"),

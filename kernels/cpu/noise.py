@@ -7,11 +7,20 @@ from torch import Tensor
 
 from kernels.cpu.library import bind
 
-_NORMAL = bind("normal_noise", "piip")
+_ROWS = bind("normal_rows", "piip")
+_WORDS = bind("vec_normal", "ppi")
 
 
 def normal(key: Tensor, count: int) -> Tensor:
     """key int64 [N], contiguous -> fp32 [N, count]."""
-    out = torch.empty(len(key), count)
-    _NORMAL(key.data_ptr(), len(key), count, out.data_ptr())
+    out = torch.empty(key.shape[0], count)
+    _ROWS(key.data_ptr(), key.shape[0], count, out.data_ptr())
+    return out
+
+
+def of_words(word: Tensor) -> Tensor:
+    """The numbers of given hashes before they are rounded, fp64 of the shape of ``word``, int64 and contiguous; for
+    tests and the self-check."""
+    out = torch.empty(word.shape, dtype=torch.float64)
+    _WORDS(word.data_ptr(), out.data_ptr(), word.numel())
     return out

@@ -1,114 +1,172 @@
-// Standard normal noise from counters, in fp64 without a fused operation.
+// Standard normal noise by counter, in fp64 without a fused operation, rounded to fp32 once.
 //
-// kernels/reference/noise.py and kernels/exact.py (ln_of) define every operation and its order. This code does the same
-// ones, a number a lane, so it gives their bits on every instruction set, and no number depends on its neighbours.
-#include "gemm.h"
+// kernels/reference/noise.py and kernels.exact.ln_of define every operation and its order. This code does the same ones,
+// one number a lane, so it gives their bits on every instruction set, and no number depends on its neighbours.
+//
+// Numbers are made in blocks: first the ratio for the centre, for all of them; then the places of the 15 % that lie in a
+// tail are gathered, so that logarithm and root are taken of those alone.
+#include "vec.h"
 
 namespace {
 
 typedef double vd __attribute__((vector_size(4 * W), may_alias));
-typedef int64_t vl __attribute__((vector_size(4 * W), may_alias));
-constexpr int LANES_D = W / 2;  // of a vd
-constexpr int BLOCK = 512;      // numbers whose tails are gathered and computed together
+typedef uint64_t vq __attribute__((vector_size(4 * W), may_alias));
+typedef int64_t vs __attribute__((vector_size(4 * W), may_alias));
+constexpr int HALF = W / 2;  // lanes of a vd
+typedef float vh __attribute__((vector_size(2 * W), may_alias));
+
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+constexpr int64_t BLOCK = 512;  // numbers; a multiple of HALF
+constexpr uint64_t SIGN = 1ull << 63, MANTISSA = (1ull << 52) - 1;
 
 INLINE vd splatd(double x) { return x - vd{}; }
+INLINE vq splatq(uint64_t x) { return x - vq{}; }
 #ifdef __AVX512F__
 INLINE vd root_of(vd x) { return (vd)_mm512_sqrt_pd((__m512d)x); }
 #else
 INLINE vd root_of(vd x) { return (vd)_mm256_sqrt_pd((__m256d)x); }
 #endif
 
+// Wichura's coefficients, of ascending powers.
 constexpr double CENTRE[2][8] = {
-    {2509.0809287301226727, 33430.575583588128105, 67265.770927008700853, 45921.953931549871457, 13731.693765509461125,
-     1971.5909503065514427, 133.14166789178437745, 3.387132872796366608},
-    {5226.495278852545925, 28729.085735721942674, 39307.89580009271061, 21213.794301586595867, 5394.1960214247511077,
-     687.1870074920579083, 42.313330701600911252, 1.0}};
+    {3.3871328727963666080, 133.14166789178437745, 1971.5909503065514427, 13731.693765509461125,
+     45921.953931549871457, 67265.770927008700853, 33430.575583588128105, 2509.0809287301226727},
+    {1.0, 42.313330701600911252, 687.18700749205790830, 5394.1960214247511077,
+     21213.794301586595867, 39307.895800092710610, 28729.085735721942674, 5226.4952788528545610}};
 constexpr double TAIL[2][8] = {
-    {7.7454501427834140764e-4, 0.0227238449892691845833, 0.24178072517745061177, 1.27045825245236838258,
-     3.64784832476320460504, 5.7694972214606914055, 4.6303378461565452959, 1.42343711074968357734},
-    {1.05075007164441684324e-9, 5.475938084995344946e-4, 0.0151986665636164571966, 0.14810397642748007459,
-     0.68976733498510000455, 1.6763848301838038494, 2.05319162663775882187, 1.0}};
+    {1.42343711074968357734, 4.63033784615654529590, 5.76949722146069140550, 3.64784832476320460504,
+     1.27045825245236838258, 0.241780725177450611770, 0.0227238449892691845833, 7.74545014278341407640e-4},
+    {1.0, 2.05319162663775882187, 1.67638483018380384940, 0.689767334985100004550,
+     0.148103976427480074590, 0.0151986665636164571966, 5.47593808499534494600e-4, 1.05075007164441684324e-9}};
 constexpr double FAR[2][8] = {
-    {2.01033439929228813265e-7, 2.71155556874348757815e-5, 0.0012426609473880784386, 0.026532189526576123093,
-     0.29656057182850489123, 1.7848265399172913358, 5.4637849111641143699, 6.6579046435011037772},
-    {2.04426310338993978564e-15, 1.4215117583164458887e-7, 1.8463183175100546818e-5, 7.868691311456132591e-4,
-     0.0148753612908506148525, 0.13692988092273580531, 0.59983220655588793769, 1.0}};
+    {6.65790464350110377720, 5.46378491116411436990, 1.78482653991729133580, 0.296560571828504891230,
+     0.0265321895265761230930, 1.24266094738807843860e-3, 2.71155556874348757815e-5, 2.01033439929228813265e-7},
+    {1.0, 0.599832206555887937690, 0.136929880922735805310, 0.0148753612908506148525,
+     7.86869131145613259100e-4, 1.84631831751005468180e-5, 1.42151175831644588870e-7, 2.04426310338993978564e-15}};
 
-INLINE vd ratio(vd x, const double (*c)[8]) {
-  vd upper = splatd(c[0][0]), lower = splatd(c[1][0]);
-  for (int i = 1; i < 8; i++) upper = upper * x + splatd(c[0][i]), lower = lower * x + splatd(c[1][i]);
-  return upper / lower;
+INLINE vd polynomial(const double* c, vd x) {
+  vd total = splatd(c[7]);
+  for (int i = 6; i >= 0; i--) total = total * x + splatd(c[i]);
+  return total;
 }
 
-// ln of positive normal numbers.
+INLINE vq splitmix64(vq x) {
+  x += splatq(GOLDEN);
+  x = (x ^ (x >> 30)) * splatq(0xBF58476D1CE4E5B9ull);
+  x = (x ^ (x >> 27)) * splatq(0x94D049BB133111EBull);
+  return x ^ (x >> 31);
+}
+
+// (m + 1/2) / 2^53, m the upper 53 bits as a two's complement number. Its size is (n + 1/2) / 2^53, n the lower 52 of
+// them, inverted where the sign is negative: as the mantissa of 1/2 + n / 2^53 they need no conversion. All exact.
+INLINE vd offset_of(vq word) {
+  const vq negative = (vq)((vs)word < vs{});
+  const vq n = ((word >> 11) ^ negative) & splatq(MANTISSA);
+  const vd size = (vd)(n | splatq(0x3FEull << 52)) - splatd(0.5 - 0x1p-54);
+  return (vd)((vq)size | (word & splatq(SIGN)));
+}
+
+INLINE vd size_of(vd x) { return (vd)((vq)x & splatq(~SIGN)); }
+
+// kernels.exact.ln_of
 INLINE vd ln_of(vd x) {
-  const vl bits = (vl)x;
-  vd m = (vd)((bits & 0x000FFFFFFFFFFFFFll) | 0x3FE0000000000000ll), e;  // in [1/2, 1)
-  for (int n = 0; n < LANES_D; n++) e[n] = double((bits[n] >> 52) - 1022);
-  const vl small = m < splatd(0.7071067811865476);
+  const vq bits = (vq)x;
+  vd m = (vd)((bits & splatq(MANTISSA)) | splatq(0x3FEull << 52));            // in [1/2, 1)
+  vd e = (vd)((bits >> 52) | splatq(0x433ull << 52)) - splatd(0x1p52 + 1022);  // as an integer's double, exact
+  const vs small = m < splatd(0.7071067811865476);
   m = small ? m + m : m;
   e = small ? e - splatd(1.0) : e;
   const vd z = (m - splatd(1.0)) / (m + splatd(1.0)), square = z * z;
   vd series = splatd(0.0);
   for (int k = 23; k > 1; k -= 2) series = (series + splatd(1.0 / k)) * square;
-  return e * splatd(0.693147180369123816490) +
-         (e * splatd(1.90821492927058770002e-10) + splatd(2.0) * (z + z * series));
+  const vd low = e * splatd(1.90821492927058770002e-10) + splatd(2.0) * (z + z * series);
+  return e * splatd(0.693147180369123816490) + low;
 }
 
-INLINE vd tail(vd p) {
-  const vd r = root_of(-ln_of(p));
-  const vl far = r > splatd(5.0);
-  vd z = ratio(r - splatd(1.6), TAIL);
-  bool any = false;
-  for (int n = 0; n < LANES_D; n++) any |= far[n] != 0;
-  if (any) z = far ? ratio(r - splatd(5.0), FAR) : z;
-  return -z;
+INLINE vd centre(vd q) {
+  const vd square = splatd(0.180625) - q * q;
+  return q * polynomial(CENTRE[0], square) / polynomial(CENTRE[1], square);
 }
 
-INLINE uint64_t splitmix64(uint64_t x) {
-  x += 0x9E3779B97F4A7C15ull;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-  return x ^ (x >> 31);
+INLINE vd tail(vd q) {
+  const vd r = root_of(-ln_of(splatd(0.5) - size_of(q))), near = r - splatd(1.6);
+  vd size = polynomial(TAIL[0], near) / polynomial(TAIL[1], near);
+  const vs far = r > splatd(5.0);
+  if (any((vi)far)) {
+    const vd rest = r - splatd(5.0);
+    size = far ? polynomial(FAR[0], rest) / polynomial(FAR[1], rest) : size;
+  }
+  return (vd)((vq)size | ((vq)q & splatq(SIGN)));
 }
 
-// Numbers first ... first + n - 1 of a key's row, n at most BLOCK.
-INLINE void block(uint64_t key, int64_t first, int n, float* out) {
-  alignas(64) double p[BLOCK + LANES_D], rare[BLOCK + LANES_D];
-  alignas(64) double z[BLOCK + LANES_D];
-  uint64_t sign[BLOCK];
-  int where[BLOCK], found = 0;
-  for (int i = 0; i < n; i++) {
-    const uint64_t word = splitmix64(key + uint64_t(first + i + 1) * 0x9E3779B97F4A7C15ull);
-    p[i] = (double(int64_t(word >> 11 & 0xFFFFFFFFFFFFFull)) + 0.5) * 0x1p-53;
-    sign[i] = word >> 63;
+// The numbers of `count` <= BLOCK words, into z, which has room for BLOCK. word(i) gives those of HALF neighbours from i
+// on, also past `count`.
+template <class Words> INLINE void block(Words word, int64_t count, double* z) {
+  alignas(64) double q[BLOCK];
+  int32_t at[BLOCK];
+  for (int64_t i = 0; i < count; i += HALF) {
+    const vd x = offset_of(word(i)), y = centre(x);
+    memcpy(q + i, &x, sizeof x);
+    memcpy(z + i, &y, sizeof y);
   }
-  for (int i = n; i < n + LANES_D; i++) p[i] = 0.5;
-  for (int i = 0; i < n; i += LANES_D) {
-    const vd q = *(const vd*)(p + i) - splatd(0.5);
-    *(vd*)(z + i) = q * ratio(splatd(0.180625) - q * q, CENTRE);
+  int tails = 0;
+  for (int64_t i = 0; i < count; i++) {  // without a branch, which could not be foreseen
+    at[tails] = int32_t(i);
+    tails += (q[i] > 0.425) | (q[i] < -0.425);
   }
-  for (int i = 0; i < n; i++) {
-    where[found] = i, rare[found] = p[i];
-    found += p[i] - 0.5 < -0.425;
+  for (int t = 0; t < tails; t += HALF) {
+    const int here = tails - t < HALF ? tails - t : HALF;
+    vd x;
+    for (int lane = 0; lane < HALF; lane++) x[lane] = q[at[t + (lane < here ? lane : 0)]];
+    const vd y = tail(x);
+    for (int lane = 0; lane < here; lane++) z[at[t + lane]] = y[lane];
   }
-  for (int i = found; i < found + LANES_D; i++) rare[i] = 0.01;
-  for (int i = 0; i < found; i += LANES_D) *(vd*)(rare + i) = tail(*(const vd*)(rare + i));
-  for (int i = 0; i < found; i++) z[where[i]] = rare[i];
-  for (int i = 0; i < n; i++) out[i] = sign[i] ? -float(z[i]) : float(z[i]);
 }
 
 }  // namespace
 
-// key [rows] -> out [rows, count]
-EXPORT int64_t normal_noise(const int64_t* key, int64_t rows, int64_t count, float* out) {
-  const int64_t blocks = (count + BLOCK - 1) / BLOCK;
-  parallel(rows * blocks, double(rows) * double(count) * 8, [=](int64_t begin, int64_t end) {
+// key [rows]; out [rows, count].
+EXPORT int64_t normal_rows(const int64_t* key, int64_t rows, int64_t count, float* out) {
+  const int64_t blocks = (count + BLOCK - 1) / BLOCK;  // of a row
+  parallel(rows * blocks, double(rows) * double(count) * 5.0, [=](int64_t begin, int64_t end) {
+    vq lanes;
+    for (int lane = 0; lane < HALF; lane++) lanes[lane] = uint64_t(lane + 1) * GOLDEN;
     for (int64_t b = begin; b < end; b++) {
       const int64_t row = b / blocks, first = b % blocks * BLOCK;
-      const int n = int(count - first < BLOCK ? count - first : BLOCK);
-      block(uint64_t(key[row]), first, n, out + row * count + first);
+      const int64_t here = count - first < BLOCK ? count - first : BLOCK;
+      int64_t mine;
+      memcpy(&mine, key + row, sizeof mine);
+      const vq start = splatq(uint64_t(mine) + uint64_t(first) * GOLDEN) + lanes;
+      alignas(64) double z[BLOCK];
+      alignas(64) float rounded[BLOCK];
+      block([=](int64_t i) { return splitmix64(start + splatq(uint64_t(i) * GOLDEN)); }, here, z);
+      for (int64_t i = 0; i < here; i += HALF) {
+        vd x;
+        memcpy(&x, z + i, sizeof x);
+        const vh y = __builtin_convertvector(x, vh);
+        memcpy(rounded + i, &y, sizeof y);
+      }
+      memcpy(out + row * count + first, rounded, size_t(here) * sizeof *out);
     }
   });
+  return 0;
+}
+
+// The numbers of n given words before they are rounded, for tests and the self-check.
+EXPORT int64_t vec_normal(const int64_t* word, double* out, int64_t n) {
+  for (int64_t first = 0; first < n; first += BLOCK) {
+    const int64_t here = n - first < BLOCK ? n - first : BLOCK;
+    alignas(64) uint64_t mine[BLOCK] = {};
+    alignas(64) double z[BLOCK];
+    memcpy(mine, word + first, size_t(here) * sizeof *word);
+    block(
+        [&](int64_t i) {
+          vq x;
+          memcpy(&x, mine + i, sizeof x);
+          return x;
+        },
+        here, z);
+    memcpy(out + first, z, size_t(here) * sizeof *out);
+  }
   return 0;
 }
