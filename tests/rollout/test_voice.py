@@ -76,7 +76,6 @@ def played(model: InteractionModel, keys: list[int], together: bool = True) -> l
 def episodes(model: InteractionModel) -> list[Episode]:
     found = played(model, [1, 2, 3])
     assert all(e.voice is not None and 1 < len(e.voice.chunk) < CHUNKS for e in found)
-    assert any(GO_ON in e.actions for e in played(model, list(range(4, 10))) + found)
     return found
 
 
@@ -124,7 +123,7 @@ def test_forks_part_when_their_sound_does(model: InteractionModel) -> None:
     "change",
     [
         lambda x: x.index_put((torch.tensor(0), torch.tensor(1), torch.tensor(7)), x[0, 1, 7] + 0.01),
-        lambda x: x.flip(1),
+        lambda x: x[:, [1, 0, 2]],
     ],
 )
 def test_other_sound_is_found_and_named(
@@ -229,7 +228,7 @@ SOUND = torch.zeros(FRAMES, BANDS)
         (speak("four"), "chunk 0 speaks, but has no sound"),
         (
             Action(Mode.SPEAK, ("four",), SOUND[:-1]),
-            r"the sound of chunk 0 is \[19, 80\], need finite float32 \[20, 80\]",
+            r"sound of chunk 0 is \[19, 80\], need finite float32 \[20, 80\]",
         ),
         (Action(Mode.SPEAK, ("four",), SOUND.double()), r"need finite float32"),
         (Action(Mode.SPEAK, (), SOUND + math.nan), "need finite float32"),
@@ -254,9 +253,8 @@ def test_a_voice_is_stored_with_its_model(model: InteractionModel, tmp_path: Pat
     assert back.voice_head is not None and back.voice_head.config == VoiceConfig(width=32, blocks=1, steps=2)
     assert checkpoint.weights_digest(back) == checkpoint.weights_digest(model)
     packed = checkpoint.load(tmp_path / "m", keep_weights=False)
-    assert torch.equal(
-        tensors(played(packed, [1])[0])["voice.payload"], tensors(played(model, [1])[0])["voice.payload"]
-    )
+    said, again = (tensors(played(m, [1])[0])["voice.payload"] for m in (model, packed))
+    assert torch.equal(said, again)
     fresh = InteractionModel(with_voice(preset("nano"), VoiceConfig(width=64)))
     with pytest.raises(MetronomeError, match="voice_config"):
         checkpoint.load_into(fresh, tmp_path / "m")

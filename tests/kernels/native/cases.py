@@ -184,10 +184,6 @@ def _updates() -> Digests:
     return found
 
 
-def _noise() -> Digests:
-    return {"normal noise": sha((noise.normal(torch.arange(-3, 4), 1601),))}
-
-
 def _dmel() -> Digests:
     """Of mel values and codes: one frame more than fills a block, filters of all lengths to 5, channels to spare."""
     samples, channels = normal(40, 3, 1600 + 2 * 800), 6

@@ -94,7 +94,7 @@ def test_the_log_prob_is_that_of_the_gaussians(steps: int) -> None:
     weights = [h, *head.parameters()]
     got, by_torch = torch.autograd.grad(logprob.sum(), weights), torch.autograd.grad(wanted.sum(), weights)
     for one, other in zip(got, by_torch, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4 * float(other.abs().max()))
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=4e-4 * float(other.abs().max()))
 
 
 class Toy:
