@@ -128,7 +128,10 @@ class Core:
                 executor_class=Executor.get_class(config),
                 log_stats=False,
             )
-        self._guard = Guard(self.client, timeout_s) if worker_process else None
+            self._guard = Guard(self.client, timeout_s) if worker_process else None
+            if worker_process:  # it says that it is ready before it has found the socket of its answers, in the folder
+                with self._waiting():
+                    self.client.reset_encoder_cache()
         self._finalizer = weakref.finalize(
             self, _shut_down, self.client, self._guard, vllm_functions, keep_groups=had_groups
         )

@@ -28,6 +28,7 @@ pytest.importorskip("vllm")
 
 from rollout.engines.vllm import guard  # noqa: E402
 from rollout.engines.vllm.engine import VllmEngine  # noqa: E402
+from rollout.engines.vllm.guard import run_engine_core  # noqa: E402
 from rollout.engines.vllm.process import FOLDER, start_folder  # noqa: E402
 
 SOUND = audio_observations(torch.zeros(1, 3200))
@@ -100,6 +101,30 @@ def test_a_process_that_does_not_get_ready_is_given_up() -> None:
         start(timeout_s=0.5)
     assert len(multiprocessing.active_children()) == before
     assert not list(Path(tempfile.gettempdir()).glob(f"{FOLDER}{os.getpid()}-*"))
+
+
+def slow_to_connect(*args: object, **kwargs: object) -> None:
+    """vLLM's program, on a machine that does not let it look for the socket of its answers at once."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    at_once = EngineCoreProc.process_output_sockets
+
+    def later(*args: object, **kwargs: object) -> None:
+        time.sleep(2)
+        at_once(*args, **kwargs)
+
+    EngineCoreProc.process_output_sockets = later  # type: ignore[method-assign]
+    run_engine_core(*args, **kwargs)
+
+
+def test_one_that_connects_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was ready, but not yet at the socket, when the folder of the sockets was removed: then no answer came."""
+    monkeypatch.setattr(guard, "run_engine_core", slow_to_connect)
+    engine = start(timeout_s=60.0)
+    session = engine.open(1)
+    engine.append([session], SOUND)
+    assert session.chunks == 1
+    engine.core.close()
 
 
 LEARNER = """
