@@ -1,8 +1,9 @@
 """A family: one kind of scenario, with all its functions in one object.
 
 Code that makes, plays, scores or displays scenarios calls their family; only a family's own modules know its scenarios,
-facts and settings. The shipped families are defined in `reward.rules` (`timespeak`, `turn_taking`, `lookout`), since
-their scorers belong to package reward, and use the users of the modules of the same names in `rollout.scenarios`.
+facts and settings. The shipped families are defined in `reward.rules` (`timespeak`, `turn_taking`, `lookout`,
+`repeat`), since their scorers belong to package reward, and use the users of the modules of the same names in
+`rollout.scenarios`.
 `tests/examples/` has a family outside these packages.
 """
 
