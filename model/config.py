@@ -23,6 +23,7 @@ from transformers import InklingConfig, InklingTextConfig
 from kernels import exact
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS
 from model import published
+from model.inputs import NONE, Senses
 from model.program.ranges import Multiples, Range, shown
 from model.program.reading import UnreadableError, as_record
 from model.senses.video import CHANNELS, TIME_STEPS
@@ -239,6 +240,13 @@ def voice(config: InklingConfig) -> VoiceConfig | None:
     except (AttributeError, TypeError, UnreadableError) as error:
         problem = error.problem if isinstance(error, UnreadableError) else f"is {shown(stored)}, no mapping"
         raise ValueError(f"voice_config: {problem}") from None
+
+
+def senses(config: InklingConfig) -> Senses:
+    """How a model of this config takes what is no text."""
+    spoken = voice(config)
+    own = NONE if spoken is None else spoken.token
+    return Senses(config.audio_token_id, config.image_token_id, config.vision_config.patch_size, own)
 
 
 def with_voice(config: InklingConfig, shape: VoiceConfig) -> InklingConfig:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from model.config import Preset
+from transformers import InklingConfig
+
+from model.config import Preset, preset, with_voice
 from model.context import ContextConfig
+from model.inputs import Senses
 from model.placement import PlacementConfig
 from model.program.folders import RunName
 from model.program.outputs import OutputFolder
@@ -30,6 +33,7 @@ from model.program.ranges import (
     Weight,
     Words,
 )
+from model.voice.config import VoiceConfig
 from reward.source import SourceConfig
 from rl.hub import HubConfig
 from rl.tracking.settings import TrackingConfig
@@ -45,7 +49,13 @@ class ModelRecipe:
 
     preset: Preset = "tiny"
     checkpoint: FilePath | None = None  # folder to start from; its config.json replaces the preset
+    voice: VoiceConfig | None = None  # of a fresh model; None is one without a voice
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def fresh(self) -> InklingConfig:
+        """The shape of a fresh model."""
+        shape = preset(self.preset)
+        return shape if self.voice is None else with_voice(shape, self.voice)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class WarmstartConfig:
 
     steps: Steps = 320
     episodes: Some = 16  # demonstrations a step, over all ranks
+    voice_weight: Weight = 1.0  # of the mean flow-matching loss of a chunk of sound beside the mean loss of a token
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, clip_norm=1.0))
 
 
@@ -111,10 +122,17 @@ class RolloutConfig:
         """The most observed rows beside audio that one micro-turn can have."""
         return self.max_patches + self.max_event_words
 
-    def grammar(self, vocabulary: Vocabulary, patch: int) -> Grammar:
-        """``patch``: side of the model's video patches, pixels."""
-        summary = Summary.of(self.context, vocabulary)
-        return Grammar(vocabulary, self.words_per_chunk, self.max_patches, self.max_event_words, patch, summary)
+    def grammar(self, vocabulary: Vocabulary, senses: Senses) -> Grammar:
+        """``senses``: the model's."""
+        return Grammar(
+            vocabulary,
+            self.words_per_chunk,
+            self.max_patches,
+            self.max_event_words,
+            senses.patch,
+            Summary.of(self.context, vocabulary),
+            senses.own,
+        )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from rl.step.gradient import Gradient, gradient_of
 from rl.step.identity import choices
 from rl.step.loop import plays
 from rl.train import parse
-from rl.warmstart import demonstrations
+from rl.warmstart import demonstrations, likelihood
 from rollout.engines.embedded import SessionEngine
 from rollout.play import play
 from rollout.record.episode import Episode
@@ -66,10 +66,9 @@ def train(config: TrainConfig) -> str:
 
     supervised = Optimizer(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
-        shown = demonstrations(config, bank, vocabulary, model.senses.patch, step)  # scripted, partly wrong
-        tokens = sum(ranks.gather(sum(len(one.text.chunk) for one in shown)))
-        likelihood = [torch.full((len(one.text.chunk),), 1.0 / tokens) for one in shown]
-        supervised.step(gradient_of(model, shown, likelihood, vocabulary.classes, 1.0, micro_batch))
+        shown = demonstrations(config, bank, vocabulary, model.senses, step)  # scripted, partly wrong
+        weights, heard = likelihood(config, shown)
+        supervised.step(gradient_of(model, shown, weights, vocabulary.classes, 1.0, micro_batch, sound_weights=heard))
     engine = SessionEngine.of(model, config.rollout, plays_of_a_step(config))
     source = RewardSource.load(config.scenarios, config.source)
     optimizer = Optimizer(model, config.rl.optim, config.rl.steps)

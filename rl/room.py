@@ -11,7 +11,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
-from model.config import most_keys, preset
+from model.config import most_keys, senses, voice
 from model.context import check_same, give
 from model.program import ranks, teams
 from model.program.launched import local_world
@@ -22,7 +22,7 @@ from model.weights import checkpoint
 from rl.config import TrainConfig
 from rl.rollers import plays_of_a_step
 from rollout.scenarios.registry import SHIPPED
-from rollout.turn.grammar import check_context, context_rows, turn_rows
+from rollout.turn.grammar import OWN_ROWS, check_context, context_rows, turn_rows
 from rollout.turn.vocabulary import Vocabulary
 
 
@@ -34,14 +34,15 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     rollout, path = config.rollout, config.model.checkpoint
     if resumed is not None:
         check_same(checkpoint.config_of(resumed), rollout.context, str(resumed))
-    shape = preset(config.model.preset) if path is None else checkpoint.config_of(resumed or path)
+    shape = config.model.fresh() if path is None else checkpoint.config_of(resumed or path)
     shape = give(shape, rollout.context)
-    longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra
+    speaks = voice(shape) is not None
+    longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra + OWN_ROWS * speaks
     rows = context_rows(*longest)
     if rollout.context.policy == "summary":
         tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
         vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
-        rollout.grammar(vocabulary, shape.vision_config.patch_size)  # raises for a budget that holds no summary
+        rollout.grammar(vocabulary, senses(shape))  # raises for a budget that holds no summary
         rows = min(rows, rollout.context.budget)
         if rows > rollout.max_tokens:
             raise MetronomeError(

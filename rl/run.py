@@ -18,7 +18,6 @@ import torch
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.context import give
 from model.program import ranks, teams
 from model.program.exhausted import needing
@@ -317,7 +316,7 @@ def build_model(config: TrainConfig, resumed: Path | None = None) -> Interaction
     which a run needs only once."""
     dtype, context = getattr(torch, config.model.dtype), config.rollout.context
     if config.model.checkpoint is None:
-        model = InteractionModel(give(preset(config.model.preset), context), dtype)
+        model = InteractionModel(give(config.model.fresh(), context), dtype)
         model.init_weights(config.seed)
         model.to(dispatch.device())
     else:

@@ -29,7 +29,7 @@ from model.backbone.embed import AudioTower, TextEmbedding, Weight
 from model.backbone.moe import DenseMLP, MixtureOfExperts
 from model.backbone.state import LayerState, SessionState
 from model.backbone.vision import VisionTower
-from model.inputs import NONE, Inputs, Placed, Senses
+from model.inputs import Inputs, Placed
 from model.tokenizer import shipped
 from model.voice.flow import ZERO, FlowHead
 from model.weights import packs
@@ -154,8 +154,7 @@ class InteractionModel(nn.Module):
         self.vocab = text.unpadded_vocab_size or text.vocab_size
         self.eps = text.rms_norm_eps
         self.multiplier = text.logits_mup_width_multiplier
-        own = NONE if spoken is None else spoken.token
-        self.senses = Senses(config.audio_token_id, config.image_token_id, config.vision_config.patch_size, own)
+        self.senses = shapes.senses(config)
         self.packed: PackedLinear | None = None  # the output head's
         self.generation = Generation()  # counts the updates of the weights
         # Of a model that keeps packed copies in place of weights: the weights' digest, `_version` of what it still has.

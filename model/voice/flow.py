@@ -26,7 +26,7 @@ from model.voice.config import LEVELS, NUMBERS, VoiceConfig
 EPS = 1e-6
 ZERO = ("voice_head.leave.weight", "modulate.weight")
 """Ends of the names of weights that begin as 0: at first no block changes anything, and silence is expected."""
-FREQUENCIES = tuple(2**i for i in range(8))
+FREQUENCIES = tuple(1 << i for i in range(8))
 """Turns of the time features' phases while t goes from 0 to 2."""
 
 

@@ -20,6 +20,8 @@ from rl.step.sequence import all_logprobs
 from rollout.record.episode import Episode
 from rollout.record.transcript import Transcript
 
+NO_SOUND = torch.empty(0), torch.empty(0, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -31,8 +33,8 @@ class Gradient:
     logprob: Tensor  # fp32 [N]
     entropy: Tensor  # fp32 [N], nats
     digest: Tensor  # int64 [N] digest of the token's whole row of log-probs
-    sound_logprob: Tensor  # fp32 [M] of this rank's chunks of sound (`rl.step.batch.Sound`)
-    sound_digest: Tensor  # int64 [M]
+    sound_logprob: Tensor = NO_SOUND[0]  # fp32 [M] of this rank's chunks of sound (`rl.step.batch.Sound`)
+    sound_digest: Tensor = NO_SOUND[1]  # int64 [M]
 
     def choices(self) -> tuple[Tensor, Tensor]:
         """(log-prob, digest) of all tokens and then of all sound, as `rl.step.identity.Evidence` has them."""
@@ -60,7 +62,7 @@ def gradient_of(
     parameters = [p for p in model.parameters() if p.requires_grad]
     total: list[Tensor] | None = None
     seen: list[tuple[Tensor, ...]] = []
-    heard: list[tuple[Tensor, ...]] = [(torch.empty(0), torch.empty(0, dtype=torch.int64))]
+    heard: list[tuple[Tensor, ...]] = [NO_SOUND]
     for first in range(0, len(episodes), micro_batch):
         batch = collate(episodes[first : first + micro_batch], model.senses)
         (logprob, entropy, digest), sound = all_logprobs(model, batch, classes, temperature)

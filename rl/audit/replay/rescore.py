@@ -104,7 +104,7 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
             continue
         digest = checkpoint.weights_digest(model)
         vocabulary = Vocabulary.of(model)
-        layout = records.config.rollout.grammar(vocabulary, model.senses.patch)
+        layout = records.config.rollout.grammar(vocabulary, model.senses)
         temperature = records.config.rollout.temperature
         checked = [CheckedEpisode(step, e, incomparable(e, digest, temperature, layout)) for e in episodes]
         places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
