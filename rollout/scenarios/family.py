@@ -28,7 +28,9 @@ RESERVED_NAMES = ("families", "mean", "watched", "greedy", "interval")
 class Settings(Protocol):
     """A family's part of the recipe: a frozen dataclass in which every field has a default, and each number, list and
     text a range in its type (`model.program.ranges`). Those of a family that shows video may have a property ``frame``,
-    (height, width) of its largest frame in pixels: then a recipe without room for it is refused before a run begins."""
+    (height, width) of its largest frame in pixels: then a recipe without room for it is refused before a run begins.
+    Those of a family whose expert speaks with sound have a property ``sounds``, True: only a model with a voice can
+    learn from it, and from nothing else."""
 
     @property
     def chunks(self) -> int:

@@ -77,6 +77,11 @@ class RepeatConfig:
     interruptions: Probability = 0.25  # probability that a word interrupts the answer to the one before
     mistakes: RepeatMistakes = field(default_factory=RepeatMistakes)
 
+    @property
+    def sounds(self) -> bool:
+        """See `rollout.scenarios.family.Settings`."""
+        return True
+
     def target_db(self, noise_db: float) -> float:
         """The level at which a word should be said in such noise: that of its loudest chunk."""
         return min(0.0, max(self.audible_db, self.softest_db + self.rise * (noise_db - min(self.noise_db))))
