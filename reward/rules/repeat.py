@@ -173,12 +173,15 @@ class _Judge:
         return [Event(answer.start, "answer", outcome, due, rewards), *sound.events]
 
     def _sound(self, answer: Utterance, word: str) -> _Sound:
-        """Judges how a right word sounds, chunk by chunk, and whether it is whole."""
+        """Judges how a right word sounds, chunk by chunk until the user interrupts, and whether it is whole."""
         rule, audible_db = self.settings.reward, self.settings.audible_db
-        due = _due(word, self.facts.target_db)
+        due, interruption = _due(word, self.facts.target_db), self._interruption(answer)
+        judged = min(answer.end, answer.start + len(due))
+        if interruption is not None:
+            judged = min(judged, interruption + 1)
         events: list[Event] = []
         errors: list[tuple[float, float]] = []
-        for i, k in enumerate(range(answer.start, min(answer.end, answer.start + len(due)))):
+        for i, k in enumerate(range(answer.start, judged)):
             sound = self.actions[k].sound
             if sound is None:
                 return _Sound((), True)
@@ -190,7 +193,7 @@ class _Judge:
         # A word may end in chunks that are too soft to be heard.
         least = max(i + 1 for i, chunk in enumerate(due) if i == 0 or float(loudness_db(chunk)) >= audible_db)
         missing = answer.start + least - answer.end
-        if missing <= 0 or answer.end == self.facts.chunks or self._interruption(answer) is not None:
+        if missing <= 0 or answer.end == self.facts.chunks or interruption is not None:
             missing = 0
         else:
             events.append(Event(answer.end, "end", Outcome.SHAPING, rewards={TIMING: rule.cut * missing / least}))
@@ -236,8 +239,7 @@ class _Judge:
 def compare(sound: Tensor, due: Tensor, audible_db: float) -> tuple[float, float]:
     """(error of level in dB, mean squared error of the numbers at the level of ``sound``) of a chunk of sound, fp32
     [FRAMES, BANDS], where the chunk ``due`` is right. Levels that are too soft to be heard count as ``audible_db``; if
-    only one of the two is heard, the distance is
-    `NOTHING_IN_COMMON`."""
+    only one of the two is heard, the distance is `NOTHING_IN_COMMON`."""
     level, right = float(loudness_db(sound)), float(loudness_db(due))
     error = abs(max(level, audible_db) - max(right, audible_db))
     if (level < audible_db) != (right < audible_db):
@@ -256,7 +258,7 @@ def _falling(error: float) -> float:
     return max(-1.0, 1.0 - error)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _due(word: str, level: float) -> tuple[Tensor, ...]:
     return sound_of(word, level)
 

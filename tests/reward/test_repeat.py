@@ -242,6 +242,10 @@ def test_an_interruption(last: int, credit: float | None, tight: int) -> None:
         assert stop[0].rewards[TIMING] == pytest.approx(credit) and got.value == 1.0
     assert (got.tight == 1.0) == bool(tight)
     assert not [e for e in got.events if e.kind == "end"]  # it need not be whole
+    # Nothing is paid for sound that goes on after the interruption's first chunk.
+    assert voice(got, range(9, 11)) == 0.0 and voice(got, range(6, 9)) == pytest.approx(
+        WHOLE * (min(last, 8) - 5) / SEVEN
+    )
 
 
 def test_ending_what_should_not_have_begun_earns_nothing() -> None:
