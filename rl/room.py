@@ -28,15 +28,16 @@ from rollout.turn.vocabulary import Vocabulary
 
 def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, pictures that a
-    micro-turn cannot, a model that is to go on and remembers otherwise than the recipe says, and for a model, sessions
-    or a learner's forward pass beyond what this machine's memory, or its GPU's, has left. ``resumed``: as in
-    `rl.run.build_model`."""
+    micro-turn cannot, demonstrations that do not suit the model's voice, a model that is to go on and remembers
+    otherwise than the recipe says, and for a model, sessions or a learner's forward pass beyond what this machine's
+    memory, or its GPU's, has left. ``resumed``: as in `rl.run.build_model`."""
     rollout, path = config.rollout, config.model.checkpoint
     if resumed is not None:
         check_same(checkpoint.config_of(resumed), rollout.context, str(resumed))
     shape = config.model.fresh() if path is None else checkpoint.config_of(resumed or path)
     shape = give(shape, rollout.context)
     speaks = voice(shape) is not None
+    check_voice(config, speaks)
     longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra + OWN_ROWS * speaks
     rows = context_rows(*longest)
     if rollout.context.policy == "summary":
@@ -89,6 +90,25 @@ def check_pictures(config: TrainConfig, patch: int) -> None:
             raise MetronomeError(
                 f"rollout.max_patches is {config.rollout.max_patches}, but frames of {name}, {frame[0]} x {frame[1]} "
                 f"pixels, are cut into {needed} patches: give as many, or smaller frames"
+            )
+
+
+def check_voice(config: TrainConfig, speaks: bool) -> None:
+    """Raises MetronomeError where a warm start would show sound to a model that has no voice, or no sound to one that
+    has (``speaks``)."""
+    if not config.warmstart.steps:
+        return
+    for name in config.scenarios.members:
+        sounds = bool(getattr(config.scenarios.settings_of(name), "sounds", False))
+        if sounds and not speaks:
+            raise MetronomeError(
+                f"recipe: demonstrations of {name} have sound, and the model has no voice: give it one "
+                "(model.voice {}), or leave the family out"
+            )
+        if speaks and not sounds:
+            raise MetronomeError(
+                f"recipe: the model has a voice, and demonstrations of {name} have no sound that it could learn from: "
+                "leave out the family (scenarios.families) or the voice (model.voice)"
             )
 
 

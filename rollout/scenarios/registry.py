@@ -23,6 +23,7 @@ SHIPPED = {
     "timespeak": "reward.rules.timespeak:TIMESPEAK",
     "turn_taking": "reward.rules.turn_taking:TURN_TAKING",
     "lookout": "reward.rules.lookout:LOOKOUT",
+    "repeat": "reward.rules.repeat:REPEAT",
 }
 """Short names of the shipped families. They are imported when used, because package reward imports this one."""
 QUICKSTART = ("timespeak", "turn_taking")

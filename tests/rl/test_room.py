@@ -109,6 +109,19 @@ def test_a_recipe_without_room_for_its_pictures_is_refused() -> None:
     room.check_fits(parse(eyes)[0])  # the control
 
 
+def test_demonstrations_that_do_not_suit_the_voice_are_refused() -> None:
+    recipe, short = ["--config", "voice"], ["--scenarios.timespeak.chunks", "40"]
+    room.check_fits(parse(recipe)[0])  # the control
+    for given, says in (
+        ([*recipe, "--model.voice", "null"], "demonstrations of repeat have sound, and the model has no"),
+        ([*recipe, "--scenarios.families", "[timespeak]", *short], "demonstrations of timespeak have no sound"),
+        ([*recipe, "--scenarios.families", "[repeat, timespeak]", *short], "demonstrations of timespeak have no sound"),
+    ):
+        with pytest.raises(MetronomeError, match=says):
+            room.check_fits(parse(given)[0])
+        room.check_fits(parse([*given, "--warmstart.steps", "0"])[0])
+
+
 def test_a_run_goes_on_only_with_its_own_policy(tmp_path: Path) -> None:
     checkpoint.save(fresh_model(), tmp_path / "model")
     room.check_fits(parse([])[0], tmp_path / "model")

@@ -1,0 +1,41 @@
+"""The recipe of the voice, made short: sound goes from the flow head through sessions, scorer, learner and audit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl.run import Run
+from rl.train import parse
+from rollout.record.episode import load_episodes
+
+RECIPE = str(Path(__file__).resolve().parents[2] / "configs/voice.yaml")
+SHORT = ["--model.preset", "nano", "--model.voice.width", "32", "--model.voice.blocks", "1"]
+SHORT += ["--warmstart.steps", "2", "--warmstart.episodes", "2", "--rl.steps", "2"]
+SHORT += ["--rl.groups", "2", "--rl.rollouts", "2", "--eval.scenarios", "2", "--eval.during", "1"]
+
+
+def summary(runs: Path, name: str, *arguments: str) -> dict[str, Any]:
+    config, resume, recipe = parse(["--config", RECIPE, *SHORT, "--runs", str(runs), "--name", name, *arguments])
+    Run(config, recipe, resume).execute()
+    found: dict[str, Any] = json.loads((runs / name / "summary.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("world")
+def test_the_recipe_trains_and_its_bits_are_equal(tmp_path: Path) -> None:
+    once = summary(tmp_path, "once")
+    assert once["mismatch/num_unequal"] == once["mismatch/rows_unequal"] == 0 < once["mismatch/num_tokens"]
+    assert json.loads((tmp_path / "once/audit/report.json").read_text())["verdict"] == "identical"
+    assert once.keys() >= {f"eval/{when}/{name}" for when in ("before", "after") for name in ("repeat", "interval")}
+    episodes = load_episodes(tmp_path / "once/episodes/step_000000.rank_0.safetensors")
+    assert len(episodes) == 4 and all(one.facts["family"] == "repeat" for one in episodes)
+    spoken = [action for one in episodes for action in one.actions if action.speaks]
+    assert spoken and all(action.sound is not None for action in spoken)
+    assert summary(tmp_path, "again")["weights_digest"] == once["weights_digest"]
+    softer = summary(tmp_path, "softer", "--scenarios.repeat.softest_db", "-40")  # the control
+    assert softer["weights_digest"] != once["weights_digest"]
