@@ -121,6 +121,12 @@ class Session:
         parts = self.pixels.tail(sum(sizes)).split(sizes) if sizes else ()
         return [(k, part.view(*shape, CHANNELS)) for (k, *shape), part in zip(self.shown[first:], parts, strict=True)]
 
+    def own_since(self, chunk: int) -> list[tuple[int, Tensor]]:
+        """(chunk, dMel codes uint8 [CHUNK_FRAMES, 80]) of the model's own sound in each chunk from ``chunk`` on in
+        which it hears, or will hear, some."""
+        heard = [one for one in self.spoken if one.chunk + 1 >= chunk]
+        return [(one.chunk + 1, self_codes(one.sound[None])[0]) for one in heard]
+
     @property
     def rows(self) -> int:
         """Tokens of the present context."""

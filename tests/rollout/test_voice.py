@@ -28,21 +28,9 @@ from rollout.turn.grammar import OWN_ROWS, Grammar
 from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import generator
+from tests.support.models import speaking_model
 
 CHUNKS = 8
-
-
-def speaking_model(seed: int = 0) -> InteractionModel:
-    """The weights that begin as 0 are drawn, so that every weight of the head has an effect."""
-    model = InteractionModel(with_voice(preset("nano"), VoiceConfig(width=32, blocks=1, steps=2)))
-    model.init_weights(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.startswith("voice_head.") and not bool(weight.any()):
-                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator(len(name))))
-    model.mark_changed()
-    model.pack()
-    return model
 
 
 @pytest.fixture(scope="module")
