@@ -64,10 +64,10 @@ class _Tables:
 
 @functools.cache
 def _tables() -> _Tables:
-    hann: NDArray[np.float64] = 0.5 - 0.5 * exact.roots_of_unity(WINDOW, WINDOW)[:, 0]
+    hann = 0.5 - 0.5 * exact.roots_of_unity(WINDOW, WINDOW)[:, 0]
     first, weight = (part.numpy() for part in mel_filters(LENGTH))
     step = (LOG10_MAX - LOG10_MIN) / (MEL_BINS - 1)
-    log10_edges: NDArray[np.float64] = LOG10_MIN + step * (np.arange(1, MEL_BINS) - 0.5)
+    log10_edges = LOG10_MIN + step * (np.arange(1, MEL_BINS, dtype=np.float64) - 0.5)
     return _Tables(hann, exact.roots_of_unity(LENGTH, LENGTH), first, weight, log10_edges * exact.ln(10) - LOUDER)
 
 
