@@ -29,9 +29,9 @@ SCANNED = [
     *(f"kernels/{name}.py" for name in ("exact", "fourier", "dmel", "reference/dmel", "noise", "reference/noise")),
     *(f"kernels/{name}.py" for name in ("adamw", "layout", "ops")),
     *_files("kernels/cpu", "library.py"),
-    *_files("model", "info.py", "program"),
+    *_files("model", "info.py", "program", "voice/sound.py"),  # what is heard; targets come from voice/mel.py
     *_files("rollout", "bench", "engines/vllm", "record/timeline.py", "show.py"),
-    *_files("reward", "study", "evaluate.py", "hacks.py", "pairs.py", "explain.py", *_LEARNED),
+    *_files("reward", "study", "evaluate.py", "hacks.py", "pairs.py", "explain.py", "voice/table.py", *_LEARNED),
     *_files("rl/step"),
     *_files("rl/learner"),
     "rl/warmstart.py",
