@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.program.ranges import Ascending, Distinct, Few, FewPair, Length, Probability, Range, SomeChunks, Text
-from model.voice.mel import louder, loudness_db
+from model.voice.level import louder, loudness_db
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, Mode
 from rollout.turn.observation import Observation

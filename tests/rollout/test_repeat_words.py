@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels.errors import MetronomeError
-from model.voice.mel import loudness_db
+from model.voice.level import loudness_db
 from reward.rules.repeat import RepeatSettings
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
