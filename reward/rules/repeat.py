@@ -269,7 +269,7 @@ def _due(word: str, level: float, audible_db: float) -> tuple[tuple[Tensor, ...]
 
 def _chunks_of(words: tuple[str, ...]) -> int:
     """How long words last in the lexicon; at least one chunk."""
-    return max(1, *(len(lexicon().chunks(word)) if word in lexicon().words else 1 for word in words), 1)
+    return max([1, *(len(lexicon().target(word)) for word in words if word in lexicon().words)])
 
 
 _Made = Callable[[str, float], Sequence[Action]]

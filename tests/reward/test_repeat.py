@@ -33,7 +33,7 @@ FACTS = RepeatFacts(
     target_db=LEVEL,
     prompts=(Prompt(3, 5, "four"), Prompt(16, 19, "seven"), Prompt(36, 38, "four")),
 )
-FOUR, SEVEN = (len(lexicon().chunks(word)) for word in ("four", "seven"))
+FOUR, SEVEN = (len(lexicon().target(word)) for word in ("four", "seven"))
 Actions = Mapping[int, Action]
 
 
