@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels import exact
 from model.program.ranges import Few, Range
 from model.voice.config import NUMBERS
-from model.voice.mel import louder, loudness_db
+from model.voice.level import louder, loudness_db
 from reward.rules.content import word_credit
 from reward.rules.timing import graded
 from reward.score import EventRewards, Reward
@@ -70,9 +70,9 @@ class RepeatReward(EventRewards):
     level: Reward = 1.5  # of a whole word at the right level; a chunk has its share. As far below 0 at the worst
     level_db: Tolerance = 8.0  # error of a chunk's level at which this is 0; it is the negative at twice the error
     anchor: Reward = 1.5  # of a whole word exactly as in the lexicon; a chunk has its share
-    distance: Tolerance = 0.4  # mean squared error of a chunk's numbers at which this is 0
+    distance: Tolerance = 0.6  # mean squared error of a chunk's numbers at which this is 0
     right_level_db: Tolerance = 4.0  # largest mean error of level of a sound that is a hit
-    right_distance: Tolerance = 0.35  # its largest mean squared error
+    right_distance: Tolerance = 0.5  # its largest mean squared error
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ def score_repeat(facts: RepeatFacts, actions: Sequence[Action], settings: Repeat
     """Scores one episode; ``actions`` [chunks]."""
     rule = settings.reward
     spoken = heard(actions, settings.audible_db)
-    loose = _Judge(facts, actions, settings, spoken, (0, rule.late), rule.stop, rule.right_level_db)
+    errors: dict[tuple[str, int, int], tuple[float, float]] = {}
+    loose = _Judge(facts, actions, settings, spoken, errors, (0, rule.late), rule.stop, rule.right_level_db)
     best = max(0, rule.best - rule.tight_chunks), rule.best + rule.tight_chunks
-    tight = _Judge(facts, actions, settings, spoken, best, rule.prompt_stop, rule.right_level_db / 2.0)
+    tight = _Judge(facts, actions, settings, spoken, errors, best, rule.prompt_stop, rule.right_level_db / 2.0)
     return assemble(loose.events(), tight.events(), facts.chunks, (TIMING, CONTENT, VOICE))
 
 
@@ -136,6 +137,7 @@ class _Judge:
     actions: Sequence[Action]  # [chunks]
     settings: RepeatSettings
     spoken: Sequence[Utterance]
+    errors: dict[tuple[str, int, int], tuple[float, float]]  # what `compare` has found: word, its chunk, the episode's
     window: tuple[int, int]  # first and last chunk of an answer's onset, after the user's last
     last_stop: int  # last chunk in which silence may begin, after an interruption's first
     right_level_db: float
@@ -175,7 +177,7 @@ class _Judge:
     def _sound(self, answer: Utterance, word: str) -> _Sound:
         """Judges how a right word sounds, chunk by chunk until the user interrupts, and whether it is whole."""
         rule, audible_db = self.settings.reward, self.settings.audible_db
-        due, interruption = _due(word, self.facts.target_db), self._interruption(answer)
+        (due, least), interruption = _due(word, self.facts.target_db, audible_db), self._interruption(answer)
         judged = min(answer.end, answer.start + len(due))
         if interruption is not None:
             judged = min(judged, interruption + 1)
@@ -185,13 +187,13 @@ class _Judge:
             sound = self.actions[k].sound
             if sound is None:
                 return _Sound((), True)
-            level, distance = compare(sound, due[i], audible_db)
+            if (word, i, k) not in self.errors:
+                self.errors[word, i, k] = compare(sound, due[i], audible_db)
+            level, distance = self.errors[word, i, k]
             errors.append((level, distance))
             credit = rule.level * _falling(level / rule.level_db) + rule.anchor * _falling(distance / rule.distance)
             events.append(Event(k, "sound", Outcome.SHAPING, rewards={VOICE: credit / len(due)}))
         level, distance = (fsum(values) / len(errors) for values in zip(*errors, strict=True))
-        # A word may end in chunks that are too soft to be heard.
-        least = max(i + 1 for i, chunk in enumerate(due) if i == 0 or float(loudness_db(chunk)) >= audible_db)
         missing = answer.start + least - answer.end
         if missing <= 0 or answer.end == self.facts.chunks or interruption is not None:
             missing = 0
@@ -259,13 +261,15 @@ def _falling(error: float) -> float:
 
 
 @lru_cache(maxsize=512)
-def _due(word: str, level: float) -> tuple[Tensor, ...]:
-    return sound_of(word, level)
+def _due(word: str, level: float, audible_db: float) -> tuple[tuple[Tensor, ...], int]:
+    """(the sound of a word at a level, how many of its chunks must be heard: its last ones may be too soft)."""
+    sound = sound_of(word, level)
+    return sound, max(i + 1 for i, chunk in enumerate(sound) if i == 0 or float(loudness_db(chunk)) >= audible_db)
 
 
 def _chunks_of(words: tuple[str, ...]) -> int:
     """How long words last in the lexicon; at least one chunk."""
-    return max(1, *(len(lexicon().chunks(word)) if word in lexicon().words else 1 for word in words), 1)
+    return max([1, *(len(lexicon().target(word)) for word in words if word in lexicon().words)])
 
 
 _Made = Callable[[str, float], Sequence[Action]]

@@ -15,7 +15,7 @@ A model without a voice has actions without sound. What it says is heard in the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Annotated, Any
 
@@ -26,20 +26,26 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.program.ranges import Ascending, Distinct, Few, FewPair, Length, Probability, Range, SomeChunks, Text
-from model.voice.mel import louder, loudness_db
+from model.voice.level import louder, loudness_db
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, Mode
 from rollout.turn.observation import Observation
 from rollout.world.base import ChunkIndex, Mistakes, Scenario, Span, User
-from rollout.world.lexicon import Lexicon
+from rollout.world.lexicon import WORDS_FOLDER, Lexicon
 from rollout.world.sound import GainPair, Track, amplitude, background
 from rollout.world.speech import Clip, SpeechBank, Split, pick
 
 FAMILY = "repeat"
+WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("breathe", "cancelled", "down", "echo", "goodbye", "hello", "here", "left", "message", "november", "okay"),
+    *("pound", "right", "second", "stop", "sure", "time", "up", "yes"),
+)
+"""30 words that the lexicon has a sound of and the shipped tokenizer knows."""
 
 Decibels = Annotated[float, Range(-120.0, 0.0)]
 """Of full scale."""
-_Words = Annotated[tuple[Annotated[str, Text(40)], ...], Length(0, 1000), Distinct()]
+_Words = Annotated[tuple[Annotated[str, Text(40)], ...], Length(1, 1000), Distinct()]
 _Some = Annotated[int, Range(1, 100)]
 _NoiseLevels = Annotated[tuple[Annotated[float, Range(-100.0, -10.0)], ...], Length(1, 10)]
 
@@ -62,7 +68,7 @@ class RepeatConfig:
     """Defaults are those of configs/voice.yaml. Ranges are uniform and inclusive; levels are of full scale."""
 
     chunks: SomeChunks = 40  # 8 s
-    words: _Words = ()  # that the user may say; empty: all of the lexicon
+    words: _Words = WORDS  # that the user may say
     noise_db: _NoiseLevels = (-70.0, -55.0, -40.0)  # RMS of the noise: one of these, and
     noise_spread_db: Annotated[float, Range(0.0, 10.0)] = 1.5  # up to so much more or less
     softest_db: Decibels = -35.0  # level at which the model should speak in the quietest noise
@@ -93,15 +99,24 @@ def lexicon() -> Lexicon:
     return Lexicon.open()
 
 
+_recordings = cache(lambda: SpeechBank.open(WORDS_FOLDER))
+
+
+def saying(word: str, bank: SpeechBank) -> tuple[Clip, ...]:
+    """The bank's recordings of a word, or else those that ship for the voice. Raises `SpeechError` if there is none."""
+    own = tuple(clip for clip in bank.clips if clip.words == (word,))
+    return own or _recordings().saying(word)
+
+
 @cache
 def level_db(word: str) -> float:
     """Level of the loudest chunk of a word's sound in the lexicon."""
-    return max(float(loudness_db(chunk)) for chunk in lexicon().chunks(word))
+    return max(float(loudness_db(chunk)) for chunk in lexicon().target(word))
 
 
 def sound_of(word: str, level: float) -> tuple[Tensor, ...]:
     """The lexicon's sound of a word, its loudest chunk at ``level`` dB: chunks fp32 [FRAMES, BANDS]."""
-    return louder(lexicon().chunks(word), level - level_db(word)).unbind()
+    return louder(lexicon().target(word), level - level_db(word)).unbind()
 
 
 def audible(action: Action, audible_db: float) -> bool:
@@ -133,13 +148,8 @@ class RepeatFacts:
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> RepeatFacts:
-        return RepeatFacts(
-            fields["chunks"],
-            tuple(fields["words"]),
-            fields["noise_db"],
-            fields["target_db"],
-            tuple(Prompt(**one) for one in fields["prompts"]),
-        )
+        words, prompts = tuple(fields["words"]), tuple(Prompt(**one) for one in fields["prompts"])
+        return RepeatFacts(fields["chunks"], words, fields["noise_db"], fields["target_db"], prompts)
 
     def title(self) -> str:
         return f"repeat: {len(self.prompts)} words, noise at {self.noise_db:.0f} dB, voice at {self.target_db:.0f} dB"
@@ -236,10 +246,10 @@ class RepeatUser(User):
 
 def repeat(split: Split, seed: int, bank: SpeechBank, config: RepeatConfig) -> RepeatScenario:
     """The scenario of a seed. Raises MetronomeError for a word that the lexicon lacks and for an episode that is too
-    short for a word, `SpeechError` for a word that the bank lacks."""
+    short for a word, `SpeechError` for a word that no recording says."""
     rng = generator(FAMILY, split, seed)
     known = lexicon().words
-    words = config.words or known
+    words = config.words
     if unknown := [word for word in words if word not in known]:
         raise MetronomeError(
             f"scenarios.repeat.words: the lexicon has no sound of {unknown[0]!r}; choose from {', '.join(known)}"
@@ -279,7 +289,7 @@ def _planned(
     """The next word, another one than ``before`` if there is another."""
     others = [word for word in words if word != before] or list(words)
     word = others[int(rng.integers(len(others)))]
-    clip, offset = pick(rng, bank.saying(word)), int(rng.integers(CHUNK_SAMPLES))
+    clip, offset = pick(rng, saying(word, bank)), int(rng.integers(CHUNK_SAMPLES))
     low, high = config.gap if before is not None else config.first
     gap, interrupts = int(rng.integers(low, high + 1)), rng.random() < config.interruptions
     return PlannedWord(word, clip, offset, gap, before is not None and bool(interrupts))
@@ -336,6 +346,4 @@ class RepeatExpert:
 
 def said(word: str, sound: tuple[Tensor, ...]) -> list[Action]:
     """The actions of saying a word with such sound, one a chunk: the word is in the first."""
-    actions = [Action(Mode.SPEAK, (), chunk) for chunk in sound]
-    actions[0] = replace(actions[0], words=(word,))
-    return actions
+    return [Action(Mode.SPEAK, () if i else (word,), chunk) for i, chunk in enumerate(sound)]
