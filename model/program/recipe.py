@@ -334,8 +334,9 @@ def _help(command: str, description: str, kind: Any, resumes: bool) -> str:
 def _fields(kind: Any, defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, hint in ranges.hints_of(kind).items():
         inner = ranges.bare(hint)[0]
-        if is_dataclass(inner):
-            yield from _fields(inner, defaults[name], f"{prefix}{name}.")
+        if is_dataclass(inner):  # one that may be left out is shown with its own defaults
+            part = _defaults(inner) if name in defaults and defaults[name] is None else defaults[name]
+            yield from _fields(inner, part, f"{prefix}{name}.")
         else:
             default = f"default {json.dumps(defaults[name])}" if name in defaults else "required"
             yield f"  --{prefix}{name}  {ranges.described(hint)}; {default}"
