@@ -14,20 +14,15 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.senses.audio import HOP, DMel
-from model.voice.config import NUMBERS
 from model.voice.mel import mel_chunks
 from model.voice.sound import LATENCY_SAMPLES
 from rollout.heard import from_codes, user_sound
 from rollout.listen import main
-from rollout.record.episode import TEXT, VOICE, Episode, Stream, save_episodes
-from rollout.scenarios.demonstrate import enact
+from rollout.record.episode import VOICE, Episode, save_episodes
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.turn.action import CHUNK_SAMPLES, GO_ON, LISTEN, Action, Mode
-from rollout.turn.observation import stack_audio
+from rollout.turn.action import CHUNK_SAMPLES
 from rollout.world.speech import SpeechBank
-
-FIRST = 5  # chunk in which the model begins to say its word
-STATES = 3  # of a chain
+from tests.support.episodes import FIRST, spoken
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +34,6 @@ def bank() -> SpeechBank:
 def word(bank: SpeechBank) -> Tensor:
     """Sound of some chunks, fp32 [N, 20, 80]."""
     return mel_chunks(torch.from_numpy(bank.clips[0].samples.copy()))
-
-
-def stream(chunks: list[int]) -> Stream:
-    at, row_class, chunk, digest = (torch.tensor(chunks) for _ in range(4))
-    return Stream(at, row_class, chunk, torch.zeros(len(chunks)), digest)
-
-
-def episode(bank: SpeechBank, sound: Sequence[Tensor] | Tensor = ()) -> Episode:
-    """A model that says "four" from chunk 5 on, a chunk of ``sound`` after another."""
-    item = ScenarioConfig().scenario("turn_taking", "train", 0, bank)
-    said = {FIRST + i: replace(GO_ON, sound=one) for i, one in enumerate(sound)}
-    actions = [said.get(k, LISTEN) for k in range(item.chunks)]
-    actions[FIRST] = Action(Mode.SPEAK, ("four",), actions[FIRST].sound)
-    observed, _, facts = enact(item, lambda user: lambda k: actions[k])
-    streams = {TEXT: stream(list(range(item.chunks)))}
-    if len(sound):
-        chains = torch.stack([one.reshape(1, NUMBERS).expand(STATES, NUMBERS) for one in sound])
-        streams[VOICE] = replace(stream(sorted(said)), payload=chains)
-    return Episode(
-        scenario=item.id, rollout=0, seed=0, temperature=1.0, contract_id="c", weights_digest="d" * 32,
-        facts=facts.to_json(), actions=tuple(actions), tokens=torch.zeros(99, dtype=torch.int64),
-        codes=DMel.build().codes(stack_audio(observed).view(1, -1))[0], streams=streams,
-    )  # fmt: skip
 
 
 Listen = Callable[..., tuple[Tensor, str]]
@@ -87,7 +59,7 @@ def listen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Listen:
 
 
 def test_both_sides_are_in_their_places(bank: SpeechBank, word: Tensor, listen: Listen) -> None:
-    one = episode(bank, word)
+    one = spoken(bank, word)
     (user, voice), said = listen(one)
     samples = len(one.actions) * CHUNK_SAMPLES
     assert len(user) == samples + CHUNK_SAMPLES + LATENCY_SAMPLES
@@ -106,7 +78,7 @@ def test_both_sides_are_in_their_places(bank: SpeechBank, word: Tensor, listen: 
 
 
 def test_a_side_whose_codes_are_others_is_rebuilt_from_them(bank: SpeechBank, word: Tensor, listen: Listen) -> None:
-    one = episode(bank, word)
+    one = spoken(bank, word)
     exact, _ = listen(one)
     codes = one.codes.clone()
     codes[40, 7] ^= 1
@@ -142,13 +114,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_another_scenario(bank: SpeechBank, listen: Listen, scenario: str, says: str) -> None:
-    _, said = listen(replace(episode(bank), scenario=scenario))
+    _, said = listen(replace(spoken(bank), scenario=scenario))
     assert "rough" in said and says in said and said.count("\n") == 3
 
 
 @pytest.mark.usefixtures("quick")
 def test_recipes_that_are_none_and_families_of_others(bank: SpeechBank, listen: Listen) -> None:
-    one = episode(bank)
+    one = spoken(bank)
     assert "rough" not in listen(one, recipe="scenarios: {families: [turn_taking]}")[1]
     assert "rough" in listen(one, recipe="nothing: 1")[1]
     assert "rough" in listen(one, recipe="scenarios: {families: [timespeak]}")[1]
@@ -161,18 +133,18 @@ def test_recipes_that_are_none_and_families_of_others(bank: SpeechBank, listen: 
 
 
 def test_an_episode_without_a_voice(bank: SpeechBank, listen: Listen) -> None:
-    (user, voice), said = listen(episode(bank))
+    (user, voice), said = listen(spoken(bank))
     assert user.any() and not voice.any() and "Right: silent" in said
 
 
 def test_what_is_beyond_full_scale_is_clipped(bank: SpeechBank, word: Tensor, listen: Listen) -> None:
-    assert "clipped" not in listen(episode(bank, word))[1]
-    (_, voice), said = listen(episode(bank, word + 3))
+    assert "clipped" not in listen(spoken(bank, word))[1]
+    (_, voice), said = listen(spoken(bank, word + 3))
     assert voice.abs().max() >= 32767 / 32768 and "beyond full scale" in said
 
 
 def test_episodes_are_found_by_number(bank: SpeechBank, word: Tensor, listen: Listen, tmp_path: Path) -> None:
-    both = episode(bank), episode(bank, word)
+    both = spoken(bank), spoken(bank, word)
     assert not listen(*both, name="#0")[0][1].any()
     (tmp_path / "x.wav").unlink()
     for name, says in {"#2": "holds 2 episodes, counted from 0", "": "name one", "x#0": "cannot be read"}.items():
@@ -182,7 +154,7 @@ def test_episodes_are_found_by_number(bank: SpeechBank, word: Tensor, listen: Li
 
 
 def test_contradictions_and_damage(bank: SpeechBank, word: Tensor, listen: Listen, tmp_path: Path) -> None:
-    one = episode(bank, word)
+    one = spoken(bank, word)
     voice = one.voice
     assert voice is not None and voice.payload is not None
     chains = voice.payload.clone()
