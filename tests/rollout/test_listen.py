@@ -162,6 +162,7 @@ def test_contradictions_and_damage(bank: SpeechBank, word: Tensor, listen: Liste
     for wrong in (
         replace(one, streams={**one.streams, VOICE: replace(voice, payload=chains)}),
         replace(one, streams={**one.streams, VOICE: replace(voice, payload=voice.payload[:, :, :9].contiguous())}),
+        replace(one, streams={**one.streams, VOICE: replace(voice, payload=voice.payload[:, :0].clone())}),
         replace(one, codes=one.codes[:-4]),
         replace(one, codes=one.codes[:0], actions=()),
     ):
