@@ -32,6 +32,7 @@ VERBS = {
     "train": Verb("rl.train", "warm start, reinforcement learning, held-out verdict, audit", "accelerate/cpu"),
     "audit": Verb("rl.audit", "is a run's sampler its learner? are two runs one? what is a checkpoint invariant to?"),
     "show": Verb("rollout.show", "print a saved episode chunk by chunk"),
+    "listen": Verb("rollout.listen", "render a saved episode as sound, both sides"),
     "fingerprint": Verb("rl.fingerprint", "one digest a stage, to find where two machines part"),
     "reward-pairs": Verb("reward.pairs", "make preference pairs for reward models"),
     "reward-train": Verb("reward.train", "train a reward model on pairs", "accelerate/reward"),

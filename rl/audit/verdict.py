@@ -52,7 +52,7 @@ LIMITS = (
     "Equal rows are shown by equal 64-bit digests of each row of log-probabilities; the rows themselves are not kept. "
     "Two different rows share a digest by chance once in 2^64.",
     "Where bits differ, k1 and k3 are estimates from sampled tokens: the exact KL would need the sampler's whole rows.",
-    "The model has no voice yet: its lane shows its words.",
+    "The grid draws no sound of the model: its lane shows its words.",
 )
 """What no report of a run can show, in sentences."""
 

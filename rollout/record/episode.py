@@ -241,7 +241,12 @@ def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
 def _actions(described: Sequence[Sequence[str]], voice: Stream | None) -> tuple[Action, ...]:
     """With the sound of each chunk, as far as the stream has it in its form."""
     sound: dict[int, Tensor] = {}
-    if voice is not None and voice.payload is not None and voice.payload.shape[2:] == (NUMBERS,):
+    if (
+        voice is not None
+        and voice.payload is not None
+        and voice.payload.shape[2:] == (NUMBERS,)
+        and voice.payload.shape[1]
+    ):
         sound = dict(zip(voice.chunk.tolist(), sounds(voice), strict=False))
     return tuple(
         Action(Mode(mode), tuple(words), sound.get(k) if mode == Mode.SPEAK else None)
@@ -262,6 +267,7 @@ def check_tensors(episode: Episode) -> None:
         voice.payload is None
         or len(voice.payload) != len(voice.chunk)
         or voice.payload.shape[2] != NUMBERS
+        or not voice.payload.shape[1]
         or not voice.payload.isfinite().all()
     ):
         raise ValueError(f"the sound of an episode is no {len(voice.chunk)} chains of {NUMBERS} finite numbers")
