@@ -45,6 +45,8 @@ class Diagnosis:
         """The first op that differs and the suspects, for an error message."""
         if self.first is None:
             result = "Replayed, all activations agree."
+            if self.token is None:
+                result += " They end where the flow head begins: its weights, the chain or its log-prob differ."
         else:
             result = (
                 f"The first activation that differs is {self.first.name} at row {self.first.first_row} (largest gap "
