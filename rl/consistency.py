@@ -20,6 +20,7 @@ from typing import Any
 from kernels.errors import MetronomeError
 from model.program import ranks, teams
 from model.program.ranges import shown
+from reward.voice.listener import UNDERSTOOD
 from rl.config import TrainConfig
 from rl.environment import computing, contract_in_words
 from rl.rollers import check_engine, check_workers
@@ -147,8 +148,8 @@ def check_shares(config: TrainConfig) -> None:
     ):
         if steps * each > seeds:
             raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
-    if wrong := sorted(config.rl.axis_weights.keys() - set(config.scenarios.axes)):
+    axes = (*config.scenarios.axes, *((UNDERSTOOD,) if config.source.listener else ()))
+    if wrong := sorted(config.rl.axis_weights.keys() - set(axes)):
         raise MetronomeError(
-            f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on "
-            f"{', '.join(config.scenarios.axes)}"
+            f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on {', '.join(axes)}"
         )

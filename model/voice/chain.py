@@ -32,8 +32,8 @@ from model.voice.config import LEVELS, NUMBERS, VoiceConfig
 from model.voice.flow import FlowHead
 
 NEAR_ONE = 0.2
-"""1 - t is taken for at least this in the loss: near t = 1 the velocity of a small error has no bound, and a few chunks'
-gradients there would drown the others. (With 0.05 a head was twenty times as far from its targets.)"""
+"""1 - t is taken for at least this in the loss: near t = 1 the velocity of a small error has no bound, and a few
+chunks' gradients there would drown the others. (With 0.05 a head was twenty times as far from its targets.)"""
 
 
 @dataclass(frozen=True)

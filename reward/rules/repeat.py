@@ -1,7 +1,7 @@
 """The rule scorer of repeat: say the user's word after them, whole, in time, as loud as the noise asks for.
 
-All times are of what is *heard* (`heard`): an utterance begins with its first chunk that is loud enough, whenever its
-word was chosen, and one of silence does not exist. What is due, for each word of the user's:
+All times are of what is *heard* (`rollout.turn.utterance`): an utterance begins with its first chunk that is loud
+enough, whenever its word was chosen, and one of silence does not exist. What is due, for each word of the user's:
 - the *answer*: the same word, its sound beginning in a window of a few chunks after the user's has ended. It is a hit
   only if it sounds right, too: whole, at the right level, and near the sound that the lexicon has of the word. Without
   a voice the word is enough;
@@ -40,7 +40,6 @@ from rollout.scenarios.repeat import (
     RepeatExpert,
     RepeatFacts,
     RepeatScenario,
-    audible,
     lexicon,
     repeat,
     said,
@@ -48,6 +47,7 @@ from rollout.scenarios.repeat import (
 )
 from rollout.scenarios.verdict import CONTENT, TIMING, Event, Outcome, Score, assemble
 from rollout.turn.action import LISTEN, Action
+from rollout.turn.utterance import Utterance, heard
 from rollout.world.base import Script, User
 
 VOICE = "voice"
@@ -80,34 +80,6 @@ class RepeatSettings(RepeatConfig):
     """The family's part of a recipe."""
 
     reward: RepeatReward = field(default_factory=RepeatReward)
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """What is heard of the chunks from one that says words, or begins to make sound, to the next such one."""
-
-    words: tuple[str, ...]
-    start: int  # the first chunk that is heard
-    end: int  # the chunk after the last one
-
-
-def heard(actions: Sequence[Action], audible_db: float) -> list[Utterance]:
-    """The utterances of which something is heard, in order; ``actions`` [chunks]."""
-    found: list[Utterance] = []
-    words: tuple[str, ...] | None = None  # of the utterance that runs, None in silence
-    start: int | None = None  # its first chunk that was heard
-    for k, action in enumerate(actions):
-        if not action.speaks:
-            words = start = None
-            continue
-        if words is None or action.words:
-            words, start = action.words, None
-        if audible(action, audible_db):
-            if start is None:
-                start = k
-                found.append(Utterance(words, k, k + 1))
-            found[-1] = Utterance(words, start, k + 1)
-    return found
 
 
 def score_repeat(facts: RepeatFacts, actions: Sequence[Action], settings: RepeatSettings) -> Score:

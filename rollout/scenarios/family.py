@@ -29,8 +29,9 @@ class Settings(Protocol):
     """A family's part of the recipe: a frozen dataclass in which every field has a default, and each number, list and
     text a range in its type (`model.program.ranges`). Those of a family that shows video may have a property ``frame``,
     (height, width) of its largest frame in pixels: then a recipe without room for it is refused before a run begins.
-    Those of a family whose expert speaks with sound have a property ``sounds``, True: only a model with a voice can
-    learn from it, and from nothing else."""
+    Those of a family whose expert speaks with sound have ``aloud``, the words of the lexicon that it may say, and
+    ``audible_db``, the level from which a chunk of sound is heard: only a model with a voice can learn from it, and
+    from nothing else."""
 
     @property
     def chunks(self) -> int:

@@ -30,6 +30,7 @@ from model.voice.level import louder, loudness_db
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, Mode
 from rollout.turn.observation import Observation
+from rollout.turn.utterance import audible
 from rollout.world.base import ChunkIndex, Mistakes, Scenario, Span, User
 from rollout.world.lexicon import WORDS_FOLDER, Lexicon
 from rollout.world.sound import GainPair, Track, amplitude, background
@@ -84,9 +85,9 @@ class RepeatConfig:
     mistakes: RepeatMistakes = field(default_factory=RepeatMistakes)
 
     @property
-    def sounds(self) -> bool:
+    def aloud(self) -> tuple[str, ...]:
         """See `rollout.scenarios.family.Settings`."""
-        return True
+        return self.words
 
     def target_db(self, noise_db: float) -> float:
         """The level at which a word should be said in such noise: that of its loudest chunk."""
@@ -117,11 +118,6 @@ def level_db(word: str) -> float:
 def sound_of(word: str, level: float) -> tuple[Tensor, ...]:
     """The lexicon's sound of a word, its loudest chunk at ``level`` dB: chunks fp32 [FRAMES, BANDS]."""
     return louder(lexicon().target(word), level - level_db(word)).unbind()
-
-
-def audible(action: Action, audible_db: float) -> bool:
-    """Whether the user hears something in a chunk."""
-    return action.speaks and (action.sound is None or float(loudness_db(action.sound)) >= audible_db)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from reward.rules.repeat import NOTHING_IN_COMMON, VOICE, RepeatReward, Utterance, compare, heard
+from reward.rules.repeat import NOTHING_IN_COMMON, VOICE, RepeatReward, compare
 from reward.score import score
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.repeat import Prompt, RepeatFacts, lexicon, said, sound_of
 from rollout.scenarios.verdict import CONTENT, TIMING, Event, Outcome, Score
 from rollout.turn.action import GO_ON, LISTEN, Action, Mode, speak
+from rollout.turn.utterance import Utterance, heard
 from tests.support.scores import events_of
 
 CONFIG = ScenarioConfig(("repeat",))

@@ -21,13 +21,13 @@ from rollout.scenarios.repeat import (
     RepeatExpert,
     RepeatFacts,
     RepeatScenario,
-    audible,
     level_db,
     lexicon,
     said,
     sound_of,
 )
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
+from rollout.turn.utterance import audible
 from rollout.world.base import Script
 from rollout.world.speech import SpeechBank
 
