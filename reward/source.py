@@ -22,7 +22,7 @@ from model.backbone.transformer import InteractionModel
 from model.inputs import Conversation
 from model.program.ranges import FilePaths
 from model.weights.checkpoint import weights_digest
-from reward.learned.model import RewardModel
+from reward.learned.model import RewardModel, check_silent
 from reward.score import score
 from reward.study.overoptimisation import WatchConfig
 from reward.voice.listener import UNDERSTOOD, Listener, Word
@@ -118,9 +118,11 @@ class RewardSource:
         """Digest of each model's weights, in the recipe's order."""
         return tuple(weights_digest(model) for model in self.models)
 
-    def check_words(self, policy: InteractionModel) -> None:
-        """Raises MetronomeError for a reward model that has another tokenizer than the policy that it is to judge."""
+    def check_policy(self, policy: InteractionModel) -> None:
+        """Raises MetronomeError for a reward model that has another tokenizer than the policy that it is to judge, and
+        for any where the policy has a voice."""
         for model in self.models:
+            check_silent(policy, "the policy")
             Vocabulary.of(policy).check_same(model.backbone, model.name)
 
     def judge(self, episodes: Sequence[Episode]) -> Judged:

@@ -105,7 +105,7 @@ class Run:
             checkpoint.load_into(self.model, self._newest[1] / "model")
             check_weights(self.folder, *self._newest, checkpoint.weights_digest(self.model))
         self.vocabulary = Vocabulary.of(self.model)
-        self.source.check_words(self.model)
+        self.source.check_policy(self.model)
         self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
         if resume:
             self.folder.go_on(recipe, saved.text, self._newest and self._newest[0], changed)

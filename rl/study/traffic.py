@@ -29,7 +29,6 @@ from rollout.record.episode import TEXT, Stream
 from rollout.turn.action import CHUNKS_PER_SECOND
 from rollout.turn.grammar import AUDIO_ROWS, turn_rows
 
-
 _PER_TOKEN = [field.name for field in fields(Stream) if field.name != "payload"]
 
 

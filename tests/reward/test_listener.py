@@ -103,7 +103,7 @@ def test_the_source_adds_an_axis(ear: Listener) -> None:
 
 def test_an_axis_weight_of_it() -> None:
     rl = RLConfig(axis_weights={UNDERSTOOD: 2.0})
-    with pytest.raises(MetronomeError, match="names understood: .* rewarded on timing"):
+    with pytest.raises(MetronomeError, match=r"names understood: .* rewarded on timing"):
         check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=rl))
     check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=rl, source=SourceConfig(listener=True)))
 
