@@ -18,10 +18,12 @@ from model.placement import PlacementConfig
 from model.program.folders import RunName
 from model.program.outputs import OutputFolder
 from model.program.ranges import (
+    Distinct,
     EventWords,
     Every,
     FilePath,
     Fraction,
+    Length,
     Patches,
     Probability,
     Range,
@@ -29,6 +31,7 @@ from model.program.ranges import (
     Some,
     Steps,
     Temperature,
+    Text,
     Tokens,
     Weight,
     Words,
@@ -41,6 +44,8 @@ from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.grammar import Grammar
 from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
+
+SoundAxes = Annotated[tuple[Annotated[str, Text(40)], ...], Length(0, 100), Distinct()]
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class RLConfig:
     axis_weights: dict[str, Weight] = field(default_factory=dict)  # of axes of reward; 1 where left out
     reference_weight: Weight = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
     voice_weight: Weight = 1.0  # of a chunk of sound beside a token, for a model with a voice
+    sound_axes: SoundAxes = ()  # axes of reward that chunks of sound are weighted by; all where none is named
     optim: OptimConfig = field(default_factory=OptimConfig)
     micro_batch: Some = 8  # episodes in one learner forward; does not enter the result beyond summation order
     # So many processes share the rows of the same episodes, for long ones; the bits are those of one process.

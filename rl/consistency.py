@@ -149,7 +149,8 @@ def check_shares(config: TrainConfig) -> None:
         if steps * each > seeds:
             raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
     axes = (*config.scenarios.axes, *((UNDERSTOOD,) if config.source.listener else ()))
-    if wrong := sorted(config.rl.axis_weights.keys() - set(axes)):
-        raise MetronomeError(
-            f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on {', '.join(axes)}"
-        )
+    for name, named in (("axis_weights", config.rl.axis_weights), ("sound_axes", config.rl.sound_axes)):
+        if wrong := sorted(set(named) - set(axes)):
+            raise MetronomeError(
+                f"rl.{name} names {', '.join(wrong)}: the recipe's families are rewarded on {', '.join(axes)}"
+            )

@@ -5,7 +5,9 @@ each chunk, minus the mean of the group's other rollouts (`rl.step.advantage`), 
 source, family and axis. Only then are axes and sources added, in a fixed order and with equal shares of the sources, so
 that the unit of a learned reward does not matter. The KL penalty towards the reference policy is a reward too but is
 not scaled: divided by its own size it would pull harder the closer the policy is. All tokens of a chunk have the
-chunk's advantage.
+chunk's advantage, and so has its sound; with ``rl.sound_axes`` only the part of it that is of these axes. What sound
+does not decide, such as when words are said, is noise in its gradient (factored baselines: Wu et al. 2018, arXiv
+1803.07246).
 
 All is fp64 and summed in the order of the episodes, so that equal rollouts get exactly 0 and no library's order of
 summation enters.
@@ -72,8 +74,11 @@ def token_weights(
     if any(len(rewards) != len(episodes) for rewards in acting):
         raise ValueError(f"{[len(r) for r in acting]} rewards of the sources for {len(episodes)} episodes")
     advantages = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]
+    of_sound = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]  # with `sound_axes`
     terms: dict[str, Term] = {}
-    parts: list[tuple[str, int, Tensor, float]] = []  # for each group: term, first episode, advantages, weight
+    parts: list[
+        tuple[str, str, int, Tensor, float]
+    ] = []  # of each group: term, axis, first episode, advantages, weight
     for source, rewards in enumerate(acting):
         for first in range(0, len(episodes), config.rollouts):
             group = slice(first, first + config.rollouts)
@@ -87,15 +92,17 @@ def token_weights(
                 squares = math.fsum(x * x for x in advantage.flatten().tolist())
                 name = f"{source}/{episodes[first].family}/{axis}"
                 terms.setdefault(name, []).append((squares, advantage.numel() * informative))
-                parts.append((name, first, advantage, config.axis_weights.get(axis, 1.0) / len(acting)))
+                parts.append((name, axis, first, advantage, config.axis_weights.get(axis, 1.0) / len(acting)))
     everyone = _over_ranks(terms)
     updated = dict(scales) | {
         name: scales.get(name, RunningScale()).updated(math.fsum(s for s, _ in term), sum(n for _, n in term))
         for name, term in everyone.items()
     }
-    for name, first, advantage, share in parts:
+    for name, axis, first, advantage, share in parts:
         for i, row in enumerate(advantage / updated[name].value, first):
             advantages[i] = advantages[i] + share * row
+            if axis in config.sound_axes:
+                of_sound[i] = of_sound[i] + share * row
     if config.reference_weight and log_ratio:
         cost = [-config.reference_weight * r for r in _by_chunk(episodes, log_ratio)]
         rows = (
@@ -110,7 +117,7 @@ def token_weights(
             (a[v.chunk] * (config.voice_weight / (sound_numbers(v) * tokens))).float()
             if (v := e.voice) is not None
             else torch.empty(0)
-            for a, e in zip(advantages, episodes, strict=True)
+            for a, e in zip(of_sound if config.sound_axes else advantages, episodes, strict=True)
         ],
         scales=updated,
         groups=sum(map(len, everyone.values())),

@@ -106,6 +106,9 @@ def test_an_axis_weight_of_it() -> None:
     with pytest.raises(MetronomeError, match=r"names understood: .* rewarded on timing"):
         check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=rl))
     check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=rl, source=SourceConfig(listener=True)))
+    sound = RLConfig(sound_axes=("voice", "safety"))
+    with pytest.raises(MetronomeError, match=r"rl.sound_axes names safety: .* rewarded on timing"):
+        check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=sound))
 
 
 def test_where_nothing_is_said_aloud() -> None:

@@ -50,12 +50,12 @@ def test_pairs(folder: Path, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "pairs")]
     with pytest.raises(MetronomeError, match="repeat is played with sound of the model's own"):
         pairs.main([*out, "--scenarios.families", "[repeat]"])
-    with pytest.raises(MetronomeError, match="rollouts.policies: .* has a voice"):
+    with pytest.raises(MetronomeError, match=r"rollouts.policies: .* has a voice"):
         pairs.main([*out, "--rollouts.policies", f"[{{checkpoint: {folder}}}]"])
     assert not (tmp_path / "pairs").exists()
 
 
 def test_a_backbone(folder: Path) -> None:
     config = reward_train.RewardTrainConfig(backbone=reward_train.BackboneRecipe(checkpoint=str(folder)))
-    with pytest.raises(MetronomeError, match="backbone.checkpoint: .* has a voice"):
+    with pytest.raises(MetronomeError, match=r"backbone.checkpoint: .* has a voice"):
         reward_train._backbone(config)
