@@ -38,7 +38,7 @@ class Word:
     start: int  # the first chunk that is heard
     end: int  # the chunk after the last one
     whole: bool
-    understood: str | None  # the word that the listener took it for; None for none of them
+    understood: str | None  # the word that the listener took it for; None for none of them, and for one not whole
     level_db: float  # level of its loudest chunk, of full scale
 
     @property
@@ -77,8 +77,9 @@ class Listener:
 
     def _word(self, utterance: Utterance, sound: Tensor) -> Word:
         word, level = utterance.words[0], max(map(loudness_db, sound))
-        understood = self.recogniser.word(render(sound, ITERATIONS))
-        return Word(word, utterance.start, utterance.end, len(sound) >= self._due(word, level), understood, level)
+        whole = len(sound) >= self._due(word, level)
+        understood = self.recogniser.word(render(sound, ITERATIONS)) if whole else None
+        return Word(word, utterance.start, utterance.end, whole, understood, level)
 
     def _due(self, word: str, level: float) -> int:
         """From the first to the last one that is heard, the chunks of the lexicon's sound of a word, the loudest of
