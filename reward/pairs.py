@@ -141,12 +141,11 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(config.out)
     if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
-    for name in config.scenarios.members:
-        if getattr(config.scenarios.settings_of(name), "aloud", ()):
-            raise MetronomeError(
-                f"scenarios.families: {name} is played with sound of the model's own, which reward models do not hear: "
-                "leave it out"
-            )
+    for name in config.scenarios.aloud:
+        raise MetronomeError(
+            f"scenarios.families: {name} is played with sound of the model's own, which reward models do not hear: "
+            "leave it out"
+        )
     chunks, rollouts = config.scenarios.most_chunks, config.rollouts
     if rollouts.policies:
         extra = config.max_patches + config.max_event_words

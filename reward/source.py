@@ -162,11 +162,7 @@ class RewardSource:
 def listeners(scenarios: ScenarioConfig) -> dict[str, Listener]:
     """Those of the families whose words are said aloud. Raises MetronomeError where there is none, and as `Listener`
     does."""
-    ears = {}
-    for name in scenarios.members:
-        settings = scenarios.settings_of(name)
-        if words := getattr(settings, "aloud", ()):
-            ears[name] = Listener(words, settings.audible_db)
+    ears = {name: Listener(words, scenarios.settings_of(name).audible_db) for name, words in scenarios.aloud.items()}
     if not ears:
         raise MetronomeError(
             f"source.listener: nothing is said aloud in {', '.join(scenarios.members)}: leave it out, or take a family "

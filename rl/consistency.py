@@ -148,7 +148,7 @@ def check_shares(config: TrainConfig) -> None:
     ):
         if steps * each > seeds:
             raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
-    axes = (*config.scenarios.axes, *((UNDERSTOOD,) if config.source.listener else ()))
+    axes = (*config.scenarios.axes, *((UNDERSTOOD,) if config.scenarios.aloud else ()))
     for name, named in (("axis_weights", config.rl.axis_weights), ("sound_axes", config.rl.sound_axes)):
         if wrong := sorted(set(named) - set(axes)):
             raise MetronomeError(

@@ -39,6 +39,7 @@ VERBS = {
     "reward-evaluate": Verb("reward.evaluate", "how good reward models are"),
     "reward-hacks": Verb("reward.hacks", "what rewards pay policies that want to be paid for nothing"),
     "best-of-n": Verb("rl.bestofn", "how far a learned reward can be optimised without training"),
+    "understood": Verb("rl.study.understood", "how well the words that a run's policies say aloud are understood"),
     "baseline": Verb("rl.study.baseline", "train beside naive torch with importance weights"),
     "bench": Verb("rollout.bench", "speed of decoding and serving"),
     "kernel-bench": Verb("kernels.tools.bench", "speed of the kernels beside torch's"),

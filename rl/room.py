@@ -99,7 +99,7 @@ def check_voice(config: TrainConfig, speaks: bool) -> None:
     if not config.warmstart.steps:
         return
     for name in config.scenarios.members:
-        sounds = bool(getattr(config.scenarios.settings_of(name), "aloud", ()))
+        sounds = name in config.scenarios.aloud
         if sounds and not speaks:
             raise MetronomeError(
                 f"recipe: demonstrations of {name} have sound, and the model has no voice: give it one "

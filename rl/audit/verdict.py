@@ -179,8 +179,10 @@ def _headline(
         return f"{why} By the run's own records, 0 of {counted.num_tokens:,} sampled tokens and 0 rows differed."
     if verdict is Verdict.IDENTICAL:
         rescored = [one for one in episodes if one.logprob is not None]
+        sounds = sum(len(voice.chunk) for one in rescored if (voice := one.episode.voice) is not None)
+        also = f" and 0 of {sounds:,} sampled chunks of sound" if sounds else ""
         return (
-            f"0 of {counted.num_tokens:,} sampled tokens differ ({len(rescored):,} episodes of "
+            f"0 of {counted.num_tokens - sounds:,} sampled tokens{also} differ ({len(rescored):,} episodes of "
             f"{_steps(sorted({one.step for one in rescored}))}, re-scored now); full-vocabulary KL exactly 0 on every "
             "row."
         )

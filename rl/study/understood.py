@@ -4,9 +4,9 @@
 
 Each checkpoint plays the same scenarios with the same seeds, at the temperature of training. Words of which at least as
 much was heard as of the lexicon's sound (*whole*, `reward.voice.listener`) are counted by whether the recogniser takes
-them for themselves, with the closed grammar of the family's words and in free decoding, which has 130,000 words and understands
-about a half of the recordings themselves. The error of level is that of a word's loudest chunk. It needs pocketsphinx
-(``pip install -e '.[voice]'``).
+them for themselves, with the closed grammar of the family's words and in free decoding, which has 130,000 words and
+understands about a half of the recordings themselves. The error of level is that of a word's loudest chunk. It needs
+pocketsphinx (``pip install -e '.[voice]'``).
 """
 
 from __future__ import annotations

@@ -124,6 +124,12 @@ class ScenarioConfig(OpenConfig):
         return tuple(dict.fromkeys(axis for family in self.members.values() for axis in family.axes))
 
     @property
+    def aloud(self) -> dict[str, tuple[str, ...]]:
+        """The families in which words are said with sound, and these words (`rollout.scenarios.family.Settings`)."""
+        said = {name: getattr(self.settings_of(name), "aloud", ()) for name in self.members}
+        return {name: words for name, words in said.items() if words}
+
+    @property
     def most_chunks(self) -> int:
         """Length of the longest episode of any family."""
         return max(int(self.settings_of(name).chunks) for name in self.members)

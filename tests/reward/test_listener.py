@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from kernels.errors import MetronomeError
+from reward.rules.repeat import RepeatSettings
 from reward.source import RewardSource, SourceConfig
 from reward.voice import listener
 from reward.voice.listener import UNDERSTOOD, Listener, Word
 from rl.config import RLConfig, TrainConfig
 from rl.consistency import check_shares
 from rl.run import Run
-from rl.study.understood import Share
+from rl.study.understood import Share, measure, table
 from rl.train import parse
+from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.repeat import WORDS, lexicon, said, sound_of
+from rollout.seeds import generator
 from rollout.turn.action import GO_ON, LISTEN, Action, speak
+from rollout.world.speech import SpeechBank
+from tests.support.episodes import some_episode
 
 AUDIBLE, LEVEL = -50.0, -25.0
 RECIPE = str(Path(__file__).resolve().parents[2] / "configs/voice.yaml")
@@ -88,24 +93,15 @@ def test_real_words_are_understood() -> None:
     ear = Listener(WORDS, AUDIBLE)
     heard = [ear.words(aloud(word)) for word in WORDS]
     assert sum(word.right for (word,) in heard) >= 28
-    other = said("seven", sound_of("four", LEVEL))
-    assert [word.understood for word in ear.words(other)] == ["four"]  # the control: another word's sound
-
-
-def test_the_source_adds_an_axis(ear: Listener) -> None:
-    from reward.learned.model import RewardModel
-
-    models: list[RewardModel] = []
-    source = RewardSource(ScenarioConfig(("repeat",)), "rules", models, {"repeat": ear})
-    judged = source.judge([])
-    assert judged.words == [] and judged.rules == []
+    other = said("four", sound_of("seven", LEVEL))
+    assert [word.understood for word in ear.words(other)] == ["seven"]  # the control: another word's sound
 
 
 def test_an_axis_weight_of_it() -> None:
     rl = RLConfig(axis_weights={UNDERSTOOD: 2.0})
     with pytest.raises(MetronomeError, match=r"names understood: .* rewarded on timing"):
-        check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=rl))
-    check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=rl, source=SourceConfig(listener=True)))
+        check_shares(TrainConfig(scenarios=ScenarioConfig(("timespeak",)), rl=rl))
+    check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=rl))
     sound = RLConfig(sound_axes=("voice", "safety"))
     with pytest.raises(MetronomeError, match=r"rl.sound_axes names safety: .* rewarded on timing"):
         check_shares(TrainConfig(scenarios=ScenarioConfig(("repeat",)), rl=sound))
@@ -124,10 +120,34 @@ def test_without_the_package_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+def test_a_table_of_expert_play(ear: Listener) -> None:
+    """All that the expert says in full is whole; a listener who hears "four" always gets the fours right."""
+    scenarios = ScenarioConfig(("repeat",), settings={"repeat": RepeatSettings(words=("four", "seven"))})
+    config, bank, episodes = TrainConfig(scenarios=scenarios), SpeechBank.open(), []
+    for seed in range(4):
+        item = scenarios.scenario("repeat", "held_out", seed, bank)
+        _, actions, facts = enact(item, scenarios.expert(item, generator("expert", item.id), mistake_scale=0))
+        episodes.append(replace(some_episode(), scenario=item.id, facts=facts.to_json(), actions=tuple(actions)))
+    row = measure(3, "d", episodes, config, ear, free=False)
+    assert (row.step, row.family, row.weights_digest, row.free) == (3, "repeat", "d", None)
+    assert row.score == Share(1.0, 0.0) and row.words >= row.whole == sum(n for n, _ in row.by_word.values()) > 8
+    assert row.by_word["four"][0] == row.by_word["four"][1] > 0 == row.by_word["seven"][1] < row.by_word["seven"][0]
+    assert row.understood is not None and row.understood.mean == row.by_word["four"][1] / row.whole
+    assert row.confused == {"seven: four": row.by_word["seven"][0]}
+    assert row.level_error_db is not None and row.level_error_db.mean < 1e-3  # the level that is asked for
+    assert table([row]).row_count == 1
+    judged = RewardSource(scenarios, "rules", [], {"repeat": ear}).judge(episodes)
+    cost = sum(rewards.sum(UNDERSTOOD) for rewards in judged.rules)
+    assert cost == -row.by_word["seven"][0] and sum(map(len, judged.words)) == row.words
+    without = RewardSource(scenarios, "rules", []).judge(episodes)
+    for one, other in zip(judged.rules, without.rules, strict=True):
+        assert set(one.axes) == {*other.axes, UNDERSTOOD} and one.total < other.total
+    assert [s.value for s in judged.scores] == [s.value for s in without.scores]  # it is no part of the score
+
+
 def test_a_share_by_hand() -> None:
     """Two scenarios, of 1 right of 2 and 3 right of 3: 4 / 5; residuals -0.6 and 0.6."""
     share = Share.of([[1.0, 0.0], [1.0, 1.0, 1.0]])
     assert share is not None and share.mean == 0.8
     assert share.interval == pytest.approx(1.96 * (0.72 * 2) ** 0.5 / 5)
     assert Share.of([]) is None and Share.of([[], []]) is None
-    assert torch.tensor(share.interval) > 0
