@@ -79,7 +79,7 @@ class Chains:
 
     x: Tensor  # fp32 [R, K + 1, NUMBERS], from noise to the chunk that is heard
     logprob: Tensor  # fp32 [R], nats
-    digest: Tensor  # int64 [R]
+    digest: Tensor  # int64 [R], on the host
 
 
 def draw(head: FlowHead, hidden: Tensor, key: Tensor) -> Chains:

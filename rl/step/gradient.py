@@ -78,7 +78,7 @@ def gradient_of(
         weight = torch.cat(list(weights[first : first + micro_batch])).to(logprob.device, non_blocking=True)
         loss = -objective(Tokens(logprob, entropy, weight))
         if sound is not None and batch.voice is not None:
-            heard.append(ops.fetch(sound.logprob.detach(), sound.digest))
+            heard.append((*ops.fetch(sound.logprob.detach()), sound.digest))
             _check_finite(heard[-1][0], batch.voice, first)
             if sound_weights is None:
                 raise ValueError("gradient_of: the episodes have sound, but it has no weights")

@@ -285,8 +285,8 @@ class SessionEngine:
             hidden, _, place = self._compute(sessions, self._nothing)
             hidden = hidden if place is None else hidden[place]
             chains = draw(head, hidden, torch.tensor(keys))
-            x, logprob, digest = ops.fetch(chains.x, chains.logprob, chains.digest)
-        for session, chain, p, d in zip(sessions, x, logprob.tolist(), digest.tolist(), strict=True):
+            x, logprob = ops.fetch(chains.x, chains.logprob)
+        for session, chain, p, d in zip(sessions, x, logprob.tolist(), chains.digest.tolist(), strict=True):
             session.computed = len(session.tokens)
             session.record_voice(chain.clone(), p, d)
         return [session.spoken[-1].sound for session in sessions]

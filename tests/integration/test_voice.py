@@ -13,16 +13,11 @@ from rl.run import Run
 from rl.study import understood
 from rl.train import parse
 from rollout.record.episode import load_episodes
-
-RECIPE = str(Path(__file__).resolve().parents[2] / "configs/voice.yaml")
-SHORT = ["--model.preset", "nano", "--model.voice.width", "32", "--model.voice.blocks", "1"]
-SHORT += ["--warmstart.steps", "2", "--warmstart.episodes", "2", "--rl.steps", "2"]
-SHORT += ["--source.listener", "false"]
-SHORT += ["--rl.groups", "2", "--rl.rollouts", "2", "--eval.scenarios", "2", "--eval.during", "1"]
+from tests.support.settings import VOICE
 
 
 def summary(runs: Path, name: str, *arguments: str) -> dict[str, Any]:
-    config, resume, recipe = parse(["--config", RECIPE, *SHORT, "--runs", str(runs), "--name", name, *arguments])
+    config, resume, recipe = parse([*VOICE, "--runs", str(runs), "--name", name, *arguments])
     Run(config, recipe, resume).execute()
     found: dict[str, Any] = json.loads((runs / name / "summary.json").read_text())
     return found

@@ -221,8 +221,8 @@ class VllmEngine:
         rows = [self._hidden(record[len(session.tokens)][3]) for session, record in records]
         keys = [token_key(s.key, s.chunks, len(s.tokens), VOICE_STREAM) for s in sessions]
         chains = draw(head, torch.stack(rows).to(self.core.model.device), torch.tensor(keys))
-        x, logprob, digest = ops.fetch(chains.x, chains.logprob, chains.digest)
-        for session, chain, p, d in zip(sessions, x, logprob.tolist(), digest.tolist(), strict=True):
+        x, logprob = ops.fetch(chains.x, chains.logprob)
+        for session, chain, p, d in zip(sessions, x, logprob.tolist(), chains.digest.tolist(), strict=True):
             session.computed = len(session.tokens)
             session.record_voice(chain.clone(), p, d)
         return [session.spoken[-1].sound for session in sessions]
