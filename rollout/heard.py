@@ -69,7 +69,7 @@ def both_sides(episode: Episode, again: Again) -> Heard:
     if episode.voice is None:
         return Heard(user, None, rough, 0)
     voice = F.pad(streamed(action.sound for action in episode.actions), (CHUNK_SAMPLES, 0))
-    return Heard(user, voice.clamp(-1, 1), rough, int((voice.abs() > 1).sum()))
+    return Heard(user, voice.clamp(-1, 1), rough, int((voice.abs() > 1).count_nonzero()))
 
 
 def encoded(heard: Heard, **form: Any) -> bytes:

@@ -30,7 +30,7 @@ from kernels.errors import MetronomeError
 from model.placement import Placement, PlacementConfig
 from model.program.files import write_json
 from model.program.outputs import OutputFile
-from model.program.ranges import FilePath, Some, Steps
+from model.program.ranges import Distinct, FilePath, Length, Some, Steps
 from model.program.recipe import read_recipe
 from model.voice.sound import render
 from model.weights import checkpoint
@@ -53,7 +53,7 @@ class UnderstoodConfig:
 
     run: FilePath  # folder of the run whose policies speak, by that run's recipe
     json: Annotated[str, OutputFile()]  # for the results
-    steps: tuple[Steps, ...] = ()  # of its checkpoints; the first and the newest by default
+    steps: Annotated[tuple[Steps, ...], Length(0, 100), Distinct()] = ()  # of its checkpoints; the first and the newest by default
     scenarios: Some = 96  # held-out, of each family in which something is said aloud
     free: bool = True  # decode freely, too, which takes ten times as long
     placement: PlacementConfig = field(default_factory=PlacementConfig)
