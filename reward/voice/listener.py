@@ -38,7 +38,7 @@ class Word:
     start: int  # the first chunk that is heard
     end: int  # the chunk after the last one
     whole: bool
-    understood: str | None  # the word that the listener took it for; None for none of them, and for one not whole
+    understood: str | None  # the word that the listener took it for; None for none of them, and where it was not asked
     level_db: float  # level of its loudest chunk, of full scale
 
     @property
@@ -59,14 +59,15 @@ class Listener:
         for word in words:
             self._lexicon.target(word)
 
-    def words(self, actions: Sequence[Action]) -> list[Word]:
+    def words(self, actions: Sequence[Action], parts: bool = True) -> list[Word]:
         """The words of an episode of which something is heard, in order: actions [chunks] -> words. What is said
-        without sound, or as another word than one of the family's, is left out."""
-        return [self._word(u, sound) for u, sound in sounds(actions, self.audible_db) if self._may_be(u)]
+        without sound, or as another word than one of the family's, is left out. ``parts``: whether the listener is
+        asked about words that are not whole."""
+        return [self._word(u, sound, parts) for u, sound in sounds(actions, self.audible_db) if self._may_be(u)]
 
     def rewards(self, actions: Sequence[Action]) -> tuple[Tensor, list[Word]]:
         """(the reward of each chunk, fp32 [chunks], the words)."""
-        rewards, words = torch.zeros(len(actions)), self.words(actions)
+        rewards, words = torch.zeros(len(actions)), self.words(actions, parts=False)
         for word in words:
             if word.whole and not word.right:
                 rewards[word.end - 1] -= 1.0
@@ -75,10 +76,10 @@ class Listener:
     def _may_be(self, utterance: Utterance) -> bool:
         return len(utterance.words) == 1 and utterance.words[0] in self.recogniser.words
 
-    def _word(self, utterance: Utterance, sound: Tensor) -> Word:
+    def _word(self, utterance: Utterance, sound: Tensor, parts: bool) -> Word:
         word, level = utterance.words[0], max(map(loudness_db, sound))
         whole = len(sound) >= self._due(word, level)
-        understood = self.recogniser.word(render(sound, ITERATIONS)) if whole else None
+        understood = self.recogniser.word(render(sound, ITERATIONS)) if whole or parts else None
         return Word(word, utterance.start, utterance.end, whole, understood, level)
 
     def _due(self, word: str, level: float) -> int:

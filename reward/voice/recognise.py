@@ -5,8 +5,8 @@ decoding* has the general English language model that comes with pocketsphinx (1
 lexicon's recordings themselves it understands about a half.
 
 pocketsphinx is an optional package (``pip install -e '.[voice]'``), loaded when a `Recogniser` is made. It carries its
-acoustic model; nothing is downloaded. Each sound is heard by itself: the normalisation of its cepstra starts anew, so
-that an answer does not depend on what was heard before (tested). Its arithmetic is its own, in fp32 with libm's
+acoustic model; nothing is downloaded. Each sound is heard by itself: its front end starts anew, so that an answer does
+not depend on what was heard before (tested). Its arithmetic is its own, in fp32 with libm's
 functions: no promise that two machines understand the same.
 """
 
@@ -79,6 +79,7 @@ class Recogniser:
         quiet = round(QUIET_S * SAMPLE_RATE_HZ)
         samples = np.pad(np.rint(np.clip(samples, -1, 1) * 32767), (quiet, quiet))
         samples += np.random.default_rng(0).integers(-NOISE, NOISE + 1, len(samples))
+        self._decoder.reinit_feat()  # the front end keeps a few samples of the last sound, which changes some answers
         self._decoder.activate_search(search)
         self._decoder.start_utt()
         self._decoder.process_raw(np.clip(samples, -32768, 32767).astype("<i2").tobytes(), full_utt=True)

@@ -53,7 +53,9 @@ class UnderstoodConfig:
 
     run: FilePath  # folder of the run whose policies speak, by that run's recipe
     json: Annotated[str, OutputFile()]  # for the results
-    steps: Annotated[tuple[Steps, ...], Length(0, 100), Distinct()] = ()  # of its checkpoints; the first and the newest by default
+    steps: Annotated[
+        tuple[Steps, ...], Length(0, 100), Distinct()
+    ] = ()  # of its checkpoints; the first and the newest by default
     scenarios: Some = 96  # held-out, of each family in which something is said aloud
     free: bool = True  # decode freely, too, which takes ten times as long
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -93,7 +95,8 @@ class Row:
     words: int  # of which something was heard
     whole: int
     understood: Share | None  # of the whole words, with the closed grammar
-    free: Share | None  # the same, in free decoding; None: not asked for
+    of_all: Share | None  # of all words, those that the user interrupted and those whose last chunks are too soft, too
+    free: Share | None  # of the whole words, in free decoding; None: not asked for
     level_error_db: Share | None  # mean absolute error of whole words; None where the family asks for no level
     by_word: dict[str, tuple[int, int]]  # word -> (times whole, times understood)
     confused: dict[str, int]  # "said: understood as" -> times
@@ -121,6 +124,7 @@ def measure(step: int, digest: str, episodes: Sequence[Episode], config: TrainCo
         sum(map(len, words)),
         len(all_whole),
         Share.of([[float(w.right) for w in of_one] for of_one in whole]),
+        Share.of([[float(w.right) for w in of_one] for of_one in words]),
         Share.of(freely),
         Share.of(errors),
         {word: (times[word], right[word]) for word in sorted(times)},
@@ -139,14 +143,14 @@ def _freely(episode: Episode, whole: Sequence[Word], ear: Listener) -> list[floa
 
 def table(rows: Sequence[Row]) -> Table:
     out = Table(
-        *("step", "family", "score", "words", "whole", "understood", "in free decoding", "error of level, dB"),
+        *("step", "family", "score", "words", "understood", "whole words", "understood", "freely", "level, dB off"),
         title="Words said aloud, held-out scenarios",
     )
     for row in rows:
         level = row.level_error_db
         out.add_row(
-            *(str(row.step), row.family, str(row.score), str(row.words), str(row.whole), str(row.understood or "-")),
-            str(row.free or "-"),
+            *(str(row.step), row.family, str(row.score), str(row.words), str(row.of_all or "-"), str(row.whole)),
+            *(str(row.understood or "-"), str(row.free or "-")),
             f"{level.mean:.2f} ± {level.interval:.2f}" if level else "-",
         )
     return out
