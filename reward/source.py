@@ -70,7 +70,8 @@ class Judged:
 
 
 class RewardSource:
-    """Owns the reward models of a run. An episode's rewards have the same bits in any batch and on any rank."""
+    """Owns the reward models of a run. An episode's rewards have the same bits in any batch and on any rank; a
+    listener's are promised on one machine only (`reward.voice.recognise`)."""
 
     def __init__(
         self,

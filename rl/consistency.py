@@ -60,6 +60,11 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
         "hub.repo names no repository, so nothing is sent",
     ),
     (
+        ("model.voice",),
+        lambda config: config.model.checkpoint is not None,
+        "model.checkpoint names a model, which has a voice of its own or none",
+    ),
+    (
         ("source.watch",),
         lambda config: not config.source.models,
         "source.models names no reward model, so no learned reward is watched",
@@ -148,6 +153,10 @@ def check_shares(config: TrainConfig) -> None:
     ):
         if steps * each > seeds:
             raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
+    if {*config.rl.sound_axes} == {UNDERSTOOD} and not config.source.listener:
+        raise MetronomeError(
+            f"rl.sound_axes names {UNDERSTOOD} alone, but source.listener is false: nothing would reward sound"
+        )
     axes = (*config.scenarios.axes, *((UNDERSTOOD,) if config.scenarios.aloud else ()))
     for name, named in (("axis_weights", config.rl.axis_weights), ("sound_axes", config.rl.sound_axes)):
         if wrong := sorted(set(named) - set(axes)):

@@ -38,6 +38,10 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     shape = give(shape, rollout.context)
     speaks = voice(shape) is not None
     check_voice(config, speaks)
+    if speaks:
+        tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
+        vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
+        rollout.grammar(vocabulary, senses(shape))  # raises for a token of own sound that stands for something else
     longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra + OWN_ROWS * speaks
     rows = context_rows(*longest)
     if rollout.context.policy == "summary":
@@ -94,22 +98,36 @@ def check_pictures(config: TrainConfig, patch: int) -> None:
 
 
 def check_voice(config: TrainConfig, speaks: bool) -> None:
-    """Raises MetronomeError where a warm start would show sound to a model that has no voice, or no sound to one that
-    has (``speaks``)."""
-    if not config.warmstart.steps:
-        return
-    for name in config.scenarios.members:
+    """Raises MetronomeError for settings of a voice where the model has none (``speaks``), for sequence parallelism
+    where it has one, and where a warm start would show sound to a model that has no voice, or no sound to one that
+    has."""
+    for name in config.scenarios.members if config.warmstart.steps else ():
         sounds = name in config.scenarios.aloud
         if sounds and not speaks:
             raise MetronomeError(
-                f"recipe: demonstrations of {name} have sound, and the model has no voice: give it one "
-                "(model.voice {}), or leave the family out"
+                f"recipe: demonstrations of {name} have sound, and the model has no voice: "
+                + ("give it one (model.voice {})" if config.model.checkpoint is None else "name a checkpoint with one")
+                + ", or leave the family out"
             )
         if speaks and not sounds:
             raise MetronomeError(
                 f"recipe: the model has a voice, and demonstrations of {name} have no sound that it could learn from: "
                 "leave out the family (scenarios.families) or the voice (model.voice)"
             )
+    usual = TrainConfig()
+    given = {
+        "rl.voice_weight": config.rl.voice_weight != usual.rl.voice_weight,
+        "rl.sound_axes": config.rl.sound_axes != usual.rl.sound_axes,
+        "warmstart.voice_weight": config.warmstart.voice_weight != usual.warmstart.voice_weight,
+    }
+    for name in (name for name, changed in given.items() if changed and not speaks):
+        raise MetronomeError(
+            f"{name} would be ignored: the model has no voice. Leave it out, or give it one (model.voice)"
+        )
+    if speaks and config.rl.sequence_parallel > 1:
+        raise MetronomeError(
+            f"rl.sequence_parallel is {config.rl.sequence_parallel}, but the model has a voice: give 1"
+        )
 
 
 def fewest_rows(config: TrainConfig) -> int:

@@ -47,6 +47,7 @@ from rl.resume import (
     check_weights,
     load_progress,
     read_saved,
+    recordings,
     save,
 )
 from rl.rollers import start_roller
@@ -97,7 +98,13 @@ class Run:
         self.source = RewardSource.load(config.scenarios, config.source)
         self.bank = SpeechBank.open(config.speech_dir)
         if self._newest:
-            check_same(self.folder, load_progress(self._newest[1]), changed, self.source, self.bank)
+            check_same(
+                self.folder,
+                load_progress(self._newest[1]),
+                changed,
+                self.source,
+                recordings(config.scenarios, self.bank),
+            )
         if not resume:
             self.folder = RunFolder.create(Path(config.runs), config.name, recipe)
         self.model = build_model(config, own)
@@ -168,7 +175,7 @@ class Run:
             wall_s=self.wall_s(),
             reward_models=self.source.digests,
             processes=teams.count(),
-            recordings=self.bank.digest(),
+            recordings=recordings(self.config.scenarios, self.bank),
         )
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         save(self.folder, learner, progress)

@@ -167,6 +167,11 @@ class InteractionModel(nn.Module):
     def device(self) -> torch.device:
         return self.model.language_model.norm.weight.device  # of a weight that no pack replaces
 
+    @property
+    def sound_steps(self) -> int | None:
+        """Steps of the chains of its sound; None without a voice."""
+        return None if self.voice_head is None else self.voice_head.config.steps
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Initialises each weight from ``seed`` and its name alone. Norms and scales are 1, `ZERO` 0; the rest is by

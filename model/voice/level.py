@@ -16,6 +16,10 @@ from model.senses.audio import mel_filters
 from model.voice.mel import FLOOR, FRAMES, LENGTH, WINDOW, log_mels
 from model.voice.scale import MEAN, STD
 
+FARTHEST = 300.0
+"""Largest and smallest natural logarithm of a magnitude that is told from others: a head that is badly trained may ask
+for more, and e to twice as much is still a number."""
+
 
 @functools.cache
 def _band_power() -> NDArray[np.float64]:
@@ -32,7 +36,8 @@ def _band_power() -> NDArray[np.float64]:
 def loudness_db(chunk: Tensor) -> float:
     """Level of a chunk fp32 [20, 80], in dB of full scale: that of its mean square. Within 2 dB of the sound's own;
     that of silence is near -80. Raises MelError as `log_mels` does."""
-    squares = exact.exp_of(2.0 * log_mels(chunk[None])[0]) * _band_power()
+    logs = np.clip(log_mels(chunk[None])[0], -FARTHEST, FARTHEST)
+    squares = exact.exp_of(2.0 * logs) * _band_power()
     power = exact.total(exact.total(squares)) / FRAMES
     return float(exact.ln_of(np.asarray(power)[None])[0]) * (10.0 / exact.ln(10.0))
 

@@ -9,7 +9,9 @@ enough, whenever its word was chosen, and one of silence does not exist. What is
 
 An utterance anywhere else is spurious, and so is what is heard of an answer after its last chunk. What the end of the
 episode cuts off is due only where it was begun. Each chunk of a right answer earns a reward of its own on axis voice:
-for its level, and, as an anchor that keeps it intelligible, for being near the lexicon's chunk at its level.
+for its level, and, as an anchor that keeps it intelligible, for being near the lexicon's chunk at its level. Chunks are
+counted from the first that is heard: a word so soft that its first chunk is not (of 8 of the 30 words, at -48 dB) is
+compared with the wrong ones, and earns as little as it should.
 
 The tight score has a window of one chunk on each side of the best moment, and half the tolerance of level.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.program import teams
-from rollout.record.episode import TEXT, VOICE, Episode, Stream
+from rollout.record.episode import TEXT, VOICE, Episode, Stream, check_sound
 
 
 class NotComparableError(MetronomeError):
@@ -64,9 +64,12 @@ class Mismatch:
         }
 
 
-def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_digest: str) -> None:
-    """Raises NotComparableError for the first episode of another contract or other weights, or with a stream that the
-    learner does not score."""
+def check_comparable(
+    episodes: Sequence[Episode], contract_id: str, weights_digest: str, steps: int | None = None
+) -> None:
+    """Raises NotComparableError for the first episode of another contract or other weights, with a stream that the
+    learner does not score, or with other sound than a model with chains of ``steps`` steps samples (None: a model
+    without a voice): what is missing would be compared with nothing."""
     for e in episodes:
         if e.contract_id != contract_id:
             raise NotComparableError(
@@ -82,6 +85,12 @@ def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_dige
             raise NotComparableError(
                 f"episode {e.name}: was sampled in {', '.join(unscored)} beside text, which this learner does not score"
             )
+        try:
+            check_sound(e, steps)
+        except ValueError as error:
+            raise NotComparableError(
+                f"episode {e.name}: {error}. Roll the episodes out again with this model."
+            ) from None
 
 
 def unequal_bits(a: Tensor, b: Tensor) -> Tensor:

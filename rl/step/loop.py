@@ -67,7 +67,7 @@ def steps(
         log_ratio = start.log_ratio(episodes) if start else []
         credit = token_weights(episodes, judged.acting, log_ratio, config.rl, scales)
         scales = credit.scales
-        check_comparable(episodes, dispatch.contract_id(), digest)
+        check_comparable(episodes, dispatch.contract_id(), digest, learner.model.sound_steps)
         gradient = gradient_of(
             learner.model,
             episodes,

@@ -275,6 +275,19 @@ def check_tensors(episode: Episode) -> None:
         raise ValueError(f"codes of an episode is {list(episode.codes.shape)}, not of {MEL_CHANNELS} channels")
 
 
+def check_sound(episode: Episode, steps: int | None) -> None:
+    """Raises ValueError unless the episode has the sound that its model samples: one chain of ``steps`` steps for each
+    chunk in which it speaks; None: of a model without a voice, which samples none."""
+    speaking = [] if steps is None else [k for k, action in enumerate(episode.actions) if action.speaks]
+    voice = episode.voice
+    chunks = [] if voice is None else voice.chunk.tolist()
+    if chunks != speaking or (voice is not None and not chunks):
+        raise ValueError(f"it has sound of {len(chunks)} chunks, and its model samples sound in {len(speaking)}")
+    states = 1 + (steps or 0)
+    if voice is not None and (voice.payload is None or voice.payload.ndim != 3 or voice.payload.shape[1] != states):
+        raise ValueError(f"its chains of sound are not of the model's {steps} steps")
+
+
 _AXES = {"codes": 2, "frames.sizes": 2, f"{VOICE}.payload": 3}
 _DTYPES = {
     "contexts": torch.int64,

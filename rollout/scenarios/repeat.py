@@ -145,6 +145,8 @@ class RepeatFacts:
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> RepeatFacts:
         words, prompts = tuple(fields["words"]), tuple(Prompt(**one) for one in fields["prompts"])
+        if unknown := {*words, *(prompt.word for prompt in prompts)} - {*lexicon().words}:
+            raise ValueError(f"the lexicon has no sound of {min(unknown)!r}")
         return RepeatFacts(fields["chunks"], words, fields["noise_db"], fields["target_db"], prompts)
 
     def title(self) -> str:

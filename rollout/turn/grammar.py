@@ -123,6 +123,20 @@ class Grammar:
             raise ValueError(f"words_per_chunk is {self.words_per_chunk}; a micro-turn needs room for 1 word or more")
         if self.summary is not None:
             self.summary.check(self.max_rows)
+        if self.voice:
+            self._check_own()
+
+    def _check_own(self) -> None:
+        """Raises MetronomeError for a token of own sound that the vocabulary lacks, or that stands for something."""
+        v, allowed = self.vocabulary, self.vocabulary.classes.allowed
+        taken = {v.bos, v.audio, v.image, v.end, *v.modes}
+        if self.own >= allowed.shape[1] or self.own in taken or bool(allowed[:, self.own].any()):
+            known = v.words[self.own] if self.own < len(v.words) else ""
+            what = f"is {known!r}, which has a meaning" if known else f"is none of its {allowed.shape[1]}"
+            raise MetronomeError(
+                f"the model's voice_config: token {self.own} of the vocabulary {what}; give one that nobody says "
+                f"(model.voice.token {v.ids.get('<|pad|>', 0)})"
+            )
 
     @property
     def max_sampled(self) -> int:

@@ -13,13 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.voice.config import NUMBERS
 from reward.rules.repeat import NOTHING_IN_COMMON, VOICE, RepeatReward, compare
-from reward.score import score
+from reward.score import score, score_stored
+from rollout.record.episode import VOICE as VOICE_STREAM
+from rollout.record.episode import Stream
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.repeat import Prompt, RepeatFacts, lexicon, said, sound_of
 from rollout.scenarios.verdict import CONTENT, TIMING, Event, Outcome, Score
 from rollout.turn.action import GO_ON, LISTEN, Action, Mode, speak
 from rollout.turn.utterance import Utterance, heard
+from tests.support.episodes import some_episode
 from tests.support.scores import events_of
 
 CONFIG = ScenarioConfig(("repeat",))
@@ -113,6 +117,20 @@ def test_what_counts_is_what_is_heard() -> None:
     # The control: a word that has no sound that is heard was not said, and is not held against the model either.
     mumbled, quiet = judge(say("four", 6, SILENCE), REST), judge(REST)
     assert all(np.array_equal(mumbled.rewards[axis], quiet.rewards[axis]) for axis in mumbled.rewards)
+
+
+def test_damaged_episodes_have_no_score() -> None:
+    """A chain that is no number, of fp64, and a word that the lexicon lacks; the control is whole."""
+    one = replace(some_episode(), scenario="repeat/train/0", facts=FACTS.to_json(), actions=(LISTEN,) * 40)
+    chain = torch.zeros(1, 3, NUMBERS)
+    said = Stream(*(torch.zeros(1, dtype=torch.int64) for _ in range(3)), torch.zeros(1), torch.zeros(1).long(), chain)
+    nan, wide = replace(said, payload=chain * float("nan")), replace(said, payload=chain.double())
+    assert score_stored(one, CONFIG) is not None
+    assert score_stored(replace(one, streams={**one.streams, VOICE_STREAM: said}), CONFIG) is not None
+    for wrong in (nan, wide):
+        assert score_stored(replace(one, streams={**one.streams, VOICE_STREAM: wrong}), CONFIG) is None
+    other = replace(FACTS, words=("four", "xyzzy")).to_json()
+    assert score_stored(replace(one, facts=other), CONFIG) is None
 
 
 def test_utterances() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,20 @@ from model.voice.config import BANDS, FRAMES, VoiceConfig
 from model.weights import checkpoint
 from rl.audit.replay.comparable import incomparable
 from rl.step.gradient import Gradient, gradient_of
-from rl.step.identity import Evidence, NotEqualError, check_identity
+from rl.step.identity import Evidence, NotComparableError, NotEqualError, check_comparable, check_identity
 from rollout.engines.embedded import SessionEngine
-from rollout.record.episode import Episode, check_tensors, load_episodes, save_episodes, sounds, tensors
+from rollout.record.episode import (
+    TEXT,
+    VOICE,
+    Episode,
+    Stream,
+    check_sound,
+    check_tensors,
+    load_episodes,
+    save_episodes,
+    sounds,
+    tensors,
+)
 from rollout.record.transcript import from_observations
 from rollout.turn.action import GO_ON, LISTEN, Action, Mode, speak
 from rollout.turn.grammar import OWN_ROWS, Grammar
@@ -178,12 +190,51 @@ def test_episodes_with_sound_come_back_from_files(
             assert action == again and (action.sound is None) == (again.sound is None) == (not action.speaks)
             assert action.sound is None or torch.equal(action.sound, again.sound)
     grammar = engine_of(model).grammar
-    assert incomparable(back[0], back[0].weights_digest, 1.0, grammar) is None
+    assert incomparable(back[0], back[0].weights_digest, 1.0, grammar, model.sound_steps) is None
     moved = replace(back[0].streams["voice"], sampled_at=back[0].streams["voice"].sampled_at - 1)
     reason = incomparable(
-        replace(back[0], streams=dict(back[0].streams) | {"voice": moved}), back[0].weights_digest, 1.0, grammar
+        replace(back[0], streams=dict(back[0].streams) | {"voice": moved}),
+        back[0].weights_digest,
+        1.0,
+        grammar,
+        model.sound_steps,
     )
     assert reason is not None and "sampled positions" in reason[1]
+
+
+def test_sound_that_is_missing_or_of_another_model_is_not_compared(model: InteractionModel) -> None:
+    """An episode that speaks in its last chunk alone has no row of own sound that would tell."""
+    one = played(model, [1])[0]
+    assert one.voice is not None and one.voice.payload is not None
+    steps, grammar = model.sound_steps, engine_of(model).grammar
+
+    def with_voice(voice: Stream | None, **changes: Any) -> Episode:
+        streams = {TEXT: one.text} | ({} if voice is None else {VOICE: voice})
+        return replace(one, streams=streams, **changes)
+
+    shorter = replace(one.voice, payload=one.voice.payload[:, 1:])
+    fewer = replace(one.voice, **{name: x[:-1] for name, x in vars(one.voice).items()})
+    empty = replace(one.voice, **{name: x[:0] for name, x in vars(one.voice).items()})
+    silent = (LISTEN,) * CHUNKS
+    wrong = {
+        "missing": with_voice(None),
+        "missing of the last chunk": with_voice(fewer),
+        "empty": with_voice(empty, actions=silent),
+        "of silence": with_voice(one.voice, actions=silent),
+        "of fewer steps": with_voice(shorter),
+    }
+    for name, episode in wrong.items():
+        with pytest.raises(ValueError, match="sound"):
+            check_sound(episode, steps)
+        with pytest.raises(NotComparableError, match="sound"):
+            check_comparable([episode], one.contract_id, one.weights_digest, steps)
+        found = incomparable(episode, one.weights_digest, 1.0, grammar, steps)
+        assert found is not None and "sound" in found[1], name
+    with pytest.raises(ValueError, match="samples sound in 0"):
+        check_sound(one, None)
+    check_sound(one, steps)
+    check_comparable([one], one.contract_id, one.weights_digest, steps)  # the controls
+    assert incomparable(one, one.weights_digest, 1.0, grammar, steps) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -106,7 +106,9 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
         vocabulary = Vocabulary.of(model)
         layout = records.config.rollout.grammar(vocabulary, model.senses)
         temperature = records.config.rollout.temperature
-        checked = [CheckedEpisode(step, e, incomparable(e, digest, temperature, layout)) for e in episodes]
+        checked = [
+            CheckedEpisode(step, e, incomparable(e, digest, temperature, layout, model.sound_steps)) for e in episodes
+        ]
         places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
         scored = _with_learner_logprobs(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
         for i, one in zip(places, scored, strict=True):

@@ -41,3 +41,9 @@ def test_a_gain_moves_the_level() -> None:
         assert torch.equal(louder(chunks[1], gain), moved[1])
     silence = louder(chunks, -300.0)
     assert torch.equal(silence[0, 0], silence[1, 7]) and loudness_db(silence[0]) < -70.0
+
+
+def test_what_a_diverged_head_says_has_a_level() -> None:
+    """Far beyond what e to the power of it could be: deafening and silent, and never NaN."""
+    deafening, silent = torch.full((20, 80), 1e4), torch.full((20, 80), -1e4)
+    assert 1000 < loudness_db(deafening) < math.inf and loudness_db(silent) < -1000
