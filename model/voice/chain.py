@@ -25,7 +25,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from kernels import exact, ops
+from kernels import dispatch, exact, ops
 from kernels.layout import PackedLinear
 from kernels.noise import normal
 from model.voice.config import LEVELS, NUMBERS, VoiceConfig
@@ -127,7 +127,8 @@ def _logprob(schedule: Schedule, x: Tensor, clean: Tensor) -> Tensor:
     rows, steps, _ = clean.shape
     mean = x[:, :-1] * schedule.column("keep", x) + clean * schedule.column("pull", x)
     z = (x[:, 1:] - mean) * schedule.column("inverse", x)
-    squares = ops.linear((z * z).view(rows * steps, NUMBERS), _ones(str(x.device))).view(rows, steps)
+    squares = ops.linear((z * z).view(rows * steps, NUMBERS), _ones(dispatch.backend().NAME, str(x.device)))
+    squares = squares.view(rows, steps)
     total = squares[:, 0]
     for k in range(1, steps):
         total = total + squares[:, k]
@@ -135,8 +136,8 @@ def _logprob(schedule: Schedule, x: Tensor, clean: Tensor) -> Tensor:
 
 
 @functools.cache
-def _ones(device: str) -> PackedLinear:
-    """What sums a row in the order of `kernels.ops.linear`."""
+def _ones(backend: str, device: str) -> PackedLinear:
+    """What sums a row in the order of `kernels.ops.linear`, packed by the active backend, whose name is ``backend``."""
     with torch.inference_mode(False):
         return ops.pack_linear(torch.ones(1, NUMBERS, device=device))
 
@@ -181,4 +182,4 @@ def loss(head: FlowHead, hidden: Tensor, target: Tensor, key: Tensor) -> Tensor:
     t, level = t.to(hidden.device), level.to(hidden.device)
     x = noise * (1.0 - t) + target * t
     error = (head(x, head.conditions(hidden), level) - target) * weight
-    return ops.linear(error * error, _ones(str(x.device)))[:, 0] * (1.0 / NUMBERS)
+    return ops.linear(error * error, _ones(dispatch.backend().NAME, str(x.device)))[:, 0] * (1.0 / NUMBERS)
