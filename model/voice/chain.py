@@ -64,9 +64,10 @@ class Schedule:
         level = tuple(k * LEVELS // steps for k in range(steps))
         return Schedule(level, *zip(*columns, strict=True), _fp32(-NUMBERS * logs))  # type: ignore[call-arg, arg-type]
 
-    def column(self, name: str, like: Tensor) -> Tensor:
-        """A field of numbers as fp32 [K, 1] on the device of ``like``."""
-        return torch.tensor(getattr(self, name), device=like.device)[:, None]
+
+def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """A schedule's numbers as fp32 [K, 1] on the device of ``like``."""
+    return torch.tensor(numbers, device=like.device)[:, None]
 
 
 def _fp32(x: float) -> float:
@@ -125,8 +126,8 @@ def check_chains(x: Tensor, rows: int, steps: int) -> None:
 def _logprob(schedule: Schedule, x: Tensor, clean: Tensor) -> Tensor:
     """x fp32 [R, K + 1, NUMBERS], clean fp32 [R, K, NUMBERS] -> fp32 [R]."""
     rows, steps, _ = clean.shape
-    mean = x[:, :-1] * schedule.column("keep", x) + clean * schedule.column("pull", x)
-    z = (x[:, 1:] - mean) * schedule.column("inverse", x)
+    mean = x[:, :-1] * _column(schedule.keep, x) + clean * _column(schedule.pull, x)
+    z = (x[:, 1:] - mean) * _column(schedule.inverse, x)
     squares = ops.linear((z * z).view(rows * steps, NUMBERS), _ones(dispatch.backend().NAME, str(x.device)))
     squares = squares.view(rows, steps)
     total = squares[:, 0]
