@@ -25,7 +25,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from kernels import exact, ops
+from kernels import dispatch, exact, ops
 from kernels.layout import PackedLinear
 from kernels.noise import normal
 from model.voice.config import LEVELS, NUMBERS, VoiceConfig
@@ -64,9 +64,10 @@ class Schedule:
         level = tuple(k * LEVELS // steps for k in range(steps))
         return Schedule(level, *zip(*columns, strict=True), _fp32(-NUMBERS * logs))  # type: ignore[call-arg, arg-type]
 
-    def column(self, name: str, like: Tensor) -> Tensor:
-        """A field of numbers as fp32 [K, 1] on the device of ``like``."""
-        return torch.tensor(getattr(self, name), device=like.device)[:, None]
+
+def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """A schedule's numbers as fp32 [K, 1] on the device of ``like``."""
+    return torch.tensor(numbers, device=like.device)[:, None]
 
 
 def _fp32(x: float) -> float:
@@ -125,9 +126,10 @@ def check_chains(x: Tensor, rows: int, steps: int) -> None:
 def _logprob(schedule: Schedule, x: Tensor, clean: Tensor) -> Tensor:
     """x fp32 [R, K + 1, NUMBERS], clean fp32 [R, K, NUMBERS] -> fp32 [R]."""
     rows, steps, _ = clean.shape
-    mean = x[:, :-1] * schedule.column("keep", x) + clean * schedule.column("pull", x)
-    z = (x[:, 1:] - mean) * schedule.column("inverse", x)
-    squares = ops.linear((z * z).view(rows * steps, NUMBERS), _ones(str(x.device))).view(rows, steps)
+    mean = x[:, :-1] * _column(schedule.keep, x) + clean * _column(schedule.pull, x)
+    z = (x[:, 1:] - mean) * _column(schedule.inverse, x)
+    squares = ops.linear((z * z).view(rows * steps, NUMBERS), _ones(dispatch.backend().NAME, str(x.device)))
+    squares = squares.view(rows, steps)
     total = squares[:, 0]
     for k in range(1, steps):
         total = total + squares[:, k]
@@ -135,8 +137,8 @@ def _logprob(schedule: Schedule, x: Tensor, clean: Tensor) -> Tensor:
 
 
 @functools.cache
-def _ones(device: str) -> PackedLinear:
-    """What sums a row in the order of `kernels.ops.linear`."""
+def _ones(backend: str, device: str) -> PackedLinear:
+    """What sums a row in the order of `kernels.ops.linear`, packed by the active backend, whose name is ``backend``."""
     with torch.inference_mode(False):
         return ops.pack_linear(torch.ones(1, NUMBERS, device=device))
 
@@ -181,4 +183,4 @@ def loss(head: FlowHead, hidden: Tensor, target: Tensor, key: Tensor) -> Tensor:
     t, level = t.to(hidden.device), level.to(hidden.device)
     x = noise * (1.0 - t) + target * t
     error = (head(x, head.conditions(hidden), level) - target) * weight
-    return ops.linear(error * error, _ones(str(x.device)))[:, 0] * (1.0 / NUMBERS)
+    return ops.linear(error * error, _ones(dispatch.backend().NAME, str(x.device)))[:, 0] * (1.0 / NUMBERS)

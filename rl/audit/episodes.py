@@ -47,8 +47,7 @@ def browser(
 ) -> dict[str, Any]:
     """``{"rows": one for each shown episode, "blocks": each block as base64 text, "omitted": number of episodes left
     out}``. The last episodes are left out first, those that differ last of all. ``scenarios``: the families whose rules
-    score the episodes; None: they get no scores; ``words``: `words_of` their run; ``sounds``:
-    of the same run."""
+    score the episodes; None: they get no scores; ``words``: `words_of` their run; ``sounds``: of the same run."""
     shown = sorted(range(len(episodes)), key=lambda i: (episodes[i].state != "different", i))[:MAX_EPISODES]
     kept = [episodes[i] for i in sorted(shown)]
     rows: list[dict[str, Any]] = []

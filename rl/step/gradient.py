@@ -15,7 +15,7 @@ from model.logprob import TokenClasses
 from model.program.exhausted import needing
 from rl.step import tree
 from rl.step.batch import Voice, collate
-from rl.step.objective import Objective, Tokens, policy_gradient
+from rl.step.objective import Objective, Tokens, policy_gradient, weighted_sum
 from rl.step.sequence import all_logprobs
 from rollout.record.episode import Episode
 from rollout.record.transcript import Transcript
@@ -83,7 +83,7 @@ def gradient_of(
             if sound_weights is None:
                 raise ValueError("gradient_of: the episodes have sound, but it has no weights")
             weight = torch.cat(list(sound_weights[first : first + micro_batch])).to(loss.device, non_blocking=True)
-            loss = loss - policy_gradient(Tokens(sound.logprob, sound.logprob.detach(), weight))
+            loss = loss - weighted_sum(sound.logprob, weight)
         total = tree.over_micro_batches(total, torch.autograd.grad(loss, parameters, materialize_grads=True))
     assert total is not None, "no episodes"
     return Gradient(tuple(total), *(torch.cat(column) for part in (seen, heard) for column in zip(*part, strict=True)))

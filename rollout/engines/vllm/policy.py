@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
 from model.senses.video import Patches
-from rollout.engines.vllm.items import AUDIO, FIELD, IMAGE, OWN, unpacked
+from rollout.engines.vllm.items import AUDIO, FIELD, IMAGE, OWN, OWN_DATA_ROWS, unpacked
 from rollout.engines.vllm.pages import PageBackend, Pages, page_spec, view_pages
 from rollout.turn.grammar import AUDIO_ROWS, OWN_ROWS
 
@@ -128,7 +128,7 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
         """N items of one kind: codes uint8 [N, 4, 80] -> [N, 4, D], own sound likewise with a row more, or packed
         patches uint8 [N, B], or of each item uint8 [B], -> of each item [P, D]."""
         data, towers = kwargs[FIELD], self.models[0].model
-        if isinstance(data, Tensor) and data.ndim == 3 and data.shape[1] > OWN_ROWS:
+        if isinstance(data, Tensor) and data.ndim == 3 and data.shape[1] == OWN_DATA_ROWS:
             codes = data[:, :OWN_ROWS].flatten(0, 1)
             token = torch.full((len(codes),), self.models[0].senses.own, device=codes.device)
             rows = towers.language_model.embed_tokens(token) + towers.audio_tower(codes)

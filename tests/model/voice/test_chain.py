@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import dispatch, ops
 from kernels.noise import normal
 from model.voice import chain
 from model.voice.chain import Schedule, draw, loss, score
@@ -48,6 +49,25 @@ def test_the_learner_has_the_samplers_bits(steps: int, dtype: torch.dtype) -> No
         logprob, digest = score(head, h[order].requires_grad_(), drawn.x[order].clone())
     assert logprob.requires_grad and same(logprob.detach(), drawn.logprob[order])
     assert same(digest, drawn.digest[order])
+
+
+def test_each_backend_has_packs_of_its_own() -> None:
+    """One process draws and scores on one backend, then on another, then on the first. Control: a pack of the one is
+    refused by the other."""
+    before = dispatch.backend().NAME
+    drawn = []
+    try:
+        for name in ("reference", "cpu", "reference"):
+            dispatch.use_backend(name)
+            head, h = some_head(), hidden()
+            drawn.append(draw(head, h, KEYS))
+            assert same(score(head, h, drawn[-1].x)[0], drawn[-1].logprob)
+            assert bool(loss(head, h, drawn[-1].x[:, -1], KEYS).isfinite().all())
+        with pytest.raises(ValueError, match="another backend"):
+            ops.linear(torch.ones(1, NUMBERS), chain._ones("cpu", "cpu"))
+    finally:
+        dispatch.use_backend(before)
+    assert same(drawn[0].logprob, drawn[2].logprob) and torch.allclose(drawn[0].logprob, drawn[1].logprob, rtol=1e-3)
 
 
 def test_what_is_no_longer_the_same_function_is_seen() -> None:
