@@ -111,6 +111,16 @@ def score(head: FlowHead, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return _logprob(schedule, x, clean), digests(clean)
 
 
+def score_by_steps(head: FlowHead, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `score` gives, computed as `draw` does, one step of all chains after another: for an audit of the two."""
+    schedule, rows = Schedule.of(head.config), hidden.shape[0]
+    check_chains(x, rows, len(schedule.level))
+    conditions = head.conditions(hidden)
+    levels = [torch.full((rows,), level, device=hidden.device) for level in schedule.level]
+    clean = torch.stack([head(x[:, k], conditions, level) for k, level in enumerate(levels)], 1)
+    return _logprob(schedule, x, clean), digests(clean)
+
+
 def check_chains(x: Tensor, rows: int, steps: int) -> None:
     """Raises ValueError unless x are chains as `Chains.x` has them."""
     if x.shape != (rows, steps + 1, NUMBERS) or x.dtype != torch.float32:

@@ -77,7 +77,8 @@ def run_report(records: Records, steps: Sequence[CheckedStep]) -> RunReport:
     return RunReport(
         verdict=verdict,
         title=f"run {records.name}",
-        headline=_stop(records) or _headline(records, verdict, basis, counted, conflicts, episodes, contradictions),
+        headline=_stop(records, episodes)
+        or _headline(records, verdict, basis, counted, conflicts, episodes, contradictions),
         scope=_scope(records, recorded, rescored, episodes),
         basis=basis,
         counts=_counts(counted, verdict in (Verdict.IDENTICAL, Verdict.DIFFERENT)),
@@ -187,9 +188,18 @@ def _headline(
             "row."
         )
     return (
-        f"{origin}{tokens:,} of {counted.num_tokens:,} sampled tokens {'differs' if tokens == 1 else 'differ'}, and "
-        f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner disagree."
+        f"{origin}{tokens:,} of {counted.num_tokens:,} {_choices(records, episodes)} "
+        f"{'differs' if tokens == 1 else 'differ'}, and {rows:,} of {counted.num_tokens:,} whole rows. "
+        "Sampler and learner disagree."
     )
+
+
+def _choices(records: Records, episodes: Sequence[CheckedEpisode]) -> str:
+    """What the counts of a run are counts of."""
+    config = records.config
+    heard = any(one.episode.voice is not None for one in episodes)
+    heard = heard or (config is not None and config.model.voice is not None)
+    return f"sampled tokens{' and chunks of sound' if heard else ''}"
 
 
 def _elsewhere(records: Records, reasons: Collection[str]) -> str:
@@ -221,14 +231,14 @@ def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, episodes: S
     )
 
 
-def _stop(records: Records) -> str | None:
+def _stop(records: Records, episodes: Sequence[CheckedEpisode]) -> str | None:
     """The headline of a run that refused a step."""
     if not records.stopped:
         return None
     counts = records.stopped.mismatch
     return (
-        f"The run stopped at step {records.stopped.step:,}: {counts.num_unequal:,} of {counts.num_tokens:,} sampled "
-        f"tokens and {counts.rows_unequal:,} whole rows differed. Sampler and learner disagree."
+        f"The run stopped at step {records.stopped.step:,}: {counts.num_unequal:,} of {counts.num_tokens:,} "
+        f"{_choices(records, episodes)} and {counts.rows_unequal:,} whole rows differed. Sampler and learner disagree."
     )
 
 

@@ -46,7 +46,7 @@ class Batch:
 def collate(episodes: Sequence[Episode | Transcript], senses: Senses) -> Batch:
     """Packs episodes. Rows after an episode's last chosen token are dropped: nothing depends on them. ``senses``: the
     model's."""
-    inputs = Inputs.cat(episodes, senses).cut([_needed(e) for e in episodes])
+    inputs = Inputs.cat(episodes, senses).cut([needed(e) for e in episodes])
     return Batch(
         inputs=inputs,
         row=torch.cat([e.text.sampled_at - 1 + s for e, s in zip(episodes, inputs.starts, strict=True)]),
@@ -58,7 +58,7 @@ def collate(episodes: Sequence[Episode | Transcript], senses: Senses) -> Batch:
     )
 
 
-def _needed(episode: Episode | Transcript) -> int:
+def needed(episode: Episode | Transcript) -> int:
     """Rows before those on which nothing depends."""
     return max(int(s.sampled_at[-1]) for s in (episode.text, episode.voice) if s is not None)
 

@@ -46,7 +46,7 @@ class Diagnosis:
         if self.first is None:
             result = "Replayed, all activations agree."
             if self.token is None:
-                result += " They end where the flow head begins: its weights, the chain or its log-prob differ."
+                result += " The flow head's steps over the recorded sound and its log-prob are among them."
         else:
             result = (
                 f"The first activation that differs is {self.first.name} at row {self.first.first_row} (largest gap "
