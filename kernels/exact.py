@@ -99,6 +99,18 @@ def ln_of(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return e * _LN2[0] + (e * _LN2[1] + 2.0 * (z + z * series))
 
 
+def exp_of(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """e^x of an array of numbers of size up to 700, elementwise, within 1e-15 of its size.
+
+    x = n ln 2 + r, |r| <= ln 2 / 2; e^x = 2^n (1 + r (1 + r / 2 (1 + r / 3 (...))))."""
+    n = np.rint(x / (_LN2[0] + _LN2[1]))
+    r = (x - n * _LN2[0]) - n * _LN2[1]
+    series = np.ones_like(r)
+    for k in range(17, 0, -1):  # the first term left out is below 1e-23
+        series = 1.0 + series * r / k
+    return np.ldexp(series, n.astype(np.int64))
+
+
 def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum over the last axis: the second half is added to the first until one element is left.
 

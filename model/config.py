@@ -4,13 +4,16 @@ There is no configuration class of our own: any Inkling checkpoint's ``config.js
 
 Two fields of text_config are ours, so that whatever loads a model computes the same function: ``global_window`` and
 ``global_first`` say how far global layers see (`window`, `first`; `model.context` sets them). Without them, or with
-None and 0, they see all. transformers keeps fields that it does not know, but its own forward has no window there.
+None and 0, they see all. ``voice_config`` is the shape of the model's voice (`model.voice`); most models have none.
+transformers keeps fields that it does not know, but its own forward has no window there.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,8 +23,11 @@ from transformers import InklingConfig, InklingTextConfig
 from kernels import exact
 from kernels.layout import CONV_TAPS, SPLIT_TOKENS
 from model import published
+from model.inputs import NONE, Senses
 from model.program.ranges import Multiples, Range, shown
+from model.program.reading import UnreadableError, as_record
 from model.senses.video import CHANNELS, TIME_STEPS
+from model.voice.config import VoiceConfig
 
 MEL_CHANNELS = 80
 MEL_BINS = 16
@@ -177,6 +183,7 @@ def check(config: InklingConfig) -> None:
     no model's."""
     text, audio, vision = config.text_config, config.audio_config, config.vision_config
     wrong = []
+    voice(config)  # raises
     for part, limits in ((text, TEXT_RANGES), (audio, AUDIO_RANGES), (vision, VISION_RANGES)):
         for name, limit in limits.items():
             value = getattr(part, name)
@@ -219,6 +226,35 @@ def check(config: InklingConfig) -> None:
             wrong.append(f"{name} has {len(getattr(text, name))} entries for {text.num_hidden_layers} layers")
     if wrong:
         raise ValueError("model config not supported: " + "; ".join(wrong))
+
+
+def voice(config: InklingConfig) -> VoiceConfig | None:
+    """The shape of the model's voice; None for a model without. Raises ValueError for a field that is no voice's."""
+    stored = getattr(config, "voice_config", None)
+    if stored is None:
+        return None
+    try:
+        if unknown := sorted(stored.keys() - {f.name for f in fields(VoiceConfig)}):
+            raise UnreadableError("", f"{unknown[0]} is no field of a voice")
+        return as_record(json.dumps(stored), VoiceConfig)
+    except (AttributeError, TypeError, UnreadableError) as error:
+        problem = error.problem if isinstance(error, UnreadableError) else f"is {shown(stored)}, no mapping"
+        raise ValueError(f"voice_config: {problem}") from None
+
+
+def senses(config: InklingConfig) -> Senses:
+    """How a model of this config takes what is no text."""
+    spoken = voice(config)
+    own = NONE if spoken is None else spoken.token
+    return Senses(config.audio_token_id, config.image_token_id, config.vision_config.patch_size, own)
+
+
+def with_voice(config: InklingConfig, shape: VoiceConfig) -> InklingConfig:
+    """A copy of ``config`` whose model has a voice of this shape."""
+    out = copy.deepcopy(config)
+    out.voice_config = asdict(shape)
+    check(out)
+    return out
 
 
 def is_sliding(text: InklingTextConfig, layer: int) -> bool:

@@ -1,8 +1,9 @@
 """The model's input: rows of many sequences, packed one after another (no batch axis, no padding).
 
 Every row has a token; a row that holds the audio token also has the dMel codes of one frame of sound, one that holds
-the image token a patch of video. `Inputs.cut` and `Inputs.part` select rows and keep all of it together. By the row
-contract of `kernels.ops` a sequence's results do not depend, by a bit, on what is packed beside it or in which order.
+the image token a patch of video, one that holds the token of the model's own sound the codes of a frame of that.
+`Inputs.cut` and `Inputs.part` select rows and keep all of it together. By the row contract of `kernels.ops` a
+sequence's results do not depend, by a bit, on what is packed beside it or in which order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor
 from kernels.layout import Segments
 from model.senses.video import Frames, Patches
 
+NONE = -1
+"""No token's id: of a model without a voice."""
+
 
 @dataclass(frozen=True, slots=True)
 class Senses:
@@ -26,6 +30,7 @@ class Senses:
     audio: int  # id of the audio token
     image: int  # id of the image token
     patch: int  # side of a video patch, pixels
+    own: int = NONE  # id of the token of the model's own sound
 
 
 def one_context() -> Tensor:
@@ -50,14 +55,18 @@ class Conversation(Protocol):
         """What the rows that hold the image token are patches of, in order."""
 
     @property
+    def own(self) -> Tensor:
+        """uint8 [B, channels], dMel bins of the rows that hold the token of the model's own sound, in order."""
+
+    @property
     def contexts(self) -> Tensor:
         """int64 [C], index of the first token of each context, ascending from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """T rows of S conversations, A of them audio and P of them patches. Make it with `of` or `cat`, which check that
-    the parts agree.
+    """T rows of S conversations, A of them audio, P patches and B the model's own sound. Make it with `of` or `cat`,
+    which check that the parts agree.
 
     Example: ``cat([episode, other], senses).cut([9, 9])`` are the first nine rows of both.
     """
@@ -65,8 +74,10 @@ class Inputs:
     tokens: Tensor  # int64 [T]
     codes: Tensor  # uint8 [A, channels]
     patches: Patches  # P
+    own: Tensor  # uint8 [B, channels]
     audio_rows: Tensor  # int64 [A], ascending: the row of each frame of codes
     image_rows: Tensor  # int64 [P], ascending: the row of each patch
+    own_rows: Tensor  # int64 [B], ascending: the row of each frame of own sound
     segments: Segments  # which rows are of which sequence, and where in it
     starts: list[int]  # the first row of each conversation, [S]
 
@@ -78,10 +89,11 @@ class Inputs:
         segments: Segments,
         senses: Senses,
         starts: list[int] | None = None,
+        own: Tensor | None = None,
     ) -> Inputs:
-        """tokens int64 [T], codes uint8 [A, channels]; ``starts``: by default each segment is a conversation. Raises
-        ValueError unless segments has T rows, and tokens A audio tokens and as many image tokens as there are
-        patches."""
+        """tokens int64 [T], codes uint8 [A, channels], own uint8 [B, channels] (None is none); ``starts``: by default
+        each segment is a conversation. Raises ValueError unless segments has T rows, and tokens A audio tokens, B of
+        own sound and as many image tokens as there are patches."""
         if tokens.shape[0] != segments.rows:
             raise ValueError(f"tokens has {tokens.shape[0]} rows, segments {segments.rows}")
         audio_rows = (tokens == senses.audio).nonzero()[:, 0]
@@ -90,8 +102,14 @@ class Inputs:
         image_rows = (tokens == senses.image).nonzero()[:, 0]
         if image_rows.shape[0] != len(patches):
             raise ValueError(f"tokens holds {image_rows.shape[0]} image tokens, but there are {len(patches)} patches")
+        own = codes[:0] if own is None else own
+        own_rows = _NO_ROWS if senses.own == NONE else (tokens == senses.own).nonzero()[:, 0]
+        if own_rows.shape[0] != own.shape[0]:
+            raise ValueError(
+                f"tokens holds {own_rows.shape[0]} tokens of own sound, but its codes have {own.shape[0]} rows"
+            )
         starts = segments.offset[:-1].tolist() if starts is None else starts
-        return Inputs(tokens, codes, patches, audio_rows, image_rows, segments, starts)
+        return Inputs(tokens, codes, patches, own, audio_rows, image_rows, own_rows, segments, starts)
 
     @staticmethod
     def cat(conversations: Sequence[Conversation], senses: Senses) -> Inputs:
@@ -105,6 +123,7 @@ class Inputs:
             _whole([n for part in parts for n in part]),
             senses,
             _starts(lengths),
+            torch.cat([c.own for c in conversations]),
         )
 
     def cut(self, lengths: Sequence[int]) -> Inputs:
@@ -123,12 +142,15 @@ class Inputs:
             raise ValueError(f"the spans have {rows} rows, segments {segments.rows}")
         sound, audio_rows = _moved(self.audio_rows, cuts)
         shown, image_rows = _moved(self.image_rows, cuts)
+        said, own_rows = _moved(self.own_rows, cuts)
         return Inputs(
             torch.cat([self.tokens[first:end] for first, end in cuts]),
             torch.cat([self.codes[a:b] for a, b in sound]),
             self.patches.part(shown),
+            torch.cat([self.own[a:b] for a, b in said]),
             audio_rows,
             image_rows,
+            own_rows,
             segments,
             _starts([end - first for first, end in cuts]),
         )
@@ -145,9 +167,14 @@ class Placed:
     inside: Tensor  # int16 [Q, 2]
     steps: Tensor  # int64 [2, P], see `Patches.steps`
     image_rows: Tensor  # int64 [P]
+    own: Tensor  # uint8 [B, channels]
+    own_rows: Tensor  # int64 [B]
     segments: Segments
     tau: Tensor | None  # fp32 [T], the factor of the rows' scores in global layers, when log scaling is on
     more: tuple[Tensor, ...]  # what the caller sent with them
+
+
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 def _moved(rows: Tensor, cuts: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], Tensor]:

@@ -43,7 +43,7 @@ from model.program.recipe import read_recipe
 from model.weights import checkpoint
 from model.weights.finite import check_finite
 from reward.learned.calibrate import COUNTING, Reliability, fit_temperature, halves, plot, reliability, right
-from reward.learned.model import RewardModel, episode_scores
+from reward.learned.model import RewardModel, check_silent, episode_scores
 from reward.learned.preference import Preference, check_words, distinct, from_row, load_preferences, origin_of
 from reward.learned.trainable import stretch_scores
 from reward.pairs import SESSIONS, PolicyRecipe
@@ -111,6 +111,7 @@ def run(config: EvaluateConfig) -> None:
     models = load_models(config.models)
     pairs = {axis: held_out(config.pairs, axis, model) for model in models.values() for axis in model.axes}
     policy = checkpoint.load(config.unseen.policy.checkpoint, keep_weights=False)
+    check_silent(policy, "unseen.policy")
     for model in models.values():
         Vocabulary.of(policy).check_same(model.backbone, model.name)
     check_words(Path(config.pairs), Vocabulary.of(policy))

@@ -159,7 +159,7 @@ def perform(
         scores.append(score(item.family, facts.to_json(), actions, scenarios))
         if source.models:
             backbone = source.models[0].backbone
-            source.check_words(backbone)
+            source.check_policy(backbone)
             vocabulary = Vocabulary.of(backbone)
             grammar = Grammar(vocabulary, WORDS_PER_CHUNK, MOST_PATCHES, MOST_EVENT_WORDS, backbone.senses.patch)
             transcripts.append(from_observations(observed, actions, grammar))

@@ -55,6 +55,7 @@ from model.program.recipe import Recipe, read_recipe
 from model.tokenizer import size, words_digest
 from model.weights import checkpoint
 from reward.learned.human import read_all_labels
+from reward.learned.model import check_silent
 from reward.learned.origin import digest_of
 from reward.learned.plays import Played, Writer, fault_preferences, of_episode, segment_preferences, whole_preferences
 from reward.learned.preference import Preference, save_preferences
@@ -140,6 +141,11 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(config.out)
     if seen := set(config.corruptions.train_sizes) & set(config.corruptions.held_out_sizes):
         raise MetronomeError(f"corruptions: the sizes {sorted(seen)} are in both splits; held-out sizes must be unseen")
+    for name in config.scenarios.aloud:
+        raise MetronomeError(
+            f"scenarios.families: {name} is played with sound of the model's own, which reward models do not hear: "
+            "leave it out"
+        )
     chunks, rollouts = config.scenarios.most_chunks, config.rollouts
     if rollouts.policies:
         extra = config.max_patches + config.max_event_words
@@ -187,6 +193,7 @@ class PairMaker:
         self.vocabulary = Vocabulary.of(self.policies[0][0]) if policies else words
         for (policy, _), name in zip(self.policies, policies, strict=True):
             self.vocabulary.check_same(policy, f"rollouts.policies: {name}")
+            check_silent(policy, f"rollouts.policies: {name}")
         sides = {model.senses.patch for model, _ in self.policies} or {SMALL_PATCH}
         if len(sides) > 1:
             raise MetronomeError(f"rollouts.policies: they cut video into patches of different sizes, {sorted(sides)}")

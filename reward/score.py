@@ -13,7 +13,7 @@ from kernels.errors import MetronomeError
 from model.program.ranges import Probability, Range
 from model.program.reading import UnreadableError
 from model.weights.finite import NotFiniteError
-from rollout.record.episode import Episode
+from rollout.record.episode import Episode, check_tensors
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
 from rollout.turn.action import Action
@@ -68,9 +68,11 @@ def _scored(family: str, facts: Facts, actions: Sequence[Action], scenarios: Sce
 
 
 def score_stored(episode: Episode, scenarios: ScenarioConfig) -> Score | None:
-    """The score of an episode that comes from a file; None where its facts are not what its family reads. Raises
-    MetronomeError, naming family and episode, when the scorer itself fails on facts that could be read."""
+    """The score of an episode that comes from a file; None where its facts are not what its family reads, or its
+    tensors not an episode's. Raises MetronomeError, naming family and episode, when the scorer itself fails on facts
+    that could be read."""
     try:
+        check_tensors(episode)
         scenarios.stored_facts(episode.facts)
         facts = _read(episode.family, episode.facts, episode.actions, scenarios)
     except (UnreadableError, KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError):

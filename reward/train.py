@@ -60,7 +60,7 @@ from model.weights import checkpoint
 from model.weights.card import card
 from reward.learned import resuming
 from reward.learned.card import facts
-from reward.learned.model import RewardModel
+from reward.learned.model import RewardModel, check_silent
 from reward.learned.origin import (
     TRAINING,
     TrainingOrigin,
@@ -268,7 +268,9 @@ def _check_room(config: RewardTrainConfig) -> None:
 
 def _backbone(config: RewardTrainConfig) -> InteractionModel:
     if config.backbone.checkpoint is not None:
-        return checkpoint.load(config.backbone.checkpoint, torch.float32)  # also of a policy in bf16
+        backbone = checkpoint.load(config.backbone.checkpoint, torch.float32)  # also of a policy in bf16
+        check_silent(backbone, f"backbone.checkpoint: {config.backbone.checkpoint}")
+        return backbone
     model = InteractionModel(preset(config.backbone.preset))
     model.init_weights(config.seed)
     return model.to(dispatch.device())

@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = RunFolder(run, [])
     path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
     policy = checkpoint.load(path / "model", keep_weights=False)
-    source.check_words(policy)
+    source.check_policy(policy)
     engine = SessionEngine.of(policy, config.rollout, given.samples)
     rewards = sample(config, engine, source, given.scenarios, given.samples, Display(speaks=True))
     curves = [curve(family, rule, proxy) for family, (rule, proxy) in rewards.items()]

@@ -9,16 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from model.config import Preset
+from transformers import InklingConfig
+
+from model.config import Preset, preset, with_voice
 from model.context import ContextConfig
+from model.inputs import Senses
 from model.placement import PlacementConfig
 from model.program.folders import RunName
 from model.program.outputs import OutputFolder
 from model.program.ranges import (
+    Distinct,
     EventWords,
     Every,
     FilePath,
     Fraction,
+    Length,
     Patches,
     Probability,
     Range,
@@ -26,10 +31,12 @@ from model.program.ranges import (
     Some,
     Steps,
     Temperature,
+    Text,
     Tokens,
     Weight,
     Words,
 )
+from model.voice.config import VoiceConfig
 from reward.source import SourceConfig
 from rl.hub import HubConfig
 from rl.tracking.settings import TrackingConfig
@@ -38,6 +45,8 @@ from rollout.turn.grammar import Grammar
 from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
 
+SoundAxes = Annotated[tuple[Annotated[str, Text(40)], ...], Length(0, 100), Distinct()]
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -45,7 +54,13 @@ class ModelRecipe:
 
     preset: Preset = "tiny"
     checkpoint: FilePath | None = None  # folder to start from; its config.json replaces the preset
+    voice: VoiceConfig | None = None  # of a fresh model; None is one without a voice
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def fresh(self) -> InklingConfig:
+        """The shape of a fresh model."""
+        shape = preset(self.preset)
+        return shape if self.voice is None else with_voice(shape, self.voice)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class WarmstartConfig:
 
     steps: Steps = 320
     episodes: Some = 16  # demonstrations a step, over all ranks
+    voice_weight: Weight = 1.0  # of the mean flow-matching loss of a chunk of sound beside the mean loss of a token
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, clip_norm=1.0))
 
 
@@ -81,6 +97,8 @@ class RLConfig:
     gamma: Probability = 0.9  # discount a chunk; at 0.6 a reminder too early paid more than one on time
     axis_weights: dict[str, Weight] = field(default_factory=dict)  # of axes of reward; 1 where left out
     reference_weight: Weight = 0.0  # cost of a nat of reference KL, beside advantages of size 1; 0 turns it off
+    voice_weight: Weight = 1.0  # of a chunk of sound beside a token, for a model with a voice
+    sound_axes: SoundAxes = ()  # axes of reward that chunks of sound are weighted by; all where none is named
     optim: OptimConfig = field(default_factory=OptimConfig)
     micro_batch: Some = 8  # episodes in one learner forward; does not enter the result beyond summation order
     # So many processes share the rows of the same episodes, for long ones; the bits are those of one process.
@@ -110,10 +128,17 @@ class RolloutConfig:
         """The most observed rows beside audio that one micro-turn can have."""
         return self.max_patches + self.max_event_words
 
-    def grammar(self, vocabulary: Vocabulary, patch: int) -> Grammar:
-        """``patch``: side of the model's video patches, pixels."""
-        summary = Summary.of(self.context, vocabulary)
-        return Grammar(vocabulary, self.words_per_chunk, self.max_patches, self.max_event_words, patch, summary)
+    def grammar(self, vocabulary: Vocabulary, senses: Senses) -> Grammar:
+        """``senses``: the model's."""
+        return Grammar(
+            vocabulary,
+            self.words_per_chunk,
+            self.max_patches,
+            self.max_event_words,
+            senses.patch,
+            Summary.of(self.context, vocabulary),
+            senses.own,
+        )
 
 
 @dataclass(frozen=True)

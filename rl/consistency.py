@@ -20,6 +20,7 @@ from typing import Any
 from kernels.errors import MetronomeError
 from model.program import ranks, teams
 from model.program.ranges import shown
+from reward.voice.listener import UNDERSTOOD
 from rl.config import TrainConfig
 from rl.environment import computing, contract_in_words
 from rl.rollers import check_engine, check_workers
@@ -57,6 +58,11 @@ UNREAD: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], ...] =
         ("hub.private", "hub.every", "hub.timeout_s"),
         lambda config: config.hub.repo is None,
         "hub.repo names no repository, so nothing is sent",
+    ),
+    (
+        ("model.voice",),
+        lambda config: config.model.checkpoint is not None,
+        "model.checkpoint names a model, which has a voice of its own or none",
     ),
     (
         ("source.watch",),
@@ -147,8 +153,13 @@ def check_shares(config: TrainConfig) -> None:
     ):
         if steps * each > seeds:
             raise MetronomeError(f"{name} is {steps}: with {each} scenarios each, give at most {seeds // each}")
-    if wrong := sorted(config.rl.axis_weights.keys() - set(config.scenarios.axes)):
+    if {*config.rl.sound_axes} == {UNDERSTOOD} and not config.source.listener:
         raise MetronomeError(
-            f"rl.axis_weights names {', '.join(wrong)}: the recipe's families are rewarded on "
-            f"{', '.join(config.scenarios.axes)}"
+            f"rl.sound_axes names {UNDERSTOOD} alone, but source.listener is false: nothing would reward sound"
         )
+    axes = (*config.scenarios.axes, *((UNDERSTOOD,) if config.scenarios.aloud else ()))
+    for name, named in (("axis_weights", config.rl.axis_weights), ("sound_axes", config.rl.sound_axes)):
+        if wrong := sorted(set(named) - set(axes)):
+            raise MetronomeError(
+                f"rl.{name} names {', '.join(wrong)}: the recipe's families are rewarded on {', '.join(axes)}"
+            )

@@ -90,7 +90,7 @@ def stages() -> Iterator[tuple[str, Iterable[Array]]]:
     vocabulary = Vocabulary.of(model)
     learner = Learner(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(STEPS):
-        some = demonstrations(config, bank, vocabulary, model.senses.patch, step)
+        some = demonstrations(config, bank, vocabulary, model.senses, step)
         tokens = sum(len(t.text.chunk) for t in some)
         weights = [torch.full((len(t.text.chunk),), 1.0 / tokens) for t in some]
         gradient = gradient_of(model, some, weights, vocabulary.classes, 1.0, config.rl.micro_batch)

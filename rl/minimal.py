@@ -36,12 +36,13 @@ from rl.step import tree
 from rl.step.advantage import RunningScale
 from rl.step.credit import token_weights
 from rl.step.gradient import Gradient, gradient_of
+from rl.step.identity import choices
 from rl.step.loop import plays
 from rl.train import parse
-from rl.warmstart import demonstrations
+from rl.warmstart import demonstrations, likelihood
 from rollout.engines.embedded import SessionEngine
 from rollout.play import play
-from rollout.record.episode import Episode, concatenate
+from rollout.record.episode import Episode
 from rollout.turn.vocabulary import Vocabulary
 from rollout.world.speech import SpeechBank
 
@@ -65,10 +66,9 @@ def train(config: TrainConfig) -> str:
 
     supervised = Optimizer(model, config.warmstart.optim, config.warmstart.steps)
     for step in range(config.warmstart.steps):
-        shown = demonstrations(config, bank, vocabulary, model.senses.patch, step)  # scripted, partly wrong
-        tokens = sum(ranks.gather(sum(len(one.text.chunk) for one in shown)))
-        likelihood = [torch.full((len(one.text.chunk),), 1.0 / tokens) for one in shown]
-        supervised.step(gradient_of(model, shown, likelihood, vocabulary.classes, 1.0, micro_batch))
+        shown = demonstrations(config, bank, vocabulary, model.senses, step)  # scripted, partly wrong
+        weights, heard = likelihood(config, shown)
+        supervised.step(gradient_of(model, shown, weights, vocabulary.classes, 1.0, micro_batch, sound_weights=heard))
     engine = SessionEngine.of(model, config.rollout, plays_of_a_step(config))
     source = RewardSource.load(config.scenarios, config.source)
     optimizer = Optimizer(model, config.rl.optim, config.rl.steps)
@@ -78,7 +78,8 @@ def train(config: TrainConfig) -> str:
         judged = source.judge(episodes)  # a reward a chunk, on every axis
         credit = token_weights(episodes, judged.acting, [], config.rl, scales)  # leave-one-out, by chunk and axis
         scales = credit.scales
-        gradient = gradient_of(model, episodes, credit.weights, vocabulary.classes, temperature, micro_batch)
+        weights, classes, heard = credit.weights, vocabulary.classes, credit.sound_weights
+        gradient = gradient_of(model, episodes, weights, classes, temperature, micro_batch, sound_weights=heard)
         check(episodes, gradient)
         optimizer.step(gradient)
         engine.publish()
@@ -88,8 +89,8 @@ def train(config: TrainConfig) -> str:
 def check(episodes: list[Episode], gradient: Gradient) -> None:
     """Raises RuntimeError unless the learner gave every sampled token the sampler's log-prob and every row of
     log-probs the sampler's digest, bit for bit."""
-    for name, learned in (("logprob", gradient.logprob), ("digest", gradient.digest)):
-        if not torch.equal(concatenate(episodes, name).view(torch.uint8), learned.view(torch.uint8)):
+    for name, learned in zip(("logprob", "digest"), gradient.choices(), strict=True):
+        if not torch.equal(choices(episodes, name).view(torch.uint8), learned.view(torch.uint8)):
             raise RuntimeError(f"sampler and learner are not the same function: {name} differs")
 
 

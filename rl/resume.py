@@ -34,7 +34,8 @@ from rl.folder import RunFolder
 from rl.learner.deepspeed import Learner
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch
-from rollout.scenarios.registry import SHIPPED
+from rollout.scenarios.registry import SHIPPED, ScenarioConfig
+from rollout.world.lexicon import Lexicon
 from rollout.world.speech import SpeechBank
 
 PROGRESS = "progress.json"
@@ -187,11 +188,16 @@ def finished(config: TrainConfig) -> str:
     )
 
 
+def recordings(scenarios: ScenarioConfig, bank: SpeechBank) -> str:
+    """The digest of all sound that a run is made of: the users' speech and, where words are said aloud, theirs."""
+    return bank.digest() + (Lexicon.open().digest() if scenarios.aloud else "")
+
+
 def check_same(
-    folder: RunFolder, progress: Progress, changed: Mapping[str, Any], source: RewardSource, bank: SpeechBank
+    folder: RunFolder, progress: Progress, changed: Mapping[str, Any], source: RewardSource, sound: str
 ) -> None:
     """Raises MetronomeError when what decides bits, beside the recipe, is not what the run began with. ``changed``:
-    the fields of the recipe that are not."""
+    the fields of the recipe that are not; ``sound``: `recordings`."""
     check_contract(folder)
     if progress.reward_models != source.digests:
         raise MetronomeError(
@@ -205,10 +211,10 @@ def check_same(
             f"--num_processes {progress.processes * teams.size()}, or start a new run under another --name"
         )
     known = progress.recordings or "speech_dir" in changed
-    if known and progress.recordings != bank.digest():
+    if known and progress.recordings != sound:
         raise MetronomeError(
-            f"speech_dir: other recordings than the run in {folder.path} began with; put those back, or start "
-            "a new run under another --name"
+            f"speech_dir, or the words that are said aloud: other recordings than the run in {folder.path} began with; "
+            "put those back, or start a new run under another --name"
         )
 
 

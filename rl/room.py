@@ -11,7 +11,7 @@ from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.size import activation_bytes, empty, training_bytes
 from model.backbone.state import state_bytes
-from model.config import most_keys, preset
+from model.config import most_keys, senses, voice
 from model.context import check_same, give
 from model.program import ranks, teams
 from model.program.launched import local_world
@@ -22,26 +22,32 @@ from model.weights import checkpoint
 from rl.config import TrainConfig
 from rl.rollers import plays_of_a_step
 from rollout.scenarios.registry import SHIPPED
-from rollout.turn.grammar import check_context, context_rows, turn_rows
+from rollout.turn.grammar import OWN_ROWS, check_context, context_rows, turn_rows
 from rollout.turn.vocabulary import Vocabulary
 
 
 def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     """Raises MetronomeError, naming the recipe's field, for episodes that a session cannot hold, pictures that a
-    micro-turn cannot, a model that is to go on and remembers otherwise than the recipe says, and for a model, sessions
-    or a learner's forward pass beyond what this machine's memory, or its GPU's, has left. ``resumed``: as in
-    `rl.run.build_model`."""
+    micro-turn cannot, demonstrations that do not suit the model's voice, a model that is to go on and remembers
+    otherwise than the recipe says, and for a model, sessions or a learner's forward pass beyond what this machine's
+    memory, or its GPU's, has left. ``resumed``: as in `rl.run.build_model`."""
     rollout, path = config.rollout, config.model.checkpoint
     if resumed is not None:
         check_same(checkpoint.config_of(resumed), rollout.context, str(resumed))
-    shape = preset(config.model.preset) if path is None else checkpoint.config_of(resumed or path)
+    shape = config.model.fresh() if path is None else checkpoint.config_of(resumed or path)
     shape = give(shape, rollout.context)
-    longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra
+    speaks = voice(shape) is not None
+    check_voice(config, speaks)
+    if speaks:
+        tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
+        vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
+        rollout.grammar(vocabulary, senses(shape))  # raises for a token of own sound that stands for something else
+    longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra + OWN_ROWS * speaks
     rows = context_rows(*longest)
     if rollout.context.policy == "summary":
         tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
         vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
-        rollout.grammar(vocabulary, shape.vision_config.patch_size)  # raises for a budget that holds no summary
+        rollout.grammar(vocabulary, senses(shape))  # raises for a budget that holds no summary
         rows = min(rows, rollout.context.budget)
         if rows > rollout.max_tokens:
             raise MetronomeError(
@@ -89,6 +95,39 @@ def check_pictures(config: TrainConfig, patch: int) -> None:
                 f"rollout.max_patches is {config.rollout.max_patches}, but frames of {name}, {frame[0]} x {frame[1]} "
                 f"pixels, are cut into {needed} patches: give as many, or smaller frames"
             )
+
+
+def check_voice(config: TrainConfig, speaks: bool) -> None:
+    """Raises MetronomeError for settings of a voice where the model has none (``speaks``), for sequence parallelism
+    where it has one, and where a warm start would show sound to a model that has no voice, or no sound to one that
+    has."""
+    for name in config.scenarios.members if config.warmstart.steps else ():
+        sounds = name in config.scenarios.aloud
+        if sounds and not speaks:
+            raise MetronomeError(
+                f"recipe: demonstrations of {name} have sound, and the model has no voice: "
+                + ("give it one (model.voice {})" if config.model.checkpoint is None else "name a checkpoint with one")
+                + ", or leave the family out"
+            )
+        if speaks and not sounds:
+            raise MetronomeError(
+                f"recipe: the model has a voice, and demonstrations of {name} have no sound that it could learn from: "
+                "leave out the family (scenarios.families) or the voice (model.voice)"
+            )
+    usual = TrainConfig()
+    given = {
+        "rl.voice_weight": config.rl.voice_weight != usual.rl.voice_weight,
+        "rl.sound_axes": config.rl.sound_axes != usual.rl.sound_axes,
+        "warmstart.voice_weight": config.warmstart.voice_weight != usual.warmstart.voice_weight,
+    }
+    for name in (name for name, changed in given.items() if changed and not speaks):
+        raise MetronomeError(
+            f"{name} would be ignored: the model has no voice. Leave it out, or give it one (model.voice)"
+        )
+    if speaks and config.rl.sequence_parallel > 1:
+        raise MetronomeError(
+            f"rl.sequence_parallel is {config.rl.sequence_parallel}, but the model has a voice: give 1"
+        )
 
 
 def fewest_rows(config: TrainConfig) -> int:

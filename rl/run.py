@@ -18,7 +18,6 @@ import torch
 from kernels import dispatch
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
-from model.config import preset
 from model.context import give
 from model.program import ranks, teams
 from model.program.exhausted import needing
@@ -48,6 +47,7 @@ from rl.resume import (
     check_weights,
     load_progress,
     read_saved,
+    recordings,
     save,
 )
 from rl.rollers import start_roller
@@ -98,7 +98,13 @@ class Run:
         self.source = RewardSource.load(config.scenarios, config.source)
         self.bank = SpeechBank.open(config.speech_dir)
         if self._newest:
-            check_same(self.folder, load_progress(self._newest[1]), changed, self.source, self.bank)
+            check_same(
+                self.folder,
+                load_progress(self._newest[1]),
+                changed,
+                self.source,
+                recordings(config.scenarios, self.bank),
+            )
         if not resume:
             self.folder = RunFolder.create(Path(config.runs), config.name, recipe)
         self.model = build_model(config, own)
@@ -106,7 +112,7 @@ class Run:
             checkpoint.load_into(self.model, self._newest[1] / "model")
             check_weights(self.folder, *self._newest, checkpoint.weights_digest(self.model))
         self.vocabulary = Vocabulary.of(self.model)
-        self.source.check_words(self.model)
+        self.source.check_policy(self.model)
         self.held_out = config.scenarios.of_each(config.eval.scenarios, "held_out", self.bank)
         if resume:
             self.folder.go_on(recipe, saved.text, self._newest and self._newest[0], changed)
@@ -169,7 +175,7 @@ class Run:
             wall_s=self.wall_s(),
             reward_models=self.source.digests,
             processes=teams.count(),
-            recordings=self.bank.digest(),
+            recordings=recordings(self.config.scenarios, self.bank),
         )
         learner = Learner(self.model, self.config.rl.optim, self.config.rl.steps)
         save(self.folder, learner, progress)
@@ -317,7 +323,7 @@ def build_model(config: TrainConfig, resumed: Path | None = None) -> Interaction
     which a run needs only once."""
     dtype, context = getattr(torch, config.model.dtype), config.rollout.context
     if config.model.checkpoint is None:
-        model = InteractionModel(give(preset(config.model.preset), context), dtype)
+        model = InteractionModel(give(config.model.fresh(), context), dtype)
         model.init_weights(config.seed)
         model.to(dispatch.device())
     else:

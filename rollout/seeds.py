@@ -25,7 +25,9 @@ SEEDS_PER_RUN = 10_000_000
 _MASK64 = (1 << 64) - 1
 
 TEXT_STREAM = 0
-"""Number of the stream of mode and text tokens in `token_key`. A voice stream would have another."""
+"""Number of the stream of mode and text tokens in `token_key`."""
+VOICE_STREAM = 1
+"""That of chunks of sound, whose position is that of the row after the micro-turn's last."""
 
 
 def splitmix64(x: int) -> int:

@@ -27,6 +27,7 @@ BY_ITSELF = {
     "rollout.bench.pictures": "the same",
     "rl.learner.deepspeed": "in the folder of `RunFolder.checkpoint`",
     "rl.study.baseline": "a picture, in memory",
+    "rollout.heard": "sound, in memory",
     "rollout.engines.vllm.core": "in a temporary folder",
     "rollout.engines.vllm.process": "shared memory",
     "rollout.engines.workers.pool": "shared memory",

@@ -114,8 +114,8 @@ def _keep_freed_memory() -> None:
 
 
 def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
-    """Raises RuntimeError unless both libraries give equal bits for exp, log, Gumbel noise, products, attention,
-    sampling, sums and AdamW's update. (dMel codes need tables; the tests compare those.)"""
+    """Raises RuntimeError unless both libraries give equal bits for exp, log, Gumbel and normal noise, products,
+    attention, sampling, sums and AdamW's update. (dMel codes need tables; the tests compare those.)"""
     x = torch.linspace(-110, 95, 999)
     results = []
     for lib in (one, other):
@@ -126,7 +126,9 @@ def _compare(one: ctypes.CDLL, other: ctypes.CDLL) -> None:
         word, noise = torch.arange(-500, 499) * 0x0041C64E6D3B5F87, torch.empty_like(x)
         _bind(lib, "vec_gumbel", "ppi")(word.data_ptr(), noise.data_ptr(), x.numel())
         attended, sampled = _attended(lib, x[:300].view(20, 15)), _sampled(lib, x[:300].view(3, 100) / 9)
-        parts = [exp, log, noise, *products, attended, sampled, *_updated(lib, x / 100)]
+        normal = torch.empty(word.shape, dtype=torch.float64)
+        _bind(lib, "vec_normal", "ppi")(word.data_ptr(), normal.data_ptr(), x.numel())
+        parts = [exp, log, noise, normal, *products, attended, sampled, *_updated(lib, x / 100)]
         results.append(torch.cat([part.view(torch.int32) for part in parts]))
     if not torch.equal(*results):
         raise RuntimeError(

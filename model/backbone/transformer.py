@@ -29,8 +29,9 @@ from model.backbone.embed import AudioTower, TextEmbedding, Weight
 from model.backbone.moe import DenseMLP, MixtureOfExperts
 from model.backbone.state import LayerState, SessionState
 from model.backbone.vision import VisionTower
-from model.inputs import Inputs, Placed, Senses
+from model.inputs import Inputs, Placed
 from model.tokenizer import shipped
+from model.voice.flow import ZERO, FlowHead
 from model.weights import packs
 from model.weights.draws import near_normal
 
@@ -147,11 +148,13 @@ class InteractionModel(nn.Module):
         layers = (Layer(config, i, dtype) for i in range(text.num_hidden_layers))
         self.layers = list(layers)  # typed, and without ModuleList's cost; registered below under transformers' name
         self.model.language_model.layers.extend(self.layers)
+        spoken = shapes.voice(config)
+        self.voice_head = None if spoken is None else FlowHead(spoken, text.hidden_size, dtype)
         self.lm_head = Weight(text.vocab_size, text.hidden_size, dtype=dtype)
         self.vocab = text.unpadded_vocab_size or text.vocab_size
         self.eps = text.rms_norm_eps
         self.multiplier = text.logits_mup_width_multiplier
-        self.senses = Senses(config.audio_token_id, config.image_token_id, config.vision_config.patch_size)
+        self.senses = shapes.senses(config)
         self.packed: PackedLinear | None = None  # the output head's
         self.generation = Generation()  # counts the updates of the weights
         # Of a model that keeps packed copies in place of weights: the weights' digest, `_version` of what it still has.
@@ -164,14 +167,22 @@ class InteractionModel(nn.Module):
     def device(self) -> torch.device:
         return self.model.language_model.norm.weight.device  # of a weight that no pack replaces
 
+    @property
+    def sound_steps(self) -> int | None:
+        """Steps of the chains of its sound; None without a voice."""
+        return None if self.voice_head is None else self.voice_head.config.steps
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initialises each weight from ``seed`` and its name alone. Norms and scales are 1; the rest is drawn by
+        """Initialises each weight from ``seed`` and its name alone. Norms and scales are 1, `ZERO` 0; the rest is by
         `model.weights.draws.near_normal` with standard deviation 1/sqrt(fan_in) for matrices, 1 for embeddings, 0.02
         for convolution taps and the relative bias (near "no effect")."""
         for name, weight in sorted(self.named_parameters()):
             if name.endswith(("norm.weight", "global_scale")):
                 weight.fill_(1.0)
+                continue
+            if name.endswith(ZERO):
+                weight.zero_()
                 continue
             if name.endswith("embed_tokens.weight"):
                 std = 1.0
@@ -203,6 +214,8 @@ class InteractionModel(nn.Module):
             yield f"model.language_model.layers.{i}.", layer.pack
         yield "model.vision_tower.", self.model.vision_tower.pack
         yield "lm_head.", self._pack_head
+        if self.voice_head is not None:
+            yield "voice_head.", self.voice_head.pack
 
     def _pack_head(self) -> None:
         self.packed = ops.pack_linear(self.lm_head.weight)
@@ -231,6 +244,8 @@ class InteractionModel(nn.Module):
         for layer in self.layers:
             layer.repack()
         self.model.vision_tower.repack()
+        if self.voice_head is not None:
+            self.voice_head.repack()
         ops.repack(self.packed)
         self._versions = self._present()
 
@@ -253,13 +268,14 @@ class InteractionModel(nn.Module):
         patches = inputs.patches
         sound = (inputs.codes, inputs.audio_rows)
         video = (patches.pictures, patches.inside, patches.steps(), inputs.image_rows)
-        segments, parts = ops.upload(inputs.segments, tables, inputs.tokens, *sound, *video, *tau, *more)
+        own = (inputs.own, inputs.own_rows)
+        segments, parts = ops.upload(inputs.segments, tables, inputs.tokens, *sound, *video, *own, *tau, *more)
         if segments is not inputs.segments or parts[0] is not inputs.tokens:
             # There is another device, on which a lookup of what is not there would not raise.
             self._check_ids(inputs)
-        tokens, codes, audio_rows, pictures, inside, steps, image_rows, *rest = parts
+        tokens, codes, audio_rows, pictures, inside, steps, image_rows, said, own_rows, *rest = parts
         return Placed(
-            tokens, codes, audio_rows, pictures, inside, steps, image_rows, segments,
+            tokens, codes, audio_rows, pictures, inside, steps, image_rows, said, own_rows, segments,
             tau=rest[0] if tau else None, more=tuple(rest[len(tau) :]),
         )  # fmt: skip
 
@@ -268,6 +284,7 @@ class InteractionModel(nn.Module):
         for name, ids, count in (
             ("token", inputs.tokens, self.config.text_config.vocab_size),
             ("code", inputs.codes, audio.mel_vocab_size),
+            ("code", inputs.own, audio.mel_vocab_size),
         ):
             if ids.device.type != "cpu" or not ids.numel():
                 continue
@@ -342,6 +359,9 @@ class InteractionModel(nn.Module):
         if shown:
             patches = towers.vision_tower(placed.pictures, placed.inside, placed.steps)
             x = x.index_copy(0, placed.image_rows, patches)
+        if placed.own_rows.shape[0]:
+            own = x.index_select(0, placed.own_rows) + towers.audio_tower(placed.own)
+            x = x.index_copy(0, placed.own_rows, own)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

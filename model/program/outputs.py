@@ -67,9 +67,15 @@ class OutputFolder:
         return problem_of_folder(str(value))
 
 
-def output_file(beside: tuple[str, ...] = ()) -> Callable[[str], Path]:
-    """For ``type=`` of an argparse option: a file that the command will write. ``beside``: as in `OutputFile`."""
-    return _option(lambda text: problem_of_file(text, beside))
+def output_file(beside: tuple[str, ...] = (), ending: str = "") -> Callable[[str], Path]:
+    """For ``type=`` of an argparse option: a file that the command will write. ``beside``: as in `OutputFile`;
+    ``ending``: of its name, where it has to say what the file is."""
+
+    def problem(text: str) -> str | None:
+        other = text and not text.lower().endswith(ending)
+        return problem_of_file(text, beside) or (f"give a name that ends in {ending}" if other else None)
+
+    return _option(problem)
 
 
 def output_folder() -> Callable[[str], Path]:

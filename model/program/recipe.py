@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, Generic, Literal, Self, TypeVar, cast, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -334,8 +334,9 @@ def _help(command: str, description: str, kind: Any, resumes: bool) -> str:
 def _fields(kind: Any, defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, hint in ranges.hints_of(kind).items():
         inner = ranges.bare(hint)[0]
-        if is_dataclass(inner):
-            yield from _fields(inner, defaults[name], f"{prefix}{name}.")
+        if is_dataclass(inner):  # one that may be left out is shown with its own defaults
+            part = _defaults(cast(type[Any], inner)) if defaults.get(name, ...) is None else defaults[name]
+            yield from _fields(inner, part, f"{prefix}{name}.")
         else:
             default = f"default {json.dumps(defaults[name])}" if name in defaults else "required"
             yield f"  --{prefix}{name}  {ranges.described(hint)}; {default}"

@@ -77,9 +77,9 @@ def bin_edges() -> Tensor:
     return torch.tensor([exact.power_of_ten(x, 2 * intervals) for x in halfway], dtype=torch.float64)
 
 
-def mel_filters() -> tuple[Tensor, Tensor]:
-    """Slaney's triangles of equal area, evenly spaced in mel from 0 to 8000 Hz: (first bin int64 [80], weights fp64
-    [80, longest]), correctly rounded.
+def mel_filters(length: int = WINDOW) -> tuple[Tensor, Tensor]:
+    """Slaney's triangles of equal area, evenly spaced in mel from 0 to 8000 Hz, over the bins of a Fourier transform of
+    ``length`` samples: (first bin int64 [80], weights fp64 [80, longest]), correctly rounded.
 
     Below 1000 Hz a mel is 200/3 Hz; above, f = 1000 e^((mel - 15) ln 6.4 / 27) (Slaney 1998, Auditory Toolbox)."""
     with localcontext(Context(prec=exact.DIGITS)):
@@ -87,7 +87,7 @@ def mel_filters() -> tuple[Tensor, Tensor]:
         top = 15 + (Decimal(SAMPLE_RATE_HZ) / 2000).ln() / log_step
         mels = [top * i / (MEL_CHANNELS + 1) for i in range(MEL_CHANNELS + 2)]
         corner_hz = [m * 200 / 3 if m < 15 else 1000 * ((m - 15) * log_step).exp() for m in mels]
-        bins_hz = {k: Decimal(k * SAMPLE_RATE_HZ) / WINDOW for k in range(1, WINDOW // 2)}
+        bins_hz = {k: Decimal(k * SAMPLE_RATE_HZ) / length for k in range(1, length // 2)}
         rows: list[tuple[int, list[float]]] = []
         for low, centre, high in zip(corner_hz, corner_hz[1:], corner_hz[2:], strict=False):
             inside = {k: f for k, f in bins_hz.items() if low < f < high}

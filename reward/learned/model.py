@@ -54,6 +54,15 @@ class Description:
     origin: dict[str, str] = field(default_factory=dict)  # "pairs", "backbone", "recipe" -> digest
 
 
+def check_silent(model: InteractionModel, name: str) -> None:
+    """Raises MetronomeError for a model that speaks with sound of its own: a reward model hears the user alone."""
+    if model.voice_head is not None:
+        raise MetronomeError(
+            f"{name} has a voice, and reward models do not hear it: name a model without one, or learn from the rules "
+            "(source.rewards rules), to which source.listener adds what is understood"
+        )
+
+
 class RewardModel(nn.Module):
     """A backbone with one head for each of ``axes``, such as ("timing",) or ("timing", "content"). Made by `build` or
     `load`; `score` gives rewards."""

@@ -64,6 +64,11 @@ class Stretch:
     contexts: Tensor = field(default_factory=one_context)  # reward models read one sequence
 
     @property
+    def own(self) -> Tensor:
+        """None: reward models do not hear a voice."""
+        return self.codes[:0]
+
+    @property
     def key(self) -> tuple[bytes, ...]:
         """Equal for stretches of one conversation."""
         parts = (self.tokens, self.codes, self.frames.pixels, self.frames.sizes)

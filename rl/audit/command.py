@@ -8,7 +8,8 @@ A run may be somebody else's: of the scenario families that its recipe names, on
 ``--trust-families`` is given; without it, episodes of others are re-scored, but not judged by their rules.
 
 The first re-scores the run's saved episodes and writes RUN/audit/report.html and report.json; the second says whether
-two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`).
+two runs are one run, bit for bit (RUN_A/audit/compare_B by default); the third measures invariance (`rl.study.matrix`),
+of a model without a voice only.
 
 A run on a GPU is audited there where one is, and so is its checkpoint; elsewhere its episodes are of another contract,
 so *not comparable*. ``--device`` says otherwise.

@@ -135,13 +135,14 @@ class Conflicts:
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """The first sampled token whose bits differ, in the order of steps, episodes and positions."""
+    """The first sampled token whose bits differ, in the order of steps, episodes and positions; if no token's do, the
+    first chunk of sound."""
 
     step: int
     episode: str
     position: int
     chunk: int
-    token: int
+    token: Annotated[int | None, "The token's id, null for a chunk of sound"]
     sampler: Annotated[str, "The sampler's log-prob, in enough digits to restore its bits"]
     learner: Annotated[str, "The learner's log-prob, likewise"]
     row_differs: bool

@@ -6,6 +6,7 @@ const FILTERS = {
   all: ["all", () => true],
   missed: ["with something missed", (r) => r.missed > 0],
   spurious: ["with spurious speech", (r) => r.spurious > 0],
+  sound: ["with sound", (r) => r.sound],
   perfect: ["score 100 %", (r) => r.score === 1],
   different: ["bits that differ", (r) => r.state === "different"],
   not_comparable: ["not comparable", (r) => r.state === "not_comparable"],

@@ -25,6 +25,7 @@ from model.tokenizer import load_tokenizer, read_tokenizer
 from reward.score import score_stored
 from rl.audit.records import Records
 from rl.audit.replay.rescore import CheckedEpisode
+from rl.audit.sounds import Sounds
 from rl.audit.verdict import exact
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
@@ -42,11 +43,11 @@ MAX_PICTURES = 2000
 
 
 def browser(
-    episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None, words: Mapping[int, str]
+    episodes: Sequence[CheckedEpisode], scenarios: ScenarioConfig | None, words: Mapping[int, str], sounds: Sounds
 ) -> dict[str, Any]:
     """``{"rows": one for each shown episode, "blocks": each block as base64 text, "omitted": number of episodes left
     out}``. The last episodes are left out first, those that differ last of all. ``scenarios``: the families whose rules
-    score the episodes; None: they get no scores; ``words``: `words_of` their run."""
+    score the episodes; None: they get no scores; ``words``: `words_of` their run; ``sounds``: of the same run."""
     shown = sorted(range(len(episodes)), key=lambda i: (episodes[i].state != "different", i))[:MAX_EPISODES]
     kept = [episodes[i] for i in sorted(shown)]
     rows: list[dict[str, Any]] = []
@@ -58,9 +59,11 @@ def browser(
         details = []
         for place, one in enumerate(kept[first : first + EPISODES_PER_BLOCK]):
             judged = score_stored(one.episode, scenarios) if scenarios else None
-            rows.append(_row(one, judged) | {"block": len(blocks), "place": place})
+            sound = sounds.of(one.episode)
+            aloud = {"sound": 1} if "mp3" in sound.get("sound", ()) else {}
+            rows.append(_row(one, judged) | {"block": len(blocks), "place": place} | aloud)
             detail = _detail(one, judged, _user(one.episode.facts, scenarios), words, cells)
-            details.append(detail | {"seen": _seen(one.episode, pictures, MAX_PICTURES - drawn)})
+            details.append(detail | {"seen": _seen(one.episode, pictures, MAX_PICTURES - drawn)} | sound)
         drawn += len(pictures)
         block = {"cells": list(cells), "pictures": [picture for _, picture in pictures.values()], "episodes": details}
         packed = gzip.compress(to_json(block, None).encode(), 6, mtime=0)

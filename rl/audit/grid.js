@@ -106,24 +106,29 @@ function cursor(root, detail, pictures, name, chunks) {
   const readout = el("p", { class: "readout", "aria-live": "polite" }, "Point at a chunk, or focus the grid and use the arrow keys.");
   const lanes = el("div", { class: "lanes", tabindex: "0", role: "group", "aria-label": `200 ms grid of ${name}, ${chunks} chunks. Left and right arrow keys read single chunks; the tables below hold the same.` }, root);
   let at = -1;
+  const aloud = detail.sound ? player(detail.sound, chunks, (k) => read(k, true)) : null;
+  const choose = (k) => { read(k, true); if (aloud) aloud.seek(at); };
   const read = (k, follow) => {
     at = Math.max(0, Math.min(chunks - 1, k));
     pick.setAttribute("x", at * COLUMN);
     if (!pick.parentNode) root.append(pick);
+    readout.setAttribute("aria-live", aloud?.playing() ? "off" : "polite");
     readout.textContent = describe(detail, at);
     shown.replaceChildren(...frames(detail, pictures, at));
     if (follow) lanes.scrollLeft = Math.max(0, (at + 0.5) * COLUMN - lanes.clientWidth / 2);
   };
-  root.addEventListener("pointermove", (event) => read(Math.floor((event.clientX - root.getBoundingClientRect().left) / COLUMN), false));
+  const pointed = (event) => Math.floor((event.clientX - root.getBoundingClientRect().left) / COLUMN);
+  root.addEventListener("pointermove", (event) => { if (!aloud?.playing()) read(pointed(event), false); });
+  if (aloud) root.addEventListener("click", (event) => choose(pointed(event)));
   lanes.addEventListener("keydown", (event) => {
     const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: chunks - 1, PageUp: at - 5, PageDown: at + 5 };
-    if (event.key in moves) { event.preventDefault(); read(moves[event.key], true); }
+    if (event.key in moves) { event.preventDefault(); choose(moves[event.key]); }
   });
   const video = detail.seen.length ? { seen: "seen: video frames" } : {};
-  const labels = { heard: "heard: user, 0–8 kHz (mel)", user: "user", model: "model: its words; no voice yet", mode: "mode", events: "events", reward: "reward", logprob: `log-prob, 0 to −${NATS}`, ...video };
+  const labels = { heard: "heard: user, 0–8 kHz (mel)", user: "user", model: "model: its words", mode: "mode", events: "events", reward: "reward", logprob: `log-prob, 0 to −${NATS}`, ...video };
   const names = el("div", { class: "names", "aria-hidden": "true" }, Object.entries(labels).map(([lane, text]) => {
     const span = el("span", {}, text); span.style.top = `${LANES[lane][0] + LANES[lane][1] / 2}px`; return span; }));
-  return el("div", {}, [el("div", { class: "grid" }, [names, lanes]), gridLegend(Object.keys(detail.rewards || {})), readout,
+  return el("div", {}, [aloud?.node, el("div", { class: "grid" }, [names, lanes]), gridLegend(Object.keys(detail.rewards || {})), readout,
     ...(detail.seen.length ? [shown] : [])]);
 }
 

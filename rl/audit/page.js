@@ -57,7 +57,7 @@ function runPage() {
   const conflicts = report.not_comparable, first = report.first_difference, why = report.diagnosis;
   const said = [
     first && card("The first difference", bullets([
-      `Step ${whole(first.step)}, episode ${first.episode}, token ${first.position} (chunk ${first.chunk}, id ${first.token}).`,
+      `Step ${whole(first.step)}, episode ${first.episode}, ${first.token === null ? `the sound of chunk ${first.chunk}` : `token ${first.position} (chunk ${first.chunk}, id ${first.token})`}.`,
       `The sampler's log-prob is ${first.sampler}, the learner's ${first.learner}; the whole row ${first.row_differs ? "differs" : "is equal"}.`])),
     why && card("Where sampler and learner part", bullets([
       why.first ? `Step ${whole(why.step)}: the first result that differs is ${why.first.name}, at row ${why.first.first_row}, by ${short(why.first.max_abs)} at most; sampler: ${why.first.sampler}; learner: ${why.first.learner}.` : `Step ${whole(why.step)}, replayed: every op of sampler and learner gives equal bits.`,

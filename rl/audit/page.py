@@ -19,7 +19,7 @@ from model.program.reading import read_text
 from rl.audit.document import Report, partial, plain
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("dom.js", "charts.js", "grid.js", "episodes.js", "page.js")
+SCRIPTS = ("dom.js", "charts.js", "sound.js", "grid.js", "episodes.js", "page.js")
 
 
 def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) -> str:
@@ -31,7 +31,7 @@ def render(report: Report, data: Mapping[str, Any], blocks: Sequence[str] = ()) 
     title = f"{name} · {report.title} · Metronome audit"
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        "media-src data:; base-uri 'none'; form-action 'none'"
     )
     parts = {
         "title": html.escape(title),

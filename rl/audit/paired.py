@@ -91,7 +91,7 @@ class PairedEpisodes:
         differs += [f for f in ("actions", "events") if getattr(x, f) != getattr(y, f)]
         self.unequal += bool(differs)
         self._count(differs)
-        other_inputs = {"tokens", "codes", "contexts", "frames.pixels", "frames.sizes", "events"}
+        other_inputs = {"tokens", "codes", "contexts", "frames.pixels", "frames.sizes", "events", "voice.payload"}
         other_inputs |= {f for f in tensors_x if f.endswith((".sampled_at", ".row_class"))}
         if other_inputs & set(differs) or x.streams.keys() != y.streams.keys():
             return  # nothing to count

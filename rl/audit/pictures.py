@@ -95,12 +95,12 @@ def _number(value: Any) -> float | None:
 def scatter(episodes: Sequence[CheckedEpisode]) -> dict[str, Any] | None:
     """The sampler's log-probs against the learner's: counts of tokens by cell, and the differing tokens as points. None
     if nothing was re-scored."""
-    scored = [one for one in episodes if one.logprob is not None]
+    scored = [(one, one.logprob, len(one.episode.text.logprob)) for one in episodes if one.logprob is not None]
     if not scored:
         return None
-    sampler = torch.cat([one.episode.text.logprob for one in scored]).double()
-    learner = torch.cat([one.logprob for one in scored if one.logprob is not None]).double()
-    differs = torch.cat([one.token_differs for one in scored])
+    sampler = torch.cat([one.episode.text.logprob for one, _, _ in scored]).double()
+    learner = torch.cat([logprob[:words] for _, logprob, words in scored]).double()
+    differs = torch.cat([one.token_differs[:words] for one, _, words in scored])
     finite = sampler.isfinite() & learner.isfinite()
     sampler, learner, differs = sampler[finite], learner[finite], differs[finite]
     low = min(float(sampler.min()), float(learner.min()), -1.0) if len(sampler) else -1.0

@@ -16,6 +16,7 @@ from rl.audit.episodes import browser, words_of
 from rl.audit.page import named, render
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedStep, rescore
+from rl.audit.sounds import Sounds
 from rl.audit.table import Table
 from rl.audit.verdict import run_report
 
@@ -37,7 +38,7 @@ def run_page(records: Records, steps: Sequence[CheckedStep]) -> tuple[RunReport,
     tables = pictures.tables(folder / "difference.json", records.gaps) if records.stopped else []
     tables += next((p.diagnosis.tables() for p in steps if p.diagnosis), [])
     tables += pictures.tables(folder / "matrix.json", records.gaps)
-    shown = browser(episodes, records.scenarios, words_of(records))
+    shown = browser(episodes, records.scenarios, words_of(records), Sounds(records))
     if shown["omitted"]:
         records.gaps.append(f"The page leaves out {shown['omitted']:,} of {len(episodes):,} episodes, to stay small.")
     report = run_report(records, steps)

@@ -52,7 +52,7 @@ LIMITS = (
     "Equal rows are shown by equal 64-bit digests of each row of log-probabilities; the rows themselves are not kept. "
     "Two different rows share a digest by chance once in 2^64.",
     "Where bits differ, k1 and k3 are estimates from sampled tokens: the exact KL would need the sampler's whole rows.",
-    "The model has no voice yet: its lane shows its words.",
+    "The grid draws no sound of the model: its lane shows its words.",
 )
 """What no report of a run can show, in sentences."""
 
@@ -77,7 +77,8 @@ def run_report(records: Records, steps: Sequence[CheckedStep]) -> RunReport:
     return RunReport(
         verdict=verdict,
         title=f"run {records.name}",
-        headline=_stop(records) or _headline(records, verdict, basis, counted, conflicts, episodes, contradictions),
+        headline=_stop(records, episodes)
+        or _headline(records, verdict, basis, counted, conflicts, episodes, contradictions),
         scope=_scope(records, recorded, rescored, episodes),
         basis=basis,
         counts=_counts(counted, verdict in (Verdict.IDENTICAL, Verdict.DIFFERENT)),
@@ -179,15 +180,26 @@ def _headline(
         return f"{why} By the run's own records, 0 of {counted.num_tokens:,} sampled tokens and 0 rows differed."
     if verdict is Verdict.IDENTICAL:
         rescored = [one for one in episodes if one.logprob is not None]
+        sounds = sum(len(voice.chunk) for one in rescored if (voice := one.episode.voice) is not None)
+        also = f" and 0 of {sounds:,} sampled chunks of sound" if sounds else ""
         return (
-            f"0 of {counted.num_tokens:,} sampled tokens differ ({len(rescored):,} episodes of "
+            f"0 of {counted.num_tokens - sounds:,} sampled tokens{also} differ ({len(rescored):,} episodes of "
             f"{_steps(sorted({one.step for one in rescored}))}, re-scored now); full-vocabulary KL exactly 0 on every "
             "row."
         )
     return (
-        f"{origin}{tokens:,} of {counted.num_tokens:,} sampled tokens {'differs' if tokens == 1 else 'differ'}, and "
-        f"{rows:,} of {counted.num_tokens:,} whole rows. Sampler and learner disagree."
+        f"{origin}{tokens:,} of {counted.num_tokens:,} {_choices(records, episodes)} "
+        f"{'differs' if tokens == 1 else 'differ'}, and {rows:,} of {counted.num_tokens:,} whole rows. "
+        "Sampler and learner disagree."
     )
+
+
+def _choices(records: Records, episodes: Sequence[CheckedEpisode]) -> str:
+    """What the counts of a run are counts of."""
+    config = records.config
+    heard = any(one.episode.voice is not None for one in episodes)
+    heard = heard or (config is not None and config.model.voice is not None)
+    return f"sampled tokens{' and chunks of sound' if heard else ''}"
 
 
 def _elsewhere(records: Records, reasons: Collection[str]) -> str:
@@ -219,14 +231,14 @@ def _scope(records: Records, recorded: Mismatch, rescored: Mismatch, episodes: S
     )
 
 
-def _stop(records: Records) -> str | None:
+def _stop(records: Records, episodes: Sequence[CheckedEpisode]) -> str | None:
     """The headline of a run that refused a step."""
     if not records.stopped:
         return None
     counts = records.stopped.mismatch
     return (
-        f"The run stopped at step {records.stopped.step:,}: {counts.num_unequal:,} of {counts.num_tokens:,} sampled "
-        f"tokens and {counts.rows_unequal:,} whole rows differed. Sampler and learner disagree."
+        f"The run stopped at step {records.stopped.step:,}: {counts.num_unequal:,} of {counts.num_tokens:,} "
+        f"{_choices(records, episodes)} and {counts.rows_unequal:,} whole rows differed. Sampler and learner disagree."
     )
 
 
@@ -272,14 +284,17 @@ def _first_difference(episodes: Sequence[CheckedEpisode]) -> FirstDifference | N
         if one.state != "different" or one.logprob is None:
             continue
         place = int((one.token_differs | one.row_differs).nonzero()[0])
-        position = int(one.episode.text.sampled_at[place])
+        text, voice = one.episode.text, one.episode.voice
+        words = len(text.logprob)
+        stream, within = (text, place) if place < words or voice is None else (voice, place - words)
+        position = int(stream.sampled_at[within])
         return FirstDifference(
             step=one.step,
             episode=one.episode.name,
             position=position,
-            chunk=int(one.episode.text.chunk[place]),
-            token=int(one.episode.tokens[position]),
-            sampler=exact(one.episode.text.logprob[place].item()),
+            chunk=int(stream.chunk[within]),
+            token=int(one.episode.tokens[position]) if stream is text else None,
+            sampler=exact(stream.logprob[within].item()),
             learner=exact(one.logprob[place].item()),
             row_differs=bool(one.row_differs[place]),
         )

@@ -5,7 +5,9 @@ each chunk, minus the mean of the group's other rollouts (`rl.step.advantage`), 
 source, family and axis. Only then are axes and sources added, in a fixed order and with equal shares of the sources, so
 that the unit of a learned reward does not matter. The KL penalty towards the reference policy is a reward too but is
 not scaled: divided by its own size it would pull harder the closer the policy is. All tokens of a chunk have the
-chunk's advantage.
+chunk's advantage, and so has its sound; with ``rl.sound_axes`` only the part of it that is of these axes. What sound
+does not decide, such as when words are said, is noise in its gradient (factored baselines: Wu et al. 2018, arXiv
+1803.07246).
 
 All is fp64 and summed in the order of the episodes, so that equal rollouts get exactly 0 and no library's order of
 summation enters.
@@ -25,7 +27,7 @@ from model.program import teams
 from reward.source import Rewards
 from rl.config import RLConfig
 from rl.step.advantage import RunningScale, informative_groups, leave_one_out, reward_to_go
-from rollout.record.episode import Episode
+from rollout.record.episode import Episode, Stream
 
 Scales = Mapping[str, RunningScale]
 """``<source>/<family>/<axis>`` -> its scale; <source> is its index in `Judged.acting`. Saved in checkpoints."""
@@ -36,6 +38,7 @@ class Credit:
     """The weights of this team's tokens, and counts over all teams' groups."""
 
     weights: list[Tensor]  # for each episode fp32 [N_e]: advantages divided by the number of tokens of all teams
+    sound_weights: list[Tensor]  # fp32 [M_e]: those of chunks of sound, divided by `sound_numbers`, too
     scales: dict[str, RunningScale]  # updated by this step
     groups: int  # counted once for each source and axis
     degenerate_groups: int  # those whose rollouts had equal returns, so that nothing is learned from them
@@ -71,8 +74,11 @@ def token_weights(
     if any(len(rewards) != len(episodes) for rewards in acting):
         raise ValueError(f"{[len(r) for r in acting]} rewards of the sources for {len(episodes)} episodes")
     advantages = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]
+    of_sound = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]  # with `sound_axes`
     terms: dict[str, Term] = {}
-    parts: list[tuple[str, int, Tensor, float]] = []  # for each group: term, first episode, advantages, weight
+    parts: list[
+        tuple[str, str, int, Tensor, float]
+    ] = []  # of each group: term, axis, first episode, advantages, weight
     for source, rewards in enumerate(acting):
         for first in range(0, len(episodes), config.rollouts):
             group = slice(first, first + config.rollouts)
@@ -86,15 +92,17 @@ def token_weights(
                 squares = math.fsum(x * x for x in advantage.flatten().tolist())
                 name = f"{source}/{episodes[first].family}/{axis}"
                 terms.setdefault(name, []).append((squares, advantage.numel() * informative))
-                parts.append((name, first, advantage, config.axis_weights.get(axis, 1.0) / len(acting)))
+                parts.append((name, axis, first, advantage, config.axis_weights.get(axis, 1.0) / len(acting)))
     everyone = _over_ranks(terms)
     updated = dict(scales) | {
         name: scales.get(name, RunningScale()).updated(math.fsum(s for s, _ in term), sum(n for _, n in term))
         for name, term in everyone.items()
     }
-    for name, first, advantage, share in parts:
+    for name, axis, first, advantage, share in parts:
         for i, row in enumerate(advantage / updated[name].value, first):
             advantages[i] = advantages[i] + share * row
+            if axis in config.sound_axes:
+                of_sound[i] = of_sound[i] + share * row
     if config.reference_weight and log_ratio:
         cost = [-config.reference_weight * r for r in _by_chunk(episodes, log_ratio)]
         rows = (
@@ -105,12 +113,26 @@ def token_weights(
     tokens = sum(teams.gather(sum(len(e.text.chunk) for e in episodes)))
     return Credit(
         weights=[(a[e.text.chunk] / tokens).float() for a, e in zip(advantages, episodes, strict=True)],
+        sound_weights=[
+            (a[v.chunk] * (config.voice_weight / (sound_numbers(v) * tokens))).float()
+            if (v := e.voice) is not None
+            else torch.empty(0)
+            for a, e in zip(of_sound if config.sound_axes else advantages, episodes, strict=True)
+        ],
         scales=updated,
         groups=sum(map(len, everyone.values())),
         degenerate_groups=sum(count == 0 for term in everyone.values() for _, count in term),
         terms=len(everyone),
         degenerate_terms=sum(not any(count for _, count in term) for term in everyone.values()),
     )
+
+
+def sound_numbers(voice: Stream) -> int:
+    """How many numbers were drawn for a chunk of sound, in all steps of its chain. The log-prob of a chain is a sum
+    over them, and so is its gradient; divided by their number it is of the size of a token's. The log-prob itself is
+    never scaled."""
+    assert voice.payload is not None
+    return (voice.payload.shape[1] - 1) * voice.payload.shape[2]
 
 
 def _check_finite(episodes: Sequence[Episode], rewards: Sequence[Tensor], axis: str) -> None:

@@ -8,7 +8,7 @@ means are taken only afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.program import teams
-from rollout.record.episode import TEXT, Episode, concatenate
+from rollout.record.episode import TEXT, VOICE, Episode, Stream, check_sound
 
 
 class NotComparableError(MetronomeError):
@@ -64,9 +64,12 @@ class Mismatch:
         }
 
 
-def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_digest: str) -> None:
-    """Raises NotComparableError for the first episode of another contract or other weights, or with a stream that the
-    learner does not score."""
+def check_comparable(
+    episodes: Sequence[Episode], contract_id: str, weights_digest: str, steps: int | None = None
+) -> None:
+    """Raises NotComparableError for the first episode of another contract or other weights, with a stream that the
+    learner does not score, or with other sound than a model with chains of ``steps`` steps samples (None: a model
+    without a voice): what is missing would be compared with nothing."""
     for e in episodes:
         if e.contract_id != contract_id:
             raise NotComparableError(
@@ -78,10 +81,16 @@ def check_comparable(episodes: Sequence[Episode], contract_id: str, weights_dige
                 f"episode {e.name}: sampled from weights {e.weights_digest}, but the learner holds {weights_digest}. "
                 "Publish the learner's weights to the sampler before rolling out."
             )
-        if unscored := [name for name in e.streams if name != TEXT]:
+        if unscored := [name for name in e.streams if name not in (TEXT, VOICE)]:
             raise NotComparableError(
                 f"episode {e.name}: was sampled in {', '.join(unscored)} beside text, which this learner does not score"
             )
+        try:
+            check_sound(e, steps)
+        except ValueError as error:
+            raise NotComparableError(
+                f"episode {e.name}: {error}. Roll the episodes out again with this model."
+            ) from None
 
 
 def unequal_bits(a: Tensor, b: Tensor) -> Tensor:
@@ -112,10 +121,21 @@ def compare(
     )
 
 
+def choices(episodes: Sequence[Episode], name: str) -> Tensor:
+    """The field ``name`` of all sampled tokens and then of all sampled chunks of sound, as `Evidence` has them."""
+    return torch.cat([getattr(stream, name) for _, _, stream in _streams(episodes)])
+
+
+def _streams(episodes: Sequence[Episode]) -> Iterator[tuple[str, int, Stream]]:
+    """(name, index of its episode, stream): the streams of text of all episodes, then those of sound."""
+    for name in (TEXT, VOICE):
+        yield from ((name, i, e.streams[name]) for i, e in enumerate(episodes) if name in e.streams)
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A rank's episodes of one step and what the learner's forward pass gave for their N sampled tokens, in the
-    episodes' order. With the model, all that a diagnosis needs."""
+    """A rank's episodes of one step and what the learner's forward pass gave for their N choices: all sampled tokens
+    in the episodes' order, and then all sampled chunks of sound. With the model, all that a diagnosis needs."""
 
     step: int
     episodes: Sequence[Episode]
@@ -125,28 +145,26 @@ class Evidence:
 
     def mismatch(self) -> Mismatch:
         """The sampler's stored values compared with the learner's."""
-        return compare(
-            concatenate(self.episodes, "logprob"), self.logprob, concatenate(self.episodes, "digest"), self.digest
-        )
+        return compare(choices(self.episodes, "logprob"), self.logprob, choices(self.episodes, "digest"), self.digest)
 
     def first(self) -> TokenDifference:
         """The first token that differs; raises ValueError when none does."""
-        logprob = concatenate(self.episodes, "logprob")
-        differs = unequal(logprob, self.logprob) | (concatenate(self.episodes, "digest") != self.digest)
+        logprob = choices(self.episodes, "logprob")
+        differs = unequal(logprob, self.logprob) | (choices(self.episodes, "digest") != self.digest)
         if not differs.any():
             raise ValueError("every log-prob and every row digest is equal: there is no first difference")
         at = within = int(differs.nonzero()[0])
-        owner = 0
-        while within >= len(self.episodes[owner].text.logprob):
-            within -= len(self.episodes[owner].text.logprob)
-            owner += 1
-        episode = self.episodes[owner]
-        position = int(episode.text.sampled_at[within])
+        streams = iter(_streams(self.episodes))
+        name, owner, stream = next(streams)
+        while within >= len(stream.logprob):
+            within -= len(stream.logprob)
+            name, owner, stream = next(streams)
+        position = int(stream.sampled_at[within])
         return TokenDifference(
             owner=owner,
             position=position,
-            chunk=int(episode.text.chunk[within]),
-            token=int(episode.tokens[position]),
+            chunk=int(stream.chunk[within]),
+            token=int(self.episodes[owner].tokens[position]) if name == TEXT else None,
             rollout_logprob=float(logprob[at]),
             learner_logprob=float(self.logprob[at]),
         )
@@ -155,21 +173,24 @@ class Evidence:
         """The first difference and the counts, as a sentence; raises ValueError when nothing differs."""
         first, mismatch = self.first(), self.mismatch()
         name = self.episodes[first.owner].name
+        where = f"token {first.position} (chunk {first.chunk}, id {first.token})"
+        if first.token is None:
+            where = f"the sound of chunk {first.chunk}"
         return (
-            f"step {self.step}, episode {name}, token {first.position} (chunk {first.chunk}, id {first.token}): the "
-            f"sampler's log-prob {first.rollout_logprob!r} is not the learner's {first.learner_logprob!r}; "
+            f"step {self.step}, episode {name}, {where}: the sampler's log-prob {first.rollout_logprob!r} is not the "
+            f"learner's {first.learner_logprob!r}; "
             f"{mismatch.num_unequal} log-probs and {mismatch.rows_unequal} rows of {mismatch.num_tokens} tokens differ."
         )
 
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """A sampled token whose log-prob or row digest is not the learner's."""
+    """A sampled token, or chunk of sound, whose log-prob or digest is not the learner's."""
 
     owner: int  # index of its episode
-    position: int  # index in the episode's tokens
+    position: int  # index in the episode's tokens; of sound, of the row after the micro-turn's last
     chunk: int
-    token: int  # its id
+    token: int | None  # its id; None for sound
     rollout_logprob: float
     learner_logprob: float
 

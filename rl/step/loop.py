@@ -67,7 +67,7 @@ def steps(
         log_ratio = start.log_ratio(episodes) if start else []
         credit = token_weights(episodes, judged.acting, log_ratio, config.rl, scales)
         scales = credit.scales
-        check_comparable(episodes, dispatch.contract_id(), digest)
+        check_comparable(episodes, dispatch.contract_id(), digest, learner.model.sound_steps)
         gradient = gradient_of(
             learner.model,
             episodes,
@@ -75,8 +75,9 @@ def steps(
             classes,
             config.rollout.temperature,
             config.rl.micro_batch,
+            sound_weights=credit.sound_weights,
         )
-        mismatch = check_identity(Evidence(step, episodes, gradient.logprob, gradient.digest, config.rl.micro_batch))
+        mismatch = check_identity(Evidence(step, episodes, *gradient.choices(), config.rl.micro_batch))
         norm = learner.step(gradient)
         roller.publish()
         packs.check(learner.model)

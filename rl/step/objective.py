@@ -30,7 +30,13 @@ Objective = Callable[[Tokens], Tensor]
 
 def policy_gradient(tokens: Tokens) -> Tensor:
     """sum_t weight_t * logprob_t, fp64 [] (REINFORCE, Williams 1992; maximum likelihood where weights are equal)."""
-    total: Tensor = _WeightedSum.apply(tokens.logprob, tokens.weight)
+    return weighted_sum(tokens.logprob, tokens.weight)
+
+
+def weighted_sum(logprob: Tensor, weight: Tensor) -> Tensor:
+    """sum_i weight_i * logprob_i, fp64 [], of fp32 [N] each: `policy_gradient` of what has no entropy, such as chunks
+    of sound."""
+    total: Tensor = _WeightedSum.apply(logprob, weight)
     return total
 
 

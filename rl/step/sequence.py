@@ -33,10 +33,20 @@ from rl.step.batch import Batch
 def choice_logprobs(
     model: InteractionModel, batch: Batch, classes: TokenClasses, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `rl.step.batch.choice_logprobs`, and with its bits; every member of a team must call it, with one batch. Its
-    backward pass is one of all members, too. Raises MetronomeError for fewer rows than members."""
+    """As `rl.step.batch.choice_logprobs`, and so for `all_logprobs`."""
+    return all_logprobs(model, batch, classes, temperature)[0]
+
+
+def all_logprobs(
+    model: InteractionModel, batch: Batch, classes: TokenClasses, temperature: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], alone.Sound | None]:
+    """As `rl.step.batch.all_logprobs`, and with its bits; every member of a team must call it, with one batch. Its
+    backward pass is one of all members, too. Raises MetronomeError for fewer rows than members, and for sound, which a
+    team does not share out."""
     if teams.size() == 1:
-        return alone.choice_logprobs(model, batch, classes, temperature)
+        return alone.all_logprobs(model, batch, classes, temperature)
+    if batch.voice is not None:
+        raise MetronomeError(f"rl.sequence_parallel is {teams.size()}, but the model has a voice: give 1")
     _check_same(batch, temperature)
     rows = Rows.even(len(batch.inputs.tokens), teams.size(), teams.member(), teams)
     if 0 in rows.counts:
@@ -56,7 +66,7 @@ def choice_logprobs(
         with shared(chosen):
             logits = model.logits(hidden[row])
         logprob, entropy, digest = classes.logprob(logits, target, row_class, temperature)
-        return gathered(chosen, logprob), gathered(chosen, entropy), chosen.whole(digest)
+        return (gathered(chosen, logprob), gathered(chosen, entropy), chosen.whole(digest)), None
 
 
 def part(inputs: Inputs, first: int, end: int) -> Inputs:

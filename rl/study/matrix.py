@@ -5,7 +5,9 @@ computed in two ways that differ in one thing only (how many episodes run togeth
 every log-prob and row digest is compared bit for bit. Then the table of `rl.study.lesson`. Both are printed and written
 to FOLDER/matrix.json, with a verdict on our kernels; naive torch is the control, which is to differ. With
 ``--fail-on mismatch`` the exit status is 1 when a bit of ours differs, 3 when nothing of ours was measured or the
-control differs in nothing."""
+control differs in nothing.
+
+Only tokens are compared, so a model with a voice is refused: the audit of its run compares its sound, too."""
 
 from __future__ import annotations
 
@@ -24,13 +26,15 @@ from typing import Any
 
 import torch
 
+from kernels.errors import MetronomeError
+from model.config import voice
 from model.placement import Placement, PlacementConfig, add_device
 from model.program.arguments import Parser
 from model.program.files import write_json
 from model.program.folders import locked
 from model.program.outputs import output_folder
 from model.program.ranges import Range, number
-from model.weights.checkpoint import weights_digest
+from model.weights.checkpoint import config_of, weights_digest
 from rl.audit.document import plain
 from rl.audit.finding import Finding, Verdict, add_fail_on, leave
 from rl.audit.table import Cell, Table
@@ -212,6 +216,15 @@ def invariance(
     ]
 
 
+def _check_silent(folder: Path) -> None:
+    """Raises MetronomeError for a model that samples sound: nothing here would compare it."""
+    if voice(config_of(folder)) is not None:
+        raise MetronomeError(
+            f"{folder}: the model has a voice, and the matrix compares only tokens: name a checkpoint without one, or "
+            "compare tokens and sound of its run by python -m rl.audit --run"
+        )
+
+
 def run(
     checkpoint: Path,
     out: Path,
@@ -225,7 +238,8 @@ def run(
     """Makes the matrix and the lesson's table of one model folder, writes out/matrix.json and returns what it holds.
 
     ``episodes`` of the matrix; ``completions`` of one prompt at temperature 0, and of a long one; ``rounds`` of timing.
-    Raises CheckpointError for a folder that holds no model."""
+    Raises CheckpointError for a folder that holds no model, MetronomeError for a model with a voice."""
+    _check_silent(checkpoint)
     variants = load_variants(checkpoint, dtypes)
     table = Table(
         "Invariance matrix",

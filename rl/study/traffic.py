@@ -29,6 +29,8 @@ from rollout.record.episode import TEXT, Stream
 from rollout.turn.action import CHUNKS_PER_SECOND
 from rollout.turn.grammar import AUDIO_ROWS, turn_rows
 
+_PER_TOKEN = [field.name for field in fields(Stream) if field.name != "payload"]
+
 
 def episode_tensors(seconds: int, words: int) -> dict[str, torch.Tensor]:
     """Tensors of an episode's shape on the meta device, where a chunk that speaks says one word, the most it may."""
@@ -36,7 +38,7 @@ def episode_tensors(seconds: int, words: int) -> dict[str, torch.Tensor]:
     turns = zip(turn_rows(0, 1), turn_rows(1, 1), strict=True)
     rows, sampled = ((chunks - words) * silent + words * speaking for silent, speaking in turns)
     with torch.device("meta"):
-        per_token = {f"{TEXT}.{field.name}": torch.empty(sampled, dtype=torch.int64) for field in fields(Stream)}
+        per_token = {f"{TEXT}.{name}": torch.empty(sampled, dtype=torch.int64) for name in _PER_TOKEN}
         return per_token | {
             "tokens": torch.empty(1 + rows, dtype=torch.int64),
             "contexts": torch.empty(1, dtype=torch.int64),
@@ -46,7 +48,8 @@ def episode_tensors(seconds: int, words: int) -> dict[str, torch.Tensor]:
 
 
 def episode_bytes(seconds: int, words: int) -> int:
-    """Bytes of one `Episode`'s tensors; names, facts and actions are some hundred more."""
+    """Bytes of one `Episode`'s tensors; names, facts and actions are some hundred more. A voice is not counted: each
+    chunk of sound adds 6,400 bytes for each state of its chain, 57,600 with 8 steps."""
     return sum(t.nbytes for t in episode_tensors(seconds, words).values())
 
 

@@ -1,25 +1,22 @@
 """Sampled episodes for trackers: a picture of the timeline, and the audio that the model heard.
 
-An episode keeps dMel codes, from which audio cannot be restored. But the scenario and the model's actions determine
-what the user says, so the audio is made again. matplotlib is imported only where something is drawn."""
+matplotlib is imported only where something is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.senses.audio import SAMPLE_RATE_HZ as SAMPLE_RATE_HZ
+from rollout.heard import user_sound
 from rollout.record.episode import Episode
 from rollout.record.timeline import Moment, moments
-from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.action import CHUNK_MS
-from rollout.turn.observation import stack_audio
-from rollout.world.speech import SpeechBank, Split
+from rollout.world.speech import SpeechBank
 
 DPI = 100
 
@@ -43,17 +40,8 @@ def samples(episodes: Sequence[Episode], bank: SpeechBank, config: ScenarioConfi
 def sample(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> Sample:
     """The picture and sound of one episode."""
     said = " ".join(word for action in episode.actions for word in action.words) or "nothing"
-    return Sample(
-        episode.family, f"{episode.name}: {said}", picture(moments(episode), episode.name), heard(episode, bank, config)
-    )
-
-
-def heard(episode: Episode, bank: SpeechBank, config: ScenarioConfig) -> NDArray[np.float32]:
-    """The user's audio in the episode, fp32 [samples] at SAMPLE_RATE_HZ, clipped to [-1, 1]."""
-    family, split, seed = episode.scenario.split("/")
-    played = config.scenario(family, cast(Split, split), int(seed), bank)
-    observed, _, _ = enact(played, lambda user: lambda k: episode.actions[k])
-    return stack_audio(observed).numpy().reshape(-1).clip(-1, 1)
+    sound = user_sound(episode, config, bank).numpy()
+    return Sample(episode.family, f"{episode.name}: {said}", picture(moments(episode), episode.name), sound)
 
 
 def picture(rows: Sequence[Moment], title: str) -> NDArray[np.uint8]:

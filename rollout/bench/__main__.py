@@ -3,6 +3,7 @@
 - ``text``: decoding beside transformers' (`rollout.bench.text`);
 - ``turns``, ``serving``, ``real_time``: streaming sessions (`rollout.bench.serving`);
 - ``vision``: the vision tower beside transformers' (`rollout.bench.vision`);
+- ``voice``: the flow head's share of a speaking micro-turn (`rollout.bench.voice`);
 - ``overhead``: overhead of a micro-turn beside computing, and growth of memory (`rollout.bench.overhead`);
 - ``sharing``: a group's rollouts as forks of one session (`rollout.bench.sharing`), by the policy of ``--checkpoint``;
 - ``workers``: rollouts in worker processes (`rollout.bench.workers`), with the same policy;
@@ -44,6 +45,7 @@ from rollout.bench.serving import holds_real_time, measure_real_time, measure_sh
 from rollout.bench.sharing import measure_sharing
 from rollout.bench.text import measure_text
 from rollout.bench.vision import measure_vision
+from rollout.bench.voice import measure_voice
 from rollout.bench.workers import measure_workers
 from rollout.engines.vllm import process
 
@@ -54,6 +56,10 @@ def text(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def vision(given: argparse.Namespace) -> list[dict[str, Any]]:
     return [asdict(r) | {"times": r.times} for r in measure_vision(20 * given.rounds)]
+
+
+def voice(given: argparse.Namespace) -> list[dict[str, Any]]:
+    return [asdict(r) | {"share": r.share, "real_time": r.real_time} for r in measure_voice(10 * given.rounds)]
 
 
 def turns(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -109,6 +115,7 @@ def policy(given: argparse.Namespace) -> InteractionModel:
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "text": text,
     "vision": vision,
+    "voice": voice,
     "turns": turns,
     "overhead": overhead,
     "serving": serving,

@@ -9,14 +9,17 @@ A fork shares a slot, that is memory and computation, with its origin as long as
 the row of log-probs is computed once, and each session samples from it with its own key. When sampled tokens or audio
 differ, the state is copied (copy on write).
 
-Knows nothing of scenarios or rewards. Not implemented: rows of the model's own voice, which will come before the mode
-token.
+A model with a voice samples a chunk of sound in every micro-turn in which it speaks, from the hidden state of the
+turn's last row, and hears it in the next one.
+
+Knows nothing of scenarios or rewards.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -32,11 +35,12 @@ from model.inputs import Inputs
 from model.logprob import NEXT_TEXT
 from model.senses.audio import HOP, WINDOW, DMel
 from model.senses.video import Patches
+from model.voice.chain import draw
 from model.weights import checkpoint
 from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
-from rollout.seeds import token_key
+from rollout.seeds import VOICE_STREAM, token_key
 from rollout.turn.action import Action
-from rollout.turn.grammar import NO_LIMIT, Grammar, context_chunks, row_class
+from rollout.turn.grammar import NO_LIMIT, Grammar, context_chunks
 from rollout.turn.observation import Observation
 from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
@@ -59,6 +63,15 @@ class SessionRecipe(Protocol):
 
     @property
     def context(self) -> ContextConfig: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """What the observed rows of one call hold, by slot."""
+
+    codes: Tensor  # uint8 [4 * slots, 80] of the users' sound
+    patches: Patches
+    own: Tensor  # uint8 [B, 80] of the model's own
 
 
 class SessionEngine:
@@ -88,7 +101,10 @@ class SessionEngine:
         self.vocabulary = vocabulary
         self.dmel = DMel.build()
         summary = Summary.of(context, vocabulary)
-        self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, model.senses.patch, summary)
+        senses = model.senses
+        self.grammar = Grammar(
+            vocabulary, words_per_chunk, max_patches, max_event_words, senses.patch, summary, senses.own
+        )
         if summary is not None and summary.budget > max_tokens:
             raise MetronomeError(f"context.budget is {summary.budget}, but max_tokens is {max_tokens}; give as many")
         self.keep_hidden = keep_hidden
@@ -98,8 +114,8 @@ class SessionEngine:
         self._sharing = [0] * slots  # number of open sessions in each slot
         self._opened: set[Session] = set()  # those that are open
         self._rows = 0  # rows computed so far
-        self._no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
-        self._no_patches = Patches.none(model.senses.patch)
+        no_codes = torch.empty(0, model.config.audio_config.n_mel_bins, dtype=torch.uint8)
+        self._nothing = _Heard(no_codes, Patches.none(senses.patch), no_codes)
 
     @staticmethod
     def of(model: InteractionModel, recipe: SessionRecipe, slots: int) -> SessionEngine:
@@ -175,7 +191,8 @@ class SessionEngine:
                 self.close(session)
             raise
         if any(self._sharing[s.slot] > 1 for s in sessions):
-            self._unshare(sessions, [_identity(o) for o in observations])
+            self._unshare(sessions, [_identity(o, s.own) for s, o in zip(sessions, observations, strict=True)])
+        own = [s.own for s in {s.slot: s for s in sessions}.values() if s.own is not None]
         of_slot = {s.slot: (s.last_samples, o) for s, o in zip(sessions, observations, strict=True)}
         samples = torch.cat([part for last, o in of_slot.values() for part in (last, o.audio)]).view(len(of_slot), -1)
         codes = self.dmel.stream_codes(samples)  # on the host: a code never depends on a device
@@ -186,7 +203,8 @@ class SessionEngine:
             for session, observation in zip(sessions, observations, strict=True):
                 i = index[session.slot]
                 session.add_observation(last_samples[i], chunk_codes[i], observation, self.grammar)
-            return self._sample_turns(sessions, codes.flatten(0, 1), Patches.cat(patches))
+            heard = _Heard(codes.flatten(0, 1), Patches.cat(patches), torch.cat([self._nothing.own, *own]))
+            return self._sample_turns(sessions, heard)
         except BaseException:
             for session in sessions:
                 self.close(session)
@@ -223,7 +241,8 @@ class SessionEngine:
         sampled: list[list[int]] = [[] for _ in sessions]
         unfinished = list(range(len(sessions)))
         while unfinished:
-            tokens = self._sample_next([sessions[i] for i in unfinished], self._no_codes, self._no_patches, NEXT_TEXT)
+            kinds = [NEXT_TEXT] * len(unfinished)
+            tokens = self._sample_next([sessions[i] for i in unfinished], self._nothing, kinds)
             for i, token in zip(unfinished, tokens, strict=True):
                 sampled[i].append(token)
             unfinished = [i for i in unfinished if not self.grammar.summary_is_over(sampled[i])]
@@ -232,56 +251,88 @@ class SessionEngine:
         for slot in {session.slot for session in sessions}:
             self.state.restart(slot)
 
-    def _sample_turns(self, sessions: Sequence[Session], codes: Tensor, patches: Patches) -> list[Action]:
-        """Samples the rest of each session's micro-turn. ``codes`` uint8 [4 * slots in use, 80]: its audio; ``patches``
-        its video, both by slot."""
+    def _sample_turns(self, sessions: Sequence[Session], heard: _Heard) -> list[Action]:
+        """Samples the rest of each session's micro-turn, in which it ``heard`` so much."""
         sampled: list[list[int]] = [[] for _ in sessions]
         unfinished = list(range(len(sessions)))
         while unfinished:
-            kind = row_class(len(sampled[unfinished[0]]))  # all unfinished turns have sampled equally many
-            tokens = self._sample_next([sessions[i] for i in unfinished], codes, patches, kind)
-            codes, patches = self._no_codes, self._no_patches
+            kinds = [self.grammar.row_class(sampled[i]) for i in unfinished]
+            tokens = self._sample_next([sessions[i] for i in unfinished], heard, kinds)
+            heard = self._nothing
             for i, token in zip(unfinished, tokens, strict=True):
                 sampled[i].append(token)
             unfinished = [i for i in unfinished if not self.grammar.is_over(sampled[i])]
+        actions = [self.grammar.read(turn) for turn in sampled]
         for session, turn in zip(sessions, sampled, strict=True):
-            session.end_turn(self.grammar.read(turn), self.grammar.forced(turn))
-        return [session.actions[-1] for session in sessions]
+            session.tokens += self.grammar.forced(turn)
+        if self.grammar.voice:
+            speaking = [i for i, action in enumerate(actions) if action.speaks]
+            for i, sound in zip(speaking, self._sample_sound([sessions[i] for i in speaking]), strict=True):
+                actions[i] = replace(actions[i], sound=sound)
+        for session, action in zip(sessions, actions, strict=True):
+            session.end_turn(action)
+        return actions
 
-    def _sample_next(self, sessions: Sequence[Session], codes: Tensor, patches: Patches, row_class: int) -> list[int]:
-        """Computes the rows that are missing in the cache, once for each slot; samples and records every session's next
-        token. ``codes`` uint8 [A, 80] and ``patches``: those of the audio and image rows among them, by slot."""
+    def _sample_sound(self, sessions: Sequence[Session]) -> list[Tensor]:
+        """Samples and records a chunk of sound for each session, from the hidden state of its last row: fp32 [FRAMES,
+        BANDS] each."""
+        if not sessions:
+            return []
+        head = self.model.voice_head
+        assert head is not None
+        keys = [token_key(s.key, s.chunks, len(s.tokens), VOICE_STREAM) for s in sessions]
+        with ops.deferred():
+            hidden, _, place = self._compute(sessions, self._nothing)
+            hidden = hidden if place is None else hidden[place]
+            chains = draw(head, hidden, torch.tensor(keys))
+            x, logprob = ops.fetch(chains.x, chains.logprob)
+        for session, chain, p, d in zip(sessions, x, logprob.tolist(), chains.digest.tolist(), strict=True):
+            session.computed = len(session.tokens)
+            session.record_voice(chain.clone(), p, d)
+        return [session.spoken[-1].sound for session in sessions]
+
+    def _compute(
+        self, sessions: Sequence[Session], heard: _Heard, *more: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Computes the rows that are missing in the cache, once for each slot. Returns the hidden states [S, D] of each
+        slot's last row, ``more`` beside the kernels, and each session's place among the slots (None: its own)."""
         by_slot = {s.slot: s for s in sessions}  # one session of those that share a slot
         new_tokens = [s.tokens[s.computed :] for s in by_slot.values()]
         lengths = [len(tokens) for tokens in new_tokens]
         segments = self.state.extend(list(by_slot), lengths)
         self._rows += segments.rows
         tokens = torch.tensor([t for part in new_tokens for t in part])
-        inputs = Inputs.of(tokens, codes, patches, segments, self.model.senses)
-        keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
-        classes, temperatures = torch.full((len(sessions),), row_class), [s.temperature for s in sessions]
+        inputs = Inputs.of(tokens, heard.codes, heard.patches, segments, self.model.senses, own=heard.own)
         last, of_session = self._rows_to_sample(sessions, by_slot, lengths)
+        placed = self.model.place(inputs, self.state, *more, *last, *of_session)
+        indices = placed.more[len(more) :]
+        hidden = self.model(placed, self.state)
+        if last:
+            hidden = hidden[indices[0]]
+        elif segments.rows > 1 == len(by_slot):
+            hidden = hidden[-1:]
+        return hidden, placed.more[: len(more)], indices[-1] if of_session else None
+
+    def _sample_next(self, sessions: Sequence[Session], heard: _Heard, row_classes: Sequence[int]) -> list[int]:
+        """Computes the rows that are missing; samples and records every session's next token, of its row class."""
+        keys = torch.tensor([token_key(s.key, s.chunks, len(s.tokens)) for s in sessions])
+        temperatures = [s.temperature for s in sessions]
         with ops.deferred():  # the host waits once, in fetch, and what went wrong before that is raised there
-            placed = self.model.place(inputs, self.state, keys, classes, *last, *of_session)
-            keys, classes, *indices = placed.more
-            hidden = self.model(placed, self.state)
-            if last:
-                hidden = hidden[indices[0]]
-            elif segments.rows > 1 == len(by_slot):
-                hidden = hidden[-1:]
+            hidden, (keys, classes), place = self._compute(sessions, heard, keys, torch.tensor(row_classes))
             logits = self.model.logits(hidden)
-            if of_session:
-                hidden, logits = hidden[indices[-1]], logits[indices[-1]]
+            if place is not None:
+                hidden, logits = hidden[place], logits[place]
             sample = self.vocabulary.classes.sample_rows
             sampled, logprob, digest = ops.fetch(*sample(logits, keys, classes, temperatures))
-        drawn = sampled.tolist()
-        for session, t, p, d in zip(sessions, drawn, logprob.tolist(), digest.tolist(), strict=True):
+        drawn: list[int] = sampled.tolist()
+        records = zip(sessions, drawn, row_classes, logprob.tolist(), digest.tolist(), strict=True)
+        for session, t, row_class, p, d in records:
             session.computed = len(session.tokens)
             session.record_token(t, row_class, p, d)
         if self.keep_hidden:
             for session, row in zip(sessions, hidden.unbind(), strict=True):
                 session.hidden.append(row)
-        if len(by_slot) < len(sessions):
+        if place is not None:
             self._unshare(sessions, drawn)
         return drawn
 
@@ -315,8 +366,9 @@ class SessionEngine:
             self._sharing[session.slot] += 1
 
 
-def _identity(observation: Observation) -> bytes:
-    """Bytes that are equal for equal observations only."""
+def _identity(observation: Observation, own: Tensor | None) -> bytes:
+    """Bytes that are equal for equal observations and equal own sound (codes, or None) only."""
     frames = observation.frames
-    shown = f"{tuple(frames.shape)}{observation.events}".encode()
-    return observation.audio.numpy().tobytes() + shown + frames.numpy().tobytes()
+    shown = f"{tuple(frames.shape)}{observation.events}{own is None}".encode()
+    said = b"" if own is None else own.numpy().tobytes()
+    return observation.audio.numpy().tobytes() + shown + said + frames.numpy().tobytes()

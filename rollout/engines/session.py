@@ -17,11 +17,29 @@ from model.config import MEL_CHANNELS
 from model.program.ranges import TEMPERATURE
 from model.senses.audio import HOP, WINDOW
 from model.senses.video import CHANNELS, NO_VIDEO, Frames
-from rollout.record.episode import TEXT, Episode, Stream
+from model.voice.config import BANDS, FRAMES
+from model.voice.mel import self_codes
+from rollout.record.episode import TEXT, VOICE, Episode, Stream
 from rollout.record.growing import Growing
 from rollout.turn.action import CHUNK_FRAMES, Action
 from rollout.turn.grammar import Grammar
 from rollout.turn.observation import Observation, check_observation
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Spoken:
+    """A chunk of sound that was sampled."""
+
+    position: int  # that of the row after the one whose hidden state gave it
+    chunk: int
+    logprob: float  # of the chain, nats
+    digest: int  # of the chain's distributions
+    x: Tensor  # fp32 [K + 1, NUMBERS], the chain (`model.voice.chain`)
+
+    @property
+    def sound(self) -> Tensor:
+        """fp32 [FRAMES, BANDS], the end of the chain."""
+        return self.x[-1].view(FRAMES, BANDS)
 
 
 @dataclass(eq=False)
@@ -48,6 +66,8 @@ class Session:
     sampled: list[tuple[int, int, int]] = field(default_factory=list)  # (position, row class, chunk) a sampled token
     logprob: list[float] = field(default_factory=list)
     digest: list[int] = field(default_factory=list)
+    spoken: list[Spoken] = field(default_factory=list)  # the chunks of sound that were sampled
+    own: Tensor | None = None  # uint8 [CHUNK_FRAMES, 80]: dMel codes of the last chunk's, which is to be heard next
     hidden: list[Tensor] = field(default_factory=list)  # [D] a sampled token, if the engine keeps them
     closed: bool = False
 
@@ -81,7 +101,8 @@ class Session:
         if observation.events:
             self.events.append((k, observation.events))
         self.heard += 1
-        self.tokens += grammar.observed(frames, observation.events)
+        self.tokens += grammar.observed(frames, observation.events, self.own is not None)
+        self.own = None
 
     @property
     def codes(self) -> Tensor:
@@ -99,6 +120,12 @@ class Session:
         sizes = [n * height * width * CHANNELS for _, n, height, width in self.shown[first:]]
         parts = self.pixels.tail(sum(sizes)).split(sizes) if sizes else ()
         return [(k, part.view(*shape, CHANNELS)) for (k, *shape), part in zip(self.shown[first:], parts, strict=True)]
+
+    def own_since(self, chunk: int) -> list[tuple[int, Tensor]]:
+        """(chunk, dMel codes uint8 [CHUNK_FRAMES, 80]) of the model's own sound in each chunk from ``chunk`` on in
+        which it hears, or will hear, some."""
+        heard = [one for one in self.spoken if one.chunk + 1 >= chunk]
+        return [(one.chunk + 1, self_codes(one.sound[None])[0]) for one in heard]
 
     @property
     def rows(self) -> int:
@@ -118,9 +145,13 @@ class Session:
         self.computed = len(self.tokens)
         self.tokens += grammar.begin_context(sampled)
 
-    def end_turn(self, action: Action, forced: list[int]) -> None:
-        """Ends the micro-turn. ``forced``: its tokens that are written without being sampled (`Grammar.forced`)."""
-        self.tokens += forced
+    def record_voice(self, x: Tensor, logprob: float, digest: int) -> None:
+        """Adds the chunk of sound that was sampled after all tokens of the micro-turn."""
+        self.spoken.append(Spoken(len(self.tokens), self.chunks, logprob, digest, x))
+        self.own = self_codes(self.spoken[-1].sound[None])[0]
+
+    def end_turn(self, action: Action) -> None:
+        """Ends the micro-turn, of which all tokens were written."""
         self.actions.append(action)
         self.chunks += 1
         self.whole_tokens = len(self.tokens)
@@ -154,8 +185,19 @@ class Session:
             frames=Frames(self.pixels.all(), torch.tensor(self.shown)) if self.shown else NO_VIDEO,
             events=dict(self.events),
             contexts=torch.tensor(self.contexts),
-            streams={TEXT: text},
+            streams={TEXT: text} | ({VOICE: _voice(self.spoken)} if self.spoken else {}),
         )
+
+
+def _voice(spoken: Sequence[Spoken]) -> Stream:
+    return Stream(
+        sampled_at=torch.tensor([s.position for s in spoken]),
+        row_class=torch.zeros(len(spoken), dtype=torch.int64),
+        chunk=torch.tensor([s.chunk for s in spoken]),
+        logprob=torch.tensor([s.logprob for s in spoken], dtype=torch.float32),
+        digest=torch.tensor([s.digest for s in spoken]),
+        payload=torch.stack([s.x for s in spoken]),
+    )
 
 
 def check_key(key: int) -> None:

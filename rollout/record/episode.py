@@ -26,10 +26,14 @@ from model.program.files import write_whole
 from model.program.ranges import shown
 from model.program.reading import UnreadableError, as_object, as_record, decode, one_line, parse_json, read_bytes
 from model.senses.video import NO_VIDEO, Frames
+from model.voice.config import BANDS, FRAMES, NUMBERS
+from model.voice.mel import self_codes
 from rollout.turn.action import Action, Mode
 
 TEXT = "text"
-"""Name of the stream of mode and text tokens. A voice will be another stream."""
+"""Name of the stream of mode and text tokens."""
+VOICE = "voice"
+"""Name of the stream of chunks of sound, of a model that has a voice and has spoken."""
 
 FORMAT = 3
 """Version of the episode file format. (Version 1 had no streams, version 2 no video and one context.)"""
@@ -37,19 +41,21 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the N tokens of one stream that the model samples are, and from which tokens they are sampled."""
+    """Where the N tokens (or chunks of sound) of one stream that the model samples are, and from which tokens they are
+    sampled."""
 
     sampled_at: Tensor  # int64 [N], position of each token; its distribution comes from the row before
-    row_class: Tensor  # int64 [N], MODE, FIRST_TEXT or NEXT_TEXT (model.logprob)
+    row_class: Tensor  # int64 [N], MODE, FIRST_TEXT or NEXT_TEXT (model.logprob); 0 for sound
     chunk: Tensor  # int64 [N], chunk in which each was sampled
 
 
 @dataclass(frozen=True)
 class Stream(Choices):
-    """The samples of one stream, with evidence. The tokens themselves are ``episode.tokens[sampled_at]``."""
+    """The samples of one stream, with evidence. Sampled tokens are ``episode.tokens[sampled_at]``."""
 
     logprob: Tensor  # fp32 [N], log-probability under the sampler, nats
-    digest: Tensor  # int64 [N], digest of the whole row of log-probs, over the vocabulary
+    digest: Tensor  # int64 [N], digest of the whole distribution: the row of log-probs, or the steps of a chain
+    payload: Tensor | None = None  # of sound: fp32 [N, K + 1, NUMBERS], the chains as drawn (`model.voice.chain`)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,18 @@ class Episode:
         return self.streams[TEXT]
 
     @property
+    def voice(self) -> Stream | None:
+        """The stream of chunks of sound, if there is one."""
+        return self.streams.get(VOICE)
+
+    @property
+    def own(self) -> Tensor:
+        """uint8 [B, 80], dMel codes of what the model heard of itself: of all its sound but a last chunk's."""
+        if self.voice is None:
+            return self.codes[:0]
+        return heard_codes(sounds(self.voice), self.voice.chunk, len(self.actions))
+
+    @property
     def family(self) -> str:
         """Name of the scenario's family."""
         return self.scenario.split("/", 1)[0]
@@ -92,11 +110,26 @@ class Episode:
         return f"{self.scenario}#{self.rollout}"
 
 
+def sounds(voice: Stream) -> Tensor:
+    """fp32 [N, FRAMES, BANDS], the chunks of sound at the ends of the chains."""
+    assert voice.payload is not None
+    return voice.payload[:, -1].unflatten(-1, (FRAMES, BANDS))
+
+
+def heard_codes(sound: Tensor, chunk: Tensor, chunks: int) -> Tensor:
+    """dMel codes uint8 [B, 80] of the model's own ``sound`` fp32 [N, FRAMES, BANDS], made in chunks int64 [N], as it
+    hears them in ``chunks`` micro-turns: each in the next one, so those of the last not at all."""
+    return self_codes(sound[chunk < chunks - 1]).flatten(0, 1)
+
+
 def tensors(episode: Episode) -> dict[str, Tensor]:
     """All tensors of an episode by name: ``tokens``, ``codes``, those of the video, and for each stream
     ``text.logprob`` and so on."""
     streams = {
-        f"{name}.{f.name}": getattr(stream, f.name) for name, stream in episode.streams.items() for f in fields(Stream)
+        f"{name}.{f.name}": x
+        for name, stream in episode.streams.items()
+        for f in fields(Stream)
+        if (x := getattr(stream, f.name)) is not None
     }
     video = {"frames.pixels": episode.frames.pixels, "frames.sizes": episode.frames.sizes}
     return {"tokens": episode.tokens, "codes": episode.codes, "contexts": episode.contexts, **video, **streams}
@@ -176,18 +209,23 @@ def _names(item: _Described) -> list[str]:
         "codes",
         "contexts",
         *video,
-        *(f"{stream}.{f.name}" for stream in item.streams for f in fields(Stream)),
+        *(f"{stream}.{name}" for stream in item.streams for name in _fields(stream)),
     ]
+
+
+def _fields(stream: str) -> list[str]:
+    """Names of the tensors of a stream."""
+    return [f.name for f in fields(Stream) if f.name != "payload" or stream == VOICE]
 
 
 def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
     if TEXT not in item.streams:
         raise ValueError(f"an episode without the stream {TEXT}")
-    streams = {name: Stream(**{f.name: content[f"{name}.{f.name}"] for f in fields(Stream)}) for name in item.streams}
+    streams = {s: Stream(**{name: content[f"{s}.{name}"] for name in _fields(s)}) for s in item.streams}
     plain = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in ("actions", "streams", "events")}
     episode = Episode(
         **plain,
-        actions=tuple(Action(Mode(mode), tuple(words)) for mode, *words in item.actions),
+        actions=_actions(item.actions, streams.get(VOICE)),
         tokens=content["tokens"],
         codes=content["codes"],
         contexts=content["contexts"],
@@ -200,19 +238,57 @@ def _unpack(item: _Described, content: Mapping[str, Tensor]) -> Episode:
     return episode
 
 
+def _actions(described: Sequence[Sequence[str]], voice: Stream | None) -> tuple[Action, ...]:
+    """With the sound of each chunk, as far as the stream has it in its form."""
+    sound: dict[int, Tensor] = {}
+    if (
+        voice is not None
+        and voice.payload is not None
+        and voice.payload.shape[2:] == (NUMBERS,)
+        and voice.payload.shape[1]
+    ):
+        sound = dict(zip(voice.chunk.tolist(), sounds(voice), strict=False))
+    return tuple(
+        Action(Mode(mode), tuple(words), sound.get(k) if mode == Mode.SPEAK else None)
+        for k, (mode, *words) in enumerate(described)
+    )
+
+
 def check_tensors(episode: Episode) -> None:
     """Raises ValueError for tensors of other types or shapes than an episode's. Files with such episodes can be read
     all the same: the audit says what is wrong with them, and that nothing can be compared
     (`rl.audit.replay.comparable`)."""
     for name, tensor in tensors(episode).items():
-        if tensor.dtype != _DTYPES[name.rpartition(".")[2]] or tensor.ndim != (2 if name in _TABLES else 1):
+        if tensor.dtype != _DTYPES[name.rpartition(".")[2]] or tensor.ndim != _AXES.get(name, 1):
             raise ValueError(f"{name} of an episode is {tensor.dtype} {list(tensor.shape)}")
     episode.frames.chunks()  # raises
+    voice = episode.voice
+    if voice is not None and (
+        voice.payload is None
+        or len(voice.payload) != len(voice.chunk)
+        or voice.payload.shape[2] != NUMBERS
+        or not voice.payload.shape[1]
+        or not voice.payload.isfinite().all()
+    ):
+        raise ValueError(f"the sound of an episode is no {len(voice.chunk)} chains of {NUMBERS} finite numbers")
     if episode.codes.shape[1] != MEL_CHANNELS:
         raise ValueError(f"codes of an episode is {list(episode.codes.shape)}, not of {MEL_CHANNELS} channels")
 
 
-_TABLES = ("codes", "frames.sizes")
+def check_sound(episode: Episode, steps: int | None) -> None:
+    """Raises ValueError unless the episode has the sound that its model samples: one chain of ``steps`` steps for each
+    chunk in which it speaks; None: of a model without a voice, which samples none."""
+    speaking = [] if steps is None else [k for k, action in enumerate(episode.actions) if action.speaks]
+    voice = episode.voice
+    chunks = [] if voice is None else voice.chunk.tolist()
+    if chunks != speaking or (voice is not None and not chunks):
+        raise ValueError(f"it has sound of {len(chunks)} chunks, and its model samples sound in {len(speaking)}")
+    states = 1 + (steps or 0)
+    if voice is not None and (voice.payload is None or voice.payload.ndim != 3 or voice.payload.shape[1] != states):
+        raise ValueError(f"its chains of sound are not of the model's {steps} steps")
+
+
+_AXES = {"codes": 2, "frames.sizes": 2, f"{VOICE}.payload": 3}
 _DTYPES = {
     "contexts": torch.int64,
     "pixels": torch.uint8,
@@ -224,6 +300,7 @@ _DTYPES = {
     "chunk": torch.int64,
     "logprob": torch.float32,
     "digest": torch.int64,
+    "payload": torch.float32,
 }
 
 

@@ -1,8 +1,9 @@
 """A family: one kind of scenario, with all its functions in one object.
 
 Code that makes, plays, scores or displays scenarios calls their family; only a family's own modules know its scenarios,
-facts and settings. The shipped families are defined in `reward.rules` (`timespeak`, `turn_taking`, `lookout`), since
-their scorers belong to package reward, and use the users of the modules of the same names in `rollout.scenarios`.
+facts and settings. The shipped families are defined in `reward.rules` (`timespeak`, `turn_taking`, `lookout`,
+`repeat`), since their scorers belong to package reward, and use the users of the modules of the same names in
+`rollout.scenarios`.
 `tests/examples/` has a family outside these packages.
 """
 
@@ -27,7 +28,10 @@ RESERVED_NAMES = ("families", "mean", "watched", "greedy", "interval")
 class Settings(Protocol):
     """A family's part of the recipe: a frozen dataclass in which every field has a default, and each number, list and
     text a range in its type (`model.program.ranges`). Those of a family that shows video may have a property ``frame``,
-    (height, width) of its largest frame in pixels: then a recipe without room for it is refused before a run begins."""
+    (height, width) of its largest frame in pixels: then a recipe without room for it is refused before a run begins.
+    Those of a family whose expert speaks with sound have ``aloud``, the words of the lexicon that it may say, and
+    ``audible_db``, the level from which a chunk of sound is heard: only a model with a voice can learn from it, and
+    from nothing else."""
 
     @property
     def chunks(self) -> int:

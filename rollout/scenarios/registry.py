@@ -23,6 +23,7 @@ SHIPPED = {
     "timespeak": "reward.rules.timespeak:TIMESPEAK",
     "turn_taking": "reward.rules.turn_taking:TURN_TAKING",
     "lookout": "reward.rules.lookout:LOOKOUT",
+    "repeat": "reward.rules.repeat:REPEAT",
 }
 """Short names of the shipped families. They are imported when used, because package reward imports this one."""
 QUICKSTART = ("timespeak", "turn_taking")
@@ -121,6 +122,12 @@ class ScenarioConfig(OpenConfig):
     def axes(self) -> tuple[str, ...]:
         """The union of all families' axes of reward, in the families' order."""
         return tuple(dict.fromkeys(axis for family in self.members.values() for axis in family.axes))
+
+    @property
+    def aloud(self) -> dict[str, tuple[str, ...]]:
+        """The families in which words are said with sound, and these words (`rollout.scenarios.family.Settings`)."""
+        said = {name: getattr(self.settings_of(name), "aloud", ()) for name in self.members}
+        return {name: words for name, words in said.items() if words}
 
     @property
     def most_chunks(self) -> int:

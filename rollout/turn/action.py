@@ -6,8 +6,10 @@ received; the user hears it before producing chunk k + 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from torch import Tensor
 
 from model.senses.audio import HOP, SAMPLE_RATE_HZ
 
@@ -27,25 +29,31 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Action:
-    """What the model did in one chunk. Raises ValueError for words in mode listen, or none in another mode.
+    """What the model did in one chunk. Raises ValueError for words or sound in mode listen, for no words or sound in
+    mode delegate.
 
-    Example: ``Action(Mode.SPEAK, ("breathe",))``; silence is `LISTEN`.
+    Example: ``Action(Mode.SPEAK, ("breathe",))``; silence is `LISTEN`. A model with a voice needs several chunks for
+    most words, and speaks without a new word while it goes on with the last one (`GO_ON`).
     """
 
     mode: Mode
-    words: tuple[str, ...] = ()  # [0..K] lower-case words, empty if and only if the mode is listen
+    words: tuple[str, ...] = ()  # [0..K] lower-case words
+    sound: Tensor | None = field(default=None, compare=False, repr=False)  # fp32 [FRAMES, BANDS], if there is a voice
 
     def __post_init__(self) -> None:
-        if (self.mode is Mode.LISTEN) == bool(self.words):
+        if self.sound is not None and self.mode is not Mode.SPEAK:
+            raise ValueError(f"an action in mode {self.mode.value!r} cannot have sound")
+        if self.words if self.mode is Mode.LISTEN else self.mode is Mode.DELEGATE and not self.words:
             raise ValueError(f"an action in mode {self.mode.value!r} cannot have the words {self.words!r}")
 
     @property
     def speaks(self) -> bool:
-        """Whether the user hears words."""
+        """Whether the user hears something."""
         return self.mode is Mode.SPEAK
 
 
 LISTEN = Action(Mode.LISTEN)
+GO_ON = Action(Mode.SPEAK)
 
 
 def speak(*words: str) -> Action:

@@ -1,13 +1,14 @@
 """The grammar of a micro-turn: its rows, their order, which of them the model samples and from which tokens.
 
-    [bos] observed: audio x 4, patches, events | sampled: mode [word ... end]    one after another, bos before the first
+    [bos] observed: audio x 4, own sound x 4, patches, events | sampled: mode [word ... end]    bos before the first
 
-- **Observed** rows are input: one per dMel frame, one per video patch, then the words of text events. (The model's own
-  audio will come after the user's, when a model has a voice.)
+- **Observed** rows are input: one per dMel frame of the user's sound, one per dMel frame of what the model itself said
+  in the chunk before (if it has a voice and was heard), one per video patch, then the words of text events.
 - **Sampled** rows are the model's output: the mode; unless that is *listen*, words and the end token. The mode is
-  sampled from the modes, the first word from the words, every further token from the words and the end token. (Voice
-  will follow.)
+  sampled from the modes, the first word from the words, every further token from the words and the end token.
 - **Forced**: after ``words_per_chunk`` words the end token is written without being sampled, since only it can follow.
+- **Voice**: in mode *speak* the hidden state of the end token's row gives a chunk of sound, a stream of its own
+  (`model.voice.chain`), which takes no row. A model with a voice may speak without a word: it goes on with the last.
 
 All code that writes, selects or counts rows uses this module.
 """
@@ -22,15 +23,17 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.config import SMALL_PATCH
+from model.inputs import NONE
 from model.logprob import MODE, NEXT_TEXT
 from model.senses.video import NO_FRAMES, patch_count
-from rollout.turn.action import CHUNK_FRAMES, Action, Mode
+from rollout.turn.action import CHUNK_FRAMES, GO_ON, Action, Mode
 from rollout.turn.summary import Summary
 from rollout.turn.vocabulary import Vocabulary
 
 AUDIO_ROWS = CHUNK_FRAMES
 """Rows of a micro-turn that hold the audio token."""
-
+OWN_ROWS = CHUNK_FRAMES
+"""Rows of a micro-turn that hold the model's own sound of the chunk before, if it was heard."""
 
 NO_LIMIT = 2**31 - 1
 """Micro-turns of a session that has no end."""
@@ -38,7 +41,7 @@ NO_LIMIT = 2**31 - 1
 
 def row_class(sampled: int) -> int:
     """Row class (`model.logprob`) of a micro-turn's sampled token number ``sampled``, from 0: MODE, FIRST_TEXT,
-    NEXT_TEXT, NEXT_TEXT, …"""
+    NEXT_TEXT, NEXT_TEXT, … of a model without a voice (`Grammar.row_class`)."""
     return min(MODE + sampled, NEXT_TEXT)
 
 
@@ -113,12 +116,27 @@ class Grammar:
     max_event_words: int = 0
     patch: int = SMALL_PATCH  # side of the model's video patches, pixels (`model.inputs.Senses`)
     summary: Summary | None = None  # the rule by which long sessions are summarised
+    own: int = NONE  # id of the token of the model's own sound; NONE without a voice (`model.inputs.Senses`)
 
     def __post_init__(self) -> None:
         if self.words_per_chunk < 1:
             raise ValueError(f"words_per_chunk is {self.words_per_chunk}; a micro-turn needs room for 1 word or more")
         if self.summary is not None:
             self.summary.check(self.max_rows)
+        if self.voice:
+            self._check_own()
+
+    def _check_own(self) -> None:
+        """Raises MetronomeError for a token of own sound that the vocabulary lacks, or that stands for something."""
+        v, allowed = self.vocabulary, self.vocabulary.classes.allowed
+        taken = {v.bos, v.audio, v.image, v.end, *v.modes}
+        if self.own >= allowed.shape[1] or self.own in taken or bool(allowed[:, self.own].any()):
+            known = v.words[self.own] if self.own < len(v.words) else ""
+            what = f"is {known!r}, which has a meaning" if known else f"is none of its {allowed.shape[1]}"
+            raise MetronomeError(
+                f"the model's voice_config: token {self.own} of the vocabulary {what}; give one that nobody says "
+                f"(model.voice.token {v.ids.get('<|pad|>', 0)})"
+            )
 
     @property
     def max_sampled(self) -> int:
@@ -152,13 +170,25 @@ class Grammar:
     @property
     def extra(self) -> int:
         """The most observed rows beside audio that one micro-turn can have."""
-        return self.max_patches + self.max_event_words
+        return self.max_patches + self.max_event_words + (OWN_ROWS if self.voice else 0)
 
-    def observed(self, frames: Tensor = NO_FRAMES, events: Sequence[str] = ()) -> list[int]:
-        """The tokens of a micro-turn's observed rows: audio, the patches of ``frames`` uint8 [F, H, W, 3], the words of
-        events."""
+    @property
+    def voice(self) -> bool:
+        """Whether the model has a voice."""
+        return self.own != NONE
+
+    def row_class(self, sampled: Sequence[int]) -> int:
+        """Row class of the token that follows a micro-turn's sampled ones: as the function `row_class` says but, with a
+        voice, NEXT_TEXT directly after mode speak, where no word need follow."""
+        may_go_on = self.voice and len(sampled) == 1 and self.vocabulary.modes[sampled[0]] is Mode.SPEAK
+        return NEXT_TEXT if may_go_on else row_class(len(sampled))
+
+    def observed(self, frames: Tensor = NO_FRAMES, events: Sequence[str] = (), heard_itself: bool = False) -> list[int]:
+        """The tokens of a micro-turn's observed rows: audio, the model's own sound if there was some, the patches of
+        ``frames`` uint8 [F, H, W, 3], the words of events."""
         v = self.vocabulary
-        rows = [v.audio] * AUDIO_ROWS + [v.image] * patch_count(frames, self.patch)
+        own = [self.own] * OWN_ROWS if heard_itself else []
+        rows = [v.audio] * AUDIO_ROWS + own + [v.image] * patch_count(frames, self.patch)
         return rows + [word for text in events for word in v.encode(text)] if events else rows
 
     def problem(self, frames: Tensor, events: Sequence[str]) -> str:
@@ -198,7 +228,8 @@ class Grammar:
         v = self.vocabulary
         if action.mode is Mode.LISTEN:
             return [v.listen]
-        if len(action.words) > self.words_per_chunk:
-            raise ValueError(f"says {len(action.words)} words, need 1 to {self.words_per_chunk}")
+        goes_on = self.voice and action == GO_ON
+        if len(action.words) > self.words_per_chunk or not (action.words or goes_on):
+            raise ValueError(f"says {len(action.words)} words, need {0 if self.voice else 1} to {self.words_per_chunk}")
         tokens = [v.mode_id(action.mode), *map(v.word_id, action.words)]
         return tokens if self.is_over(tokens) else [*tokens, v.end]

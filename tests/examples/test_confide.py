@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from reward import hacks
-from reward.explain import families
 from reward.score import score
 from reward.source import RewardSource
 from reward.study.timeline import timeline
 from rl.train import parse
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
+from rollout.scenarios.stored import stored_world
 from rollout.turn.action import LISTEN, Action, speak
 from rollout.world.speech import SpeechBank
 from tests.examples.confide import FAMILY, ConfideFacts
@@ -112,5 +112,5 @@ def test_an_own_familys_run_can_be_shown(tmp_path: Path) -> None:
     """`rollout.show` reads the families from the run's recipe, which it hands on as text."""
     recipe = parse(["--config", str(ROOT / "tests/examples/confide.yaml")])[2]
     (tmp_path / "config.yaml").write_text(recipe)
-    assert list(families(tmp_path).members) == list(parse(["--config", recipe])[0].scenarios.members)
-    assert "confide" in families(tmp_path).members
+    assert list(stored_world(tmp_path).scenarios.members) == list(parse(["--config", recipe])[0].scenarios.members)
+    assert "confide" in stored_world(tmp_path).scenarios.members

@@ -22,7 +22,6 @@ from model.program.files import write_json
 from model.program.reading import parse_yaml, to_json
 from model.program.runs import RESUMED
 from model.weights import checkpoint, manifest
-from reward.explain import families
 from reward.learned import origin, resuming
 from reward.learned.human import read_all_labels
 from reward.learned.model import RewardModel
@@ -38,6 +37,7 @@ from rl.tracking import tracker
 from rl.train import parse
 from rollout.record.episode import load_episodes, save_episodes
 from rollout.scenarios.registry import ScenarioConfig
+from rollout.scenarios.stored import stored_world
 from rollout.show import as_json, look
 from rollout.turn.action import CHUNK_SAMPLES
 from rollout.turn.vocabulary import Vocabulary
@@ -278,7 +278,9 @@ READERS = {
         ("rollout.record.episode", "rollout.scenarios.registry", "reward.score"), a_run,
         "a/episodes/step_000000.rank_0.safetensors", "safetensors", shown, 60,
     ),
-    "families": Reader(("reward.explain",), a_run, "a/config.yaml", "json", lambda f: families(f / "a"), 5),
+    "families": Reader(
+        ("rollout.scenarios.stored",), a_run, "a/config.yaml", "json", lambda f: stored_world(f / "a"), 5
+    ),
     "fingerprint": Reader(
         ("rl.fingerprint",), a_fingerprint, "f.json", "json", lambda f: fingerprint._read(f / "f.json")
     ),

@@ -16,6 +16,7 @@ NOT_TRIED = {
     "model.weights.card": "reads the text of a run's recipe, which was read before",
     "rl.card": "the same",
     "model.sizing": "a config.json that `model.weights.checkpoint` has read before",
+    "model.config": "the same",
     "reward.pairs": "reads the text of its own recipe, which was read before",
     "rl.audit.page": "reads files of its own package",
     "rl.tracking.backends": "reads wandb's own file, in a thread that turns whatever is raised into a warning",

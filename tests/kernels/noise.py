@@ -1,8 +1,9 @@
-"""What the tests of the Gumbel noise share: hash words, the noise by decimal arithmetic, and that of 24 bits, which
-once was the sampler's and cannot draw improbable tokens."""
+"""What the tests of the noises share: hash words, Gumbel noise by decimal arithmetic, and that of 24 bits, which once
+was the sampler's and cannot draw improbable tokens."""
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal, localcontext
 
 import torch
@@ -28,6 +29,16 @@ def words() -> Tensor:
     mixed = _mix(torch.arange(300)).tolist()
     high = [*ends, *near, *ties]
     return torch.tensor([*high, *(word - 2**63 for word in high), *mixed])
+
+
+def normal_words() -> Tensor:
+    """int64 words of normal noise: those above, and the neighbours of where AS 241 changes its ratio: |q| = 0.425 and
+    p = e^-25; then 6,000 in each tail, a third of them where p < e^-25."""
+    edges = [round(0.425 * 2**64) + (d << 10) for d in range(-40, 41)]
+    edges += [2**63 - round(math.exp(-25) * 2**64) + (d << 10) for d in range(-40, 41)]
+    bits = _mix(torch.arange(4_000)) & (2**63 - 1)
+    upper = torch.cat([torch.tensor(edges), 2**63 - 1 - bits // 8, 2**63 - 1 - (bits[::2] >> 36)])
+    return torch.cat([words(), upper, ~upper])
 
 
 def exact_noise(word: int) -> float:

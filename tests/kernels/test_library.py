@@ -55,9 +55,9 @@ def test_bits_do_not_depend_on_the_place_in_a_vector() -> None:
         assert torch.equal(apply(name, y), torch.cat([apply(name, one) for one in y.split(1)]))
 
 
-@pytest.mark.parametrize("spoilt", ["vec_exp", "vec_gumbel"])
+@pytest.mark.parametrize("spoilt", ["vec_exp", "vec_gumbel", "vec_normal"])
 def test_self_check(spoilt: str) -> None:
-    """The library agrees with itself; one whose exp, or noise, is another function is refused."""
+    """The library agrees with itself; one whose exp, or either noise, is another function is refused."""
 
     class Wrong:
         def __getitem__(self, name: str) -> ctypes._CFuncPtr:  # type: ignore[name-defined]

@@ -53,6 +53,12 @@ def test_in_the_interpreter(files: list[str]) -> None:
     run(files, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
+def test_a_flow_head_in_the_interpreter() -> None:
+    chains = "../model/voice/test_chain.py::test_the_learner_has_the_samplers_bits"
+    run([f"{chains}[dtype0-2]", f"{chains}[dtype1-2]"], TRITON_INTERPRET="1")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch finds none")
 @pytest.mark.parametrize("files", [SHARED, OWN], ids=["shared", "own"])

@@ -29,6 +29,10 @@ class Rows:
     frames: Frames = NO_VIDEO
     contexts: Tensor = field(default_factory=one_context)
 
+    @property
+    def own(self) -> Tensor:
+        return self.codes[:0]
+
     def cut(self, first: int, end: int) -> Rows:
         """Of rows without video."""
         a, b = (int((self.tokens[:row] == AUDIO).sum()) for row in (first, end))

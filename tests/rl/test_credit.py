@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.voice.config import NUMBERS
 from reward.source import Rewards
 from rl.config import RLConfig
 from rl.step.advantage import RunningScale
 from rl.step.credit import Credit, token_weights
-from rollout.record.episode import Episode
+from rollout.record.episode import VOICE, Episode
 from tests.support.episodes import some_episode, with_text
 
 CONFIG = RLConfig(rollouts=3, gamma=0.9)
@@ -72,3 +73,23 @@ def test_a_later_step_divides_by_the_running_scale() -> None:
     assert float(later.weights[0][2]) == pytest.approx(0.1 / scale / 9)
     alone = credit(tenth, "timespeak")  # control: by its own scale it would be learned at full size
     assert float(alone.weights[0][2]) == pytest.approx(float(first.weights[0][2]))
+
+
+def test_sound_is_weighted_by_its_own_axes() -> None:
+    """Text has all axes' advantages always; a chunk's sound has them all, or those of `sound_axes`."""
+    one = episodes("turn_taking")[0]
+    chains = torch.zeros(1, 3, NUMBERS)  # two steps
+    said = replace(one.text, **{f: torch.tensor([1]) for f in ("sampled_at", "row_class", "chunk")}, payload=chains)
+    spoken = [replace(one, streams={**one.streams, VOICE: said})] * 3
+    given = [rewards([0.0, 1.0], [0.0, 0.0]), rewards([0.0, 0.0], [0.0, 1.0]), rewards([0.0, 0.0])]
+    everything, content, timing = (
+        token_weights(spoken, [given], [], replace(CONFIG, sound_axes=axes), {})
+        for axes in ((), ("content",), ("timing",))
+    )
+    for credit in (content, timing):
+        assert all(torch.equal(a, b) for a, b in zip(credit.weights, everything.weights, strict=True))
+    of = [torch.cat(credit.sound_weights) for credit in (everything, content, timing)]
+    scale, numbers, tokens = content.scales["0/turn_taking/content"].value, 2 * NUMBERS, 9
+    assert of[1].tolist() == pytest.approx([x / (scale * numbers * tokens) for x in (-0.5, 1.0, -0.5)])
+    torch.testing.assert_close(of[1] + of[2], of[0])
+    assert not torch.equal(of[1], of[2])

@@ -113,7 +113,7 @@ CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=2))
 
 def gradient(model: InteractionModel) -> Callable[[], Gradient]:
     vocabulary = Vocabulary.build(model.vocab)
-    some = demonstrations(CONFIG, SpeechBank.open(), vocabulary, model.senses.patch, 0)
+    some = demonstrations(CONFIG, SpeechBank.open(), vocabulary, model.senses, 0)
     weights = [torch.full((len(t.text.chunk),), 0.01) for t in some]
     return lambda: gradient_of(model, some, weights, vocabulary.classes, 1.0, 1)
 

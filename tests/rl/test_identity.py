@@ -57,8 +57,8 @@ def test_other_contract_or_weights_are_not_comparable() -> None:
 def test_a_stream_that_the_learner_does_not_score_is_not_comparable() -> None:
     one = some_episode()
     check_comparable([one], "c0", "w0")
-    with pytest.raises(NotComparableError, match="sampled in voice beside text"):
-        check_comparable([dataclasses.replace(one, streams={**one.streams, "voice": one.text})], "c0", "w0")
+    with pytest.raises(NotComparableError, match="sampled in other beside text"):
+        check_comparable([dataclasses.replace(one, streams={**one.streams, "other": one.text})], "c0", "w0")
 
 
 @pytest.mark.parametrize(("module", "uses"), [("rl.step.loop", False), ("rl.run", True)])

@@ -17,7 +17,7 @@ from kernels.adamw import AdamW
 from kernels.errors import MetronomeError, StaleWeightsError
 from model.backbone.size import empty, training_bytes
 from model.backbone.transformer import InteractionModel
-from model.config import SMALL_PATCH
+from model.config import preset, senses
 from model.weights import checkpoint, packs
 from model.weights.checkpoint import weights_digest
 from rl.config import OptimConfig, TrainConfig, WarmstartConfig
@@ -31,6 +31,7 @@ from rollout.world.speech import SpeechBank
 from tests.support.models import fresh_model
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, final_lr=1.0, clip_norm=0.5)
+SENSES = senses(preset("tiny"))
 CONFIG = TrainConfig(warmstart=WarmstartConfig(episodes=4))
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -48,7 +49,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def transcripts(vocabulary: Vocabulary) -> list[Transcript]:
-    return demonstrations(CONFIG, SpeechBank.open(), vocabulary, SMALL_PATCH, 0)
+    return demonstrations(CONFIG, SpeechBank.open(), vocabulary, SENSES, 0)
 
 
 def weights(transcripts: list[Transcript]) -> list[torch.Tensor]:
@@ -97,12 +98,12 @@ def test_what_a_step_holds_is_what_was_foreseen(stage: Literal[0, 1, 2], dtype: 
 
 def test_demonstrations_are_a_pure_function_of_the_step(transcripts: list[Transcript], vocabulary: Vocabulary) -> None:
     bank = SpeechBank.open()
-    again = demonstrations(CONFIG, bank, vocabulary, SMALL_PATCH, 0)
+    again = demonstrations(CONFIG, bank, vocabulary, SENSES, 0)
     assert all(
         torch.equal(a.tokens, b.tokens) and torch.equal(a.codes, b.codes)
         for a, b in zip(again, transcripts, strict=True)
     )
-    other = demonstrations(CONFIG, bank, vocabulary, SMALL_PATCH, 1)
+    other = demonstrations(CONFIG, bank, vocabulary, SENSES, 1)
     assert not torch.equal(other[0].codes, transcripts[0].codes)
 
 

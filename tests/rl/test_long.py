@@ -40,11 +40,11 @@ def test_control_of_a_learner_that_remembers_more(monkeypatch: pytest.MonkeyPatc
     longer = ContextConfig("window", first=64, window=192)
     honest = minimal.gradient_of
 
-    def other(model, *arguments):  # type: ignore[no-untyped-def]
+    def other(model, *arguments, **more):  # type: ignore[no-untyped-def]
         learning = run.InteractionModel(give(model.config, longer), model.dtype)
         learning.load_state_dict(model.state_dict())
         learning.pack()
-        return honest(learning, *arguments)
+        return honest(learning, *arguments, **more)
 
     monkeypatch.setattr(minimal, "gradient_of", other)
     with pytest.raises(RuntimeError, match="not the same function: logprob differs"):

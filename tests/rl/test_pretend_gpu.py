@@ -22,10 +22,12 @@ from model.program import gpu
 from rl import bestofn
 from rl.audit import command
 from rl.fingerprint import compared
+from rl.run import Run
+from rl.train import parse
 from rollout.record.episode import load_episodes, pack_episodes
 from tests.rl.resuming import arguments, digests, go
 from tests.support.models import reward_model
-from tests.support.settings import ROOT
+from tests.support.settings import ROOT, VOICE
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,6 +106,7 @@ def thread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
         "learner, spoilt": ["--spoil", "linear:learner", "rl.train", *recipe("learner", **one_step)],
         "sampler, spoilt": ["--spoil", "attention:sampler", "rl.train", *recipe("sampler", **one_step)],
         "both, spoilt": ["--spoil", "swiglu", "rl.train", *recipe("both", **one_step)],
+        "voice": ["rl.train", *VOICE, "--runs", str(runs), "--name", "voice", "--placement.device", "cuda"],
         "left behind": ["--patch", "left_behind", "rl.train", *recipe("behind", **one_step)],
     }
     return runs, pretend(commands, runs)
@@ -145,6 +148,16 @@ def test_bf16_with_masters_and_a_reference_does_too(thread: Thread, world: None,
     go(tmp_path, "half", resume=False, **HALF)
     assert digest(runs / "half") == digest(tmp_path / "half")
     assert episodes(runs / "half") == episodes(tmp_path / "half")
+
+
+def test_a_voice_does_too(thread: Thread, world: None, tmp_path: Path) -> None:
+    runs, said = thread
+    assert said["voice"][0] == 0, said["voice"][1][-3000:]
+    config, resume, recipe = parse([*VOICE, "--runs", str(tmp_path), "--name", "voice"])
+    Run(config, recipe, resume).execute()
+    assert digest(runs / "voice") == digest(tmp_path / "voice")
+    assert episodes(runs / "voice") == episodes(tmp_path / "voice")
+    assert "sampled chunks of sound differ" in said["voice"][1]
 
 
 def test_the_page_and_a_resumed_run_do_too(thread: Thread, whole: Path) -> None:

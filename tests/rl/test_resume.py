@@ -193,7 +193,7 @@ def test_recordings_count_by_their_content(copy: Path) -> None:
     assert load_progress(copy / "checkpoints/step_000002").recordings == SpeechBank.open(place).digest()
     lines = (place / "manifest.jsonl").read_text().splitlines(keepends=True)
     (place / "manifest.jsonl").write_text("".join(reversed(lines)))
-    assert "speech_dir: other recordings than the run in" in refusal(copy.parent, "moved", speech_dir=place)
+    assert "other recordings than the run in" in refusal(copy.parent, "moved", speech_dir=place)
     (place / "manifest.jsonl").write_text("".join(lines))
     config, _, text = parse(arguments(copy.parent, "moved", speech_dir=place))
     Run(config, text, resume=True)  # taken

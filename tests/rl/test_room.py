@@ -15,6 +15,7 @@ from model.config import preset
 from model.program import gpu, memory
 from model.weights import checkpoint
 from rl import room
+from rl.consistency import check_read, check_shares
 from rl.step.batch import choice_logprobs, collate
 from rl.train import parse
 from rollout.record.transcript import write_transcript
@@ -107,6 +108,54 @@ def test_a_recipe_without_room_for_its_pictures_is_refused() -> None:
         with pytest.raises(MetronomeError, match=says):
             room.check_fits(parse([*eyes, *given])[0])
     room.check_fits(parse(eyes)[0])  # the control
+
+
+def test_demonstrations_that_do_not_suit_the_voice_are_refused() -> None:
+    recipe, short = ["--config", "voice"], ["--scenarios.timespeak.chunks", "40"]
+    room.check_fits(parse(recipe)[0])  # the control
+    for given, says in (
+        (
+            ["--scenarios.families", "[repeat]"],
+            "demonstrations of repeat have sound, and the model has no",
+        ),
+        ([*recipe, "--scenarios.families", "[timespeak]", *short], "demonstrations of timespeak have no sound"),
+        ([*recipe, "--scenarios.families", "[repeat, timespeak]", *short], "demonstrations of timespeak have no sound"),
+    ):
+        with pytest.raises(MetronomeError, match=says):
+            room.check_fits(parse(given)[0])
+        room.check_fits(parse([*given, "--warmstart.steps", "0"])[0])
+
+
+def test_settings_of_a_voice_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
+    checkpoint.save(fresh_model(), tmp_path / "model")
+    silent, repeat = ["--model.checkpoint", str(tmp_path / "model")], ["--scenarios.families", "[repeat]"]
+    for given, says in (
+        (["--rl.voice_weight", "7"], r"rl\.voice_weight would be ignored: the model has no voice"),
+        (["--rl.sound_axes", "[timing]"], r"rl\.sound_axes would be ignored"),
+        (["--warmstart.voice_weight", "9"], r"warmstart\.voice_weight would be ignored"),
+        ([*silent, *repeat], "the model has no voice: name a checkpoint with one"),
+        (
+            ["--config", "voice", "--rl.sequence_parallel", "2"],
+            r"rl\.sequence_parallel is 2, but the model has a voice",
+        ),
+    ):
+        with pytest.raises(MetronomeError, match=says):
+            room.check_fits(parse(given)[0])
+    with pytest.raises(MetronomeError, match=r"model\.voice is .* would be ignored: model\.checkpoint names a model"):
+        check_read(parse([*silent, "--model.voice", "{}"])[0])
+    alone = ["--config", "voice", "--rl.sound_axes", "[understood]"]
+    check_shares(parse(alone)[0])  # the control
+    with pytest.raises(MetronomeError, match="nothing would reward sound"):
+        check_shares(parse([*alone, "--source.listener", "false"])[0])
+
+
+@pytest.mark.parametrize(
+    ("token", "says"), [(2, "has a meaning"), (8, "'zero'"), (6, "has a meaning"), (999999, "none")]
+)
+def test_a_token_of_own_sound_that_stands_for_something_is_refused(token: int, says: str) -> None:
+    room.check_fits(parse(["--config", "voice", "--model.voice.token", "0"])[0])  # the control
+    with pytest.raises(MetronomeError, match=rf"voice_config: token {token} .*{says}.*model\.voice\.token 0"):
+        room.check_fits(parse(["--config", "voice", "--model.voice.token", str(token)])[0])
 
 
 def test_a_run_goes_on_only_with_its_own_policy(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from kernels.errors import MetronomeError
 from model.senses.audio import DMel
-from rl.tracking.samples import heard, sample, samples
+from rl.tracking.samples import sample, samples
 from rl.train import parse
+from rollout.heard import user_sound
 from rollout.record.episode import TEXT, Episode, Stream, save_episodes
 from rollout.record.timeline import moments
 from rollout.scenarios.demonstrate import enact
@@ -157,11 +158,11 @@ def test_names_and_digests_cannot_steer_the_terminal(bank: SpeechBank, tmp_path:
 def test_the_sound_of_an_episode_is_what_was_heard(bank: SpeechBank) -> None:
     """Its codes are the episode's own; with other actions of the model the user says something else."""
     one = episode(bank, "turn_taking")
-    sound = heard(one, bank, ScenarioConfig())
+    sound = user_sound(one, ScenarioConfig(), bank)
     assert len(sound) == len(one.actions) * CHUNK_SAMPLES
-    assert torch.equal(DMel.build().codes(torch.from_numpy(sound)[None])[0], one.codes)
+    assert torch.equal(DMel.build().codes(sound[None])[0], one.codes)
     chatty = replace(one, actions=tuple(Action(Mode.SPEAK, ("yes",)) for _ in one.actions))
-    assert not np.array_equal(heard(chatty, bank, ScenarioConfig()), sound)
+    assert not torch.equal(user_sound(chatty, ScenarioConfig(), bank), sound)
 
 
 def test_one_sample_a_family_with_a_picture(bank: SpeechBank) -> None:

@@ -62,11 +62,11 @@ def measured(engine: SessionEngine) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     inner = engine._sample_next
 
-    def sample_next(sessions: Any, codes: Tensor, patches: Patches, row_class: int) -> list[int]:
+    def sample_next(sessions: Any, heard: Any, row_classes: Any) -> list[int]:
         ledger.clear()
-        tokens = inner(sessions, codes, patches, row_class)
-        kind = "prefill" if len(codes) else "decode"
-        beyond = excess(PREFILL if len(codes) else DECODE)
+        tokens = inner(sessions, heard, row_classes)
+        kind = "prefill" if len(heard.codes) else "decode"
+        beyond = excess(PREFILL if len(heard.codes) else DECODE)
         seen.append({"kind": kind, "sessions": len(sessions), "totals": ledger.totals(), "excess": beyond})
         return tokens
 

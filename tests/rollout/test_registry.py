@@ -37,7 +37,7 @@ def test_shipped_families_have_their_names() -> None:
     [
         (
             "chess",
-            r"no scenario family is called 'chess'\. Choose one of timespeak, turn_taking, lookout, or .*module:NAME",
+            r"no scenario family is called 'chess'\. Choose one of timespeak, turn_taking, lookout, repeat, or .*:NAME",
         ),
         ("no.such:FAMILY", "there is no module 'no'"),
         ("rollout.such:FAMILY", r"there is no module 'rollout\.such'"),

@@ -103,9 +103,11 @@ def test_user_refuses_a_wrong_order_of_calls(bank: SpeechBank) -> None:
         CONFIG.scenario("chess", "train", 0, bank)
 
 
-def test_action_says_words_exactly_when_it_speaks() -> None:
-    with pytest.raises(ValueError, match="mode 'speak'"):
-        Action(Mode.SPEAK)
+def test_action_says_words_only_when_it_speaks_or_delegates() -> None:
+    """Speaking without a word goes on with the last one, which takes a voice (`Grammar.write`)."""
+    assert Action(Mode.SPEAK).speaks
+    with pytest.raises(ValueError, match="mode 'delegate'"):
+        Action(Mode.DELEGATE)
     with pytest.raises(ValueError, match="mode 'listen'"):
         Action(Mode.LISTEN, ("no",))
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from rollout.record.episode import TEXT, Episode, Stream, tensors
-from rollout.turn.action import LISTEN
+from model.senses.audio import DMel
+from model.voice.config import NUMBERS
+from rollout.record.episode import TEXT, VOICE, Episode, Stream, tensors
+from rollout.scenarios.demonstrate import enact
+from rollout.scenarios.registry import ScenarioConfig
+from rollout.turn.action import GO_ON, LISTEN, Action, Mode
+from rollout.turn.observation import stack_audio
+from rollout.world.speech import SpeechBank
 
 
 def unequal_fields(one: Episode, other: Episode) -> set[str]:
@@ -39,3 +46,29 @@ def some_episode() -> Episode:
         codes=torch.zeros(4, 80, dtype=torch.uint8),
         streams={TEXT: Stream(*(torch.tensor([n]) for n in (5, 0, 0, -0.5, 7)))},
     )
+
+
+FIRST = 5
+
+
+def _stream(chunks: list[int]) -> Stream:
+    at, row_class, chunk, digest = (torch.tensor(chunks) for _ in range(4))
+    return Stream(at, row_class, chunk, torch.zeros(len(chunks)), digest)
+
+
+def spoken(bank: SpeechBank, sound: Sequence[Tensor] | Tensor = ()) -> Episode:
+    """Of turn_taking: a model that says "four" from chunk `FIRST` on, with a chunk of ``sound`` after another."""
+    item = ScenarioConfig().scenario("turn_taking", "train", 0, bank)
+    said = {FIRST + i: replace(GO_ON, sound=one) for i, one in enumerate(sound)}
+    actions = [said.get(k, LISTEN) for k in range(item.chunks)]
+    actions[FIRST] = Action(Mode.SPEAK, ("four",), actions[FIRST].sound)
+    observed, _, facts = enact(item, lambda user: lambda k: actions[k])
+    streams = {TEXT: _stream(list(range(item.chunks)))}
+    if len(sound):
+        chains = torch.stack([one.reshape(1, NUMBERS).expand(3, NUMBERS) for one in sound])
+        streams[VOICE] = replace(_stream(sorted(said)), payload=chains)
+    return Episode(
+        scenario=item.id, rollout=0, seed=0, temperature=1.0, contract_id="c", weights_digest="d" * 32,
+        facts=facts.to_json(), actions=tuple(actions), tokens=torch.zeros(99, dtype=torch.int64),
+        codes=DMel.build().codes(stack_audio(observed).view(1, -1))[0], streams=streams,
+    )  # fmt: skip

@@ -7,8 +7,9 @@ import random
 import torch
 
 from model.backbone.transformer import InteractionModel
-from model.config import SMALL_PATCH, preset
+from model.config import SMALL_PATCH, preset, with_voice
 from model.inputs import Senses
+from model.voice.config import VoiceConfig
 from reward.learned.model import RewardModel
 from rollout.record.transcript import Transcript, write_transcript
 from rollout.turn.action import CHUNK_FRAMES, LISTEN, speak
@@ -23,6 +24,19 @@ def fresh_model(name: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.fl
     """A preset with the weights of ``seed``, packed."""
     model = InteractionModel(preset(name), dtype)
     model.init_weights(seed)
+    model.pack()
+    return model
+
+
+def speaking_model(seed: int = 0) -> InteractionModel:
+    """The weights that begin as 0 are drawn, so that every weight of the head has an effect."""
+    model = InteractionModel(with_voice(preset("nano"), VoiceConfig(width=32, blocks=1, steps=2)))
+    model.init_weights(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith("voice_head.") and not bool(weight.any()):
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.mark_changed()
     model.pack()
     return model
 

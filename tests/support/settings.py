@@ -62,3 +62,9 @@ def reaches(name: str) -> bool:
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
     return outputs[0] != outputs[1]
+
+
+SHORT = "--model.preset nano --model.voice.width 32 --model.voice.blocks 1 --source.listener false --warmstart.steps 2 "
+SHORT += "--warmstart.episodes 2 --rl.steps 2 --rl.groups 2 --rl.rollouts 2 --eval.scenarios 2 --eval.during 1"
+VOICE = ["--config", str(ROOT / "configs/voice.yaml"), *SHORT.split()]
+"""Arguments of `rl.train`: the recipe of the voice, made short."""

@@ -28,7 +28,7 @@ class Diagnosis:
     episode: str  # its name
     position: int  # index in the episode of the first token that differs
     chunk: int
-    token: int  # its id
+    token: int | None  # its id; None for a chunk of sound
     rollout_logprob: float
     learner_logprob: float
     mismatch: Mismatch  # over all tokens compared
@@ -45,6 +45,8 @@ class Diagnosis:
         """The first op that differs and the suspects, for an error message."""
         if self.first is None:
             result = "Replayed, all activations agree."
+            if self.token is None:
+                result += " The flow head's steps over the recorded sound and its log-prob are among them."
         else:
             result = (
                 f"The first activation that differs is {self.first.name} at row {self.first.first_row} (largest gap "

@@ -12,7 +12,7 @@ import torch
 from kernels import dispatch
 from model.config import MEL_BINS
 from rl.audit.document import Reason
-from rollout.record.episode import Episode, tensors
+from rollout.record.episode import Episode, check_sound, check_tensors, tensors
 from rollout.record.transcript import write_transcript
 from rollout.turn.action import CHUNK_FRAMES
 from rollout.turn.grammar import Grammar
@@ -28,6 +28,12 @@ DTYPES = {
     "text.chunk": torch.int64,
     "text.logprob": torch.float32,
     "text.digest": torch.int64,
+    "voice.sampled_at": torch.int64,
+    "voice.row_class": torch.int64,
+    "voice.chunk": torch.int64,
+    "voice.logprob": torch.float32,
+    "voice.digest": torch.int64,
+    "voice.payload": torch.float32,
 }
 
 
@@ -39,9 +45,12 @@ def other_contract(episode: Episode) -> tuple[Reason, str] | None:
     return Reason.CONTRACT, f"sampled under contract {episode.contract_id}; this program's is {contract_id}"
 
 
-def incomparable(episode: Episode, digest: str, temperature: float, grammar: Grammar) -> tuple[Reason, str] | None:
+def incomparable(
+    episode: Episode, digest: str, temperature: float, grammar: Grammar, steps: int | None = None
+) -> tuple[Reason, str] | None:
     """Why the episode cannot be compared with the learner with weights ``digest``, whose recipe has this temperature
-    and grammar: a reason and a sentence, or None."""
+    and grammar, and whose chains of sound have so many ``steps`` (None without a voice): a reason and a sentence, or
+    None."""
     if other := other_contract(episode):
         return other
     if episode.weights_digest != digest:
@@ -51,10 +60,10 @@ def incomparable(episode: Episode, digest: str, temperature: float, grammar: Gra
             Reason.TEMPERATURE,
             f"sampled at temperature {episode.temperature}; the recipe's is {temperature}",
         )
-    return _other_layout(episode, grammar)
+    return _other_layout(episode, grammar, steps)
 
 
-def _other_layout(episode: Episode, grammar: Grammar) -> tuple[Reason, str] | None:
+def _other_layout(episode: Episode, grammar: Grammar, steps: int | None) -> tuple[Reason, str] | None:
     """Compares the episode with the sequence that a session makes of the same audio and actions."""
     if unknown := sorted(tensors(episode).keys() - DTYPES.keys()):
         return Reason.TOKENS, f"it has {', '.join(unknown)}, which this program does not score"
@@ -65,18 +74,22 @@ def _other_layout(episode: Episode, grammar: Grammar) -> tuple[Reason, str] | No
     try:
         codes = episode.codes.unflatten(0, (len(episode.actions), CHUNK_FRAMES))
         summaries = _summaries(episode, grammar)
+        check_tensors(episode)
+        check_sound(episode, steps)
         made = write_transcript(codes, episode.actions, grammar, episode.frames, episode.events, summaries)
     except (ValueError, RuntimeError) as error:
         return Reason.TOKENS, f"no session makes such an episode: {str(error).splitlines()[0]}"
     if not torch.equal(episode.tokens, made.tokens) or not torch.equal(episode.contexts, made.contexts):
         return Reason.TOKENS, "its tokens are not those of its audio, video, events and actions"
-    text, wanted = episode.text, made.text
-    sizes = {len(t) for t in (text.logprob, text.digest, wanted.chunk)}
-    same = torch.equal(text.sampled_at, wanted.sampled_at) and torch.equal(text.chunk, wanted.chunk)
-    if not same or len(sizes) > 1:
-        return Reason.POSITIONS, "its sampled positions are not where the model chose"
-    if not torch.equal(text.row_class, wanted.row_class):
-        return Reason.MASKS, "its masks are not those under which the model chose"
+    for stream, wanted in ((episode.text, made.text), (episode.voice, made.voice)):
+        if stream is None or wanted is None:  # both: by `check_sound` there is sound in all chunks that speak, or none
+            continue
+        sizes = {len(t) for t in (stream.logprob, stream.digest, wanted.chunk)}
+        same = torch.equal(stream.sampled_at, wanted.sampled_at) and torch.equal(stream.chunk, wanted.chunk)
+        if not same or len(sizes) > 1:
+            return Reason.POSITIONS, "its sampled positions are not where the model chose"
+        if not torch.equal(stream.row_class, wanted.row_class):
+            return Reason.MASKS, "its masks are not those under which the model chose"
     return None
 
 

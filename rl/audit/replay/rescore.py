@@ -20,15 +20,16 @@ from rl.audit.diagnosis.diagnose import Diagnosis, explain
 from rl.audit.document import Reason
 from rl.audit.records import Records
 from rl.audit.replay.comparable import incomparable, other_contract
-from rl.step.batch import choice_logprobs, collate
-from rl.step.identity import Evidence, Mismatch, compare, unequal
+from rl.step.batch import all_logprobs, collate
+from rl.step.identity import Evidence, Mismatch, choices, compare, unequal
 from rollout.record.episode import Episode, load_episodes
 from rollout.turn.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class CheckedEpisode:
-    """A saved episode and what the learner gives for its N sampled tokens, where it was re-scored."""
+    """A saved episode and what the learner gives for its N choices, where it was re-scored: its sampled tokens and then
+    its chunks of sound."""
 
     step: int
     episode: Episode
@@ -49,21 +50,22 @@ class CheckedEpisode:
     def token_differs(self) -> Tensor:
         """bool [N]: the log-prob's bits are not the learner's, or it is no finite number."""
         if self.logprob is None:
-            return torch.zeros(len(self.episode.text.logprob), dtype=torch.bool)
-        return unequal(self.episode.text.logprob, self.logprob)
+            return torch.zeros(len(choices([self.episode], "logprob")), dtype=torch.bool)
+        return unequal(choices([self.episode], "logprob"), self.logprob)
 
     @property
     def row_differs(self) -> Tensor:
         """bool [N]: the digest of the whole row is not the learner's."""
         if self.digest is None:
-            return torch.zeros(len(self.episode.text.logprob), dtype=torch.bool)
-        return self.episode.text.digest != self.digest
+            return torch.zeros(len(choices([self.episode], "digest")), dtype=torch.bool)
+        return choices([self.episode], "digest") != self.digest
 
     @property
     def mismatch(self) -> Mismatch:
         if self.logprob is None or self.digest is None:
             return Mismatch.total([])
-        return compare(self.episode.text.logprob, self.logprob, self.episode.text.digest, self.digest)
+        logprob, digest = (choices([self.episode], name) for name in ("logprob", "digest"))
+        return compare(logprob, self.logprob, digest, self.digest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +104,11 @@ def rescore(records: Records, at_most: int | None = None) -> Iterator[CheckedSte
             continue
         digest = checkpoint.weights_digest(model)
         vocabulary = Vocabulary.of(model)
-        layout = records.config.rollout.grammar(vocabulary, model.senses.patch)
+        layout = records.config.rollout.grammar(vocabulary, model.senses)
         temperature = records.config.rollout.temperature
-        checked = [CheckedEpisode(step, e, incomparable(e, digest, temperature, layout)) for e in episodes]
+        checked = [
+            CheckedEpisode(step, e, incomparable(e, digest, temperature, layout, model.sound_steps)) for e in episodes
+        ]
         places = [i for i, one in enumerate(checked) if one.why_not is None][:share]
         scored = _with_learner_logprobs(model, vocabulary, [checked[i] for i in places], records.config.rl.micro_batch)
         for i, one in zip(places, scored, strict=True):
@@ -128,13 +132,21 @@ def _diagnosis(
     evidence = Evidence(
         scored[0].step,
         [one.episode for one in scored],
-        torch.cat([one.logprob for one in scored if one.logprob is not None]),
-        torch.cat([one.digest for one in scored if one.digest is not None]),
+        _text_first(scored, [one.logprob for one in scored if one.logprob is not None]),
+        _text_first(scored, [one.digest for one in scored if one.digest is not None]),
         micro_batch,
     )
     diagnosis, failure = explain(model, evidence)
     gaps += [f"Step {evidence.step}: {failure}"] if failure else []
     return diagnosis
+
+
+def _text_first(scored: Sequence[CheckedEpisode], values: Sequence[Tensor]) -> Tensor:
+    """Of values of each episode's choices: those of all tokens, then those of all sound, as `Evidence` has them."""
+    lengths = [len(one.episode.text.chunk) for one in scored]
+    return torch.cat(
+        [v[:n] for v, n in zip(values, lengths, strict=True)] + [v[n:] for v, n in zip(values, lengths, strict=True)]
+    )
 
 
 def _load(records: Records, step: int) -> list[Episode]:
@@ -201,7 +213,11 @@ def _with_learner_logprobs(
     for first in range(0, len(seen), micro_batch):
         some = seen[first : first + micro_batch]
         batch = collate([one.episode for one in some], model.senses)
-        logprob, _, digest = choice_logprobs(model, batch, vocabulary.classes, some[0].episode.temperature)
-        lengths = [len(one.episode.text.chunk) for one in some]
-        for one, p, d in zip(some, logprob.cpu().split(lengths), digest.cpu().split(lengths), strict=True):
+        (logprob, _, digest), sound = all_logprobs(model, batch, vocabulary.classes, some[0].episode.temperature)
+        columns = [part.cpu().split([len(one.episode.text.chunk) for one in some]) for part in (logprob, digest)]
+        if sound is not None:
+            spoken = [0 if (v := one.episode.voice) is None else len(v.chunk) for one in some]
+            more = (part.cpu().split(spoken) for part in (sound.logprob, sound.digest))
+            columns = [tuple(map(torch.cat, zip(*pair, strict=True))) for pair in zip(columns, more, strict=True)]
+        for one, p, d in zip(some, *columns, strict=True):
             yield replace(one, logprob=p, digest=d)

@@ -8,19 +8,25 @@ is a new request whose first input is the whole history; vLLM's prefix cache has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from kernels import ops
 from kernels.errors import MetronomeError
 from model.backbone.transformer import InteractionModel
 from model.context import STOP, ContextConfig
 from model.senses.audio import HOP, WINDOW, DMel
 from model.senses.video import Patches
+from model.voice.chain import draw
 from rollout.engines.session import Session, check_append, check_key, check_own, check_temperature, check_turn
 from rollout.engines.vllm.core import TIMEOUT_S, shared_core
-from rollout.engines.vllm.items import codes_item, patches_item
-from rollout.turn.action import Action
-from rollout.turn.grammar import AUDIO_ROWS, Grammar, chunk_starts, context_chunks, row_class
+from rollout.engines.vllm.items import codes_item, own_item, patches_item
+from rollout.seeds import VOICE_STREAM, token_key
+from rollout.turn.action import Action, Mode
+from rollout.turn.grammar import AUDIO_ROWS, OWN_ROWS, Grammar, chunk_starts, context_chunks
 from rollout.turn.observation import Observation
 from rollout.turn.vocabulary import Vocabulary
 
@@ -51,7 +57,8 @@ class VllmEngine:
         for name, size in sizes.items():
             if size is not None and (type(size) is not int or size < 1):
                 raise ValueError(f"VllmEngine: {name} is {size!r}; it must be a whole number (int), at least 1")
-        self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, model.senses.patch)
+        senses = model.senses
+        self.grammar = Grammar(vocabulary, words_per_chunk, max_patches, max_event_words, senses.patch, own=senses.own)
         if context.policy == "summary":
             raise MetronomeError(
                 "rollout.context.policy is summary, which the vllm engine does not carry out; take rollout.engine "
@@ -150,19 +157,26 @@ class VllmEngine:
         begin = session.computed if self.core.begun[session.slot] else 0
         tokens = session.tokens[begin:]
         starts = chunk_starts(tokens, self.vocabulary.audio)
-        turn = {
+        before = session.heard - len(starts)
+        items = [codes_item(first, codes) for first, codes in zip(starts, session.codes_since(before), strict=True)]
+        own = {k: codes for k, codes in session.own_since(before) if k < session.heard}
+        items += [own_item(starts[k - before] + AUDIO_ROWS, codes) for k, codes in own.items()]
+        for k, frames in session.frames_since(before):
+            first = starts[k - before] + AUDIO_ROWS + OWN_ROWS * (k in own)
+            items.append(patches_item(first, Patches.cut(frames, self.grammar.patch)))
+        items.sort(key=lambda item: int(item.mm_position.offset))
+        stop = list(self.grammar.stops)
+        turn = self._turn(session, self.keep_hidden)
+        self.core.add(session.slot, tokens, items, turn, max_tokens=self.grammar.max_sampled, stop=stop)
+
+    def _turn(self, session: Session, keep_hidden: bool) -> dict[str, Any]:
+        return {
             "key": session.key,
             "chunk": session.chunks,
             "temperature": session.temperature,
-            "keep_hidden": self.keep_hidden,
+            "keep_hidden": keep_hidden,
+            "free_mode": self.vocabulary.mode_id(Mode.SPEAK) if self.grammar.voice else None,
         }
-        before = session.heard - len(starts)
-        items = [codes_item(first, codes) for first, codes in zip(starts, session.codes_since(before), strict=True)]
-        for k, frames in session.frames_since(before):
-            items.append(patches_item(starts[k - before] + AUDIO_ROWS, Patches.cut(frames, self.grammar.patch)))
-        items.sort(key=lambda item: int(item.mm_position.offset))
-        stop = list(self.grammar.stops)
-        self.core.add(session.slot, tokens, items, turn, max_tokens=self.grammar.max_sampled, stop=stop)
 
     def _record(self, session: Session, tokens: list[int], record: dict[int, tuple[int, float, int, bytes]]) -> None:
         """Adds the turn's sampled tokens to the session's record."""
@@ -170,16 +184,49 @@ class VllmEngine:
             drawn, logprob, digest, hidden = record[len(session.tokens)]
             if drawn != token:
                 raise MetronomeError(f"vLLM returned token {token} where our sampler drew {drawn}")
-            session.record_token(token, row_class(i), logprob, digest)
+            session.record_token(token, self.grammar.row_class(tokens[:i]), logprob, digest)
             if self.keep_hidden:
-                session.hidden.append(torch.frombuffer(bytearray(hidden), dtype=self.core.model.dtype))
+                session.hidden.append(self._hidden(hidden))
         session.computed = len(session.tokens) - 1  # vLLM drops the last one, so it is sent again
 
     def _sample_turns(self, sessions: Sequence[Session]) -> list[Action]:
         """Runs the micro-turns that were added, records what was sampled and returns the actions."""
         slots = [session.slot for session in sessions]
         sampled = self.core.run(slots)
+        actions = [self.grammar.read(tokens) for tokens in sampled]
         for session, tokens, record in zip(sessions, sampled, self.core.records(slots), strict=True):
             self._record(session, tokens, record)
-            session.end_turn(self.grammar.read(tokens), self.grammar.forced(tokens))
-        return [session.actions[-1] for session in sessions]
+            session.tokens += self.grammar.forced(tokens)
+        if self.grammar.voice:
+            speaking = [i for i, action in enumerate(actions) if action.speaks]
+            for i, sound in zip(speaking, self._sample_sound([sessions[i] for i in speaking]), strict=True):
+                actions[i] = replace(actions[i], sound=sound)
+        for session, action in zip(sessions, actions, strict=True):
+            session.end_turn(action)
+        return actions
+
+    def _sample_sound(self, sessions: Sequence[Session]) -> list[Tensor]:
+        """As `SessionEngine._sample_sound`, by our own copy of the head. vLLM computes the hidden state of each
+        session's last row when it is asked for one more token, which is not used."""
+        if not sessions:
+            return []
+        head = self.core.model.voice_head
+        assert head is not None
+        for session in sessions:
+            tokens = session.tokens[session.computed :]
+            self.core.add(session.slot, tokens, [], self._turn(session, True), max_tokens=1, stop=[])
+        slots = [session.slot for session in sessions]
+        self.core.run(slots)
+        records = zip(sessions, self.core.records(slots), strict=True)
+        rows = [self._hidden(record[len(session.tokens)][3]) for session, record in records]
+        keys = [token_key(s.key, s.chunks, len(s.tokens), VOICE_STREAM) for s in sessions]
+        chains = draw(head, torch.stack(rows).to(self.core.model.device), torch.tensor(keys))
+        x, logprob = ops.fetch(chains.x, chains.logprob)
+        for session, chain, p, d in zip(sessions, x, logprob.tolist(), chains.digest.tolist(), strict=True):
+            session.computed = len(session.tokens)
+            session.record_voice(chain.clone(), p, d)
+        return [session.spoken[-1].sound for session in sessions]
+
+    def _hidden(self, data: bytes) -> Tensor:
+        """[D] of a record (`rollout.engines.vllm.policy.Record`)."""
+        return torch.frombuffer(bytearray(data), dtype=self.core.model.dtype)

@@ -1,4 +1,5 @@
-"""What of a chunk is no text, as vLLM's multimodal items: its dMel codes, and its video patches.
+"""What of a chunk is no text, as vLLM's multimodal items: its dMel codes, those of the model's own sound, and its video
+patches.
 
 vLLM's prefix cache compares items by their identifiers, so these are digests of all that the item holds: sessions that
 differ in one pixel share nothing from there on.
@@ -13,18 +14,29 @@ import torch
 from torch import Tensor
 
 from model.senses.video import CHANNELS, Patches
+from rollout.turn.grammar import OWN_ROWS
 
 FIELD = "address"
 """Name of the field of a multimodal item that has its data. vLLM drops the data of items whose rows have been computed,
 except items with a field called "address" (meant for items in shared memory). The data is needed when a preempted
 session is recomputed; without it vLLM fails with an encoder cache miss."""
-AUDIO, IMAGE = "audio", "image"
-"""vLLM's names of the two kinds of items; it passes the items of one kind at a time."""
+OWN_DATA_ROWS = OWN_ROWS + 1
+"""Rows of the data of an item of own sound; one of the user's sound has `AUDIO_ROWS`."""
+AUDIO, IMAGE, OWN = "audio", "image", "video"
+"""vLLM's names of the kinds of items, of which it passes one kind at a time; the last is ours for own sound."""
 
 
 def codes_item(first: int, codes: Tensor) -> Any:
     """One chunk's codes uint8 [4, 80], whose rows begin at ``first``."""
     return _item(AUDIO, first, len(codes), codes)
+
+
+def own_item(first: int, codes: Tensor) -> Any:
+    """One chunk's codes uint8 [4, 80] of the model's own sound, whose rows begin at ``first``. A row of zeros after
+    them makes them other data than the same codes of the user's sound."""
+    data = codes.new_zeros(OWN_DATA_ROWS, codes.shape[1])
+    data[: len(codes)] = codes
+    return _item(OWN, first, len(codes), data)
 
 
 def patches_item(first: int, patches: Patches) -> Any:

@@ -30,9 +30,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from model.backbone.transformer import InteractionModel
 from model.logprob import TokenClasses
 from model.senses.video import Patches
-from rollout.engines.vllm.items import AUDIO, FIELD, IMAGE, unpacked
+from rollout.engines.vllm.items import AUDIO, FIELD, IMAGE, OWN, OWN_DATA_ROWS, unpacked
 from rollout.engines.vllm.pages import PageBackend, Pages, page_spec, view_pages
-from rollout.turn.grammar import AUDIO_ROWS
+from rollout.turn.grammar import AUDIO_ROWS, OWN_ROWS
 
 MODEL_TYPE = "metronome"
 ARCHITECTURE = "MetronomePolicy"
@@ -77,10 +77,14 @@ class PolicyConfig(PretrainedConfig):
 
 class _Info(BaseProcessingInfo):
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {AUDIO: None, IMAGE: None}
+        return {AUDIO: None, IMAGE: None, OWN: None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {AUDIO: AUDIO_ROWS, IMAGE: max(1, self.ctx.model_config.hf_config.max_patches)}
+        return {
+            AUDIO: AUDIO_ROWS,
+            IMAGE: max(1, self.ctx.model_config.hf_config.max_patches),
+            OWN: OWN_ROWS,
+        }
 
 
 class _NoProcessor:
@@ -121,9 +125,14 @@ class Policy(nn.Module, SupportsMultiModal, AttentionLayerBase):
         return set()
 
     def embed_multimodal(self, **kwargs: object) -> Tensor | list[Tensor]:
-        """N items of one kind: codes uint8 [N, 4, 80] -> [N, 4, D], or packed patches uint8 [N, B], or of each item
-        uint8 [B], -> of each item [P, D]."""
+        """N items of one kind: codes uint8 [N, 4, 80] -> [N, 4, D], own sound likewise with a row more, or packed
+        patches uint8 [N, B], or of each item uint8 [B], -> of each item [P, D]."""
         data, towers = kwargs[FIELD], self.models[0].model
+        if isinstance(data, Tensor) and data.ndim == 3 and data.shape[1] == OWN_DATA_ROWS:
+            codes = data[:, :OWN_ROWS].flatten(0, 1)
+            token = torch.full((len(codes),), self.models[0].senses.own, device=codes.device)
+            rows = towers.language_model.embed_tokens(token) + towers.audio_tower(codes)
+            return rows.view(len(data), OWN_ROWS, self.width)
         if isinstance(data, Tensor) and data.ndim == 3:
             rows = towers.audio_tower(data.flatten(0, 1))
             return rows.view(*data.shape[:2], self.width)

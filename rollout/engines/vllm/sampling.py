@@ -18,6 +18,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from model.logprob import NEXT_TEXT
 from rollout.engines.vllm.policy import CACHE_LAYER, Policy
 from rollout.seeds import token_key
 from rollout.turn.grammar import row_class
@@ -32,6 +33,7 @@ class Turn:
     chunk: int
     temperature: float
     keep_hidden: bool
+    free_mode: int | None  # the mode after which no word need follow, as its token's id (`Grammar.row_class`)
     prompt_tokens: int  # number of tokens before the first sampled one
     output: list[int]  # tokens sampled so far; vLLM's own list, to which it appends
 
@@ -39,6 +41,12 @@ class Turn:
     def position(self) -> int:
         """Absolute position of the token that is sampled next."""
         return self.prompt_tokens + len(self.output)
+
+    @property
+    def row_class(self) -> int:
+        """That of the token that is sampled next."""
+        free = len(self.output) == 1 and self.output[0] == self.free_mode
+        return NEXT_TEXT if free else row_class(len(self.output))
 
 
 def _turn(params: SamplingParams, prompt: list[int] | None, output: list[int]) -> Turn:
@@ -69,7 +77,7 @@ class RowSampler(LogitsProcessor):
             return chosen
         device = logits.device
         keys = torch.tensor([token_key(t.key, t.chunk, t.position) for t in turns], device=device)
-        classes = torch.tensor([row_class(len(t.output)) for t in turns], device=device)
+        classes = torch.tensor([t.row_class for t in turns], device=device)
         token, logprob, digest = policy.classes.sample_rows(logits, keys, classes, [t.temperature for t in turns])
         chosen[torch.arange(len(turns), device=device), token] = 0.0
         assert policy.hidden is not None

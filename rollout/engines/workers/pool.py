@@ -167,7 +167,7 @@ class WorkerPool:
         try:
             episodes = unpack_episodes(reply.episodes)
             for episode, request in zip(episodes, asked.plays, strict=True):
-                check_episode(episode, request, asked, self._contract_id)
+                check_episode(episode, request, asked, self._contract_id, self._model.sound_steps)
         except ValueError as error:
             raise WorkerLost(f"answered garbage ({error})") from error
         return episodes

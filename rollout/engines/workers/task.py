@@ -19,7 +19,8 @@ from transformers import InklingConfig, PreTrainedTokenizerFast
 
 from model.config import MEL_CHANNELS
 from model.context import STOP, ContextConfig
-from rollout.record.episode import TEXT, Episode, Stream, tensors
+from model.voice.config import NUMBERS
+from rollout.record.episode import TEXT, VOICE, Episode, Stream, check_sound, check_tensors, tensors
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.turn.grammar import AUDIO_ROWS
 from rollout.world.speech import Split
@@ -109,9 +110,9 @@ def task_boundaries(plays: Sequence[PlayRequest], workers: int, slots: int) -> l
     return [starts[len(starts) * k // tasks] for k in range(tasks)] + [len(plays)]
 
 
-def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: str) -> None:
+def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: str, steps: int | None = None) -> None:
     """Raises ValueError unless the episode is of the requested play, weights and contract, and its tensors have the
-    right dtypes, shapes and ranges."""
+    right dtypes, shapes and ranges. ``steps``: of the model's chains of sound, None without a voice."""
     tokens, audio = len(episode.tokens), play.chunks * AUDIO_ROWS
     expected = {
         "scenario": play.scenario,
@@ -124,8 +125,8 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
     for name, value in expected.items():
         if getattr(episode, name) != value:
             raise ValueError(f"an episode's {name} is {getattr(episode, name)!r}, not {value!r}")
-    if list(episode.streams) != [TEXT]:
-        raise ValueError(f"an episode has the streams {list(episode.streams)}, not {[TEXT]}")
+    if list(episode.streams) not in ([TEXT], [TEXT, VOICE]):
+        raise ValueError(f"an episode has the streams {list(episode.streams)}, not {[TEXT]}, or {VOICE} after it")
     forms = {
         "tokens": (torch.int64, (tokens,)),
         "codes": (torch.uint8, (audio, MEL_CHANNELS)),
@@ -137,6 +138,8 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
         sampled = len(stream.sampled_at)
         per_token = dict.fromkeys((f"{name}.{field.name}" for field in fields(Stream)), (torch.int64, (sampled,)))
         forms |= per_token | {f"{name}.logprob": (torch.float32, (sampled,))}
+        if stream.payload is not None:
+            forms[f"{name}.payload"] = torch.float32, (sampled, 1 + (steps or 0), NUMBERS)
     for name, tensor in tensors(episode).items():
         dtype, shape = forms[name]
         if tensor.dtype != dtype or tensor.shape != shape:
@@ -150,3 +153,7 @@ def check_episode(episode: Episode, play: PlayRequest, task: Task, contract_id: 
         raise ValueError(f"an episode of {play.chunks} chunks has {len(episode.actions)} actions, {len(at)} samples")
     if not 0 < int(at.min()) <= int(at.max()) < tokens:
         raise ValueError(f"an episode samples outside its {tokens} tokens")
+    check_tensors(episode)
+    check_sound(episode, steps)
+    if (voice := episode.voice) is not None and any(not 0 < row <= tokens for row in voice.sampled_at.tolist()):
+        raise ValueError(f"an episode's sound is sampled outside its {tokens} tokens")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import noise
+from kernels.cpu.library import bind
 from tests.kernels.contract import DTYPES
 from tests.kernels.faults.cases import BY_NAME, CASES, call, same
 from tests.kernels.faults.test_memory import moved
@@ -18,3 +20,13 @@ from tests.kernels.faults.test_memory import moved
 def test_one_byte_off(name: str, dtype: torch.dtype) -> None:
     inputs = CASES[name].make(5, 11, 19, dtype)
     same(CASES[name].call({key: moved(x, 1) for key, x in inputs.items()}), call(name, inputs), name)
+
+
+def test_normal_noise_one_byte_off() -> None:
+    """No op, so no case of the list: its keys, and the native code's output."""
+    key = torch.arange(-3, 4)
+    whole = noise.normal(key, 77)
+    assert torch.equal(noise.normal(moved(key, 1), 77), whole)
+    out = moved(torch.zeros_like(whole), 1)
+    bind("normal_rows", "piip")(key.data_ptr(), len(key), 77, out.data_ptr())
+    assert torch.equal(out, whole)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kernels import dispatch, ops
 from kernels.cpu import library
+from kernels.cpu import noise as native_noise
 from kernels.cpu.dmel import transform
 from kernels.exact import roots_of_unity
 from kernels.layout import SPLIT_TOKENS, AdamWStep, DMelTables, PagedKV, Segments
 from tests.kernels.contract import DTYPES, generator, normal
-from tests.kernels.noise import words
+from tests.kernels.noise import normal_words, words
 
 Digests = dict[str, str]
 
@@ -40,7 +41,7 @@ def digests(spoil: float = 0.0) -> Digests:
             found |= _rows(f"strange 14x{cols} {short}", _strange(1, 14, cols, dtype=dtype), 1 + cols % 3)
         for window, first in ((None, 0), (70, 0), (20, 64)):
             found[f"attention window {window} first {first} {short}"] = _attention(dtype, window, first)
-    found |= _scores() | _functions() | _dmel() | _updates()
+    found |= _scores() | _functions() | _dmel() | _normal() | _updates()
     return found
 
 
@@ -191,6 +192,13 @@ def _dmel() -> Digests:
     roots, edges = torch.from_numpy(roots_of_unity(1600, 1600)), torch.linspace(1, 60, 7, dtype=torch.float64)
     tables = DMelTables(normal(41, 1600).double(), roots, first, weight, edges)
     return {"dmel": sha(transform(samples, 800, tables))}
+
+
+def _normal() -> Digests:
+    """Of normal noise: rows that leave remainders of a vector and of a block; fp64 of words of the centre and tails."""
+    key = torch.randint(-(2**63), 2**63 - 1, (3,), generator=generator(60))
+    rows = tuple(native_noise.normal(key, count) for count in (1, 3, 8, 13, 511, 512, 1045))
+    return {"normal": sha((*rows, native_noise.of_words(normal_words())))}
 
 
 if __name__ == "__main__":

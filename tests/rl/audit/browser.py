@@ -107,8 +107,10 @@ class Tab:
             self.events.append(self._read())
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
-        found = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        """The value of a JavaScript expression, awaited; a click in it is taken for a person's, who may start sound."""
+        found = self.send(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(f"{expression}: {found['exceptionDetails']}")
         return found["result"].get("value")

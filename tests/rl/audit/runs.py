@@ -27,6 +27,12 @@ RECIPE = {"name": "small", "rl.steps": STEPS, "rl.groups": 2, "rl.rollouts": 2, 
 
 SEEING = {"scenarios.families": "[lookout]", "rollout.max_patches": 4}
 """Further fields, of a run with video."""
+SPEAKING = {
+    "scenarios.families": "[repeat]",
+    "model.voice": "{width: 32, blocks: 1, steps: 2}",
+    "rollout.words_per_chunk": 1,
+}
+"""Of a run with a voice."""
 
 
 def make(runs: Path, **more: Any) -> Path:

@@ -25,7 +25,7 @@ from rl.study import matrix
 from rollout.record.episode import Episode, load_episodes
 from rollout.turn.action import Action, Mode
 from tests.model.damage import flip_bit
-from tests.rl.audit.runs import STEPS, changed, first_file, flip, tamper
+from tests.rl.audit.runs import SPEAKING, STEPS, changed, first_file, flip, make, tamper
 from tests.support.episodes import with_text
 
 Report = dict[str, Any]
@@ -223,6 +223,27 @@ def test_a_run_that_stopped_because_bits_differ(run: Path) -> None:
     report = checked(run)
     assert (report["verdict"], report["num_unequal"]) == ("identical", 0)
     assert "Step 1 was once refused, because bits differed, and taken later on." in report["gaps"]
+
+
+def test_differences_of_a_run_with_sound_are_counted_as_such(tmp_path: Path) -> None:
+    run = make(tmp_path, **SPEAKING)
+    files = sorted((run / "episodes").iterdir())
+    saved = [e for file in files for e in load_episodes(file)]
+    count = sum(len(stream.chunk) for e in saved for stream in e.streams.values())
+
+    def other_sound(e: Episode) -> Episode:
+        assert e.voice is not None
+        voice = replace(e.voice, logprob=flip(e.voice.logprob, 0))
+        return replace(e, streams=dict(e.streams) | {"voice": voice})
+
+    spoke = [(file, i) for file in files for i, e in enumerate(load_episodes(file)) if e.voice is not None]
+    tamper(spoke[0][0], other_sound, which=[spoke[0][1]])
+    report = checked(run)
+    assert report["headline"].startswith(
+        f"1 of {count:,} sampled tokens and chunks of sound differs, and 0 of {count:,}"
+    )
+    assert report["first_difference"]["token"] is None and report["diagnosis"]["first"] is None
+    assert not any("could not be explained" in gap for gap in report["gaps"])
 
 
 def test_without_a_checkpoint_nothing_of_its_step_is_claimed(run: Path) -> None:

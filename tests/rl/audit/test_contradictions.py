@@ -78,15 +78,15 @@ def test_a_run_that_its_watch_stopped_has_the_records_up_to_there(run: Path) -> 
 
 def test_not_a_number_on_both_sides_is_not_identical(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal bits, and no log-prob."""
-    scored = rescore.choice_logprobs
+    scored = rescore.all_logprobs
 
-    def nothing(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logprob, entropy, digest = scored(*arguments)
-        return torch.full_like(logprob, float("nan")), entropy, digest
+    def nothing(*arguments: Any) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Any]:
+        (logprob, entropy, digest), sound = scored(*arguments)
+        return (torch.full_like(logprob, float("nan")), entropy, digest), sound
 
     for file in (run / "episodes").iterdir():
         tamper(file, lambda e: with_text(e, logprob=torch.full_like(e.text.logprob, float("nan"))), (0, 1))
-    monkeypatch.setattr(rescore, "choice_logprobs", nothing)
+    monkeypatch.setattr(rescore, "all_logprobs", nothing)
     audit(run)
     report = json.loads((run / "audit/report.json").read_text())
     assert (report["verdict"], report["num_unequal"], report["k3"]) == ("different", tokens(run), None)

@@ -21,7 +21,7 @@ from kernels.reference import attention as reference_attention
 from model.backbone.transformer import InteractionModel
 from model.program import ranks
 from rl.audit.diagnosis import trace
-from rl.audit.diagnosis.diagnose import Diagnosis, diagnose
+from rl.audit.diagnosis.diagnose import Diagnosis, diagnose, explain
 from rl.audit.diagnosis.differences import compare_traces
 from rl.config import TrainConfig
 from rl.run import DIFFERENCE, Run
@@ -31,8 +31,9 @@ from rollout.engines.embedded import SessionEngine
 from rollout.record.episode import Episode
 from rollout.seeds import session_key
 from rollout.turn.observation import audio_observations
+from rollout.turn.vocabulary import Vocabulary
 from tests.kernels.contract import uneven
-from tests.support.models import VOCABULARY, fresh_model
+from tests.support.models import VOCABULARY, fresh_model, speaking_model
 
 CHUNKS = 16  # about 110 rows: past the first split of keys
 
@@ -67,7 +68,13 @@ def faulty(
     monkeypatch: pytest.MonkeyPatch, model: InteractionModel, layer: int, block: str, op: str, fault: Callable[..., Any]
 ) -> None:
     """Puts ``fault`` in the place of a backend's op, within one block of one layer."""
-    part, honest = getattr(model.layers[layer], block), getattr(dispatch.backend(), op)
+    spoiled(monkeypatch, getattr(model.layers[layer], block), op, fault)
+    model.repack()  # which looks the forwards up
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, part: Any, op: str, fault: Callable[..., Any]) -> None:
+    """Puts ``fault`` in the place of a backend's op, within one module."""
+    honest = getattr(dispatch.backend(), op)
     forward, inside = part.forward, [False]
 
     def marked(*arguments: Any) -> Tensor:
@@ -82,7 +89,6 @@ def faulty(
     either.__module__, either.__name__ = fault.__module__, fault.__name__
     monkeypatch.setattr(part, "forward", marked)
     monkeypatch.setattr(dispatch.backend(), op, either)
-    model.repack()  # which looks the forwards up
 
 
 def naive_linear(honest: Callable[..., Tensor], x: Tensor, packed: PackedLinear, out_dtype: torch.dtype) -> Tensor:
@@ -258,3 +264,110 @@ def test_a_run_that_stops_leaves_the_diagnosis(
     assert (report["verdict"], report["num_unequal"]) == ("different", counts.num_unequal)
     assert report["rows_unequal"] == counts.rows_unequal > 0
     assert report["diagnosis"]["first"] == difference["first"]
+
+
+@pytest.fixture
+def speaker() -> InteractionModel:
+    return speaking_model()
+
+
+def spoken(model: InteractionModel) -> list[Episode]:
+    """Sessions of a model with a voice, all of which hear themselves. Some have sound in the last chunk, on whose last
+    rows no token depends, and some not."""
+    engine = SessionEngine(model, Vocabulary.of(model), slots=6, max_tokens=200)
+    names = [f"noise/train/{i}" for i in range(6)]
+    sessions = [engine.open(session_key(0, name, 0)) for name in names]
+    for chunk in torch.randn(5, 6, 3200, generator=torch.Generator().manual_seed(0)) / 10:
+        engine.append(sessions, audio_observations(chunk))
+    return [s.episode(scenario=n, rollout=0, seed=0, facts={}) for s, n in zip(sessions, names, strict=True)]
+
+
+def ends_in_sound(episode: Episode) -> bool:
+    return episode.voice is not None and bool(episode.voice.sampled_at[-1] > episode.text.sampled_at[-1])
+
+
+def evidence_of(model: InteractionModel, episodes: list[Episode]) -> Evidence:
+    weights = [torch.ones(len(e.text.chunk)) for e in episodes]
+    sound = [torch.ones(len(e.voice.chunk)) for e in episodes if e.voice is not None]
+    classes = Vocabulary.of(model).classes
+    g = gradient_of(model, episodes, weights, classes, 1.0, 3, sound_weights=sound)
+    return Evidence(0, episodes, *g.choices(), 3)
+
+
+def found(model: InteractionModel, evidence: Evidence) -> Diagnosis:
+    diagnosis, failure = explain(model, evidence)
+    assert diagnosis is not None and failure == "", failure
+    return diagnosis
+
+
+def ulp_in_the_learner(honest: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+    out = honest(x, *more)
+    return torch.nextafter(out, out + 1) if torch.is_grad_enabled() else out
+
+
+def test_a_healthy_model_with_a_voice_differs_in_no_op(speaker: InteractionModel) -> None:
+    episodes, classes = spoken(speaker), Vocabulary.of(speaker).classes
+    assert {(ends_in_sound(e), len(e.own) > 0) for e in episodes} >= {(True, True), (False, True)}
+    for i, episode in enumerate(episodes):
+        ways = [trace.sampler(speaker, episodes, i, classes), trace.sampler(speaker, [episode], 0, classes)]
+        ways += [trace.learner(speaker, episodes, i, classes), trace.learner(speaker, [episode], 0, classes)]
+        for way in ways:
+            compared = compare_traces(ways[0], way)
+            assert [op.name for op in compared if op.rows_unequal] == []
+            assert len(compared) == len(ways[0].entries) == len(way.entries)
+            assert (f"audio_tower.norm (rms_norm){trace.OF_OWN}" in way.entries) == (len(episode.own) > 0)
+            if (voice := episode.voice) is not None:
+                assert torch.equal(way.entries[trace.SOUND_LOGPROB].rows[:, 0], voice.logprob)
+                assert torch.equal(way.entries[trace.SOUND_DIGEST].rows[:, 0], voice.digest)
+            assert torch.equal(way.entries[trace.LOGPROB].rows[:, 0], episode.text.logprob)
+
+
+@pytest.mark.parametrize("name", ["text", "voice"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_changed_record_of_a_voice_is_called_so(speaker: InteractionModel, name: str, last: bool) -> None:
+    episodes = spoken(speaker)
+    evidence = evidence_of(speaker, episodes)
+    which = next(i for i, e in enumerate(episodes) if ends_in_sound(e) == last and len(e.own))
+    stream = episodes[which].streams[name]
+    logprob = stream.logprob.clone()
+    logprob[-1] = torch.nextafter(logprob[-1], torch.tensor(0.0))
+    changed = replace(episodes[which], streams=dict(episodes[which].streams) | {name: replace(stream, logprob=logprob)})
+    diagnosis = found(speaker, replace(evidence, episodes=[*episodes[:which], changed, *episodes[which + 1 :]]))
+    assert diagnosis.episode == changed.name and (diagnosis.token is None) == (name == "voice")
+    assert diagnosis.first is None and diagnosis.suspects[0].startswith("what the sampler stored")
+    assert diagnosis.sentence().startswith("Replayed, all activations agree.")
+    assert ("flow head" in diagnosis.sentence()) == (name == "voice")
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_faults_of_the_backbone_and_the_flow_head_of_a_voice(
+    speaker: InteractionModel, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    episodes = [e for e in spoken(speaker) if ends_in_sound(e) == last]
+    assert len(episodes) > 1 and all(len(e.own) for e in episodes)
+    assert speaker.voice_head is not None
+    with monkeypatch.context() as patch:
+        spoiled(patch, speaker.voice_head.layers[0], "gelu", ulp_in_the_learner)
+        diagnosis = found(speaker, evidence_of(speaker, episodes))
+    assert diagnosis.token is None and diagnosis.first is not None
+    assert diagnosis.first.name == "voice_head.blocks.0 (gelu)"
+    with monkeypatch.context() as patch:
+        faulty(patch, speaker, 1, "self_attn", "attention", ulp_in_the_learner)
+        diagnosis = found(speaker, evidence_of(speaker, episodes))
+    assert diagnosis.token is not None and diagnosis.first is not None
+    assert diagnosis.first.name == "layers.1.self_attn (attention)"
+
+
+def test_a_fault_in_what_a_model_hears_of_itself(speaker: InteractionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower computes the user's sound right, and the model's own wrong."""
+    episodes = [next(e for e in spoken(speaker) if ends_in_sound(e) and len(e.own))]
+    own = episodes[0].own
+
+    def fault(honest: Callable[..., Tensor], codes: Tensor, *more: Any) -> Tensor:
+        out = honest(codes, *more)
+        return out * 2 if torch.is_grad_enabled() and torch.equal(codes, own) else out
+
+    spoiled(monkeypatch, speaker.model.audio_tower, "embedding_sum", fault)
+    diagnosis = found(speaker, evidence_of(speaker, episodes))
+    assert diagnosis.first is not None
+    assert diagnosis.first.name == f"audio_tower.embed_audio_tokens.embed_audio_tokens (embedding_sum){trace.OF_OWN}"

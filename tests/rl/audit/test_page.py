@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl.audit import sounds
 from rl.audit.compare import compare_runs
 from rl.audit.records import Records, read
 from rl.audit.replay.rescore import CheckedEpisode, CheckedStep, rescore
 from rl.audit.report import audit, run_page
+from rollout.heard import both_sides, user_sound
 from rollout.record.episode import load_episodes
 from rollout.turn.action import Action, Mode
+from rollout.world.speech import SpeechBank
 from tests.rl.audit.browser import Tab, chromium, tab
-from tests.rl.audit.runs import SEEING, first_file, flip, make, record, tamper
+from tests.rl.audit.runs import SEEING, SPEAKING, first_file, flip, make, record, tamper
 from tests.support.episodes import with_text
 
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (1920, 1080)}
@@ -90,6 +93,111 @@ def test_the_frames_that_were_seen(browser: Tab, tmp_path: Path) -> None:
     assert torch.equal(levels, shown[8].view(-1, 3)) and not torch.equal(levels, shown[0].view(-1, 3))
     assert "a frame" in browser.run("document.querySelector('.detail .readout').textContent")
     assert quiet(browser)
+
+
+@pytest.fixture(scope="module")
+def aloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run with a voice, with room for the sound of two of its eight episodes."""
+    run = make(tmp_path_factory.mktemp("speaking"), **SPEAKING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sounds, "MOST_CHUNKS", 80)
+        audit(run)
+    return run / "audit/report.html"
+
+
+AUDIO = "document.querySelector('.detail audio')"
+BUTTON = "document.querySelector('.detail .player button')"
+READOUT = "document.querySelector('.detail .readout')"
+
+
+def chunk_read(browser: Tab) -> int:
+    """The chunk at which the cursor is, by what is said of it; its rectangle is there, too."""
+    found = int(browser.run(f"{READOUT}.textContent").split()[1].rstrip(","))
+    assert browser.run("document.querySelector('.grid .pick').x.baseVal.value / (document.querySelector('.grid svg')"
+                       ".clientWidth / 40)") == pytest.approx(found)  # fmt: skip
+    return found
+
+
+def test_both_sides_are_heard_and_the_cursor_runs_with_them(browser: Tab, aloud: Path, tmp_path: Path) -> None:
+    browser.open(aloud)
+    browser.settle()
+    assert "Left the user, right the model" in browser.run("document.querySelector('.player').innerText")
+    seconds = browser.run(f"new Promise(done => {{ const a = {AUDIO}; const go = () => done(a.duration);"
+                          "if (a.readyState) go(); else a.addEventListener('loadedmetadata', go); })")  # fmt: skip
+    assert seconds == pytest.approx(41 * 0.2 + 0.03), "a chunk more, for what is said in the last, and its end"
+    seek = f"new Promise(done => {{ {AUDIO}.onseeked = done; {AUDIO}.currentTime = %s; }}).then(() => 0)"
+    for time_s, chunk in ((3.3, 16), (0.1, 0), (7.99, 39), (8.2, 39)):
+        browser.run(seek % time_s)
+        assert chunk_read(browser) == chunk
+    browser.run(seek % 1.0)
+    browser.run(f"{BUTTON}.click()")
+    browser.run(f"new Promise(done => {{ const wait = () => {AUDIO}.currentTime > 1.5 ? done(0) : setTimeout(wait, 20);"
+                "wait(); })")  # fmt: skip
+    assert browser.run(f"{BUTTON}.textContent") == "⏸ Pause"
+    now = browser.run(f"(({BUTTON}.click()), {AUDIO}.currentTime)")
+    browser.settle()
+    assert 1.5 < now < 5 and abs(chunk_read(browser) - now * 5) <= 2
+    assert browser.run(f"{AUDIO}.currentTime") == pytest.approx(now, abs=0.1), "it pauses"
+    assert "Play" in browser.run(f"{BUTTON}.textContent")
+    browser.run("document.querySelector('.lanes').focus()")
+    browser.press("Home")
+    assert browser.run(f"{AUDIO}.currentTime") == 0, "the cursor chooses where the sound goes on"
+    browser.press("ArrowRight")
+    assert browser.run(f"{AUDIO}.currentTime") == pytest.approx(0.2)
+    assert quiet(browser)
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    browser.screenshot(tmp_path / "aloud.png", whole=True)
+
+
+def test_both_sides_are_the_episodes(browser: Tab, aloud: Path) -> None:
+    """As the browser decodes them, they are what `rollout.listen` writes, but for what MP3 loses."""
+    browser.open(aloud)
+    browser.settle()
+    name = browser.run("document.querySelector('.detail h3').textContent").split(",")[0]
+    records = read(aloud.parent.parent)
+    assert records.scenarios is not None
+    stored = [e for files in records.episodes.values() for path in files for e in load_episodes(path)]
+    one, bank = next(e for e in stored if e.name == name), SpeechBank.open()
+    sides = both_sides(one, lambda e: user_sound(e, records.scenarios, bank)).stereo.T
+    decoded = browser.run(
+        f"(async () => {{ const text = atob({AUDIO}.src.split(',')[1]),"
+        "bytes = Uint8Array.from(text, c => c.charCodeAt(0)),"
+        "sound = await new OfflineAudioContext(2, 1, 16000).decodeAudioData(bytes.buffer);"
+        "return [0, 1].map(side => [...sound.getChannelData(side)]); })()"
+    )
+    heard = torch.tensor(decoded)
+    assert heard.shape == sides.shape
+    for side, other in ((0, 1), (1, 0)):
+        lost = (heard[side] - sides[side]).square().mean() / sides[side].square().mean()
+        assert lost < 0.05
+        wrong = (heard[side] - sides[other]).square().mean() / sides[other].square().mean()
+        assert wrong > 0.5, "the control: the other side"
+        late = (heard[side, 8:] - sides[side, :-8]).square().mean() / sides[side].square().mean()
+        assert late > 2 * lost, "the control: half a millisecond late"
+
+
+def test_where_no_sound_is_the_page_says_so(browser: Tab, aloud: Path, page: Path) -> None:
+    browser.open(aloud)
+    browser.settle()
+    show = "(() => {{ const e = document.querySelector('option[value=sound]').parentNode; e.value = '{}';" + (
+        "e.dispatchEvent(new Event('change')); }})()"
+    )
+    for kind, rows in (("sound", 2), ("all", 8)):
+        browser.run(show.format(kind))
+        assert browser.run("document.querySelectorAll('table.rows tbody tr').length") == rows
+    browser.run(f"{BUTTON}.click()")
+    browser.run(f"window.before = {AUDIO}")
+    browser.run("document.querySelectorAll('table.rows button')[5].click()")
+    browser.settle()
+    assert browser.run(f"{AUDIO} === null && {BUTTON} === null && before.paused"), "another episode ends the sound"
+    assert "python -m rollout.listen renders it" in browser.run("document.querySelector('.detail').innerText")
+    assert quiet(browser)
+    browser.open(page)
+    browser.settle()
+    assert browser.run(f"{AUDIO} === null && {BUTTON} === null")
+    assert "listen renders" not in browser.run("document.querySelector('.detail').innerText")
+    with_sound, without = ('"sound":1' in path.read_text() for path in (aloud, page))
+    assert with_sound and not without
 
 
 def test_what_devtools_would_have_seen(browser: Tab, page: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.errors import MetronomeError
 from kernels.reference import naive
 from model.backbone.state import SessionState
 from model.backbone.transformer import InteractionModel
@@ -37,6 +38,7 @@ from rollout.turn.observation import Observation
 from rollout.world.base import Scenario, User
 from tests.kernels.contract import uneven
 from tests.support.episodes import with_text
+from tests.support.models import speaking_model
 
 CHUNKS = 14
 
@@ -234,6 +236,26 @@ def test_both_commands_fail_on_a_mismatch(
         main(arguments)  # without the option the status is 0
         with pytest.raises(SystemExit, match=str(status)) if status else nullcontext():
             main([*arguments, "--fail-on", "mismatch"])
+
+
+def test_a_model_with_a_voice_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: the same model without a voice is not."""
+
+    class BegunError(Exception):
+        pass
+
+    def begun(*_: object) -> None:
+        raise BegunError
+
+    monkeypatch.setattr(matrix, "load_variants", begun)
+    checkpoint.save(speaking_model(), tmp_path / "model")
+    with pytest.raises(MetronomeError, match=r"has a voice, and the matrix compares only tokens: .* --run") as said:
+        command.measure(tmp_path / "model", tmp_path / "out", "cpu")
+    assert "\n" not in str(said.value) and not list(tmp_path.glob("out/*.json"))
+    with pytest.raises(BegunError):
+        command.measure(folder, tmp_path / "out", "cpu")
 
 
 @pytest.mark.slow
