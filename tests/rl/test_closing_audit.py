@@ -32,8 +32,8 @@ def other_saved(path, episodes):
     first, *rest = episodes
     save(path, [with_text(first, logprob=flip(first.text.logprob, 0)), *rest] if "rank_1" in path.name else episodes)
 
-def other_learned(*arguments):
-    honest = gradient(*arguments)
+def other_learned(*arguments, **more):
+    honest = gradient(*arguments, **more)
     return replace(honest, logprob=flip(honest.logprob, 0)) if ranks.rank() == 1 else honest
 
 def main():

@@ -22,6 +22,7 @@ CASES = {
     "hub.private": [("false", [], ["--hub.repo", "a/b"])],
     "hub.every": [("checkpoint", [], ["--hub.repo", "a/b"])],
     "hub.timeout_s": [("60", [], ["--hub.repo", "a/b"])],
+    "model.voice": [("{}", ["--model.checkpoint", "m"], [])],
     "source.watch": [("{patience: 3}", [], ["--source.models", "[m]", "--source.rewards", "learned"])],
     "eval.during": [("9", ["--eval.scenarios", "8"], ["--eval.scenarios", "9"])],
 }
