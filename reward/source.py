@@ -25,7 +25,7 @@ from model.weights.checkpoint import weights_digest
 from reward.learned.model import RewardModel, check_silent
 from reward.score import score
 from reward.study.overoptimisation import WatchConfig
-from reward.voice.listener import UNDERSTOOD, Listener, Word
+from reward.voice.listener import UNDERSTOOD, Listener
 from rollout.record.episode import Episode
 from rollout.scenarios.registry import ScenarioConfig
 from rollout.scenarios.verdict import Score
@@ -66,7 +66,6 @@ class Judged:
     rules: list[Rewards]  # [E] by the rules
     proxy: list[Rewards]  # [E] by the reward models; empty without any
     acting: list[list[Rewards]]  # [sources, E] those that RL learns from
-    words: list[list[Word]]  # [E] what was said aloud, and understood of it; empty without a listener
 
 
 class RewardSource:
@@ -129,21 +128,17 @@ class RewardSource:
     def judge(self, episodes: Sequence[Episode]) -> Judged:
         """Raises what `reward.score.score` raises."""
         scores = [score(e.family, e.facts, e.actions, self._scenarios) for e in episodes]
-        heard = [self._listen(episode) for episode in episodes]
         rules = [
-            Rewards({axis: as_tensor(values) for axis, values in s.rewards.items()} | more)
-            for s, (more, _) in zip(scores, heard, strict=True)
+            Rewards({axis: as_tensor(values) for axis, values in s.rewards.items()} | self._listen(e))
+            for s, e in zip(scores, episodes, strict=True)
         ]
         proxy = self.learned(episodes, [e.family for e in episodes])
         acting = {"rules": [rules], "learned": [proxy], "both": [rules, proxy]}[self._rewards]
-        return Judged(scores, rules, proxy, acting, [words for _, words in heard])
+        return Judged(scores, rules, proxy, acting)
 
-    def _listen(self, episode: Episode) -> tuple[dict[str, Tensor], list[Word]]:
+    def _listen(self, episode: Episode) -> dict[str, Tensor]:
         listener = self._listeners.get(episode.family)
-        if listener is None:
-            return {}, []
-        rewards, words = listener.rewards(episode.actions)
-        return {UNDERSTOOD: rewards}, words
+        return {} if listener is None else {UNDERSTOOD: listener.rewards(episode.actions)}
 
     def learned(self, episodes: Sequence[Conversation], families: Sequence[str]) -> list[Rewards]:
         """The reward models' rewards of E episodes or transcripts, on the axes of their ``families`` [E]; empty without

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import MetronomeError
-from model.placement import Placement, PlacementConfig
+from model.placement import PlacementConfig
 from model.program.files import write_json, write_whole
 from model.program.outputs import OutputFile
 from model.program.ranges import FilePath, FilePaths, Range, Some, Steps
@@ -35,11 +35,9 @@ from reward.source import RewardSource, SourceConfig
 from reward.study.bestofn import Pick, curve, mean
 from rl.config import TrainConfig
 from rl.display import Display
-from rl.folder import RunFolder
-from rl.train import parse
+from rl.stored import opened
 from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
-from rollout.scenarios.registry import shipped_only
 from rollout.world.speech import SpeechBank
 
 
@@ -87,16 +85,10 @@ def table(picks: Sequence[Pick]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     given = read_recipe("rl.bestofn", "The best-of-n curve of reward models.", BestOfNConfig, arguments).config
-    run = Path(given.run)
-    if not (run / "config.yaml").is_file():
-        raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
-    with shipped_only("--trust-families true", unless=given.trust_families):
-        config, _, _ = parse(["--config", str(run / "config.yaml")], past=True)
-    Placement.enter(given.placement, config.model.dtype)
+    config, folder = opened(given.run, given.placement, given.trust_families)
     source = RewardSource.load(config.scenarios, SourceConfig(models=given.models or config.source.models))
     if not source.models:
-        raise MetronomeError(f"the run {run} has no reward models of its own: name some by --models")
-    folder = RunFolder(run, [])
+        raise MetronomeError(f"the run {given.run} has no reward models of its own: name some by --models")
     path = folder.latest_checkpoint()[1] if given.step is None else folder.checkpoint_path(given.step)
     policy = checkpoint.load(path / "model", keep_weights=False)
     source.check_policy(policy)

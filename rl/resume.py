@@ -35,7 +35,7 @@ from rl.learner.deepspeed import Learner
 from rl.step.credit import Scales
 from rl.step.identity import Mismatch
 from rollout.scenarios.registry import SHIPPED, ScenarioConfig
-from rollout.world.lexicon import Lexicon
+from rollout.world.lexicon import lexicon
 from rollout.world.speech import SpeechBank
 
 PROGRESS = "progress.json"
@@ -190,7 +190,7 @@ def finished(config: TrainConfig) -> str:
 
 def recordings(scenarios: ScenarioConfig, bank: SpeechBank) -> str:
     """The digest of all sound that a run is made of: the users' speech and, where words are said aloud, theirs."""
-    return bank.digest() + (Lexicon.open().digest() if scenarios.aloud else "")
+    return bank.digest() + (lexicon().digest() if scenarios.aloud else "")
 
 
 def check_same(

@@ -38,16 +38,13 @@ def check_fits(config: TrainConfig, resumed: Path | None = None) -> None:
     shape = give(shape, rollout.context)
     speaks = voice(shape) is not None
     check_voice(config, speaks)
-    if speaks:
+    if speaks or rollout.context.policy == "summary":
         tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
         vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
-        rollout.grammar(vocabulary, senses(shape))  # raises for a token of own sound that stands for something else
+        rollout.grammar(vocabulary, senses(shape))  # raises for a token of own sound, or a budget, that will not do
     longest = config.scenarios.most_chunks, rollout.words_per_chunk, rollout.extra + OWN_ROWS * speaks
     rows = context_rows(*longest)
     if rollout.context.policy == "summary":
-        tokenizer = None if path is None else checkpoint.tokenizer_of(resumed or path)
-        vocabulary = Vocabulary.build(size(tokenizer) if tokenizer else shape.text_config.vocab_size, tokenizer)
-        rollout.grammar(vocabulary, senses(shape))  # raises for a budget that holds no summary
         rows = min(rows, rollout.context.budget)
         if rows > rollout.max_tokens:
             raise MetronomeError(
@@ -101,8 +98,9 @@ def check_voice(config: TrainConfig, speaks: bool) -> None:
     """Raises MetronomeError for settings of a voice where the model has none (``speaks``), for sequence parallelism
     where it has one, and where a warm start would show sound to a model that has no voice, or no sound to one that
     has."""
+    aloud = config.scenarios.aloud
     for name in config.scenarios.members if config.warmstart.steps else ():
-        sounds = name in config.scenarios.aloud
+        sounds = name in aloud
         if sounds and not speaks:
             raise MetronomeError(
                 f"recipe: demonstrations of {name} have sound, and the model has no voice: "

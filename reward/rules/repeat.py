@@ -42,7 +42,6 @@ from rollout.scenarios.repeat import (
     RepeatExpert,
     RepeatFacts,
     RepeatScenario,
-    lexicon,
     repeat,
     said,
     sound_of,
@@ -51,6 +50,7 @@ from rollout.scenarios.verdict import CONTENT, TIMING, Event, Outcome, Score, as
 from rollout.turn.action import LISTEN, Action
 from rollout.turn.utterance import Utterance, heard
 from rollout.world.base import Script, User
+from rollout.world.lexicon import lexicon
 
 VOICE = "voice"
 """The axis of how a word sounds: its level, and its distance from the lexicon's sound."""

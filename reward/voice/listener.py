@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.voice.level import louder, loudness_db
+from model.voice.level import loudness_db
 from model.voice.sound import render
 from reward.voice.recognise import Recogniser
 from rollout.turn.action import Action
 from rollout.turn.utterance import Utterance, heard
-from rollout.world.lexicon import Lexicon
+from rollout.world.lexicon import lexicon
 
 UNDERSTOOD = "understood"
 """The axis of the reward."""
 ITERATIONS = 16
-"""Of Griffin-Lim: of the 30 words of family repeat at -28 dB, all are understood with 16 as with 32, 29 with 8."""
+"""Of Griffin-Lim: of the 30 words of family repeat at -28 dB, 29 are understood with 16 as with 8, and 30 with 32."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,9 @@ class Listener:
         Raises `RecogniserError` without pocketsphinx and for a word that it does not know, `LexiconError` for one that
         the lexicon lacks."""
         self.audible_db = audible_db
-        self._lexicon = Lexicon.open()
         self.recogniser = Recogniser(words)
         for word in words:
-            self._lexicon.target(word)
+            lexicon().target(word)
 
     def words(self, actions: Sequence[Action], parts: bool = True) -> list[Word]:
         """The words of an episode of which something is heard, in order: actions [chunks] -> words. What is said
@@ -65,13 +64,13 @@ class Listener:
         asked about words that are not whole."""
         return [self._word(u, sound, parts) for u, sound in sounds(actions, self.audible_db) if self._may_be(u)]
 
-    def rewards(self, actions: Sequence[Action]) -> tuple[Tensor, list[Word]]:
-        """(the reward of each chunk, fp32 [chunks], the words)."""
-        rewards, words = torch.zeros(len(actions)), self.words(actions, parts=False)
-        for word in words:
+    def rewards(self, actions: Sequence[Action]) -> Tensor:
+        """The reward of each chunk, fp32 [chunks]."""
+        rewards = torch.zeros(len(actions))
+        for word in self.words(actions, parts=False):
             if word.whole and not word.right:
                 rewards[word.end - 1] -= 1.0
-        return rewards, words
+        return rewards
 
     def _may_be(self, utterance: Utterance) -> bool:
         return len(utterance.words) == 1 and utterance.words[0] in self.recogniser.words
@@ -85,9 +84,8 @@ class Listener:
     def _due(self, word: str, level: float) -> int:
         """From the first to the last one that is heard, the chunks of the lexicon's sound of a word, the loudest of
         them at ``level`` dB."""
-        target = self._lexicon.target(word)
-        levels = [loudness_db(chunk) for chunk in louder(target, level - max(map(loudness_db, target)))]
-        found = [i for i, one in enumerate(levels) if one >= self.audible_db] or [0]
+        due = lexicon().at(word, level)
+        found = [i for i, chunk in enumerate(due) if loudness_db(chunk) >= self.audible_db] or [0]
         return found[-1] - found[0] + 1
 
 

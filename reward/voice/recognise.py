@@ -6,8 +6,8 @@ lexicon's recordings themselves it understands about a half.
 
 pocketsphinx is an optional package (``pip install -e '.[voice]'``), loaded when a `Recogniser` is made. It carries its
 acoustic model; nothing is downloaded. Each sound is heard by itself: its front end starts anew, so that an answer does
-not depend on what was heard before (tested). Its arithmetic is its own, in fp32 with libm's
-functions: no promise that two machines understand the same.
+not depend on what was heard before (tested). Its arithmetic is its own, in fp32 with libm's functions: no promise that
+two machines understand the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUIET_S = 0.3
 NOISE = 50
 """Largest sample, of 16 bits, of the noise that is added: -61 dB, as of a quiet room. The recogniser subtracts the mean
 cepstrum of the whole utterance, which perfect silence spoils. Of the 32 recordings in ``python -m reward.voice.table``
-it understands 26 with noise of 1, 29 with 10, 31 with 50, 30 with 200; it was chosen by these."""
+it understands 26 with noise of 1, 29 with 10, 32 with 50, 28 with 200; it was chosen by these."""
 
 
 class RecogniserError(MetronomeError):

@@ -76,9 +76,7 @@ def token_weights(
     advantages = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]
     of_sound = [torch.zeros(len(e.actions), dtype=torch.float64) for e in episodes]  # with `sound_axes`
     terms: dict[str, Term] = {}
-    parts: list[
-        tuple[str, str, int, Tensor, float]
-    ] = []  # of each group: term, axis, first episode, advantages, weight
+    parts: list[tuple[str, str, int, Tensor, float]] = []  # a group's term, axis, first episode, advantages, weight
     for source, rewards in enumerate(acting):
         for first in range(0, len(episodes), config.rollouts):
             group = slice(first, first + config.rollouts)

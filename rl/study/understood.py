@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import MetronomeError
-from model.placement import Placement, PlacementConfig
+from model.placement import PlacementConfig
 from model.program.files import write_json
 from model.program.outputs import OutputFile
 from model.program.ranges import Distinct, FilePath, Length, Some, Steps
@@ -38,12 +38,10 @@ from reward.score import score
 from reward.source import listeners
 from reward.voice.listener import ITERATIONS, Listener, Word, sounds
 from rl.config import TrainConfig
-from rl.folder import RunFolder
-from rl.train import parse
+from rl.stored import opened
 from rollout.engines.embedded import SessionEngine
 from rollout.play import Play, play
 from rollout.record.episode import Episode
-from rollout.scenarios.registry import shipped_only
 from rollout.world.speech import SpeechBank
 
 
@@ -53,9 +51,7 @@ class UnderstoodConfig:
 
     run: FilePath  # folder of the run whose policies speak, by that run's recipe
     json: Annotated[str, OutputFile()]  # for the results
-    steps: Annotated[
-        tuple[Steps, ...], Length(0, 100), Distinct()
-    ] = ()  # of its checkpoints; the first and the newest by default
+    steps: Annotated[tuple[Steps, ...], Length(0, 100), Distinct()] = ()  # checkpoints; the first and newest by default
     scenarios: Some = 96  # held-out, of each family in which something is said aloud
     free: bool = True  # decode freely, too, which takes ten times as long
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -158,19 +154,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     given = read_recipe("rl.study.understood", "How well a policy is understood.", UnderstoodConfig, arguments).config
-    run = Path(given.run)
-    if not (run / "config.yaml").is_file():
-        raise MetronomeError(f"run: {run} is not a run's folder (no config.yaml)")
-    with shipped_only("--trust-families true", unless=given.trust_families):
-        config, _, _ = parse(["--config", str(run / "config.yaml")], past=True)
-    Placement.enter(given.placement, config.model.dtype)
+    config, folder = opened(given.run, given.placement, given.trust_families)
     ears = listeners(config.scenarios)
-    folder = RunFolder(run, [])
     steps = given.steps or tuple(sorted({0, folder.latest_checkpoint()[0]}))
     paths = [folder.checkpoint_path(step) / "model" for step in steps]
     for step, path in zip(steps, paths, strict=True):
         if not path.is_dir():
-            raise MetronomeError(f"steps: {run} has no checkpoint of step {step}")
+            raise MetronomeError(f"steps: {given.run} has no checkpoint of step {step}")
     bank = SpeechBank.open(config.speech_dir)
     rows = []
     for step, path in zip(steps, paths, strict=True):
@@ -186,5 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"Step {last.step}, {last.family}: {len(last.by_word)} words; fewest understood: "
         + ", ".join(f"{w} {r}/{n}" for w, (n, r) in sorted(last.by_word.items(), key=lambda x: x[1][1] / x[1][0])[:8])
     )
-    write_json(Path(given.json), {"run": str(run), "scenarios": given.scenarios, "rows": [asdict(row) for row in rows]})
+    write_json(
+        Path(given.json), {"run": given.run, "scenarios": given.scenarios, "rows": [asdict(row) for row in rows]}
+    )
     print(f"written to {given.json}")

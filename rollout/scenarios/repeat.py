@@ -26,13 +26,12 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.program.ranges import Ascending, Distinct, Few, FewPair, Length, Probability, Range, SomeChunks, Text
-from model.voice.level import louder, loudness_db
 from rollout.seeds import generator
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, Mode
 from rollout.turn.observation import Observation
 from rollout.turn.utterance import audible
 from rollout.world.base import ChunkIndex, Mistakes, Scenario, Span, User
-from rollout.world.lexicon import WORDS_FOLDER, Lexicon
+from rollout.world.lexicon import WORDS_FOLDER, lexicon
 from rollout.world.sound import GainPair, Track, amplitude, background
 from rollout.world.speech import Clip, SpeechBank, Split, pick
 
@@ -94,12 +93,6 @@ class RepeatConfig:
         return min(0.0, max(self.audible_db, self.softest_db + self.rise * (noise_db - min(self.noise_db))))
 
 
-@cache
-def lexicon() -> Lexicon:
-    """The sounds of words, read once per process."""
-    return Lexicon.open()
-
-
 _recordings = cache(lambda: SpeechBank.open(WORDS_FOLDER))
 
 
@@ -109,15 +102,9 @@ def saying(word: str, bank: SpeechBank) -> tuple[Clip, ...]:
     return own or _recordings().saying(word)
 
 
-@cache
-def level_db(word: str) -> float:
-    """Level of the loudest chunk of a word's sound in the lexicon."""
-    return max(float(loudness_db(chunk)) for chunk in lexicon().target(word))
-
-
 def sound_of(word: str, level: float) -> tuple[Tensor, ...]:
     """The lexicon's sound of a word, its loudest chunk at ``level`` dB: chunks fp32 [FRAMES, BANDS]."""
-    return louder(lexicon().target(word), level - level_db(word)).unbind()
+    return lexicon().at(word, level).unbind()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ equal digests, equal numbers, on every machine (`model.voice.mel`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from kernels.errors import MetronomeError
 from model.program.ranges import shown
+from model.voice.level import louder, loudness_db
 from model.voice.mel import CHUNK_SAMPLES, FRAMES, HOP, mel_chunks
 from rollout.world.speech import DEFAULT_FOLDER, SpeechBank, normalise
 
@@ -41,6 +43,7 @@ class Lexicon:
         for word, target in targets.items():
             check_target(word, target)
         self._targets = MappingProxyType(dict(targets))
+        self._levels: dict[str, float] = {}  # `level_db` of the words that were asked for
 
     @classmethod
     def open(cls, folders: Sequence[str | Path] = (WORDS_FOLDER, DEFAULT_FOLDER)) -> Lexicon:
@@ -72,6 +75,17 @@ class Lexicon:
             )
         return self._targets[plain[0]]
 
+    def level_db(self, word: str) -> float:
+        """Level of the loudest chunk of a word's target, of full scale. Raises as `target` does."""
+        if word not in self._levels:
+            self._levels[word] = max(map(loudness_db, self.target(word)))
+        return self._levels[word]
+
+    def at(self, word: str, level_db: float) -> Tensor:
+        """A word's target, made so loud that its loudest chunk has that level: fp32 [n, 20, 80]. Raises as `target`
+        does."""
+        return louder(self.target(word), level_db - self.level_db(word))
+
     def digest(self) -> str:
         """16 hexadecimal digits of all words and targets."""
         digest = blake2b(digest_size=8)
@@ -80,6 +94,12 @@ class Lexicon:
             digest.update(f"{word}\n{len(target)}\n".encode())
             digest.update(target.numpy().tobytes())
         return digest.hexdigest()
+
+
+@cache
+def lexicon() -> Lexicon:
+    """The shipped sounds of words, read once per process."""
+    return Lexicon.open()
 
 
 def check_target(word: str, target: Tensor) -> None:

@@ -21,9 +21,10 @@ from rl.study.understood import Share, measure, table
 from rl.train import parse
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.scenarios.repeat import WORDS, lexicon, said, sound_of
+from rollout.scenarios.repeat import WORDS, said, sound_of
 from rollout.seeds import generator
 from rollout.turn.action import GO_ON, LISTEN, Action, speak
+from rollout.world.lexicon import lexicon
 from rollout.world.speech import SpeechBank
 from tests.support.episodes import some_episode
 
@@ -54,7 +55,7 @@ def aloud(word: str, chunks: int | None = None) -> list[Action]:
 def test_the_words_and_their_cost(ear: Listener) -> None:
     four, seven = (len(lexicon().target(word)) for word in ("four", "seven"))
     actions = [LISTEN, *aloud("four"), *aloud("seven"), LISTEN]
-    rewards, words = ear.rewards(actions)
+    rewards, words = ear.rewards(actions), ear.words(actions, parts=False)
     assert words == [
         Word("four", 1, 1 + four, True, "four", pytest.approx(LEVEL, abs=1e-3)),
         Word("seven", 1 + four, 1 + four + seven, True, "four", pytest.approx(LEVEL, abs=1e-3)),
@@ -64,12 +65,14 @@ def test_the_words_and_their_cost(ear: Listener) -> None:
 
 
 def test_what_is_cut_short_costs_nothing_and_is_not_whole(ear: Listener) -> None:
-    rewards, words = ear.rewards([*aloud("seven", 1), LISTEN, *aloud("seven", 1)])
+    actions = [*aloud("seven", 1), LISTEN, *aloud("seven", 1)]
+    rewards, words = ear.rewards(actions), ear.words(actions, parts=False)
     assert [word.whole for word in words] == [False, False] and not rewards.any()
 
 
 def test_saying_more_earns_nothing(ear: Listener) -> None:
-    rewards, words = ear.rewards([*aloud("four"), LISTEN] * 5)
+    actions = [*aloud("four"), LISTEN] * 5
+    rewards, words = ear.rewards(actions), ear.words(actions, parts=False)
     assert len(words) == 5 and not rewards.any()
 
 
@@ -138,7 +141,9 @@ def test_a_table_of_expert_play(ear: Listener) -> None:
     assert table([row]).row_count == 1
     judged = RewardSource(scenarios, "rules", [], {"repeat": ear}).judge(episodes)
     cost = sum(rewards.sum(UNDERSTOOD) for rewards in judged.rules)
-    assert cost == -row.by_word["seven"][0] and sum(map(len, judged.words)) == row.words
+    assert (
+        cost == -row.by_word["seven"][0] and sum(len(ear.words(e.actions, parts=False)) for e in episodes) == row.words
+    )
     without = RewardSource(scenarios, "rules", []).judge(episodes)
     for one, other in zip(judged.rules, without.rules, strict=True):
         assert set(one.axes) == {*other.axes, UNDERSTOOD} and one.total < other.total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from model.voice.sound import render
 from reward.voice.recognise import Recogniser, RecogniserError
 from reward.voice.table import SPOKEN, main, recordings, streamed
-from rollout.world.lexicon import Lexicon
+from rollout.world.lexicon import Lexicon, lexicon
 
 FEW = ("three", "four", "seven", "yes", "right", "hello", "goodbye", "answer")
 
@@ -45,6 +46,35 @@ def test_an_answer_does_not_depend_on_what_was_heard_before(recogniser: Recognis
     alone = {word: Recogniser(FEW).word(spoken[word] * 0.1) for word in FEW[:2]}
     recogniser.word(torch.rand(16000) * 2 - 1)
     assert {word: recogniser.word(spoken[word] * 0.1) for word in FEW[:2]} == alone
+
+
+def test_nor_on_the_order_of_what_is_asked(monkeypatch: pytest.MonkeyPatch, recogniser: Recogniser) -> None:
+    """Beginnings of words, forwards and backwards; without a new front end for each, some answers differ (control)."""
+    beginnings = [render(lexicon().target(word)[:1], 16) for word in lexicon().words]
+
+    def turned(ear: Recogniser) -> int:
+        """How many answers the order changes."""
+        forwards = [ear.word(sound) for sound in beginnings]
+        backwards = [ear.word(sound) for sound in reversed(beginnings)]
+        return sum(a != b for a, b in zip(forwards, reversed(backwards), strict=True))
+
+    assert turned(recogniser) == 0
+    kept = Recogniser(FEW)
+    monkeypatch.setattr(kept, "_decoder", KeepsItsFrontEnd(kept._decoder))
+    assert turned(kept) > 0
+
+
+class KeepsItsFrontEnd:
+    """A decoder as it is, but for beginning anew."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+
+    def reinit_feat(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
 
 
 def test_free_decoding(recogniser: Recogniser) -> None:

@@ -19,10 +19,11 @@ from reward.score import score, score_stored
 from rollout.record.episode import VOICE as VOICE_STREAM
 from rollout.record.episode import Stream
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.scenarios.repeat import Prompt, RepeatFacts, lexicon, said, sound_of
+from rollout.scenarios.repeat import Prompt, RepeatFacts, said, sound_of
 from rollout.scenarios.verdict import CONTENT, TIMING, Event, Outcome, Score
 from rollout.turn.action import GO_ON, LISTEN, Action, Mode, speak
 from rollout.turn.utterance import Utterance, heard
+from rollout.world.lexicon import lexicon
 from tests.support.episodes import some_episode
 from tests.support.scores import events_of
 

@@ -13,10 +13,11 @@ from reward.score import score
 from reward.source import RewardSource
 from rollout.scenarios.demonstrate import enact
 from rollout.scenarios.registry import ScenarioConfig
-from rollout.scenarios.repeat import lexicon, said, sound_of
+from rollout.scenarios.repeat import said, sound_of
 from rollout.scenarios.verdict import CONTENT, TIMING
 from rollout.turn.action import LISTEN
 from rollout.world.base import Scenario
+from rollout.world.lexicon import lexicon
 from rollout.world.speech import SpeechBank
 
 CONFIG = ScenarioConfig(("repeat",))

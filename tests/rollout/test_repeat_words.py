@@ -21,14 +21,13 @@ from rollout.scenarios.repeat import (
     RepeatExpert,
     RepeatFacts,
     RepeatScenario,
-    level_db,
-    lexicon,
     said,
     sound_of,
 )
 from rollout.turn.action import CHUNK_SAMPLES, LISTEN, Action, speak
 from rollout.turn.utterance import audible
 from rollout.world.base import Script
+from rollout.world.lexicon import lexicon
 from rollout.world.speech import SpeechBank
 
 WORDS = ("four", "seven", "echo")
@@ -192,7 +191,7 @@ def test_the_expert_answers_and_stops(bank: SpeechBank) -> None:
 
 def test_sound_of_a_word_has_the_level(bank: SpeechBank) -> None:
     for word in WORDS:
-        assert level_db(word) == max(float(loudness_db(chunk)) for chunk in lexicon().target(word))
+        assert lexicon().level_db(word) == max(float(loudness_db(chunk)) for chunk in lexicon().target(word))
         for level in (-20.0, -35.0):
             assert max(float(loudness_db(chunk)) for chunk in sound_of(word, level)) == pytest.approx(level, abs=1.0)
             assert audible(said(word, sound_of(word, level))[0], -50.0)
